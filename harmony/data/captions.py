@@ -1,0 +1,94 @@
+"""F2. Captions of whole photographs: those that people wrote, and BLIP for the rest.
+
+BLIP sees the full, unmasked image (METHOD 2.3, step 2). Its prompt prefix, beams and lengths are read from the
+captioner's own generation config; what that leaves open is set as the authors of BLIP (Li et al., 2022) do.
+"""
+
+import hashlib
+import json
+from collections.abc import Iterable, Iterator
+from itertools import islice
+from pathlib import Path
+
+import torch
+
+from harmony.errors import UserError
+from harmony.images import read_image, sha256
+
+PREFIX, BEAMS, MIN_LENGTH, MAX_LENGTH = "a picture of", 3, 5, 20
+GIVEN = "given"
+
+
+def captioner_name(folder: str | Path) -> str:
+    """What stands beside every caption, so that another captioner captions anew: kit and weights' hash, or hub id."""
+    folder = Path(folder)
+    weights = sorted(folder.glob("*.safetensors"))
+    if not weights:
+        return str(folder)
+    owner = folder.parent.name if folder.name == "captioner" else folder.name
+    digest = hashlib.sha256("".join(sha256(path) for path in weights).encode()).hexdigest()
+    return f"{owner}@{digest[:8]}"
+
+
+def load_captioner(folder: str | Path, device: str = "cpu") -> tuple[torch.nn.Module, object]:
+    """(BlipForConditionalGeneration, BlipProcessor) from a folder or hub id. Raises UserError when there is none."""
+    from transformers import BlipForConditionalGeneration, BlipProcessor
+
+    try:
+        model = BlipForConditionalGeneration.from_pretrained(folder).eval().to(device)
+        return model, BlipProcessor.from_pretrained(folder)
+    except (OSError, ValueError) as error:
+        reason = str(error).splitlines()[0]
+        raise UserError(f"{folder}: no BLIP captioner there ({reason}); give a kit with a captioner/ folder") from None
+
+
+def caption_images(
+    paths: Iterable[tuple[str, Path]], captioner: torch.nn.Module, processor: object, batch_size: int, device: str
+) -> Iterator[tuple[str, str]]:
+    """Yield (id, caption) for (id, image path), batch by batch, so that a kill loses one batch at most.
+
+    Raises UserError for an image that cannot be decoded.
+    """
+    settings = captioner.generation_config
+    prefix = PREFIX if getattr(settings, "prefix", None) is None else settings.prefix
+    prompt = processor.tokenizer(prefix, return_tensors="pt")["input_ids"].to(device)  # 1 x T, closed by [SEP]
+    remaining = iter(paths)
+    while batch := list(islice(remaining, batch_size)):
+        pixels = processor.image_processor([read_image(path) for _, path in batch], return_tensors="pt")["pixel_values"]
+        prompts = prompt.repeat(len(batch), 1)
+        with torch.inference_mode():
+            words = captioner.generate(
+                pixel_values=pixels.to(device, captioner.dtype),
+                input_ids=prompts,
+                attention_mask=torch.ones_like(prompts),
+                num_beams=settings.num_beams or BEAMS,
+                min_length=settings.min_length or MIN_LENGTH,
+                max_length=settings.max_length or MAX_LENGTH,
+            )
+        texts = processor.tokenizer.batch_decode(words, skip_special_tokens=True)
+        yield from zip((id_ for id_, _ in batch), (strip_prefix(text, prefix) for text in texts), strict=True)
+
+
+def strip_prefix(text: str, prefix: str) -> str:
+    """The caption without the prompt that it was asked to continue."""
+    return text.strip().removeprefix(prefix).strip()
+
+
+def given_captions(folder: Path) -> dict[str, list[str]]:
+    """``metadata/human_captions.json`` of a split: {id: [caption, ...]}; empty where there is none.
+
+    For the studio set the second entry describes the same object under the other light.
+    """
+    path = folder / "metadata" / "human_captions.json"
+    if not path.is_file():
+        return {}
+    try:
+        captions = json.loads(path.read_text(encoding="utf-8"))
+    except json.JSONDecodeError as error:
+        raise UserError(f"{path}: not valid JSON ({error}); mend it or remove it") from None
+    well_formed = isinstance(captions, dict) and all(
+        isinstance(texts, list) and texts and all(isinstance(t, str) for t in texts) for texts in captions.values()
+    )
+    if not well_formed:
+        raise UserError(f'{path}: expected {{"<id>": ["<caption>", ...], ...}} with at least one caption an id')
+    return captions

@@ -1,0 +1,243 @@
+"""F2. The latent cache: everything a training step needs, computed once, in checksummed memory-mapped shards.
+
+A cache belongs to one split of one manifest and one kit. Its key is a hash of all that decides its contents (kit's VAE,
+resolution, crop rule, hole rule, condition parameters, rows, schema version); a cache with another key is refused by name.
+Posterior *moments* are stored, not samples, so that the latent's noise stays random. Shards are written one by one and
+moved into place when complete: a kill at any point costs at most one shard, and the same command goes on. A shard whose
+checksum is wrong is built again, never trained on.
+"""
+
+import errno
+import hashlib
+import json
+import os
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+import numpy as np
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+
+from harmony.conditions import hint
+from harmony.data.manifest import read_manifest
+from harmony.errors import UserError
+from harmony.images import Crop, crop_resize, read_image, sha256, square_around, to_model
+from harmony.masks import coverage, hole, read_mask, to_latent
+from harmony.models.kit import Kit
+from harmony.sample import Row
+
+CACHE_SCHEMA = 1
+SHARD = 256  # items a shard
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How a row becomes training items.
+
+    ``crop``: ``centre`` (the deterministic square around the instance) or ``jitter`` (a random square that holds the
+    instance, mirrored half of the time). ``hole``: a rule of ``masks.hole``. ``variants``: items a row, each with a crop and
+    a hole of its own. ``hints``: branch -> parameters of its operator. Variant 0 of ``centre`` + ``dilate`` is the test
+    protocol.
+    """
+
+    crop: str = "centre"
+    hole: str = "dilate"
+    variants: int = 1
+    hints: dict[str, dict] = field(default_factory=dict)
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class Example:
+    """One row at the kit's resolution: uint8 R x R x 3 and bool R x R; ``crop`` says where it lies in the photograph."""
+
+    image: np.ndarray
+    mask: np.ndarray
+    hole: np.ndarray
+    crop: Crop
+    mirrored: bool = False
+
+
+def jittered(box: tuple, width: int, height: int, rng: np.random.Generator) -> Crop:
+    """A random square of 70 to 100 % of the short side that holds the box wherever that is possible."""
+    x0, y0, x1, y1 = box
+    whole = square_around(box, width, height)
+    side = round(max(max(x1 - x0, y1 - y0) + 1, whole.side * rng.uniform(0.7, 1)))
+    if side >= whole.side:
+        return whole
+
+    def start(low, high, length):
+        return int(rng.integers(max(0, int(np.ceil(high)) - side), min(int(low), length - side) + 1))
+
+    return Crop(start(x0, x1, width), start(y0, y1, height), side)
+
+
+def example(row: Row, root: Path, recipe: Recipe, resolution: int, variant: int = 0) -> Example:
+    """Picture, instance and hole of a row: the one place where crop and hole are decided."""
+    image = read_image(root / row.image)
+    height, width = image.shape[:2]
+    mask = read_mask(root / row.mask, (width, height), resize=True)
+    rng = np.random.default_rng([recipe.seed, variant, int(hashlib.sha256(row.id.encode()).hexdigest()[:8], 16)])
+    jitter = recipe.crop == "jitter"
+    crop = jittered(row.box, width, height, rng) if jitter else square_around(row.box, width, height)
+    mirrored = bool(jitter and rng.random() < 0.5)
+    image, mask = crop_resize(image, crop, resolution), crop_resize(mask, crop, resolution)
+    if mirrored:
+        image, mask = np.ascontiguousarray(image[:, ::-1]), np.ascontiguousarray(mask[:, ::-1])
+    if not mask.any():
+        raise UserError(f"{row.mask}: the instance vanishes at {resolution} px; raise select.min_area and prepare again")
+    return Example(image, mask, hole(mask, recipe.hole, rng), crop, mirrored)
+
+
+def describe(kit: Kit, recipe: Recipe, rows: list[Row]) -> dict:
+    """All that decides the contents of a cache."""
+    listed = json.dumps([(r.id, r.sha256, r.mask, list(r.box)) for r in rows]).encode()
+    return {
+        "schema": CACHE_SCHEMA,
+        "vae": kit.hash("vae"),
+        "resolution": kit.resolution,
+        **asdict(recipe),
+        "rows": hashlib.sha256(listed).hexdigest(),
+    }
+
+
+def key(description: dict) -> str:
+    return hashlib.sha256(json.dumps(description, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def encode(examples: list[Example], kit: Kit, recipe: Recipe) -> dict[str, torch.Tensor]:
+    """Tensors of some items: float16 moments, uint8 masks and hints."""
+    x = torch.stack([to_model(e.image) for e in examples]).to(kit.device)
+    holes = torch.from_numpy(np.stack([e.hole for e in examples])[:, None]).float()
+    masks = torch.from_numpy(np.stack([e.mask for e in examples])[:, None]).float()
+    masked = x * (1 - holes.to(kit.device))
+    tensors = {
+        "moments": kit.moments(x).to("cpu", torch.float16),
+        "masked_moments": kit.moments(masked).to("cpu", torch.float16),
+        "hole": to_latent(holes, kit.factor).to(torch.uint8),
+        "weight": (coverage(masks, kit.factor) * 255).round().to(torch.uint8),
+    }
+    for branch, parameters in recipe.hints.items():
+        hints = np.stack([hint(branch, e.image, e.mask, **parameters) for e in examples])
+        tensors[f"hint_{branch}"] = torch.from_numpy(hints).permute(0, 3, 1, 2).contiguous()
+    return tensors
+
+
+def write_shard(path: Path, tensors: dict[str, torch.Tensor]) -> str:
+    """Write atomically; returns the sha256. UserError when the disk is full; nothing half-written stays."""
+    partial = path.with_name(f".{path.name}.partial")
+    try:
+        save_file(tensors, partial)
+        digest = sha256(partial)
+        os.replace(partial, path)
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise UserError(f"disk full while writing {path}: free some space; the same command goes on") from None
+        raise
+    except Exception as error:  # safetensors wraps the operating system's error in one of its own
+        if "No space left" in str(error) or "os error 28" in str(error):
+            raise UserError(f"disk full while writing {path}: free some space; the same command goes on") from None
+        raise
+    finally:
+        partial.unlink(missing_ok=True)
+    return digest
+
+
+def build(
+    manifest: Path, split: str, kit: Kit, recipe: Recipe, root: Path, say: Callable[[str], None] = print, batch: int = 32
+) -> Path:
+    """Make or complete the cache of a split under ``root``; returns its folder. Good shards are not redone."""
+    rows = read_manifest(manifest, split)[1]
+    if not rows:
+        raise UserError(f"{manifest} has no rows in split {split}: check the recipe's splits and selection")
+    description = describe(kit, recipe, rows)
+    folder = root / f"{split}-{key(description)}"
+    folder.mkdir(parents=True, exist_ok=True)
+    items = [(row, v) for row in rows for v in range(recipe.variants)]
+    shards = [items[i : i + SHARD] for i in range(0, len(items), SHARD)]
+    known = read_index(folder).get("shards", {}) if (folder / "index.json").exists() else {}
+    began, done, todo = time.monotonic(), 0, 0
+    for n, shard in enumerate(shards):
+        path = folder / f"{n:05d}.safetensors"
+        record = folder / f"{n:05d}.json"
+        if path.exists() and record.exists():
+            stated = json.loads(record.read_text())["sha256"]
+            if sha256(path) == stated:
+                known[path.name] = stated
+                continue
+            say(f"latents {split}: {path.name} is damaged (checksum differs), building it again")
+        todo = todo or len(items) - n * SHARD
+        tensors: dict[str, list[torch.Tensor]] = {}
+        for i in range(0, len(shard), batch):
+            examples = [example(row, manifest.parent, recipe, kit.resolution, v) for row, v in shard[i : i + batch]]
+            for name, tensor in encode(examples, kit, recipe).items():
+                tensors.setdefault(name, []).append(tensor)
+        known[path.name] = write_shard(path, {name: torch.cat(parts) for name, parts in tensors.items()})
+        write_json(record, {"sha256": known[path.name]})
+        done += len(shard)
+        rate = done / (time.monotonic() - began)
+        left = (todo - done) / rate
+        say(f"latents {split}: shard {n + 1}/{len(shards)}, {rate:.0f} items a second, {left:.0f} s left")
+    sizes = {f"{n:05d}.safetensors": len(shard) for n, shard in enumerate(shards)}
+    write_json(folder / "index.json", {"key": key(description), "description": description, "sizes": sizes, "shards": known})
+    return folder
+
+
+def write_json(path: Path, content: dict) -> None:
+    partial = path.with_name(f".{path.name}.partial")
+    partial.write_text(json.dumps(content, indent=1) + "\n")
+    os.replace(partial, path)
+
+
+def read_index(folder: Path) -> dict:
+    try:
+        return json.loads((folder / "index.json").read_text())
+    except FileNotFoundError:
+        raise UserError(f"no complete latent cache in {folder}: run the same command again without interrupting it") from None
+    except json.JSONDecodeError:
+        raise UserError(f"{folder}/index.json is damaged: delete that file and run the same command again") from None
+
+
+class Latents(torch.utils.data.Dataset):
+    """The items of one cache. ``expected`` (a description) refuses a cache that was made for something else.
+
+    Item: ``moments``, ``masked_moments`` float32 2C x h x w, ``hole``, ``weight`` float32 1 x h x w, ``hint_<branch>``
+    float32 3 x H x W in [0, 1], ``row`` and ``index`` int. Item i belongs to row i // variants.
+    """
+
+    def __init__(self, folder: Path, expected: dict | None = None):
+        self.folder = Path(folder)
+        index = read_index(self.folder)
+        if expected is not None and index["key"] != key(expected):
+            found = index["description"]
+            differs = [f"{k} {found.get(k)!r} instead of {v!r}" for k, v in expected.items() if found.get(k) != v]
+            raise UserError(f"latent cache {self.folder} is stale or foreign ({'; '.join(differs)}): delete it, prepare again")
+        self.variants = index["description"]["variants"]
+        self.files = list(index["sizes"])
+        self.starts = np.cumsum([0, *index["sizes"].values()])
+        self.open: dict[int, dict] = {}
+
+    def __len__(self) -> int:
+        return int(self.starts[-1])
+
+    def shard(self, n: int) -> dict:
+        """Memory-mapped slices of a shard, opened once in each process."""
+        if n not in self.open:
+            file = safe_open(self.folder / self.files[n], "pt")
+            self.open[n] = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118
+        return self.open[n]
+
+    def __getitem__(self, i: int) -> dict:
+        n = int(np.searchsorted(self.starts, i, side="right")) - 1
+        at = i - int(self.starts[n])
+        item = {}
+        for name, part in self.shard(n).items():
+            value = part[at]
+            item[name] = value.float() / 255 if name.startswith(("hint", "weight")) else value.float()
+        return item | {"index": i, "row": i // self.variants}
+
+    def __getstate__(self):  # open files do not travel to loader processes
+        return vars(self) | {"open": {}}

@@ -1,0 +1,106 @@
+"""F2. ``manifest.jsonl``: a header line, then one ``Row`` a line. The only thing that training knows about a dataset.
+
+Paths in it are relative to its folder. Rows are ordered by (split, id) and hold nothing that changes between two runs
+of the same preparation, so that equal data give an equal ``manifest_hash``.
+"""
+
+import hashlib
+import json
+import os
+from collections.abc import Iterable
+from dataclasses import asdict, fields
+from pathlib import Path
+
+from harmony.errors import UserError
+from harmony.sample import SCHEMA_VERSION, SPLITS, Row
+
+FIELDS = {f.name for f in fields(Row)}
+
+
+def write_manifest(path: Path, rows: Iterable[Row], dataset: str, **facts: object) -> dict:
+    """Write header and rows atomically; ``facts`` join the header. Returns the header."""
+    rows = sorted(rows, key=lambda row: (SPLITS.index(row.split), row.id))
+    header = {"schema": SCHEMA_VERSION, "dataset": dataset, "rows": len(rows), **facts}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(path.name + ".part")
+    with open(partial, "w", encoding="utf-8") as file:
+        file.write(json.dumps(header, ensure_ascii=False) + "\n")
+        file.writelines(json.dumps(asdict(row), ensure_ascii=False) + "\n" for row in rows)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(partial, path)
+    return header
+
+
+def read_manifest(path: str | Path, split: str | None = None) -> tuple[dict, list[Row]]:
+    """(header, rows), the rows of one split or all of them. Raises UserError naming the line that is wrong."""
+    path = Path(path)
+    again = "run harmony.prepare again"
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except FileNotFoundError:
+        raise UserError(f"{path}: no manifest; run harmony.prepare for this dataset first") from None
+    if not lines:
+        raise UserError(f"{path}: empty manifest; {again}")
+    header = parse_object(path, 1, lines[0])
+    if header.get("schema") != SCHEMA_VERSION:
+        raise UserError(f"{path}: line 1: schema {header.get('schema')}, this version reads {SCHEMA_VERSION}; {again}")
+    rows = [parse_row(path, number, line) for number, line in enumerate(lines[1:], start=2)]
+    if len(rows) != header.get("rows"):
+        raise UserError(f"{path}: {len(rows)} rows where the header promises {header.get('rows')}; {again}")
+    seen: set[tuple[str, str]] = set()
+    for number, row in enumerate(rows, start=2):
+        if (row.split, row.id) in seen:
+            raise UserError(f"{path}: line {number}: {row.split}/{row.id} stands there twice; {again}")
+        seen.add((row.split, row.id))
+    if split is not None and split not in SPLITS:
+        raise UserError(f"split {split!r} does not exist; choose one of {', '.join(SPLITS)}")
+    return header, [row for row in rows if split is None or row.split == split]
+
+
+def parse_row(path: Path, number: int, line: str) -> Row:
+    """One line as a ``Row``, checked."""
+    values = parse_object(path, number, line)
+    if missing := sorted(FIELDS - {"extras"} - set(values)):
+        raise UserError(f"{path}: line {number}: field {', '.join(missing)} missing; run harmony.prepare again")
+    if unknown := sorted(set(values) - FIELDS):
+        raise UserError(f"{path}: line {number}: unknown field {', '.join(unknown)}; run harmony.prepare again")
+    if problem := row_problem(values):
+        raise UserError(f"{path}: line {number}: {problem}; run harmony.prepare again")
+    return Row(**values | {"box": tuple(values["box"])})
+
+
+def row_problem(values: dict) -> str | None:
+    """What is wrong with a row's values, or None."""
+    texts = ("id", "image", "mask", "label", "caption", "split", "sha256")
+    if wrong := [name for name in texts if not isinstance(values[name], str)]:
+        return f"{', '.join(wrong)} must be text"
+    if values["split"] not in SPLITS:
+        return f"split {values['split']!r} is none of {', '.join(SPLITS)}"
+    width, height, box = values["width"], values["height"], values["box"]
+    if not (isinstance(width, int) and isinstance(height, int) and width > 0 and height > 0):
+        return f"size {width} x {height} must be positive whole numbers"
+    is_box = isinstance(box, list) and len(box) == 4 and all(isinstance(v, int | float) for v in box)
+    if not is_box or not (0 <= box[0] < box[2] <= width and 0 <= box[1] < box[3] <= height):
+        return f"box {box} must be (x0, y0, x1, y1) in pixels within {width} x {height}"
+    return None
+
+
+def parse_object(path: Path, number: int, line: str) -> dict:
+    try:
+        value = json.loads(line)
+    except json.JSONDecodeError as error:
+        raise UserError(f"{path}: line {number}: not JSON ({error.msg}); run harmony.prepare again") from None
+    if not isinstance(value, dict):
+        raise UserError(f"{path}: line {number}: expected an object; run harmony.prepare again")
+    return value
+
+
+def manifest_hash(path: str | Path) -> str:
+    """sha256 of the rows, without the header: the identity of a prepared dataset. Raises UserError if there is none."""
+    try:
+        with open(path, "rb") as file:
+            file.readline()
+            return hashlib.file_digest(file, "sha256").hexdigest()
+    except FileNotFoundError:
+        raise UserError(f"{path}: no manifest; run harmony.prepare for this dataset first") from None

@@ -1,0 +1,199 @@
+"""F1. Fidelity of one output to its truth: pixels, edges, colours, seams.
+
+Images are uint8 H x W x 3 RGB, masks bool H x W. All arithmetic is in floats on 0..255. A figure over no pixels at all
+(an empty mask) is NaN, which ``aggregate`` leaves out.
+"""
+
+import math
+from collections.abc import Iterable
+
+import cv2
+import numpy as np
+
+from harmony.conditions import blur_hint, edge_hint
+
+PSNR_LIMIT = 100.0  # dB: what an identical image counts in a mean; a single grey step in a 128 px image is 95 dB
+COLOR_SIGMA = 10  # px at a side of 512, the colour hint's own
+
+
+# --- pixels
+
+
+def _squared_errors(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+    """(a - b)^2, float64: in uint8 the difference would wrap modulo 256."""
+    return (a.astype(np.float64) - b.astype(np.float64)) ** 2
+
+
+def _mean(values: np.ndarray) -> float:
+    return float(values.mean()) if values.size else math.nan
+
+
+def mse(a: np.ndarray, b: np.ndarray) -> float:
+    """Mean squared error, 0..65025."""
+    return _mean(_squared_errors(a, b))
+
+
+def to_psnr(error: float) -> float:
+    """Peak signal-to-noise ratio in dB of a mean squared error on 0..255; infinite for 0."""
+    return math.inf if error == 0 else 10 * math.log10(255**2 / error)
+
+
+def psnr(a: np.ndarray, b: np.ndarray) -> float:
+    """PSNR in dB of one pair, infinite for identical images."""
+    return to_psnr(mse(a, b))
+
+
+def fmse(a: np.ndarray, b: np.ndarray, mask: np.ndarray) -> float:
+    """Mean squared error of the pixels in ``mask`` alone (foreground), 0..65025."""
+    return _mean(_squared_errors(a[mask], b[mask]))
+
+
+def fpsnr(a: np.ndarray, b: np.ndarray, mask: np.ndarray) -> float:
+    """PSNR in dB of the pixels in ``mask`` alone."""
+    return to_psnr(fmse(a, b, mask))
+
+
+def shadow_mse(a: np.ndarray, b: np.ndarray, shadow: np.ndarray, mask: np.ndarray) -> float:
+    """Mean squared error where the shadow falls outside the instance, 0..65025."""
+    return fmse(a, b, shadow & ~mask)
+
+
+def bg_drift(output: np.ndarray, original: np.ndarray, hole: np.ndarray) -> float:
+    """Largest absolute difference outside ``hole``, 0..255. 0 means: not one background pixel changed."""
+    difference = np.abs(output.astype(np.int16) - original.astype(np.int16))[~hole]
+    return float(difference.max(initial=0))
+
+
+# --- what the instance keeps
+
+
+def edge_f1(output: np.ndarray, instance: np.ndarray, mask: np.ndarray) -> float:
+    """F1 score in [0, 1] of the output's Canny edges against the instance's inside ``mask``, 1 px tolerance.
+
+    Edges of the whole images cut off at the mask, so that the silhouette, which both share, does not flatter the score.
+    Two images without edges agree: 1.
+    """
+    found, wanted = (edge_hint(image, mask, edge_source="full_times_mask")[..., 0] > 0 for image in (output, instance))
+    if not found.any() or not wanted.any():
+        return float(found.any() == wanted.any())
+    precision, recall = (found & _grow(wanted)).sum() / found.sum(), (wanted & _grow(found)).sum() / wanted.sum()
+    return float(2 * precision * recall / max(precision + recall, 1e-12))
+
+
+def _grow(edges: np.ndarray) -> np.ndarray:
+    return cv2.dilate(edges.astype(np.uint8), np.ones((3, 3), np.uint8)) > 0
+
+
+def color_de(output: np.ndarray, instance: np.ndarray, mask: np.ndarray) -> float:
+    """Mean CIEDE2000 inside ``mask`` between the blurred instance and the blurred output; about 1 is just visible."""
+    blurred = (blur_hint(image, mask, sigma=COLOR_SIGMA)[mask] for image in (output, instance))
+    return _mean(ciede2000(*(_lab(pixels) for pixels in blurred)))
+
+
+def _lab(pixels: np.ndarray) -> np.ndarray:
+    """sRGB uint8 N x 3 to CIE Lab (D65) N x 3, float64; L in 0..100."""
+    return cv2.cvtColor(pixels[None].astype(np.float32) / 255, cv2.COLOR_RGB2Lab)[0].astype(np.float64)
+
+
+def ciede2000(lab1: np.ndarray, lab2: np.ndarray) -> np.ndarray:
+    """Colour difference Delta E_00 of Lab colours ... x 3, with k_L = k_C = k_H = 1.
+
+    After Sharma, Wu, Dalal, The CIEDE2000 color-difference formula (2005), eqs. 2 to 22.
+    """
+    (l1, a1, b1), (l2, a2, b2) = np.moveaxis(lab1, -1, 0), np.moveaxis(lab2, -1, 0)
+    g = 0.5 * (1 - _saturating((np.hypot(a1, b1) + np.hypot(a2, b2)) / 2))
+    c1, c2 = np.hypot((1 + g) * a1, b1), np.hypot((1 + g) * a2, b2)
+    h1, h2 = (np.degrees(np.arctan2(b, (1 + g) * a)) % 360 for a, b in ((a1, b1), (a2, b2)))
+    grey = c1 * c2 == 0  # hue of a grey is undefined
+
+    turn = np.where(grey, 0, h2 - h1)
+    turn = turn - 360 * (turn > 180) + 360 * (turn < -180)
+    delta_l, delta_c, delta_h = l2 - l1, c2 - c1, 2 * np.sqrt(c1 * c2) * np.sin(np.radians(turn) / 2)
+
+    light, chroma = (l1 + l2) / 2, (c1 + c2) / 2
+    apart = np.abs(h1 - h2) > 180
+    hue = np.where(grey, h1 + h2, (h1 + h2 + np.where(apart, np.where(h1 + h2 < 360, 360, -360), 0)) / 2)
+    t = 1 + sum(
+        weight * np.cos(np.radians(multiple * hue + shift))
+        for weight, multiple, shift in ((-0.17, 1, -30), (0.24, 2, 0), (0.32, 3, 6), (-0.20, 4, -63))
+    )
+    s_l = 1 + 0.015 * (light - 50) ** 2 / np.sqrt(20 + (light - 50) ** 2)
+    s_c, s_h = 1 + 0.045 * chroma, 1 + 0.015 * chroma * t
+    rotation = -2 * _saturating(chroma) * np.sin(np.radians(60 * np.exp(-(((hue - 275) / 25) ** 2))))
+    dl, dc, dh = delta_l / s_l, delta_c / s_c, delta_h / s_h
+    return np.sqrt(np.maximum(dl**2 + dc**2 + dh**2 + rotation * dc * dh, 0))
+
+
+def _saturating(chroma: np.ndarray) -> np.ndarray:
+    """sqrt(C^7 / (C^7 + 25^7))."""
+    return np.sqrt(chroma**7 / (chroma**7 + 25.0**7))
+
+
+# --- how it sits in the picture
+
+
+def seam(output: np.ndarray, original: np.ndarray, mask: np.ndarray) -> float:
+    """Mean step across the rim of ``mask`` relative to the original's: 1 = the same, above 1 = a visible seam.
+
+    One grey level is added to both steps, so that a perfectly smooth original does not divide by nothing.
+    """
+    return (_rim_step(output, mask) + 1) / (_rim_step(original, mask) + 1)
+
+
+def _rim_step(image: np.ndarray, mask: np.ndarray) -> float:
+    """Mean absolute difference, 0..255, of neighbouring pixels of which exactly one lies in ``mask``."""
+    values = image.astype(np.float64)
+    across = np.concatenate([np.abs(np.diff(values, axis=axis))[np.diff(mask, axis=axis)] for axis in (0, 1)])
+    return _mean(across)
+
+
+# --- all of them
+
+
+def image_metrics(
+    output: np.ndarray,
+    truth: np.ndarray,
+    mask: np.ndarray,
+    hole: np.ndarray,
+    shadow: np.ndarray | None = None,
+    instance: np.ndarray | None = None,
+) -> dict[str, float]:
+    """All figures of one output: psnr, mse, fpsnr, fmse, bg_drift, edge_f1, color_de, seam; shadow_mse with ``shadow``.
+
+    ``mask`` is M, ``hole`` M_e; ``seam`` is taken at the rim of the hole, where the generated pixels end. ``instance``
+    is the image that the identity figures edge_f1 and color_de compare with; by default the truth itself.
+    """
+    given = truth if instance is None else instance
+    error, foreground_error = mse(output, truth), fmse(output, truth, mask)
+    metrics = {
+        "psnr": to_psnr(error),
+        "mse": error,
+        "fpsnr": to_psnr(foreground_error),
+        "fmse": foreground_error,
+        "bg_drift": bg_drift(output, truth, hole),
+        "edge_f1": edge_f1(output, given, mask),
+        "color_de": color_de(output, given, mask),
+        "seam": seam(output, truth, hole),
+    }
+    return metrics if shadow is None else metrics | {"shadow_mse": shadow_mse(output, truth, shadow, mask)}
+
+
+def mean_psnr(values: Iterable[float]) -> float:
+    """Mean over images of the per-image PSNR in dB, not the PSNR of the mean error; identical images count 100 dB."""
+    return float(np.minimum(list(values), PSNR_LIMIT).mean())
+
+
+REDUCTIONS = {"bg_drift": max, "psnr": mean_psnr, "fpsnr": mean_psnr}  # of one figure over images; others: plain mean
+
+
+def aggregate(rows: list[dict[str, float]]) -> dict[str, float]:
+    """One figure per name from those of many images: the largest ``bg_drift``, means of all others, NaN left out.
+
+    The result holds finite numbers only: a name without any number is dropped.
+    """
+    result = {}
+    for name in dict.fromkeys(name for row in rows for name in row):
+        values = [row[name] for row in rows if name in row and not math.isnan(row[name])]
+        if values:
+            result[name] = float(REDUCTIONS.get(name, np.mean)(values))
+    return result

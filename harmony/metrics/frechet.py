@@ -1,0 +1,202 @@
+"""F1. Distances between two sets of images: Frechet distance (FID) and kernel distance (KID) of their features.
+
+A feature extractor is a callable on float N x 3 x H x W in [0, 255] that returns N x D, with two attributes: ``size``,
+the side it wants, and ``protocol``, the name that must stand beside every figure made with it. It also fits clean-fid's
+``custom_feat_extractor``.
+"""
+
+import itertools
+import tempfile
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from cleanfid.resize import make_resizer
+
+from harmony.errors import UserError
+
+CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)  # of 0..1, by which every CLIP image tower normalises
+CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
+INCEPTION_FILE = "inception-2015-12-05.pt"  # clean-fid's weights
+INCEPTION_SIZE = 299
+
+
+# --- statistics and distances
+
+
+class Gaussian(Protocol):
+    mean: torch.Tensor
+    cov: torch.Tensor
+
+
+class Statistics:
+    """Streaming sums n, sum x, sum x x^T of features, in float64: exact to merge over batches and processes."""
+
+    def __init__(self, dim: int, device: str | torch.device = "cpu"):
+        self.n = torch.zeros((), dtype=torch.float64, device=device)
+        self.sum = torch.zeros(dim, dtype=torch.float64, device=device)
+        self.outer = torch.zeros(dim, dim, dtype=torch.float64, device=device)
+
+    def update(self, features: torch.Tensor) -> "Statistics":
+        """Add N x D features."""
+        x = features.detach().to(self.sum)
+        self.n += len(x)
+        self.sum += x.sum(dim=0)
+        self.outer += x.T @ x
+        return self
+
+    def merge(self, other: "Statistics") -> "Statistics":
+        """Add the sums of ``other``."""
+        for mine, theirs in zip(self._sums(), other._sums(), strict=True):
+            mine += theirs.to(mine)
+        return self
+
+    def all_reduce(self) -> "Statistics":
+        """Sum over all processes (with NCCL the sums must live on the GPU); alone, nothing happens."""
+        if dist.is_available() and dist.is_initialized():
+            for value in self._sums():
+                dist.all_reduce(value)
+        return self
+
+    def _sums(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        return self.n, self.sum, self.outer
+
+    @property
+    def mean(self) -> torch.Tensor:
+        """Mean, D."""
+        return self.sum / self.n
+
+    @property
+    def cov(self) -> torch.Tensor:
+        """Unbiased covariance, D x D; needs at least two samples (ValueError)."""
+        if self.n < 2:
+            raise ValueError(f"a covariance needs at least 2 images, not {int(self.n)}")
+        return (self.outer - torch.outer(self.sum, self.mean)) / (self.n - 1)
+
+
+def frechet_distance(a: Gaussian, b: Gaussian) -> float:
+    """|mu_a - mu_b|^2 + tr(C_a + C_b - 2 (C_a C_b)^(1/2)), never negative (Heusel et al. 2017, eq. 6).
+
+    The trace of the root comes from the eigenvalues of the symmetric product C_a^(1/2) C_b C_a^(1/2), which are real
+    and not negative however singular the covariances are.
+    """
+    values, vectors = torch.linalg.eigh(a.cov)
+    root = (vectors * values.clamp(min=0).sqrt()) @ vectors.T
+    product = root @ b.cov.to(root) @ root
+    trace_root = torch.linalg.eigvalsh((product + product.T) / 2).clamp(min=0).sqrt().sum()
+    shift = (a.mean - b.mean.to(a.mean)).square().sum()
+    return float((shift + a.cov.trace() + b.cov.trace() - 2 * trace_root).clamp(min=0))
+
+
+def kid(x: torch.Tensor, y: torch.Tensor, subsets: int = 100, subset_size: int = 1000, seed: int = 0) -> float:
+    """Kernel distance of features N x D and M x D: unbiased MMD^2 with k(u, v) = (u.v / D + 1)^3.
+
+    After Binkowski et al. 2018. Mean over random subsets of ``subset_size``, or of all that there are. Unbiased also
+    means that it may fall below 0. Raises ValueError with fewer than two images.
+    """
+    m = min(len(x), len(y), subset_size)
+    if m < 2:
+        raise ValueError("a kernel distance needs at least 2 images on each side")
+    if m == len(x) == len(y):
+        subsets = 1  # every subset would be the same
+    generator = torch.Generator().manual_seed(seed)
+    picks = ([torch.randperm(len(f), generator=generator)[:m].to(f.device) for f in (x, y)] for _ in range(subsets))
+    return float(np.mean([_mmd2(x[i].double(), y[j].double()) for i, j in picks]))
+
+
+def _mmd2(x: torch.Tensor, y: torch.Tensor) -> float:
+    m, dim = x.shape
+
+    def kernel(u: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        return (u @ v.T / dim + 1) ** 3
+
+    def mean_off_diagonal(k: torch.Tensor) -> torch.Tensor:
+        return (k.sum() - k.trace()) / (m * (m - 1))
+
+    return float(mean_off_diagonal(kernel(x, x)) + mean_off_diagonal(kernel(y, y)) - 2 * kernel(x, y).mean())
+
+
+# --- features
+
+
+def clean_resize(images: Iterable[np.ndarray], size: int) -> torch.Tensor:
+    """uint8 H x W x 3 images to float N x 3 x size x size in [0, 255] by clean-fid's resizer (bicubic, not rounded)."""
+    resizer = make_resizer("PIL", False, "bicubic", (size, size))
+    return torch.from_numpy(np.stack([resizer(image) for image in images])).permute(0, 3, 1, 2).contiguous()
+
+
+@torch.no_grad()
+def extract(
+    images: Iterable[np.ndarray], extractor: Callable[[torch.Tensor], torch.Tensor], size: int, batch: int = 32
+) -> torch.Tensor:
+    """Features N x D (float32, CPU) of uint8 images, resized to ``size`` and taken ``batch`` at a time."""
+    return torch.cat([extractor(clean_resize(group, size)).float().cpu() for group in _batched(images, batch)])
+
+
+def _batched(items: Iterable, size: int) -> Iterable[tuple]:
+    iterator = iter(items)
+    while group := tuple(itertools.islice(iterator, size)):
+        yield group
+
+
+def normalise_clip(images: torch.Tensor, size: int) -> torch.Tensor:
+    """Float N x 3 x H x W in [0, 255] to what a CLIP image tower of side ``size`` expects."""
+    if images.shape[-2:] != (size, size):
+        images = F.interpolate(images, (size, size), mode="bicubic", antialias=True, align_corners=False).clamp(0, 255)
+    mean, std = (images.new_tensor(values).view(1, 3, 1, 1) for values in (CLIP_MEAN, CLIP_STD))
+    return (images / 255 - mean) / std
+
+
+class KitFeatures:
+    """Pooled features, before the projection, of a kit's CLIP vision model (transformers' ``..WithProjection``)."""
+
+    protocol = "kit-clip"
+
+    def __init__(self, model: torch.nn.Module):
+        self.model = model
+        self.size = model.config.image_size
+
+    @torch.no_grad()
+    def __call__(self, images: torch.Tensor) -> torch.Tensor:
+        """Float N x 3 x H x W in [0, 255] to N x D; images of another side are resized to the tower's."""
+        pixels = normalise_clip(images.to(self.model.device, torch.float32), self.size)
+        return self.model.vision_model(pixel_values=pixels.to(self.model.dtype)).pooler_output
+
+
+class InceptionFeatures:
+    """Features of clean-fid's Inception-v3, 2048-d."""
+
+    protocol = "inception-clean"
+    size = INCEPTION_SIZE
+
+    def __init__(self, folder: Path, device: str | torch.device):
+        from cleanfid.inception_torchscript import InceptionV3W
+
+        self.device = device
+        self.model = InceptionV3W(str(folder), download=False).to(device)
+
+    @torch.no_grad()
+    def __call__(self, images: torch.Tensor) -> torch.Tensor:
+        """Float N x 3 x 299 x 299 in [0, 255] to N x 2048."""
+        return self.model(images.to(self.device))
+
+
+def inception_features(
+    folder: str | Path | None = None, device: str | torch.device = "cpu"
+) -> InceptionFeatures | None:
+    """clean-fid's Inception if its weights are on disk already, else None; never downloads.
+
+    ``folder`` is where they lie, by default where clean-fid puts them (the temporary folder). Raises UserError for a
+    file that cannot be loaded: clean-fid writes it in place, so that an interrupted download leaves a broken one.
+    """
+    path = Path(folder or tempfile.gettempdir()) / INCEPTION_FILE
+    if not path.is_file():
+        return None
+    try:
+        return InceptionFeatures(path.parent, device)
+    except RuntimeError:
+        raise UserError(f"the Inception weights {path} cannot be loaded; delete the file and fetch it again") from None

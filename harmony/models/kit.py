@@ -1,0 +1,233 @@
+"""F2. A backbone ("kit"): a folder in diffusers layout, and everything the rest of the code may ask of it.
+
+All code is blind to which kit it runs on: latent factor, channels, resolution, prediction type and latent scale come from
+the kit's own configuration files. Sections 1.1 to 1.3 of the method sheet: latents are scaled by the VAE's factor, hints
+are in [0, 1], images in [-1, 1].
+"""
+
+import hashlib
+import json
+import os
+import warnings
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+
+import torch
+
+from harmony.errors import UserError
+
+ASSETS = Path(__file__).resolve().parents[1] / "assets"
+DIFFUSION = ("vae", "unet", "text_encoder", "tokenizer", "scheduler")  # the parts that sampling and training need
+CLASSES = {
+    "vae": ("diffusers", "AutoencoderKL"),
+    "unet": ("diffusers", "UNet2DConditionModel"),
+    "text_encoder": ("transformers", "CLIPTextModel"),
+    "tokenizer": ("transformers", "CLIPTokenizer"),
+    "scheduler": ("diffusers", "DDIMScheduler"),
+    "image_encoder": ("transformers", "CLIPVisionModelWithProjection"),
+    "text_tower": ("transformers", "CLIPTextModelWithProjection"),  # the text encoder with its CLIP projection
+    "captioner": ("transformers", "BlipForConditionalGeneration"),
+    "processor": ("transformers", "AutoProcessor"),  # the captioner's
+}
+FOLDERS = {"text_tower": "text_encoder", "processor": "captioner"}  # the other parts lie in a folder of their own name
+WEIGHTLESS = ("tokenizer", "scheduler", "processor")
+
+
+def kit_path(name: str | os.PathLike) -> str:
+    """The folder of a shipped kit (``tiny``), a folder that exists, or the name itself, then taken as a hub id."""
+    shipped = ASSETS / str(name)
+    if os.sep not in str(name) and (shipped / "model_index.json").exists():
+        return str(shipped)
+    return str(name)
+
+
+def load_part(path: str, part: str, weights: str = "hub", dtype: torch.dtype = torch.float32):
+    """One part of a kit, frozen and in eval mode.
+
+    ``weights="random"`` builds the architecture from the kit's configuration without reading weights. UserError when the
+    part is not there.
+    """
+    import importlib
+
+    library, name = CLASSES[part]
+    cls = getattr(importlib.import_module(library), name)
+    where = {"subfolder": FOLDERS.get(part, part)}
+    if os.path.isdir(path):
+        local, where = os.path.join(path, where["subfolder"]), {}
+        if not os.path.isdir(local):
+            raise UserError(f"kit {path} has no {part}: train it first (experiment=kit_*) or give another model.path")
+    else:
+        local = path
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        try:
+            if part in WEIGHTLESS:
+                return cls.from_pretrained(local, **where)
+            if weights == "random":
+                config = cls.load_config(local, **where) if library == "diffusers" else cls.config_class.from_pretrained(local, **where)
+                model = cls.from_config(config) if library == "diffusers" else cls(config)
+                model = model.to(dtype)
+            else:
+                kind = {"torch_dtype": dtype} if library == "diffusers" else {"dtype": dtype}
+                model = cls.from_pretrained(local, use_safetensors=True, **kind, **where)
+        except (OSError, ValueError) as error:
+            raise UserError(f"cannot load {part} of kit {path}: {str(error).splitlines()[0]}") from error
+    return model.requires_grad_(False).eval()
+
+
+@dataclass
+class Kit:
+    """A loaded backbone. Parts are read when first asked for; all are frozen."""
+
+    path: str
+    weights: str = "hub"
+    dtype: torch.dtype = torch.float32
+    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
+
+    def __post_init__(self):
+        self.path = kit_path(self.path)
+        if os.sep in self.path and not os.path.isdir(self.path) and self.path.startswith((".", "/")):
+            raise UserError(f"no kit in {self.path}: give model.path=tiny, a folder in diffusers layout, or a hub id")
+
+    def _part(self, name: str):
+        part = load_part(self.path, name, self.weights, self.dtype)
+        return part if name in WEIGHTLESS else part.to(self.device)
+
+    @cached_property
+    def vae(self):
+        return self._part("vae")
+
+    @cached_property
+    def unet(self):
+        return self._part("unet")
+
+    @cached_property
+    def text_encoder(self):
+        return self._part("text_encoder")
+
+    @cached_property
+    def text_tower(self):
+        return self._part("text_tower")
+
+    @cached_property
+    def image_encoder(self):
+        return self._part("image_encoder")
+
+    @cached_property
+    def captioner(self):
+        return self._part("captioner")
+
+    @cached_property
+    def tokenizer(self):
+        return self._part("tokenizer")
+
+    @cached_property
+    def scheduler(self):
+        return self._part("scheduler")
+
+    @cached_property
+    def processor(self):
+        return self._part("processor")
+
+    # ------------------------------------------------------------------------------------------------ facts
+
+    @property
+    def factor(self) -> int:
+        """Pixels along one side of a latent cell."""
+        return 2 ** (len(self.vae.config.block_out_channels) - 1)
+
+    @property
+    def channels(self) -> int:
+        """Latent channels C."""
+        return self.vae.config.latent_channels
+
+    @property
+    def resolution(self) -> int:
+        """Side in pixels at which the UNet was trained."""
+        return self.unet.config.sample_size * self.factor
+
+    @property
+    def prediction_type(self) -> str:
+        return self.scheduler.config.prediction_type
+
+    @cached_property
+    def alphas_cumprod(self) -> torch.Tensor:
+        """abar_t for t = 0 .. 999, float32, 1-D."""
+        return self.scheduler.alphas_cumprod.to(self.device, torch.float32)
+
+    def hash(self, part: str) -> str:
+        """sha256 over a part's weight files and configuration, or ``random`` for weights that come from no file."""
+        folder = Path(self.path) / FOLDERS.get(part, part)
+        if self.weights == "random" or not folder.is_dir():
+            return self.weights if self.weights == "random" else f"{self.path}/{part}"
+        digest = hashlib.sha256()
+        for file in sorted(folder.iterdir()):
+            if file.suffix in (".safetensors", ".json"):
+                digest.update(file.name.encode())
+                digest.update(file.read_bytes())
+        return digest.hexdigest()
+
+    def to(self, device) -> "Kit":
+        """Move the loaded parts; those loaded later follow."""
+        self.device = torch.device(device)
+        for name, part in vars(self).items():
+            if isinstance(part, torch.nn.Module):
+                vars(self)[name] = part.to(self.device)
+            elif name == "alphas_cumprod":
+                vars(self)[name] = part.to(self.device)
+        return self
+
+    # ------------------------------------------------------------------------------------------------ codec
+
+    @torch.no_grad()
+    def moments(self, x: torch.Tensor) -> torch.Tensor:
+        """B x 3 x H x W in [-1, 1] -> B x 2C x h x w: mean and log-variance of q(z | x), not scaled."""
+        return self.vae.encode(x.to(self.vae.dtype)).latent_dist.parameters
+
+    def latent(self, moments: torch.Tensor, noise: torch.Tensor | None = None) -> torch.Tensor:
+        """Scaled latent B x C x h x w: a posterior sample with the given unit noise, the posterior mean without."""
+        return scaled_latent(moments, self.vae.config.scaling_factor, noise)
+
+    @torch.no_grad()
+    def decode(self, z: torch.Tensor) -> torch.Tensor:
+        """Scaled latent -> B x 3 x H x W in about [-1, 1], not clamped."""
+        return self.vae.decode(z.to(self.vae.dtype) / self.vae.config.scaling_factor).sample
+
+    # ------------------------------------------------------------------------------------------------ text
+
+    def tokens(self, prompts: list[str]) -> torch.Tensor:
+        """B x T int64, padded and truncated to the tokenizer's length."""
+        length = self.tokenizer.model_max_length
+        encoded = self.tokenizer(prompts, padding="max_length", max_length=length, truncation=True, return_tensors="pt")
+        return encoded.input_ids
+
+    @torch.no_grad()
+    def text(self, tokens: torch.Tensor) -> torch.Tensor:
+        """B x T ids -> B x T x D states that the UNet attends to."""
+        return self.text_encoder(tokens.to(self.device))[0]
+
+    def prompt(self, prompts: list[str]) -> torch.Tensor:
+        """B prompts -> B x T x D."""
+        return self.text(self.tokens(prompts))
+
+
+def scaled_latent(moments: torch.Tensor, scale: float, noise: torch.Tensor | None = None) -> torch.Tensor:
+    """z = scale (mean + exp(logvar / 2) noise), B x 2C x h x w -> B x C x h x w; the mean when no noise is given."""
+    mean, logvar = moments.float().chunk(2, dim=1)
+    if noise is None:
+        return scale * mean
+    return scale * (mean + torch.exp(0.5 * logvar.clamp(-30, 20)) * noise)
+
+
+def write_model_index(folder: Path, pipeline: str = "StableDiffusionInpaintPipeline") -> None:
+    """``model_index.json`` naming the parts that lie in ``folder``, so that diffusers' pipelines load it."""
+    from diffusers import __version__
+
+    index = {"_class_name": pipeline, "_diffusers_version": __version__}
+    index |= {part: list(CLASSES[part]) for part in DIFFUSION if (folder / part).is_dir()}
+    index |= {part: [None, None] for part in ("safety_checker", "feature_extractor")}
+    index["requires_safety_checker"] = False
+    partial = folder / ".model_index.json.partial"
+    partial.write_text(json.dumps(index, indent=2) + "\n")
+    os.replace(partial, folder / "model_index.json")

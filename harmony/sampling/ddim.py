@@ -1,0 +1,55 @@
+"""F3. DDIM: deterministic sampling and its exact algebraic inverse (section 1.2 of the method sheet; Song et al., 2021).
+
+A sampler is a function of an eps model, a latent and a list of timesteps; guidance, controls and masks live in the model.
+"""
+
+from collections.abc import Callable
+
+import torch
+
+from harmony.errors import UserError
+
+Eps = Callable[[torch.Tensor, int], torch.Tensor]  # (z_t, t) -> predicted noise, same shape
+
+
+def timesteps(n: int, offset: int = 1, total: int = 1000) -> list[int]:
+    """N descending timesteps, "leading" spacing: N = 50, offset 1 -> 981, 961, ..., 21, 1."""
+    if not 1 <= n <= total:
+        raise UserError(f"steps={n}: choose between 1 and {total}")
+    return [i * (total // n) + offset for i in reversed(range(n))]
+
+
+def level(abar: torch.Tensor, t: int) -> torch.Tensor:
+    """abar_t; below t = 0 the final value is abar_0 (``set_alpha_to_one=False``)."""
+    return abar[max(t, 0)]
+
+
+def clean(z: torch.Tensor, eps: torch.Tensor, a: torch.Tensor) -> torch.Tensor:
+    """x0 = (z_t - sqrt(1 - a) eps) / sqrt(a)."""
+    return (z - (1 - a).sqrt() * eps) / a.sqrt()
+
+
+def step(z: torch.Tensor, eps: torch.Tensor, t: int, s: int, abar: torch.Tensor) -> torch.Tensor:
+    """One DDIM step (eta = 0) from level t to level s: z_s = sqrt(a_s) x0 + sqrt(1 - a_s) eps.
+
+    s < t samples, s > t inverts; with the same eps the two are each other's inverse.
+    """
+    a_t, a_s = level(abar, t), level(abar, s)
+    return a_s.sqrt() * clean(z, eps, a_t) + (1 - a_s).sqrt() * eps
+
+
+def sample(eps: Eps, z: torch.Tensor, steps: int, abar: torch.Tensor, offset: int = 1) -> torch.Tensor:
+    """Latent at the noisiest level -> clean latent, over ``steps`` evaluations of eps."""
+    stride = len(abar) // steps
+    for t in timesteps(steps, offset, len(abar)):
+        z = step(z, eps(z, t), t, t - stride, abar)
+    return z
+
+
+def noise_for(seed: int, indices: torch.Tensor | list[int], shape: tuple[int, ...], device="cpu") -> torch.Tensor:
+    """Unit noise B x shape; that of sample i depends on (seed, i) only, so a grid is the same on any number of processes."""
+    draws = []
+    for i in indices:
+        rng = torch.Generator("cpu").manual_seed((int(seed) * 1_000_003 + int(i)) % 2**63)
+        draws.append(torch.randn(shape, generator=rng))
+    return torch.stack(draws).to(device)

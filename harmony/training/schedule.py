@@ -1,0 +1,16 @@
+"""F4. Learning-rate factors as functions of the optimiser step n = 0, 1, 2, ...
+
+The warm-up factor is (n + 1) / W, not n / W: with the latter the first step would change nothing (method sheet, 1.4).
+"""
+
+from collections.abc import Callable
+
+
+def constant(warmup: int = 0) -> Callable[[int], float]:
+    """Linear from 1 / W to 1 over W steps, then constant (the paper's schedule, W = 10,000)."""
+    return lambda n: min(1.0, (n + 1) / max(1, warmup))
+
+
+def linear_decay(total: int, warmup: int = 0) -> Callable[[int], float]:
+    """Linear warm-up over W steps, then linear to 0 at ``total`` steps."""
+    return lambda n: min(1.0, (n + 1) / max(1, warmup)) * max(0.0, (total - n) / max(1, total))

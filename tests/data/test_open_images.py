@@ -1,0 +1,340 @@
+"""From a folder to the manifest through a persistent FiftyOne dataset in a MongoDB of its own."""
+
+import json
+import os
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from harmony.data import open_images
+from harmony.data.manifest import manifest_hash, read_manifest
+from harmony.data.open_images import (
+    dataset_name,
+    forget_interrupted,
+    prepare_dataset,
+    progress,
+    write_id_file,
+)
+from harmony.errors import UserError
+from harmony.images import read_image, sha256, write_image
+from harmony.masks import bounding_box, read_mask
+
+
+@pytest.fixture(scope="module")
+def fo(tmp_path_factory):
+    """FiftyOne on a private database; a process that holds it already keeps the one it has."""
+    if "fiftyone" not in sys.modules:
+        os.environ["FIFTYONE_DATABASE_DIR"] = str(tmp_path_factory.mktemp("database"))
+        os.environ["FIFTYONE_DATASET_ZOO_DIR"] = str(tmp_path_factory.mktemp("zoo"))
+    return open_images.load_fiftyone()
+
+
+@pytest.fixture
+def recipe(fo, tmp_path, request):
+    """A recipe whose FiftyOne dataset is gone after the test."""
+    name = f"test-{request.node.name[:40]}"
+    yield {
+        "name": name,
+        "layout": "open_images",
+        "dir": str(tmp_path / "data"),
+        "splits": ["train"],
+        "select": {"min_area": 0.02, "max_area": 0.8},
+        "captions": {"given": True, "captioner": "kit"},
+        "download": {"examples": 2},
+    }
+    for each in fo.list_datasets(f"{name}*"):
+        fo.delete_dataset(each)
+
+
+@pytest.fixture
+def folder(tmp_path, make_folder):
+    """Three good images with captions, and one group."""
+    folder = make_folder(tmp_path / "data")
+    for id_ in ("a0", "a1", "b2"):
+        folder.single(id_)
+    folder.single("c3", group=1)
+    folder.write()
+    caption(folder, {id_: [f"a cat called {id_}", "the same cat at night"] for id_ in ("a0", "a1", "b2")})
+    return folder
+
+
+def caption(folder, captions):
+    (folder.folder / "metadata" / "human_captions.json").write_text(json.dumps(captions))
+
+
+def samples(fo, name):
+    return {s.harmony_id: s for s in fo.load_dataset(name)}
+
+
+def test_a_folder_becomes_a_dataset_and_a_manifest(fo, recipe, folder, tmp_path):
+    path = prepare_dataset(recipe, tmp_path / "work")
+    header, rows = read_manifest(path)
+    assert header["dataset"] == header["fiftyone"] == recipe["name"]
+    assert [(r.id, r.split, r.label, r.width, r.height) for r in rows] == [
+        (id_, "train", "Cat", 40, 32) for id_ in ("a0", "a1", "b2")
+    ]
+    for row in rows:
+        image, mask = path.parent / row.image, path.parent / row.mask
+        assert sha256(image) == row.sha256
+        assert row.box == bounding_box(read_mask(mask, (row.width, row.height)))
+        assert row.caption == f"a cat called {row.id}" and row.extras == {"caption_source": "given"}
+    dataset = fo.load_dataset(recipe["name"])
+    assert dataset.persistent and dataset.count_sample_tags() == {"train": 4, "kept": 3, "rejected": 1}
+    assert set(dataset.list_saved_views()) == {"kept", "rejected", "rejected: group"}
+    assert dataset.load_saved_view("rejected: group").values("harmony_id") == ["train/c3"]
+    instance = dataset.load_saved_view("kept").first().instance
+    assert instance.label == "Cat" and instance.bounding_box == [0.25, 0.25, 0.5, 0.5]
+    cut = read_image(instance.mask_path)
+    assert cut.shape == (16, 20, 3) and (cut == 255).all()
+
+
+def test_the_same_command_again_changes_nothing(fo, recipe, folder, tmp_path, monkeypatch):
+    path = prepare_dataset(recipe, tmp_path / "work")
+    before, ids = path.read_bytes(), fo.load_dataset(recipe["name"]).values("id")
+    monkeypatch.setattr(open_images, "pixel_facts", None)  # nothing is looked at twice
+    prepare_dataset(recipe, tmp_path / "work")
+    assert path.read_bytes() == before and fo.load_dataset(recipe["name"]).values("id") == ids
+
+
+@pytest.mark.parametrize("step", ["make_sample", "pixel_facts", "set_captions"])
+def test_a_kill_between_batches_is_made_good_by_the_same_command(fo, recipe, folder, tmp_path, monkeypatch, step):
+    name, unbroken = recipe["name"], recipe["name"] + "-whole"
+    whole = prepare_dataset(recipe | {"name": unbroken}, tmp_path / "whole").read_text().splitlines()[1:]
+    function, calls = getattr(open_images, step), []
+
+    def killed(*args):
+        calls.append(args)
+        if len(calls) == (1 if step == "set_captions" else 3):
+            raise KeyboardInterrupt
+        return function(*args)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(open_images, "BATCH", 2)
+        patch.setattr(open_images, step, killed)
+        with pytest.raises(KeyboardInterrupt):
+            prepare_dataset(recipe, tmp_path / "work")
+        assert not (tmp_path / "work" / recipe["name"] / "manifest.jsonl").exists()
+    path = prepare_dataset(recipe, tmp_path / "work")
+    assert path.read_text().splitlines()[1:] == whole
+    assert sorted(fo.load_dataset(name).values("harmony_id")) == [f"train/{i}" for i in ("a0", "a1", "b2", "c3")]
+
+
+def test_what_only_pixels_tell(fo, recipe, folder, tmp_path):
+    for id_ in ("d0", "d1", "d2", "d3", "d4", "d5"):
+        folder.image(id_)
+        folder.box(id_)
+    folder.mask("d0", fill=0)
+    folder.mask("d1", size=(32, 40))
+    folder.mask("d2", size=(80, 64))  # the same shape at another size is good
+    folder.mask("d3", fill=0.05)
+    folder.mask("d4")
+    folder.mask("d5")
+    folder.write()
+    image = folder.folder / "data" / "d4.jpg"
+    image.write_bytes(image.read_bytes()[:-200])
+    (folder.folder / "labels" / "masks" / "D" / folder.masks[-1][0]).write_bytes(b"not a picture")
+    caption(folder, {id_: ["a cat"] for id_ in ("a0", "a1", "b2", "d2")})
+    recipe["select"]["min_area"] = 0.1
+    path = prepare_dataset(recipe, tmp_path / "work")
+    found = {key: s.rejected_because for key, s in samples(fo, recipe["name"]).items() if s.rejected_because}
+    assert found == {
+        "train/c3": "group",
+        "train/d0": "mask empty",
+        "train/d1": "mask shape differs",
+        "train/d3": "mask area too small",
+        "train/d4": "image undecodable",
+        "train/d5": "mask undecodable",
+    }
+    row = next(r for r in read_manifest(path)[1] if r.id == "d2")
+    assert read_mask(path.parent / row.mask, (row.width, row.height)).mean() == pytest.approx(0.25)
+    counts = json.loads((path.parent / "selection.json").read_text())["counts"]["train"]
+    assert counts["kept"] == 4 and counts["mask empty"] == 1 and sum(counts.values()) == 10
+    recipe["select"]["min_area"] = 0.001  # other limits are applied to pixels that were looked at before
+    caption(folder, {id_: ["a cat"] for id_ in ("a0", "a1", "b2", "d2", "d3")})
+    assert "d3" in [r.id for r in read_manifest(prepare_dataset(recipe, tmp_path / "work"))[1]]
+
+
+def test_only_what_changed_is_done_anew(fo, recipe, folder, tmp_path):
+    path = prepare_dataset(recipe, tmp_path / "work")
+    ids, digest = {k: s.id for k, s in samples(fo, recipe["name"]).items()}, manifest_hash(path)
+    write_image(folder.folder / "data" / "a0.jpg", np.zeros((32, 40, 3), np.uint8))
+    folder.single("e5")
+    folder.boxes[1][10] = 1  # a1 becomes a group ...
+    folder.boxes[1][9] = 0
+    folder.boxes[1][11] = 0
+    folder.write()
+    caption(folder, {id_: ["a better caption"] for id_ in ("a0", "a1", "b2", "e5")})
+    rows = read_manifest(prepare_dataset(recipe, tmp_path / "work"))[1]
+    assert [r.id for r in rows] == ["a0", "b2", "e5"] and {r.caption for r in rows} == {"a better caption"}
+    assert rows[0].sha256 == sha256(folder.folder / "data" / "a0.jpg") and manifest_hash(path) != digest
+    after = {k: s.id for k, s in samples(fo, recipe["name"]).items()}
+    assert {k for k in ids if after[k] == ids[k]} == {"train/a0", "train/b2", "train/c3"}
+
+
+def test_masks_lost_from_the_work_folder_are_cut_again(fo, recipe, folder, tmp_path):
+    path = prepare_dataset(recipe, tmp_path / "work")
+    instances = sorted((path.parent / "instances" / "train").iterdir())
+    assert len(instances) == 3
+    for instance in instances:
+        instance.unlink()
+    prepare_dataset(recipe, tmp_path / "work")
+    assert sorted((path.parent / "instances" / "train").iterdir()) == instances
+
+
+def test_blip_captions_the_rest_once_for_each_captioner(fo, recipe, folder, tmp_path, monkeypatch):
+    caption(folder, {"a0": ["given"]})
+    with pytest.raises(UserError, match="2 images lack a caption"):
+        prepare_dataset(recipe, tmp_path / "work")
+    asked = []
+
+    def fake(batch, *_):
+        asked.extend(path.stem for _, path in batch)
+        return ((id_, f"blip sees {path.stem}") for id_, path in batch)
+
+    monkeypatch.setattr(open_images, "load_captioner", lambda *_: (None, None))
+    monkeypatch.setattr(open_images, "caption_images", fake)
+    path = prepare_dataset(recipe, tmp_path / "work", captioner="hub/blip")
+    assert {r.id: (r.caption, r.extras["caption_source"]) for r in read_manifest(path)[1]} == {
+        "a0": ("given", "given"),
+        "a1": ("blip sees a1", "hub/blip"),
+        "b2": ("blip sees b2", "hub/blip"),
+    }
+    prepare_dataset(recipe, tmp_path / "work", captioner="hub/blip")
+    assert asked == ["a1", "b2"]
+    prepare_dataset(recipe, tmp_path / "work", captioner="hub/other")
+    assert asked == ["a1", "b2"] * 2
+    prepare_dataset(recipe | {"captions": {"given": False}}, tmp_path / "work", captioner="hub/other")
+    assert asked == ["a1", "b2"] * 2 + ["a0"]
+
+
+def test_studio_truths_go_to_extras(fo, recipe, folder, tmp_path):
+    for name in ("plates/a0.jpg", "relit/a0.jpg", "shadows/a0.png", "plates/a1.jpg"):
+        path = folder.folder / name
+        path.parent.mkdir(exist_ok=True)
+        path.write_bytes(b"")
+    path = prepare_dataset(recipe, tmp_path / "work")
+    extras = {r.id: r.extras for r in read_manifest(path)[1]}
+    assert {k: (path.parent / v).resolve() for k, v in extras["a0"].items() if k in ("plate", "relit", "shadow")} == {
+        "plate": folder.folder / "plates/a0.jpg",
+        "relit": folder.folder / "relit/a0.jpg",
+        "shadow": folder.folder / "shadows/a0.png",
+    }
+    assert extras["a0"]["relit_caption"] == "the same cat at night"
+    assert set(extras["a1"]) == {"plate", "caption_source"} and set(extras["b2"]) == {"caption_source"}
+
+
+def test_another_folder_of_the_same_name_gets_a_dataset_of_its_own(fo, recipe, folder, tmp_path, make_folder):
+    prepare_dataset(recipe, tmp_path / "work")
+    other = make_folder(tmp_path / "other")
+    other.single("f0")
+    other.write()
+    caption(other, {"f0": ["a cat"]})
+    header, rows = read_manifest(prepare_dataset(recipe | {"dir": str(tmp_path / "other")}, tmp_path / "elsewhere"))
+    assert header["fiftyone"] == dataset_name(recipe["name"], tmp_path / "other") != recipe["name"]
+    assert [r.id for r in rows] == ["f0"] and len(fo.load_dataset(recipe["name"])) == 4
+
+
+def test_own_photographs_and_masks(fo, recipe, tmp_path):
+    images, masks = tmp_path / "data" / "images", tmp_path / "data" / "masks"
+    images.mkdir(parents=True)
+    masks.mkdir()
+    mask = np.zeros((32, 40), bool)
+    mask[8:24, 10:30] = True
+    for name in ("one", "two", "no_mask", "other_size", "empty"):
+        write_image(images / f"{name}.png", np.full((32, 40, 3), 90, np.uint8))
+    for name, pixels in {"one": mask, "two": mask, "other_size": mask.T, "empty": mask & False}.items():
+        write_image(masks / f"{name}.png", pixels)
+    (tmp_path / "data" / "captions.json").write_text(json.dumps({"one": "a box", "two": ["a crate"]}))
+    recipe |= {"layout": "folder", "splits": ["train", "validation", "test"]}
+    rows = read_manifest(prepare_dataset(recipe, tmp_path / "work"))[1]
+    box = (10, 8, 30, 24)
+    assert {r.id: (r.caption, r.box) for r in rows} == {"one": ("a box", box), "two": ("a crate", box)}
+    reasons = {s.harmony_id.split("/")[1]: s.rejected_because for s in samples(fo, recipe["name"]).values()}
+    assert reasons["no_mask"] == "mask file missing"
+    assert reasons["other_size"] == "mask shape differs" and reasons["empty"] == "mask empty"
+
+
+def test_folders_that_are_not_there_are_named(fo, recipe, tmp_path):
+    with pytest.raises(UserError, match="no such folder"):
+        prepare_dataset(recipe | {"dir": str(tmp_path / "lost")}, tmp_path / "work")
+    (tmp_path / "data").mkdir()
+    with pytest.raises(UserError, match="no such split"):
+        prepare_dataset(recipe, tmp_path / "work")
+    with pytest.raises(UserError, match="neither images/"):
+        prepare_dataset(recipe | {"layout": "folder"}, tmp_path / "work")
+    with pytest.raises(UserError, match="dataset.dir is not set"):
+        prepare_dataset(recipe | {"layout": "folder", "dir": None}, tmp_path / "work")
+
+
+def test_nothing_kept_is_said(recipe, tmp_path, make_folder):
+    folder = make_folder(tmp_path / "data")
+    folder.single("a0", group=1)
+    folder.write()
+    with pytest.raises(UserError, match="no image is kept"):
+        prepare_dataset(recipe, tmp_path / "work")
+
+
+def test_download_asks_for_annotations_then_for_what_is_selected(fo, recipe, tmp_path, make_folder, monkeypatch):
+    import fiftyone.utils.openimages as fouo
+
+    monkeypatch.setattr(fo.config, "dataset_zoo_dir", str(tmp_path / "zoo"))
+    asked = []
+
+    def fetch(folder, split, version, label_types, image_ids):
+        ids = Path(image_ids).read_text().split()
+        asked.append((split, version, label_types, ids))
+        remote = make_folder(Path(folder).parent, split)
+        for id_ in ("a0", "a1", "a2", "a3", "a4"):
+            remote.box(id_, group=int(id_ != "a0"))
+            remote.mask(id_)
+            if f"{split}/{id_}" in ids:
+                remote.image(id_)
+        remote.write()
+        caption(remote, {"a0": ["a cat"]})
+
+    monkeypatch.setattr(fouo, "download_open_images_split", fetch)
+    rows = read_manifest(prepare_dataset(recipe | {"dir": None}, tmp_path / "work"))[1]
+    assert [r.id for r in rows] == ["a0"]
+    kinds = ["detections", "segmentations"]
+    assert asked == [("train", "v7", kinds, []), ("train", "v7", kinds, ["train/a0", "train/a1", "train/a2"])]
+    assert set(samples(fo, recipe["name"])) == {"train/a0", "train/a1", "train/a2"}
+
+
+def test_download_without_network_is_one_clear_line(fo, recipe, tmp_path, monkeypatch):
+    import fiftyone.utils.openimages as fouo
+
+    def offline(*_, **__):
+        raise ConnectionError("Name or service not\nknown")
+
+    monkeypatch.setattr(fo.config, "dataset_zoo_dir", str(tmp_path / "zoo"))
+    monkeypatch.setattr(fouo, "download_open_images_split", offline)
+    with pytest.raises(UserError, match="download failed .*check the network and run the same command again") as error:
+        prepare_dataset(recipe | {"dir": None}, tmp_path / "work")
+    assert "\n" not in str(error.value)
+
+
+def test_id_file(tmp_path):
+    path = write_id_file(tmp_path / "new" / "ids.txt", "train", ["a", "b"])
+    assert path.read_text() == "train/a\ntrain/b\n" and list(path.parent.iterdir()) == [path]
+
+
+def test_half_fetched_files_are_forgotten_and_whole_ones_kept(tmp_path):
+    def write(*names):
+        for name in names:
+            (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+            (tmp_path / name).write_text("x")
+
+    write("labels/detections.csv", "labels/masks/A/1.png")
+    forget_interrupted(tmp_path)
+    write("labels/segmentations.csv", "labels/masks/B.zip", "labels/masks/B/2.png", "data/a.jpg")
+    forget_interrupted(tmp_path)  # the record is still there: the run before was interrupted
+    left = sorted(str(p.relative_to(tmp_path)) for p in tmp_path.rglob("*") if p.is_file())
+    assert left == [".fetching", "data/a.jpg", "labels/detections.csv", "labels/masks/A/1.png"]
+
+
+def test_progress_yields_everything_and_ends_with_a_line():
+    lines = []
+    assert list(progress(list(range(5)), 2, "count", lines.append)) == [[0, 1], [2, 3], [4]]
+    assert len(lines) == 1 and lines[0].startswith("count: 5/5, ")
