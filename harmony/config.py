@@ -26,8 +26,9 @@ from typing import Any
 import hydra
 from hydra._internal.utils import _run_hydra, get_args_parser
 from hydra.core.config_store import ConfigStore
+from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
-from hydra.errors import ConfigCompositionException, HydraException, MissingConfigException
+from hydra.errors import ConfigCompositionException, HydraException, MissingConfigException, OverrideParseException
 from hydra.types import RunMode
 from hydra.utils import get_object
 from omegaconf import DictConfig, OmegaConf, open_dict
@@ -106,8 +107,13 @@ def compose(
 ) -> DictConfig:
     """The configuration that ``python -m harmony.<name> <overrides>`` would see. Raises Hydra's own errors."""
     register(strip_experiments)
-    with hydra.initialize_config_dir(str(Path(config_dir).resolve()), version_base="1.3"):
-        return hydra.compose(name, overrides=list(overrides))
+    running = GlobalHydra.instance().hydra  # set inside a command, where Hydra would refuse a second composition
+    GlobalHydra.instance().clear()
+    try:
+        with hydra.initialize_config_dir(str(Path(config_dir).resolve()), version_base="1.3"):
+            return hydra.compose(name, overrides=list(overrides))
+    finally:
+        GlobalHydra.instance().hydra = running
 
 
 # Unknown keys -------------------------------------------------------------------------------------------------------
@@ -174,7 +180,7 @@ def check_experiment(name: str, choices: Mapping[str, str | None], config_dir: P
     "color"})``. Hydra itself adds such keys without a word.
     """
     files = options("experiment")
-    overrides = [f"{group}={'null' if option is None else option}" for group, option in choices.items()]
+    overrides = [f"{group}={option}" for group, option in choices.items() if option is not None]
     known, full = (
         OmegaConf.to_container(compose(name, overrides, config_dir, strip_experiments=strip)) for strip in (True, False)
     )
@@ -236,6 +242,8 @@ def explain(error: Exception, name: str, overrides: list[str], config_dir: Path)
     """An error of composition in one line, with the nearest right name where there is one."""
     if isinstance(error, MissingConfigException) and error.missing_cfg_file not in (None, name):
         return explain_missing(error, config_dir)
+    if isinstance(error, OverrideParseException):
+        return f"cannot read {error.override!r} on the command line; it should look like key=value, quoted if need be"
     unknown = re.search(r"(?:In '([^']+)': )?Could not (?:override|delete)[^']*'([^']+)'", str(error))
     if isinstance(error, ConfigCompositionException) and unknown:
         place, key = unknown.groups()
@@ -411,7 +419,8 @@ def run_folder(cfg: DictConfig) -> Path:
     with a path that folder is used. Rank 0 decides and writes ``config.yaml``; processes that it starts read
     HARMONY_RUN_DIR, processes started from outside (torchrun, SLURM) wait for the folder of their configuration.
     """
-    text, parent, resume = identity(cfg), Path(cfg.paths.runs).resolve() / str(cfg.name), cfg.get("resume", True)
+    text, resume = identity(cfg), cfg.get("resume", True)
+    parent = Path(cfg.paths.runs).resolve() / str(cfg.name or "unnamed")
     if rank() > 0:
         folder = follow_rank_zero(parent, text, resume)
     elif isinstance(resume, str):

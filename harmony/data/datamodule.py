@@ -1,10 +1,19 @@
 """F3. LightningDataModules: pixels for the kit's encoders, cached latents for everything that trains a UNet."""
 
-import lightning
-import torch
-from torch.utils.data import DataLoader, WeightedRandomSampler
+import itertools
+from pathlib import Path
 
+import lightning
+import numpy as np
+import torch
+from torch.utils.data import DataLoader, Sampler, WeightedRandomSampler
+
+from harmony.data.latents import Latents, Recipe, build, describe, example, key
+from harmony.data.manifest import read_manifest
 from harmony.data.pool import PixelPool
+from harmony.images import to_model
+from harmony.masks import to_latent
+from harmony.models.kit import Kit
 
 
 class PixelData(lightning.LightningDataModule):
@@ -73,3 +82,126 @@ class PixelData(lightning.LightningDataModule):
         """``count`` training pictures in the proportions of a batch, N x 3 x H x W in [-1, 1]."""
         loader = iter(self.train_dataloader())
         return torch.cat([next(loader)["image"] for _ in range(-(-count // self.hparams.batch_size))])[:count]
+
+
+class Stream(Sampler[tuple[int, int]]):
+    """An endless stream of (position, item): position p is the p-th sample that the whole run sees.
+
+    Items come in shuffled passes that depend on (seed, pass) only. Rank r of R takes its share of each global batch, and a
+    resumed run starts at the position it had reached, so that one process, eight, and a resumed run see the same samples.
+    """
+
+    def __init__(self, length: int, batch: int, seed: int = 0, rank: int = 0, world: int = 1, start: int = 0):
+        self.length, self.batch, self.seed, self.rank, self.world, self.start = length, batch, seed, rank, world, start
+
+    def item(self, position: int) -> int:
+        around = position // self.length
+        if getattr(self, "around", None) != around:
+            self.around = around
+            self.order = np.random.default_rng([self.seed, around]).permutation(self.length)
+        return int(self.order[position % self.length])
+
+    def __iter__(self):
+        for n in itertools.count(self.start):  # global batches
+            first = (n * self.world + self.rank) * self.batch
+            for position in range(first, first + self.batch):
+                yield position, self.item(position)
+
+
+class Draws(torch.utils.data.Dataset):
+    """Cached items with everything random that a training step needs, drawn from (seed, position) alone.
+
+    Adds ``noise``, ``encode``, ``encode_masked`` (unit normal, C x h x w: diffusion noise and the two posterior samples),
+    ``time`` in [0, 1) (scaled to a timestep by the objective), ``drop`` in [0, 1) (prompt dropout) and ``tokens``.
+    """
+
+    def __init__(self, latents: Latents, tokens: torch.Tensor, branch: str | None, seed: int):
+        self.latents, self.tokens, self.branch, self.seed = latents, tokens, branch, seed
+
+    def __len__(self) -> int:
+        return len(self.latents)
+
+    def __getitem__(self, key: tuple[int, int]) -> dict:
+        position, i = key
+        item = self.latents[i]
+        hint = item.get(f"hint_{self.branch}")
+        item = {k: v for k, v in item.items() if not k.startswith("hint_")}
+        if self.branch is not None:
+            item["hint"] = hint
+        rng = torch.Generator().manual_seed((self.seed * 1_000_003 + position) % 2**63)
+        c, h, w = item["moments"].shape
+        item["noise"], item["encode"], item["encode_masked"] = torch.randn(3, c // 2, h, w, generator=rng)
+        item["time"], item["drop"] = torch.rand(2, generator=rng)
+        return item | {"tokens": self.tokens[item["row"]]}
+
+
+class LatentData(lightning.LightningDataModule):
+    """Cached latents of a manifest's train and validation split; reads manifest and cache only.
+
+    ``batch_size`` is that of one process. ``branch`` names the hint that travels with a batch (None: no hint). ``prepare``
+    must have been called (in one process) before training.
+    """
+
+    def __init__(
+        self,
+        manifest: str,
+        kit: Kit,
+        cache: str,
+        batch_size: int,
+        branch: str | None = "color",
+        hints: dict[str, dict] | None = None,
+        crop: str = "jitter",
+        hole: str = "train",
+        variants: int = 2,
+        workers: int = 0,
+        seed: int = 0,
+    ):
+        super().__init__()
+        self.manifest, self.kit, self.cache = Path(manifest), kit, Path(cache)
+        self.batch_size, self.branch, self.workers, self.seed = batch_size, branch, workers, seed
+        self.recipes = {
+            "train": Recipe(crop, hole, variants, hints or {}, seed),
+            "validation": Recipe("centre", "kit" if hole == "kit" else "dilate", 1, hints or {}, seed),
+        }
+        self.sets: dict[str, Draws] = {}
+
+    def prepare(self, say=print) -> dict[str, Path]:
+        """Make or complete the caches; what is there and good is kept."""
+        return {s: build(self.manifest, s, self.kit, r, self.cache, say) for s, r in self.recipes.items()}
+
+    def setup(self, stage=None):
+        for split, recipe in self.recipes.items():
+            rows = read_manifest(self.manifest, split)[1]
+            description = describe(self.kit, recipe, rows)
+            latents = Latents(self.cache / f"{split}-{key(description)}", description)
+            self.sets[split] = Draws(latents, self.kit.tokens([row.caption for row in rows]), self.branch, self.seed)
+
+    def train_dataloader(self):
+        draws, trainer = self.sets["train"], self.trainer
+        start = trainer.global_step * trainer.accumulate_grad_batches
+        stream = Stream(len(draws), self.batch_size, self.seed, trainer.global_rank, trainer.world_size, start)
+        return self.loader(draws, stream)
+
+    def val_dataloader(self):
+        draws = self.sets["validation"]
+        return self.loader(draws, [(i, i) for i in range(len(draws))])
+
+    def loader(self, draws: Draws, order) -> DataLoader:
+        pin = torch.cuda.is_available()
+        keep = self.workers > 0
+        return DataLoader(
+            draws, self.batch_size, sampler=order, num_workers=self.workers, pin_memory=pin, persistent_workers=keep
+        )
+
+    def examples(self, count: int, split: str = "test") -> dict:
+        """``count`` held-out rows at the kit's resolution: ``image``, ``hole`` (latent), ``pixel_hole``, ``tokens``."""
+        rows = read_manifest(self.manifest, split)[1]
+        rows = rows[:: max(1, len(rows) // count)][:count]
+        shown = [example(row, self.manifest.parent, Recipe(), self.kit.resolution) for row in rows]
+        holes = torch.from_numpy(np.stack([e.hole for e in shown])[:, None]).float()
+        return {
+            "image": torch.stack([to_model(e.image) for e in shown]),
+            "hole": to_latent(holes, self.kit.factor),
+            "pixel_hole": holes,
+            "tokens": self.kit.tokens([row.caption for row in rows]),
+        }

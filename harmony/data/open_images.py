@@ -90,7 +90,7 @@ def select_recipe(recipe: dict, folder: Path) -> Selection:
     rules = Rules(**recipe["select"])
     if recipe["layout"] == "folder":
         return select_folder(locate(recipe), recipe["splits"], rules)
-    if recipe["dir"] is None:
+    if recipe["dir"] is None and "download" in recipe:
         return download(recipe["splits"], rules, folder, recipe["download"]["examples"])
     return select(locate(recipe), recipe["splits"], rules)
 

@@ -20,7 +20,8 @@ from diffusers.training_utils import EMAModel
 from torch import nn
 
 from harmony.images import from_model, grid, write_image
-from harmony.models.kit import Kit, kit_path, scaled_latent, write_model_index
+from harmony.models.kit import Kit, kit_path, write_model_index
+from harmony.training.objective import noised
 from harmony.training.schedule import linear_decay
 
 logging.getLogger("transformers").setLevel(logging.ERROR)
@@ -352,9 +353,9 @@ class InpaintTask(KitTask):
     network is a text-to-image model.
     """
 
-    def __init__(self, kit: str, config: dict, lr: float = 5e-4, prompt_dropout: float = 0.1, seed: int = 0, **options):
+    def __init__(self, kit: str, config: dict, lr: float = 5e-4, prompt_dropout: float = 0.1, **options):
         super().__init__(kit, lr, **options)
-        self.save_hyperparameters("config", "prompt_dropout", "seed", logger=False)
+        self.save_hyperparameters("config", "prompt_dropout", logger=False)
         self.kit = Kit(kit)
 
     def build(self):
@@ -366,19 +367,11 @@ class InpaintTask(KitTask):
         return UNet2DConditionModel(cross_attention_dim=width, **self.hparams.config)
 
     def training_step(self, batch, index):
-        scale, h = self.kit.vae.config.scaling_factor, self.hparams
-        moments, masked = batch["moments"].float(), batch["masked_moments"].float()
-        size = (len(moments), moments.shape[1] // 2, *moments.shape[2:])
-        rng = torch.Generator(self.device).manual_seed(h.seed * 1_000_003 + self.global_step)
-        noise, encode, encode_masked = torch.randn(3, *size, generator=rng, device=self.device)
-        t = torch.randint(1000, size[:1], generator=rng, device=self.device)
         text = self.kit.text(batch["tokens"])
-        drop = torch.rand(size[:1], generator=rng, device=self.device) < h.prompt_dropout
-        text = torch.where(drop[:, None, None], self.empty, text)
-        abar = self.abar[t].view(-1, 1, 1, 1)
-        z = abar.sqrt() * scaled_latent(moments, scale, encode) + (1 - abar).sqrt() * noise
-        known = [batch["hole"], scaled_latent(masked, scale, encode_masked)]
-        predicted = self.net(torch.cat([z, *known], 1), t, text).sample
+        text = torch.where((batch["drop"] < self.hparams.prompt_dropout)[:, None, None], self.empty, text)
+        z, known, t = noised(batch, self.kit.vae.config.scaling_factor, self.abar)
+        noise = batch["noise"]
+        predicted = self.net(torch.cat([z, known], 1), t, text).sample
         loss = F.mse_loss(predicted, noise)
         self.log("train/loss", loss, prog_bar=True)
         return loss

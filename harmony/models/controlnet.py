@@ -1,0 +1,70 @@
+"""F2. ControlNets for an inpainting UNet, in diffusers' own class and format.
+
+The trunk reads the noised latent alone (``conv_in`` keeps the first C of the UNet's 2C + 1 input channels): what the
+paper's prose says, and the only form that the stock ``StableDiffusionControlNetInpaintPipeline`` runs (method sheet 2.5).
+"""
+
+import json
+import math
+import os
+import shutil
+from pathlib import Path
+
+import torch
+from diffusers import ControlNetModel, UNet2DConditionModel
+
+from harmony.errors import UserError
+from harmony.models.kit import Kit
+
+HINT_CHANNELS = (16, 32, 96, 256)  # widths of the hint encoder; each after the first halves the side
+BRANCHES = ("color", "structure", "raw")
+
+
+def from_unet(unet: UNet2DConditionModel, factor: int, in_channels: int | None = 4) -> ControlNetModel:
+    """A trainable copy of the UNet's encoder and middle block with zero-initialised outputs and hint encoder output.
+
+    ``factor`` is the VAE's: the hint encoder must shrink the hint by as much. ``in_channels=None`` keeps all channels of
+    the UNet's input (an ablation). Fresh residuals are exactly zero.
+    """
+    widths = HINT_CHANNELS[: int(math.log2(factor)) + 1]
+    net = ControlNetModel.from_unet(unet, conditioning_embedding_out_channels=widths)
+    if in_channels is not None and in_channels != net.config.in_channels:
+        state = net.state_dict()
+        state["conv_in.weight"] = state["conv_in.weight"][:, :in_channels].clone()
+        net = ControlNetModel.from_config({**net.config, "in_channels": in_channels})
+        net.load_state_dict(state)
+    return net.to(unet.device, torch.float32).requires_grad_(True).train()
+
+
+def zero_convolutions(net: ControlNetModel) -> list[torch.nn.Parameter]:
+    """Parameters of the 1 x 1 output convolutions, one for each skip and one for the middle block."""
+    return [*net.controlnet_down_blocks.parameters(), *net.controlnet_mid_block.parameters()]
+
+
+def load_controlnet(path: str | os.PathLike, dtype: torch.dtype = torch.float32) -> ControlNetModel:
+    """A frozen ControlNet from a run folder (its ``export/``), a diffusers folder, or a hub id. Never unpickles."""
+    folder = Path(path)
+    for candidate in (folder / "export" / "controlnet", folder / "export", folder / "controlnet", folder):
+        if (candidate / "config.json").exists():
+            folder = candidate
+            break
+    else:
+        if folder.exists():
+            raise UserError(f"{path} holds no ControlNet (config.json): give a run folder or a diffusers folder")
+    try:
+        net = ControlNetModel.from_pretrained(str(folder), torch_dtype=dtype, use_safetensors=True)
+    except (OSError, ValueError) as error:
+        raise UserError(f"cannot load a ControlNet from {path}: {str(error).splitlines()[0]}") from error
+    return net.requires_grad_(False).eval()
+
+
+def export_controlnet(net: ControlNetModel, folder: Path, branch: str, parameters: dict, kit: Kit) -> Path:
+    """Write ``folder/controlnet`` in diffusers layout with ``hint.json`` (how its hints are made) beside the weights."""
+    target, partial = Path(folder) / "controlnet", Path(folder) / ".controlnet.partial"
+    shutil.rmtree(partial, ignore_errors=True)
+    net.save_pretrained(partial)
+    facts = {"branch": branch, "parameters": parameters, "kit": kit.path, "vae": kit.hash("vae"), "unet": kit.hash("unet")}
+    (partial / "hint.json").write_text(json.dumps(facts, indent=2) + "\n")
+    shutil.rmtree(target, ignore_errors=True)
+    os.replace(partial, target)
+    return target

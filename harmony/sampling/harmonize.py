@@ -1,0 +1,145 @@
+"""F3. Harmonization: one instance into one photograph, at the kit's resolution, pasted back bit for bit.
+
+The picture is cropped to a square around the hole, worked on at the kit's resolution, and put back; pixels outside the
+hole equal the input exactly.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from harmony.composites import copy_paste, paste_back
+from harmony.conditions import hint
+from harmony.errors import UserError
+from harmony.images import Crop, crop_resize, from_model, paste_crop, square_around, to_hint, to_model
+from harmony.masks import bounding_box, hole, to_latent
+from harmony.models.kit import Kit
+from harmony.sampling.ddim import noise_for
+from harmony.sampling.inpaint import inpaint
+
+CONTEXT = 1.6  # side of the working square relative to the hole's longer side
+
+
+@dataclass(frozen=True)
+class Branch:
+    """A trained ControlNet with its operator: ``name`` is color, structure or raw; ``weight`` its lambda."""
+
+    name: str
+    net: torch.nn.Module
+    weight: float = 1.0
+    parameters: dict | None = None
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Sampling: DDIM ``steps``, ``guidance`` w, ``seed``; ``batch`` images at a time."""
+
+    steps: int = 50
+    guidance: float = 7.5
+    seed: int = 0
+    batch: int = 16
+
+
+@torch.no_grad()
+def fill(
+    kit: Kit,
+    images: Sequence[np.ndarray],
+    instances: Sequence[np.ndarray],
+    masks: Sequence[np.ndarray],
+    holes: Sequence[np.ndarray],
+    prompts: Sequence[str],
+    branches: Sequence[Branch] = (),
+    settings: Settings = Settings(),
+    indices: Sequence[int] | None = None,
+) -> list[np.ndarray]:
+    """Raw model outputs, uint8 R x R x 3, before any paste-back.
+
+    ``images`` uint8 R x R x 3 give the background (what lies in the hole is not seen), ``instances`` uint8 R x R x 3 with
+    ``masks`` bool R x R give the hints, ``holes`` bool R x R contain the masks. R is the kit's resolution. Noise of item i
+    depends on (seed, indices[i]) only.
+    """
+    indices = list(range(len(images))) if indices is None else indices
+    empty = kit.prompt([""])
+    shape = (kit.channels, kit.resolution // kit.factor, kit.resolution // kit.factor)
+    outputs = []
+    for i in range(0, len(images), settings.batch):
+        part = slice(i, i + settings.batch)
+        x = torch.stack([to_model(v) for v in images[part]]).to(kit.device)
+        open_ = torch.from_numpy(np.stack(holes[part])[:, None]).float().to(kit.device)
+        masked = kit.latent(kit.moments(x * (1 - open_))).to(kit.dtype)
+        controls = [
+            (b.net, hints(b, instances[part], masks[part]).to(kit.device, kit.dtype), b.weight) for b in branches
+        ]
+        noise = noise_for(settings.seed, indices[part], shape, kit.device).to(kit.dtype)
+        mask = to_latent(open_, kit.factor).to(kit.dtype)
+        text = kit.prompt(list(prompts[part]))
+        z = inpaint(kit, noise, mask, masked, text, empty, settings.guidance, settings.steps, controls)
+        outputs += [from_model(y) for y in kit.decode(z).float()]
+    return outputs
+
+
+def hints(branch: Branch, instances: Sequence[np.ndarray], masks: Sequence[np.ndarray]) -> torch.Tensor:
+    """B x 3 x R x R in [0, 1] by the branch's operator."""
+    pairs = zip(instances, masks, strict=True)
+    return torch.stack([to_hint(hint(branch.name, image, mask, **(branch.parameters or {}))) for image, mask in pairs])
+
+
+@dataclass(frozen=True)
+class Result:
+    """``image``: the photograph with the instance in it, bit-exact outside ``hole``; ``raw``: the model's square;
+    ``composite``: plain copy and paste; ``crop``: where the square lies."""
+
+    image: np.ndarray
+    raw: np.ndarray
+    composite: np.ndarray
+    hole: np.ndarray
+    crop: Crop
+
+
+def harmonize(
+    kit: Kit,
+    background: np.ndarray,
+    foreground: np.ndarray,
+    mask: np.ndarray,
+    prompt: str,
+    branches: Sequence[Branch],
+    settings: Settings = Settings(),
+    region: np.ndarray | None = None,
+    feather: float = 0,
+) -> Result:
+    """Put the masked object of ``foreground`` into ``background``.
+
+    ``background``, ``foreground`` uint8 H x W x 3 and ``mask`` bool H x W share one size (see ``composites.place`` for a
+    cut-out of another size). The hole is the mask dilated by the test rule, joined by the optional ``region`` in which the
+    model may also repaint (for a shadow). ``feather`` in pixels blends inside the hole. UserError for an empty mask or
+    sizes that differ.
+    """
+    height, width = background.shape[:2]
+    for name, array in (("foreground", foreground), ("mask", mask)) + ((("region", region),) if region is not None else ()):
+        if array.shape[:2] != (height, width):
+            size = f"{array.shape[1]} x {array.shape[0]}"
+            raise UserError(f"{name} is {size} but the background is {width} x {height}: give box=x0,y0,x1,y1 or resize it")
+    if not mask.any():
+        raise UserError("the mask is empty: it must be white where the object is")
+    composite = copy_paste(background, foreground, mask)
+    box = bounding_box(mask if region is None else mask | region)
+    crop = square_around(box, width, height, context=CONTEXT)
+    side = kit.resolution
+    image, instance, small = (crop_resize(a, crop, side) for a in (background, composite, mask))
+    if not small.any():
+        raise UserError(f"the object is too small: it vanishes at the kit's {side} px; enlarge it or choose a larger kit")
+    opened = hole(small, "dilate")
+    if region is not None:
+        opened |= crop_resize(region, crop, side)
+    raw = fill(kit, [image], [instance], [small], [opened], [prompt], branches, settings)[0]
+    full = hole_in_image(opened, crop, (height, width)) | mask
+    return Result(paste_back(paste_crop(background, raw, crop), background, full, feather), raw, composite, full, crop)
+
+
+def hole_in_image(opened: np.ndarray, crop: Crop, shape: tuple[int, int]) -> np.ndarray:
+    """The square's hole (bool R x R) as a mask of the whole photograph (bool H x W), by nearest."""
+    at = np.arange(crop.side) * len(opened) // crop.side
+    patch = np.repeat(opened[at][:, at, None].astype(np.uint8), 3, 2)
+    return paste_crop(np.zeros((*shape, 3), np.uint8), patch, crop)[..., 0].astype(bool)

@@ -1,0 +1,168 @@
+"""F4. What watches a training: sample grids, throughput, the NaN guard, atomic checkpoints, the run folder's CSV."""
+
+import csv
+import os
+import time
+from pathlib import Path
+
+import lightning
+import torch
+from lightning.fabric.plugins import TorchCheckpointIO
+from lightning.pytorch.callbacks import Callback
+
+from harmony.data.datamodule import LatentData
+from harmony.errors import UserError
+from harmony.images import from_model, grid, write_image
+from harmony.sampling.benchmark import load_bench, reconstruct
+from harmony.sampling.harmonize import Branch, Settings, hints
+
+
+class AtomicCheckpoints(TorchCheckpointIO):
+    """Checkpoints appear under their name only when complete: a kill while writing leaves the previous one."""
+
+    def save_checkpoint(self, checkpoint, path, storage_options=None):
+        path = Path(path)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        partial = path.with_name(f".{path.name}.partial")
+        try:
+            torch.save(checkpoint, partial)
+            os.replace(partial, path)
+        except (OSError, RuntimeError) as error:
+            partial.unlink(missing_ok=True)
+            raise UserError(f"cannot write checkpoint {path} ({error}): free some disk; the same command goes on") from error
+
+    def load_checkpoint(self, path, map_location=None, weights_only=True):
+        return torch.load(path, map_location=map_location or "cpu", weights_only=True)
+
+
+class NaNGuard(Callback):
+    """Stop with one clear line when the loss is not finite; the last checkpoint is then from before it.
+
+    The flag stays on the device and is read every ``every`` steps, and before each checkpoint.
+    """
+
+    def __init__(self, every: int = 10):
+        self.every, self.bad = every, None
+
+    def on_train_batch_end(self, trainer, module, outputs, batch, batch_idx):
+        wrong = ~torch.isfinite(outputs["loss"].detach())
+        self.bad = wrong if self.bad is None else self.bad | wrong
+        if trainer.global_step % self.every == 0:
+            self.look(trainer)
+
+    def look(self, trainer):
+        if self.bad is not None and bool(self.bad):
+            last = trainer.checkpoint_callback.last_model_path if trainer.checkpoint_callback else ""
+            where = f"the last good checkpoint is {last}" if last else "there is no checkpoint yet"
+            raise UserError(f"the loss became NaN or infinite by step {trainer.global_step}; {where}; lower module.lr")
+
+    def on_save_checkpoint(self, trainer, module, checkpoint):
+        self.look(trainer)
+
+
+class Throughput(Callback):
+    """Images a second since the last report, and the time that is left; logged and printed every ``every`` steps."""
+
+    def __init__(self, every: int = 50):
+        self.every = every
+
+    def on_train_start(self, trainer, module):
+        self.mark, self.step = time.monotonic(), trainer.global_step
+
+    def on_train_batch_end(self, trainer, module, outputs, batch, batch_idx):
+        done = trainer.global_step - self.step
+        if done == 0 or trainer.global_step % self.every:
+            return
+        seconds = time.monotonic() - self.mark
+        size = len(next(v for v in batch.values() if isinstance(v, torch.Tensor)))
+        rate = done * size * trainer.world_size * trainer.accumulate_grad_batches / seconds
+        module.log("train/images_per_second", rate)
+        if trainer.is_global_zero:
+            left = (trainer.max_steps - trainer.global_step) * seconds / done
+            loss = float(outputs["loss"].detach())
+            of = f"{trainer.global_step}/{trainer.max_steps}"
+            print(f"step {of}: loss {loss:.4f}, {rate:.0f} images a second, {left:.0f} s left", flush=True)
+        self.mark, self.step = time.monotonic(), trainer.global_step
+
+
+class MetricsCSV(Callback):
+    """``metrics.csv`` of the run folder: step, name, value. A resumed run goes on below its last step."""
+
+    def __init__(self, folder: str):
+        self.path = Path(folder) / "metrics.csv"
+
+    def on_train_start(self, trainer, module):
+        self.last = -1
+        if trainer.is_global_zero and self.path.exists():
+            with open(self.path, newline="") as file:
+                rows = [r for r in csv.reader(file) if len(r) == 3 and r[0].isdigit() and int(r[0]) <= trainer.global_step]
+            self.write(rows, "w")
+
+    def write(self, rows, mode="a"):
+        new = mode == "w" or not self.path.exists()
+        with open(self.path, mode, newline="") as file:
+            writer = csv.writer(file)
+            if new:
+                writer.writerow(["step", "name", "value"])
+            writer.writerows(rows)
+
+    def report(self, trainer):
+        if trainer.is_global_zero:
+            numbers = {k: v for k, v in trainer.logged_metrics.items() if not k.endswith(("_step", "_epoch"))}
+            self.write([(trainer.global_step, name, f"{float(v):.6g}") for name, v in numbers.items()])
+
+    def on_train_batch_end(self, trainer, module, outputs, batch, batch_idx):
+        if trainer.global_step % trainer.log_every_n_steps == 0 and trainer.global_step != self.last:
+            self.last = trainer.global_step
+            self.report(trainer)
+
+    def on_validation_end(self, trainer, module):
+        if not trainer.sanity_checking:
+            self.report(trainer)
+
+
+class SampleGrid(Callback):
+    """The same held-out pictures with the same noise, every ``every`` steps: input, hint, hint-off baseline, output, truth."""
+
+    def __init__(self, folder: str, count: int = 8, every: int = 500, steps: int = 20, guidance: float = 2.0, seed: int = 0):
+        self.folder, self.count, self.every = Path(folder) / "grids", count, every
+        self.settings = Settings(steps=steps, guidance=guidance, seed=seed)
+        self.bench = self.off = None
+
+    def draw(self, trainer, module):
+        data: LatentData = trainer.datamodule
+        kit = module.kit
+        if self.bench is None:
+            self.bench = load_bench(data.manifest, "validation", kit.resolution, self.count)
+            self.off = reconstruct(kit, self.bench, [], self.settings)
+        parameters = data.recipes["validation"].hints.get(module.branch, {})
+        branch = Branch(module.branch, module.net, 1.0, parameters)
+        module.net.eval()
+        on = reconstruct(kit, self.bench, [branch], self.settings)
+        module.net.train()
+        e = self.bench.examples
+        seen = hints(branch, [v.image for v in e], [v.mask for v in e])
+        rows = [
+            [v.image * ~v.hole[..., None], from_model(2 * h - 1), off, out, v.image]
+            for v, h, off, out in zip(e, seen, self.off, on, strict=True)
+        ]
+        picture = grid(rows, ["input", "hint", "hint off", "output", "truth"])
+        self.folder.mkdir(parents=True, exist_ok=True)
+        path = self.folder / f"samples_{trainer.global_step:06d}.png"
+        write_image(path, picture)
+        for logger in trainer.loggers:
+            if hasattr(logger, "log_image"):
+                logger.log_image("samples", [picture], caption=[path.name])
+
+    def on_train_batch_end(self, trainer, module, outputs, batch, batch_idx):
+        if trainer.global_step % self.every == 0 and trainer.is_global_zero:
+            self.draw(trainer, module)
+
+    def on_train_end(self, trainer, module):
+        if trainer.is_global_zero and not trainer.interrupted:
+            self.draw(trainer, module)
+
+
+def trainer_callbacks(callbacks) -> list[lightning.Callback]:
+    """The callbacks of a configuration node (a mapping by name, None entries switched off), as Lightning wants them."""
+    return [c for c in callbacks.values() if c is not None]
