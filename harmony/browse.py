@@ -5,16 +5,12 @@ from omegaconf import DictConfig, OmegaConf
 from harmony.config import entry
 
 
-def run(cfg: DictConfig) -> None:
-    """Serve the App on ``cfg.port`` until Ctrl-C."""
+@entry("browse")
+def main(cfg: DictConfig) -> None:
+    """Look at a prepared dataset in the FiftyOne App: what was kept, and what was rejected for which reason."""
     from harmony.data.open_images import browse
 
     browse(OmegaConf.to_container(cfg.dataset, resolve=True), cfg.port, cfg.address)
-
-
-@entry("browse")
-def main(cfg: DictConfig) -> None:
-    run(cfg)
 
 
 if __name__ == "__main__":

@@ -48,3 +48,43 @@ def shared_data() -> Path:
     if not SHARED_DATA.is_dir():
         pytest.skip("needs the photographs of ../shared/data, which are not here")
     return SHARED_DATA
+
+
+def build_random_kit(folder: Path) -> Path:
+    """A complete kit in diffusers layout with fresh small networks: 32 px, factor 4, made in a second, trained on nothing."""
+    import torch
+    from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
+    from transformers import CLIPTextConfig, CLIPTextModelWithProjection, CLIPVisionConfig, CLIPVisionModelWithProjection
+
+    from harmony.training.kit import SCHEDULE, train_tokenizer, write_part
+
+    torch.manual_seed(0)
+    folder.mkdir(parents=True, exist_ok=True)
+    tokenizer = train_tokenizer(["a red mushroom on snow, warm sunset light", "a blue car on grass"] * 4, 600, 16)
+    ids = {name: getattr(tokenizer, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
+    size = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2}
+    text = CLIPTextConfig(vocab_size=len(tokenizer), max_position_embeddings=16, projection_dim=32, **size, **ids)
+    vision = CLIPVisionConfig(image_size=32, patch_size=8, projection_dim=32, **size)
+    blocks = {"down_block_types": ["DownEncoderBlock2D"] * 3, "up_block_types": ["UpDecoderBlock2D"] * 3}
+    vae = AutoencoderKL(
+        **blocks, block_out_channels=[8, 16, 16], layers_per_block=1, latent_channels=4, norm_num_groups=4,
+        mid_block_add_attention=False, sample_size=32, scaling_factor=0.5,
+    )  # fmt: skip
+    unet = UNet2DConditionModel(
+        sample_size=8, in_channels=9, out_channels=4, block_out_channels=[16, 32], layers_per_block=1, norm_num_groups=8,
+        down_block_types=["CrossAttnDownBlock2D", "DownBlock2D"], up_block_types=["UpBlock2D", "CrossAttnUpBlock2D"],
+        cross_attention_dim=32, attention_head_dim=4,
+    )  # fmt: skip
+    write_part(folder, "tokenizer", tokenizer)
+    write_part(folder, "text_encoder", CLIPTextModelWithProjection(text))
+    write_part(folder, "image_encoder", CLIPVisionModelWithProjection(vision))
+    write_part(folder, "scheduler", DDIMScheduler(**SCHEDULE))
+    write_part(folder, "vae", vae)
+    write_part(folder, "unet", unet)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def random_kit(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Folder of ``build_random_kit``; read it, do not change it."""
+    return build_random_kit(tmp_path_factory.mktemp("kit") / "random")

@@ -1,6 +1,7 @@
 """The house stands: imports go to lower floors, heavy libraries have one door each, ``import harmony`` is free."""
 
 import ast
+import functools
 import subprocess
 import sys
 from collections import defaultdict
@@ -18,6 +19,7 @@ def module_name(path: Path) -> str:
     return ".".join(path.relative_to(ROOT).with_suffix("").parts)
 
 
+@functools.cache
 def floor(path: Path) -> int:
     """The number in the first word of the docstring, ``F3.``"""
     word = (ast.get_docstring(ast.parse(path.read_text())) or "?").split()[0]
@@ -37,6 +39,7 @@ def imported(path: Path) -> set[str]:
     return names
 
 
+@functools.cache
 def edges() -> dict[str, set[str]]:
     """Module -> modules of ours that it imports."""
     modules = {module_name(path) for path in FILES}

@@ -62,9 +62,11 @@ def prepare_dataset(
 ) -> Path:
     """Prepare the dataset that ``recipe`` (datasets/*/recipe.yaml) describes; returns ``work/<name>/manifest.jsonl``.
 
-    ``captioner`` is a BLIP folder (``<kit>/captioner``) or hub id, loaded only if some image needs it. Raises UserError
-    for bad input, and when nothing is left.
+    ``captioner`` is the kit's (``<kit>/captioner``), used unless the recipe names another BLIP folder or hub id, and
+    loaded only if some image needs it. Raises UserError for bad input, and when nothing is left.
     """
+    if recipe["captions"]["captioner"] != "kit":
+        captioner = recipe["captions"]["captioner"]
     folder = Path(work).resolve() / recipe["name"]
     selection = select_recipe(recipe, folder)
     write_selection(selection, folder)

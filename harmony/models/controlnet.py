@@ -33,7 +33,8 @@ def from_unet(unet: UNet2DConditionModel, factor: int, in_channels: int | None =
         state["conv_in.weight"] = state["conv_in.weight"][:, :in_channels].clone()
         net = ControlNetModel.from_config({**net.config, "in_channels": in_channels})
         net.load_state_dict(state)
-    return net.to(unet.device, torch.float32).requires_grad_(True).train()
+    net = net.to(unet.device)
+    return (net if net.dtype == torch.float32 else net.float()).requires_grad_(True).train()
 
 
 def zero_convolutions(net: ControlNetModel) -> list[torch.nn.Parameter]:

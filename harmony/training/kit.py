@@ -73,7 +73,7 @@ class KitTask(lightning.LightningModule):
 
     def setup(self, stage=None):
         if self.net is None:
-            self.net = self.build()
+            self.net = self.build().to(memory_format=torch.channels_last)  # convolutions on CPU and GPU prefer it
             self.averaged = EMAModel(self.net.parameters(), decay=self.hparams.ema, use_ema_warmup=True, power=0.75)
 
     def on_fit_start(self):

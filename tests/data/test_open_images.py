@@ -205,7 +205,8 @@ def test_blip_captions_the_rest_once_for_each_captioner(fo, recipe, folder, tmp_
     assert asked == ["a1", "b2"]
     prepare_dataset(recipe, tmp_path / "work", captioner="hub/other")
     assert asked == ["a1", "b2"] * 2
-    prepare_dataset(recipe | {"captions": {"given": False}}, tmp_path / "work", captioner="hub/other")
+    recipe["captions"] = {"given": False, "captioner": "hub/other"}  # named in the recipe, it comes before the kit's
+    prepare_dataset(recipe, tmp_path / "work", captioner="hub/blip")
     assert asked == ["a1", "b2"] * 2 + ["a0"]
 
 
