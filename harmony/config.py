@@ -300,11 +300,22 @@ def help_text(task: Callable, name: str, config_dir: Path) -> str:
     return "\n".join(line.rstrip() for line in lines)
 
 
-def run(task: Callable[[DictConfig], None], name: str, config_dir: Path) -> int:
+def literal(override: str, keys: Iterable[str]) -> str:
+    """``key=value`` with the value of a text key quoted, so that commas, brackets and spaces in it mean themselves."""
+    key, _, value = override.partition("=")
+    if key.lstrip("+") not in keys or value == "null" or (len(value) > 1 and value[0] == value[-1] and value[0] in "'\""):
+        return override
+    escaped = re.sub(r"(\\*)('|$)", lambda m: 2 * m[1] + ("\\'" if m[2] else ""), value)
+    return f"{key}='{escaped}'"
+
+
+def run(
+    task: Callable[[DictConfig], None], name: str, config_dir: Path, read: Callable[[list[str]], list[str]] = list
+) -> int:
     """Compose the configuration from the command line and call ``task``; the exit code (0, 2 or 130)."""
     parser = get_args_parser()
     args = parser.parse_args()
-    given = list(args.overrides)
+    given = read(args.overrides)
     keys = {override.lstrip("+~").split("=")[0] for override in given}
     args.overrides = [f"{key}={value}" for key, value in HYDRA_SETTINGS.items() if key not in keys] + given
     os.environ["HYDRA_FULL_ERROR"] = "1"  # otherwise Hydra prints errors itself and leaves with code 1
@@ -360,15 +371,20 @@ def report(error: BaseException | None) -> int:
     return 2
 
 
-def entry(name: str, config_dir: str | Path = CONFIGS) -> Callable[[Callable[[DictConfig], None]], Callable]:
-    """Decorator: ``main(cfg)`` becomes a command over ``<config_dir>/<name>.yaml``; called with a cfg it just runs."""
+def entry(
+    name: str, config_dir: str | Path = CONFIGS, read: Callable[[list[str]], list[str]] = list
+) -> Callable[[Callable[[DictConfig], None]], Callable]:
+    """Decorator: ``main(cfg)`` becomes a command over ``<config_dir>/<name>.yaml``; called with a cfg it just runs.
+
+    ``read`` turns the words of the command line into overrides, where a command takes words that Hydra does not.
+    """
 
     def decorate(task: Callable[[DictConfig], None]) -> Callable:
         @functools.wraps(task)
         def main(cfg: DictConfig | None = None) -> None:
             if cfg is not None:
                 return task(cfg)
-            code = run(task, name, Path(config_dir).resolve())
+            code = run(task, name, Path(config_dir).resolve(), read)
             if code:
                 sys.exit(code)
 

@@ -38,33 +38,6 @@ def train(cfg: DictConfig, folder: Path) -> tuple[lightning.Trainer, lightning.L
     return trainer, module
 
 
-def evaluate(cfg: DictConfig, kit, branches: list) -> dict[str, float]:
-    """Figures on held-out pictures with the ControlNet, and under ``baseline/`` without it (weight 0)."""
-    from harmony.sampling.benchmark import feature_extractor, figures, load_bench, reconstruct
-    from harmony.sampling.harmonize import Settings
-
-    e = cfg.evaluate
-    settings = Settings(e.steps, e.guidance, e.seed)
-    bench = load_bench(Path(cfg.data.manifest), e.split, kit.resolution, e.limit)
-    extractor = feature_extractor(kit)
-    print(f"evaluating on {len(bench.examples)} {e.split} pictures: {e.steps} steps, guidance {e.guidance}, seed {e.seed}")
-    before = figures(bench, reconstruct(kit, bench, [], settings), extractor)
-    after = figures(bench, reconstruct(kit, bench, branches, settings), extractor)
-    named = {"protocol": extractor.protocol, "count": len(bench.examples)}
-    return named | {f"baseline/{name}": v for name, v in before.items()} | after
-
-
-def table(metrics: dict, split: str) -> str:
-    """Before / after as Markdown."""
-    lines = ["| metric | before (hint off) | after |", "|---|---|---|"]
-    for kind, name in (("pasted", "color_de"), ("pasted", "fpsnr"), ("pasted", "psnr"), ("pasted", "edge_f1"), ("pasted", "fid"),
-                       ("pasted", "kid"), ("pasted", "seam"), ("pasted", "bg_drift"), ("raw", "bg_drift")):
-        key = f"{split}/{kind}/{name}"
-        if key in metrics:
-            lines.append(f"| {key} | {metrics[f'baseline/{key}']:.4g} | {metrics[key]:.4g} |")
-    return "\n".join(lines)
-
-
 @entry("fit")
 def main(cfg: DictConfig) -> None:
     """Train what the experiment names; the same command goes on with an interrupted run."""
@@ -80,15 +53,16 @@ def main(cfg: DictConfig) -> None:
     numbers = {k: float(v) for k, v in trainer.callback_metrics.items() if not k.endswith(("_step", "_epoch"))}
     if cfg.evaluate is not None:
         from harmony.models.controlnet import export_controlnet
+        from harmony.sampling.benchmark import before_and_after, table
         from harmony.sampling.harmonize import Branch
 
         net = module.net.eval().requires_grad_(False)
         parameters = OmegaConf.to_container(cfg.data.hints, resolve=True).get(module.branch, {})
         export_controlnet(net, folder / "export", module.branch, parameters, module.kit)
-        figures = evaluate(cfg, module.kit, [Branch(module.branch, net, 1.0, parameters)])
-        protocol = {k: figures.pop(k) for k in ("protocol", "count")}
+        branch = Branch(module.branch, net, 1.0, parameters)
+        figures, protocol = before_and_after(module.kit, Path(cfg.data.manifest), [branch], **cfg.evaluate)
         numbers |= figures
-        print(f"\n{table(numbers, cfg.evaluate.split)}\n\nfid and kid: {protocol['protocol']}, n = {protocol['count']}")
+        print(f"\n{table(figures, cfg.evaluate.split)}\n\n{protocol}")
     facts = provenance(cfg, wall_time_s=round(time.monotonic() - began, 1), manifest=manifest_hash(cfg.data.manifest))
     write_json(folder / "provenance.json", facts)
     if trainer.logger is not None:

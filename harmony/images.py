@@ -55,7 +55,7 @@ def read_image(path: str | Path) -> np.ndarray:
     return np.array(image.convert("RGB"))
 
 
-def write_image(path: str | Path, image: np.ndarray) -> None:
+def write_image(path: str | Path, image: np.ndarray, **options) -> None:
     """Write uint8 H x W x 3, uint8 H x W or a bool mask (True = 255) as PNG or JPEG by suffix, whole or not at all."""
     path = Path(path)
     if path.suffix.lower() not in WRITERS:
@@ -63,7 +63,7 @@ def write_image(path: str | Path, image: np.ndarray) -> None:
     pixels = image.astype(np.uint8) * 255 if image.dtype == bool else image
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        Image.fromarray(pixels).save(temporary, **WRITERS[path.suffix.lower()])
+        Image.fromarray(pixels).save(temporary, **WRITERS[path.suffix.lower()] | options)
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)

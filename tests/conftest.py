@@ -88,3 +88,51 @@ def build_random_kit(folder: Path) -> Path:
 def random_kit(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Folder of ``build_random_kit``; read it, do not change it."""
     return build_random_kit(tmp_path_factory.mktemp("kit") / "random")
+
+
+@pytest.fixture(scope="session")
+def studio_rows() -> list:
+    """Twenty rows of the bundled renders, paths relative to the checkout: 12 train, 4 validation, 4 test."""
+    from harmony.data.pool import rows_of
+
+    counts = {"train": 12, "validation": 4, "test": 4}
+    listed = {split: rows_of(ROOT / "datasets" / "studio" / split, split, ROOT) for split in counts}
+    return [rows[i * len(rows) // n] for (split, n) in counts.items() for rows in [listed[split]] for i in range(n)]
+
+
+@pytest.fixture(scope="session")
+def small_manifest(studio_rows):
+    """``small_manifest(folder, dataset="studio")``: write a manifest of ``studio_rows`` there; returns its path."""
+    from dataclasses import replace
+
+    from harmony.data.manifest import write_manifest
+
+    def write(folder: Path, dataset: str = "studio") -> Path:
+        def here(path: str) -> str:
+            return os.path.relpath(ROOT / path, folder)
+
+        rows = [replace(row, image=here(row.image), mask=here(row.mask)) for row in studio_rows]
+        write_manifest(folder / "manifest.jsonl", rows, dataset)
+        return folder / "manifest.jsonl"
+
+    return write
+
+
+@pytest.fixture(scope="session")
+def prepared_work(small_manifest):
+    """``prepared_work(work, overrides)``: lay down what ``harmony.prepare`` leaves for the dataset that is chosen.
+
+    ``overrides`` are those of the later ``harmony.fit``; its own call of ``prepare`` then finds everything done, and no
+    database starts.
+    """
+    from omegaconf import OmegaConf
+
+    from harmony.config import compose, write_json
+
+    def lay(work: Path, overrides: list[str]) -> Path:
+        recipe = OmegaConf.to_container(compose("fit", overrides).dataset, resolve=True)
+        manifest = small_manifest(work / recipe["name"], recipe["name"])
+        write_json(manifest.parent / "recipe.json", recipe)
+        return manifest
+
+    return lay

@@ -12,9 +12,10 @@ from pathlib import Path
 
 import torch
 from diffusers import ControlNetModel, UNet2DConditionModel
+from safetensors import SafetensorError
 
 from harmony.errors import UserError
-from harmony.models.kit import Kit
+from harmony.models.kit import ASSETS, Kit
 
 HINT_CHANNELS = (16, 32, 96, 256)  # widths of the hint encoder; each after the first halves the side
 BRANCHES = ("color", "structure", "raw")
@@ -42,21 +43,43 @@ def zero_convolutions(net: ControlNetModel) -> list[torch.nn.Parameter]:
     return [*net.controlnet_down_blocks.parameters(), *net.controlnet_mid_block.parameters()]
 
 
-def load_controlnet(path: str | os.PathLike, dtype: torch.dtype = torch.float32) -> ControlNetModel:
-    """A frozen ControlNet from a run folder (its ``export/``), a diffusers folder, or a hub id. Never unpickles."""
-    folder = Path(path)
+def controlnet_folder(path: str | os.PathLike) -> Path | None:
+    """The diffusers folder that ``path`` means: a shipped name (``color``), a run folder (its ``export/``), or itself.
+
+    None when ``path`` is no folder, then it may be a hub id. UserError for a folder without a ControlNet.
+    """
+    shipped = ASSETS / path
+    folder = shipped if shipped.parent == ASSETS and shipped.name != ".." and shipped.is_dir() else Path(path)
     for candidate in (folder / "export" / "controlnet", folder / "export", folder / "controlnet", folder):
         if (candidate / "config.json").exists():
-            folder = candidate
-            break
-    else:
-        if folder.exists():
-            raise UserError(f"{path} holds no ControlNet (config.json): give a run folder or a diffusers folder")
+            return candidate
+    if (folder / "checkpoints").is_dir():
+        raise UserError(f"{path} is a run that has not ended: write its ControlNet with python -m harmony.export {path}")
+    if folder.exists():
+        raise UserError(f"{path} holds no ControlNet (config.json): give a run folder or a diffusers folder")
+    return None
+
+
+def load_controlnet(path: str | os.PathLike, dtype: torch.dtype = torch.float32) -> ControlNetModel:
+    """A frozen ControlNet from whatever ``controlnet_folder`` knows, or a hub id. Never unpickles."""
     try:
-        net = ControlNetModel.from_pretrained(str(folder), torch_dtype=dtype, use_safetensors=True)
-    except (OSError, ValueError) as error:
+        where = str(controlnet_folder(path) or path)
+        net = ControlNetModel.from_pretrained(where, torch_dtype=dtype, use_safetensors=True)
+    except (OSError, ValueError, SafetensorError) as error:
         raise UserError(f"cannot load a ControlNet from {path}: {str(error).splitlines()[0]}") from error
     return net.requires_grad_(False).eval()
+
+
+def read_hint(path: str | os.PathLike) -> dict:
+    """``hint.json`` beside the weights: branch, operator parameters, kit. Empty for a ControlNet of other origin."""
+    folder = controlnet_folder(path)
+    if folder is None or not (folder / "hint.json").exists():
+        return {}
+    try:
+        facts = json.loads((folder / "hint.json").read_text())
+        return {**facts, "branch": facts["branch"], "parameters": facts["parameters"]}
+    except (ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{folder}/hint.json is damaged ({error}): export the ControlNet again") from None
 
 
 def export_controlnet(net: ControlNetModel, folder: Path, branch: str, parameters: dict, kit: Kit) -> Path:
@@ -64,7 +87,7 @@ def export_controlnet(net: ControlNetModel, folder: Path, branch: str, parameter
     target, partial = Path(folder) / "controlnet", Path(folder) / ".controlnet.partial"
     shutil.rmtree(partial, ignore_errors=True)
     net.save_pretrained(partial)
-    facts = {"branch": branch, "parameters": parameters, "kit": kit.path, "vae": kit.hash("vae"), "unet": kit.hash("unet")}
+    facts = {"branch": branch, "parameters": parameters, "kit": kit.name, "vae": kit.hash("vae"), "unet": kit.hash("unet")}
     (partial / "hint.json").write_text(json.dumps(facts, indent=2) + "\n")
     shutil.rmtree(target, ignore_errors=True)
     os.replace(partial, target)

@@ -133,6 +133,11 @@ class Kit:
     # ------------------------------------------------------------------------------------------------ facts
 
     @property
+    def name(self) -> str:
+        """What to call this kit in a file that may travel: the shipped kit's name, else the folder or hub id."""
+        return Path(self.path).name if Path(self.path).parent == ASSETS else self.path
+
+    @property
     def factor(self) -> int:
         """Pixels along one side of a latent cell."""
         return 2 ** (len(self.vae.config.block_out_channels) - 1)
@@ -231,3 +236,26 @@ def write_model_index(folder: Path, pipeline: str = "StableDiffusionInpaintPipel
     partial = folder / ".model_index.json.partial"
     partial.write_text(json.dumps(index, indent=2) + "\n")
     os.replace(partial, folder / "model_index.json")
+
+
+def ship(source: Path, target: Path, dtype: torch.dtype = torch.float16) -> dict[str, int]:
+    """Copy a trained kit to ``target`` with its weights in ``dtype`` (safetensors); returns bytes a part.
+
+    The text encoder keeps its CLIP projection, which pipelines ignore and CLIP scores need.
+    """
+    import shutil
+
+    target.mkdir(parents=True, exist_ok=True)
+    sizes = {}
+    for part in ("vae", "unet", "text_tower", "image_encoder", "captioner", "tokenizer", "scheduler", "processor"):
+        folder = FOLDERS.get(part, part)
+        if not (source / folder).is_dir():
+            continue
+        model = load_part(str(source), part)
+        if part not in WEIGHTLESS:
+            shutil.rmtree(target / folder, ignore_errors=True)
+            model = model.to(dtype)
+        model.save_pretrained(target / folder)
+        sizes[folder] = sum(file.stat().st_size for file in (target / folder).iterdir())
+    write_model_index(target)
+    return sizes

@@ -64,3 +64,41 @@ def figures(bench: Bench, raw: Sequence[np.ndarray], extractor: Callable) -> dic
 def feature_extractor(kit: Kit) -> Callable:
     """clean-fid's Inception where its weights lie on disk, else the kit's CLIP tower; ``.protocol`` names which."""
     return inception_features() or KitFeatures(kit.image_encoder)
+
+
+def before_and_after(
+    kit: Kit,
+    manifest: Path,
+    branches: Sequence[Branch],
+    split: str = "test",
+    limit: int | None = None,
+    steps: int = 50,
+    guidance: float = 7.5,
+    seed: int = 0,
+) -> tuple[dict[str, float], str]:
+    """(figures with the ControlNets and, under ``baseline/``, with weight 0; one line that names the protocol)."""
+    bench = load_bench(manifest, split, kit.resolution, limit)
+    settings = Settings(steps, guidance, seed)
+    extractor = feature_extractor(kit)
+    print(f"evaluating on {len(bench.examples)} {split} pictures, without and with the ControlNet", flush=True)
+    before = figures(bench, reconstruct(kit, bench, [], settings), extractor)
+    after = figures(bench, reconstruct(kit, bench, branches, settings), extractor)
+    protocol = (
+        f"{Path(manifest).parent.name} {split}: n = {len(bench.examples)}, DDIM {steps} steps, guidance {guidance}, "
+        f"seed {seed}; fid and kid on features of {extractor.protocol}"
+    )
+    return {f"baseline/{name}": value for name, value in before.items()} | after, protocol
+
+
+SHOWN = ("color_de", "fpsnr", "psnr", "edge_f1", "fid", "kid", "seam", "bg_drift")
+
+
+def table(metrics: dict[str, float], split: str) -> str:
+    """Before and after as a Markdown table."""
+    lines = ["| metric | before (hint off) | after | change |", "|---|---|---|---|"]
+    for name in [f"{split}/pasted/{m}" for m in SHOWN] + [f"{split}/raw/bg_drift"]:
+        if name in metrics:
+            old, new = metrics[f"baseline/{name}"], metrics[name]
+            change = f"{100 * (new - old) / old:+.1f} %" if old else ""
+            lines.append(f"| {name} | {old:.4g} | {new:.4g} | {change} |")
+    return "\n".join(lines)

@@ -14,8 +14,8 @@ Eps = Callable[[torch.Tensor, int], torch.Tensor]  # (z_t, t) -> predicted noise
 
 def timesteps(n: int, offset: int = 1, total: int = 1000) -> list[int]:
     """N descending timesteps, "leading" spacing: N = 50, offset 1 -> 981, 961, ..., 21, 1."""
-    if not 1 <= n <= total:
-        raise UserError(f"steps={n}: choose between 1 and {total}")
+    if not 1 <= n <= total - offset:
+        raise UserError(f"steps={n}: choose between 1 and {total - offset}")
     return [i * (total // n) + offset for i in reversed(range(n))]
 
 
@@ -40,9 +40,8 @@ def step(z: torch.Tensor, eps: torch.Tensor, t: int, s: int, abar: torch.Tensor)
 
 def sample(eps: Eps, z: torch.Tensor, steps: int, abar: torch.Tensor, offset: int = 1) -> torch.Tensor:
     """Latent at the noisiest level -> clean latent, over ``steps`` evaluations of eps."""
-    stride = len(abar) // steps
     for t in timesteps(steps, offset, len(abar)):
-        z = step(z, eps(z, t), t, t - stride, abar)
+        z = step(z, eps(z, t), t, t - len(abar) // steps, abar)
     return z
 
 

@@ -15,6 +15,7 @@ from harmony.conditions import hint
 from harmony.errors import UserError
 from harmony.images import Crop, crop_resize, from_model, paste_crop, square_around, to_hint, to_model
 from harmony.masks import bounding_box, hole, to_latent
+from harmony.models.controlnet import load_controlnet, read_hint
 from harmony.models.kit import Kit
 from harmony.sampling.ddim import noise_for
 from harmony.sampling.inpaint import inpaint
@@ -30,6 +31,25 @@ class Branch:
     net: torch.nn.Module
     weight: float = 1.0
     parameters: dict | None = None
+
+
+def load_branch(path: str, kit: Kit, weights: dict[str, float], operator: str | None = None) -> Branch:
+    """The ControlNet in ``path`` with its operator from ``hint.json``; ``weights`` holds a lambda for each operator.
+
+    ``operator`` names that of a ControlNet of other origin. UserError where it is unknown, or the net is made for a kit of
+    another architecture.
+    """
+    facts = read_hint(path)
+    name = facts.get("branch", operator)
+    if name not in weights:
+        raise UserError(f"{path} does not say which hint it wants (hint.json): add branch={'|'.join(weights)}")
+    net = load_controlnet(path, kit.dtype).to(kit.device)
+    for key in ("block_out_channels", "cross_attention_dim", "layers_per_block"):
+        theirs, ours = net.config[key], kit.unet.config[key]
+        if list(np.atleast_1d(theirs)) != list(np.atleast_1d(ours)):
+            made_for = facts.get("kit", "another kit")
+            raise UserError(f"{path} was trained on {made_for} and does not fit kit {kit.name} ({key}): give its model.path")
+    return Branch(name, net, weights[name], facts.get("parameters"))
 
 
 @dataclass(frozen=True)
@@ -116,13 +136,8 @@ def harmonize(
     model may also repaint (for a shadow). ``feather`` in pixels blends inside the hole. UserError for an empty mask or
     sizes that differ.
     """
+    check_sizes(background, foreground=foreground, mask=mask, region=region)
     height, width = background.shape[:2]
-    for name, array in (("foreground", foreground), ("mask", mask)) + ((("region", region),) if region is not None else ()):
-        if array.shape[:2] != (height, width):
-            size = f"{array.shape[1]} x {array.shape[0]}"
-            raise UserError(f"{name} is {size} but the background is {width} x {height}: give box=x0,y0,x1,y1 or resize it")
-    if not mask.any():
-        raise UserError("the mask is empty: it must be white where the object is")
     composite = copy_paste(background, foreground, mask)
     box = bounding_box(mask if region is None else mask | region)
     crop = square_around(box, width, height, context=CONTEXT)
@@ -136,6 +151,15 @@ def harmonize(
     raw = fill(kit, [image], [instance], [small], [opened], [prompt], branches, settings)[0]
     full = hole_in_image(opened, crop, (height, width)) | mask
     return Result(paste_back(paste_crop(background, raw, crop), background, full, feather), raw, composite, full, crop)
+
+
+def check_sizes(background: np.ndarray, **others: np.ndarray | None) -> None:
+    """UserError unless ``others`` (pictures and masks by name, None left out) are as large as the background."""
+    height, width = background.shape[:2]
+    for name, array in others.items():
+        if array is not None and array.shape[:2] != (height, width):
+            size = f"{array.shape[1]} x {array.shape[0]}"
+            raise UserError(f"{name} is {size} but the background is {width} x {height}: give box=x0,y0,x1,y1 or resize it")
 
 
 def hole_in_image(opened: np.ndarray, crop: Crop, shape: tuple[int, int]) -> np.ndarray:

@@ -134,14 +134,24 @@ def psnr(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
 
 
 class VAETask(KitTask):
-    """AutoencoderKL by mean squared error, the L1 distance of image gradients, and a small KL term.
+    """AutoencoderKL by the squared error at several scales, the L1 distance of image gradients, and a small KL term.
 
-    loss = |x - x'|^2 + gradient |grad x - grad x'|_1 + kl KL(q(z|x) || N(0, 1)), all means over pixels.
+    loss = |x - x'|^2 + pooled sum_k |pool_k x - pool_k x'|^2 + gradient |grad x - grad x'|_1 + kl KL(q(z|x) || N(0, 1)),
+    all means, k = 2, 4, 8. Without the pooled terms colour is learnt long after brightness.
     """
 
-    def __init__(self, kit: str, config: dict, lr: float = 1e-3, gradient: float = 0.1, kl: float = 1e-6, **options):
+    def __init__(
+        self,
+        kit: str,
+        config: dict,
+        lr: float = 1e-3,
+        pooled: float = 1.0,
+        gradient: float = 0.1,
+        kl: float = 1e-6,
+        **options,
+    ):
         super().__init__(kit, lr, **options)
-        self.save_hyperparameters("config", "gradient", "kl", logger=False)
+        self.save_hyperparameters("config", "pooled", "gradient", "kl", logger=False)
 
     def build(self):
         return AutoencoderKL(**self.hparams.config)
@@ -152,9 +162,10 @@ class VAETask(KitTask):
         y = self.net.decode(q.sample()).sample
         mse = F.mse_loss(y, x)
         edges = sum((y.diff(dim=d) - x.diff(dim=d)).abs().mean() for d in (2, 3))
+        coarse = sum(F.avg_pool2d(y - x, k).square().mean() for k in (2, 4, 8))
         kl = 0.5 * (q.mean.square() + q.var - 1 - q.logvar).mean()
         self.log_dict({"train/mse": mse, "train/kl": kl}, prog_bar=True)
-        return mse + self.hparams.gradient * edges + self.hparams.kl * kl
+        return mse + self.hparams.pooled * coarse + self.hparams.gradient * edges + self.hparams.kl * kl
 
     @torch.no_grad()
     def measure(self, data):

@@ -1,0 +1,282 @@
+"""F6. ``python -m harmony.export RUN``: write the ControlNet of a run for other tools, with a model card.
+
+``format=diffusers`` makes a folder whose ``controlnet/`` the stock StableDiffusionControlNetInpaintPipeline loads, with the
+same output as ours; ``format=comfyui`` makes one file for ComfyUI's models/controlnet, under a name of its own.
+"""
+
+import json
+import os
+import shlex
+import shutil
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+import torch
+from hydra.utils import instantiate
+from huggingface_hub import ModelCardData
+from huggingface_hub.repocard import metadata_load
+from omegaconf import DictConfig, OmegaConf
+from safetensors import safe_open
+from safetensors.torch import save_file
+
+from harmony.config import entry, literal, load_yaml, write_text
+from harmony.errors import UserError
+from harmony.models.controlnet import controlnet_folder, export_controlnet, from_unet, read_hint
+from harmony.models.kit import kit_path
+
+FORMATS = ("diffusers", "comfyui")
+WEIGHTS = "diffusion_pytorch_model.safetensors"
+SEES = {
+    "color": "A Gaussian blur of the object (colour, low frequencies), black outside it",
+    "structure": "The Canny edges of the object (structure, high frequencies)",
+    "raw": "The object itself on black",
+}
+CARD = """
+# {title}
+
+A ControlNet for the inpainting kit `{kit}`. It keeps an object's own {keeps} while the model redraws the object, lit as the
+photograph around it is. Outside the mask nothing changes: paste the hole back, as below, and every other pixel keeps its
+value bit for bit.
+{grid}
+## What it sees
+
+{sees}, as a picture in [0, 1] of the kit's resolution: `harmony.conditions.hint("{branch}", image, mask{arguments})`.
+Lengths are in pixels of a picture of side 512. The same facts lie in `controlnet/hint.json`.
+
+## Usage
+
+On a photograph of any size, from the folder of this card:
+
+```bash
+python -m harmony.harmonize background=B.jpg foreground=F.jpg mask=M.png prompt="..." controlnet=.{model}
+```
+
+In diffusers, on a square picture at the kit's resolution in which the object has been pasted:
+
+```python
+{snippet}
+```
+
+## Training
+
+{training}
+
+## Figures
+
+{figures}
+
+## Licence
+
+{licence}
+"""
+SNIPPET = """
+import json
+
+import numpy as np
+import torch
+from diffusers import ControlNetModel, StableDiffusionControlNetInpaintPipeline
+from PIL import Image
+
+from harmony.composites import paste_back
+from harmony.conditions import hint
+from harmony.images import read_image
+from harmony.masks import hole, read_mask
+from harmony.models.kit import kit_path
+
+facts = json.load(open("controlnet/hint.json"))
+controlnet = ControlNetModel.from_pretrained("controlnet")
+pipeline = StableDiffusionControlNetInpaintPipeline.from_pretrained(kit_path("{kit}"), controlnet=controlnet)
+composite = read_image("composite.png")
+height, width = composite.shape[:2]
+mask = read_mask("mask.png", (width, height))
+opened = hole(mask, "dilate")
+made = pipeline(
+    "a red mushroom on snow",
+    image=Image.fromarray(composite),
+    mask_image=Image.fromarray(opened),
+    control_image=Image.fromarray(hint(facts["branch"], composite, mask, **facts["parameters"])),
+    height=height,
+    width=width,
+    num_inference_steps=20,
+    guidance_scale=2.0,
+    controlnet_conditioning_scale=1.0,
+    generator=torch.Generator().manual_seed(0),
+).images[0]
+Image.fromarray(paste_back(np.array(made), composite, opened)).save("harmonized.png")
+""".strip()
+
+
+def overrides(words: list[str]) -> list[str]:
+    """The command line for Hydra: the word without ``=`` is the run, and paths are text."""
+    named = [word if "=" in word or word.startswith("~") else f"run={word}" for word in words]
+    return [literal(word, ("run", "output", "licence")) for word in named]
+
+
+def run_of(path: Path) -> Path:
+    """The run folder that ``path`` is, or lies in as its export; ``path`` itself where there is no run."""
+    return next((folder for folder in (path, *path.parents[:2]) if (folder / "config.yaml").exists()), path)
+
+
+def read_json(path: Path) -> dict:
+    return json.loads(path.read_text()) if path.exists() else {}
+
+
+def export_checkpoint(run: Path, output: Path) -> Path:
+    """``output/controlnet`` from the last checkpoint of a run that has not ended."""
+    cfg, last = load_yaml(run / "config.yaml"), run / "checkpoints" / "last.ckpt"
+    branch = OmegaConf.select(cfg, "module.branch")
+    if branch is None:
+        raise UserError(f"{run} trained no ControlNet; its results lie where the run's config.yaml says")
+    try:
+        saved = torch.load(last, map_location="cpu", weights_only=True, mmap=True)["state_dict"]
+    except Exception as error:  # pickle, zip and torch each have their own
+        kind = type(error).__name__
+        raise UserError(f"cannot read {last} ({kind}): continue the run, its next checkpoint replaces it") from None
+    kit = instantiate(cfg.model)
+    net = from_unet(kit.unet, kit.factor, cfg.module.in_channels)
+    try:
+        net.load_state_dict({name.removeprefix("net."): value for name, value in saved.items()})
+    except RuntimeError:
+        raise UserError(f"{last} does not fit kit {kit.name}: the kit has changed since the training began") from None
+    parameters = OmegaConf.to_container(cfg.data.hints, resolve=True).get(branch, {})
+    return export_controlnet(net, output, branch, parameters, kit)
+
+
+def export_folder(path: Path, output: Path) -> Path:
+    """``output/controlnet``: the export of a run that has ended is copied, otherwise its last checkpoint is written."""
+    target = output / "controlnet"
+    if (path / "checkpoints" / "last.ckpt").exists() and not (path / "export").exists():
+        return export_checkpoint(path, output)
+    source = controlnet_folder(path)
+    if source.resolve() != target.resolve():
+        partial = output / ".controlnet.partial"
+        shutil.rmtree(partial, ignore_errors=True)
+        shutil.copytree(source, partial)
+        shutil.rmtree(target, ignore_errors=True)
+        os.replace(partial, target)
+    return target
+
+
+def copy_grid(run: Path, output: Path) -> Path | None:
+    """The last sample grid of a run as ``output/grid.png``; None where there is none."""
+    grids = sorted((run / "grids").glob("*.png"))
+    if grids:
+        shutil.copyfile(grids[-1], output / ".grid.png")
+        os.replace(output / ".grid.png", output / "grid.png")
+    return output / "grid.png" if (output / "grid.png").exists() else None
+
+
+def kit_licence(kit: str) -> str:
+    """The licence that the card of a local kit states, ``unknown`` where there is none."""
+    card = Path(kit_path(kit)) / "README.md"
+    return (metadata_load(card) or {}).get("license", "unknown") if card.is_file() else "unknown"
+
+
+def training_text(run: Path, facts: dict) -> str:
+    """How it was trained: command, data, steps, versions, kit."""
+    cfg = load_yaml(run / "config.yaml") if (run / "config.yaml").exists() else OmegaConf.create({})
+    told = read_json(run / "provenance.json")
+    lines = [f"- kit: `{facts.get('kit', 'unknown')}`"]
+    lines += [f"- sha256 of the kit's {part}: `{facts[part]}`" for part in ("unet", "vae") if part in facts]
+    if told.get("command"):
+        lines.insert(0, f"```bash\npython -m harmony.fit {shlex.join(told['command'][1:])}\n```\n")
+    if OmegaConf.select(cfg, "dataset.name"):
+        manifest = f", manifest sha256 `{told['manifest']}`" if told.get("manifest") else ""
+        lines.append(f"- data: `{cfg.dataset.name}`{manifest}")
+    if OmegaConf.select(cfg, "trainer.max_steps"):
+        lines.append(f"- {cfg.trainer.max_steps} steps, {cfg.data.batch_size} pictures a process, seed {cfg.seed}")
+    if told:
+        commit = told.get("git", {}).get("commit", "unknown")
+        library, seconds = told["versions"]["torch"], told.get("wall_time_s", "?")
+        lines.append(f"- {told['device']}, {seconds} s, torch {library}, commit `{commit}`")
+    return "\n".join(lines)
+
+
+def figures_text(run: Path) -> str:
+    """Final figures beside those of the hint-off baseline, and the protocol they were measured by."""
+    numbers = read_json(run / "metrics.json")
+    rows = [name for name in sorted(numbers) if f"baseline/{name}" in numbers]
+    if not rows:
+        return "None were measured."
+    told, e = read_json(run / "provenance.json"), load_yaml(run / "config.yaml").evaluate
+    count = told.get("count", e.limit or "all")
+    features = f", fid and kid of {told['protocol']} features" if told.get("protocol") else ""
+    lines = [
+        f"Reconstruction of {count} held-out pictures ({e.split}): DDIM, {e.steps} steps, guidance {e.guidance}, seed {e.seed}"
+        f"{features}. `raw` is the model's output, `pasted` that after the hole is pasted back.",
+        "",
+        "| metric | without the ControlNet | with it |",
+        "|---|---|---|",
+    ]
+    return "\n".join(lines + [f"| {name} | {numbers[f'baseline/{name}']:.4g} | {numbers[name]:.4g} |" for name in rows])
+
+
+def model_card(run: Path, facts: dict, grid: Path | None, licence: str) -> str:
+    """The text of ``README.md``; ``facts`` are those of ``hint.json``."""
+    branch, kit = facts.get("branch", "unknown"), facts.get("kit", "unknown")
+    head = ModelCardData(
+        license=licence,
+        library_name="diffusers",
+        base_model=None if os.path.isdir(kit_path(kit)) else kit,  # a hub id; a local kit has no page to link to
+        tags=["controlnet", "inpainting", "image-harmonization"],
+    )
+    arguments = "".join(f", {name}={value!r}" for name, value in facts.get("parameters", {}).items())
+    body = CARD.format(
+        title=f"harmony {branch}: a ControlNet for image harmonization",
+        branch=branch,
+        kit=kit,
+        keeps={"color": "colour", "structure": "shape and texture"}.get(branch, "appearance"),
+        sees=SEES.get(branch, "Unknown"),
+        arguments=arguments,
+        model="" if kit == "tiny" else f" model.path={kit}",
+        grid="\n![input, hint, without the ControlNet, with it, truth](grid.png)\n" if grid else "",
+        snippet=SNIPPET.format(kit=kit),
+        training=training_text(run, facts),
+        figures=figures_text(run),
+        licence=f"`{licence}`, that of the kit's weights, from which this network was copied before it was trained.",
+    )
+    return f"---\n{head.to_yaml()}\n---\n{body}"
+
+
+def single_file(controlnet: Path, target: Path, facts: dict) -> Path:
+    """The weights in one file, with diffusers' own keys; hint and configuration in its metadata."""
+    with safe_open(controlnet / WEIGHTS, "pt") as file:
+        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    config = (controlnet / "config.json").read_text()
+    partial = target.with_name(f".{target.name}.partial")
+    save_file(tensors, partial, metadata={"format": "pt", "config": config, "hint": json.dumps(facts)})
+    os.replace(partial, target)
+    return target
+
+
+def write(kind: str, path: Path, run: Path, output: Path, licence: str | None) -> Path:
+    """Export ``path``, which belongs to ``run``, as ``kind``: the folder ``output``, or one file in it."""
+    if kind == "comfyui":
+        with TemporaryDirectory(dir=output) as scratch:
+            controlnet = export_folder(path, Path(scratch))
+            facts = read_hint(controlnet)
+            return single_file(controlnet, output / f"harmony-{facts.get('branch', 'controlnet')}.safetensors", facts)
+    facts = read_hint(export_folder(path, output))
+    card = model_card(run, facts, copy_grid(run, output), licence or kit_licence(facts.get("kit", "unknown")))
+    write_text(output / "README.md", card)
+    return output
+
+
+@entry("export", read=overrides)
+def main(cfg: DictConfig) -> None:
+    """Write the ControlNet of a run in diffusers' or ComfyUI's format."""
+    if cfg.format not in FORMATS:
+        raise UserError(f"format={cfg.format}: choose one of {', '.join(FORMATS)}")
+    path = Path(cfg.run)
+    if not path.is_dir():
+        raise UserError(f"{path} does not exist; give a run folder, runs/<experiment>/<time>")
+    run = run_of(path.resolve())
+    if cfg.output is None and not (run / "config.yaml").exists():
+        raise UserError(f"{path} belongs to no run; add output=FOLDER")
+    output = Path(cfg.output).resolve() if cfg.output else run / "export"
+    output.mkdir(parents=True, exist_ok=True)
+    print(write(cfg.format, path, run, output, cfg.licence))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,156 @@
+"""F6. ``python -m harmony.harmonize``: put one object into one photograph so that it belongs there.
+
+Pixels outside the hole (the mask and a small rim) stay as they are, bit for bit.
+  background=B.jpg foreground=F.jpg mask=M.png             all of one size
+  background=B.jpg foreground=F.png box=x0,y0,x1,y1        a cut-out with alpha, placed in a box
+  composite=C.jpg mask=M.png                               the object has been pasted already
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from hydra.utils import instantiate
+from omegaconf import DictConfig, ListConfig, OmegaConf
+
+from harmony.composites import copy_paste, place
+from harmony.config import entry, literal, new_folder, write_text
+from harmony.data.captions import caption_images
+from harmony.errors import UserError
+from harmony.images import crop_resize, grid, open_image, paste_crop, read_image, resize, write_image
+from harmony.masks import OBJECT, read_mask
+from harmony.models.kit import Kit
+from harmony.sampling.harmonize import Branch, Result, Settings, check_sizes, harmonize, load_branch
+
+TEXTS = ("background", "foreground", "composite", "mask", "region", "prompt", "controlnet", "structure", "output", "model.path")
+NUMBERS = {"steps": int, "seed": int, "guidance": float, "lambda_l": float, "lambda_h": float, "feather": float}
+SHEET_SIDE = 384  # pixels: the longer side of a picture on the contact sheet
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """``background``, ``foreground`` uint8 H x W x 3, ``mask`` and, if given, ``region`` bool H x W, all of one size."""
+
+    background: np.ndarray
+    foreground: np.ndarray
+    mask: np.ndarray
+    region: np.ndarray | None
+
+
+def overrides(words: list[str]) -> list[str]:
+    """The command line for Hydra: paths and prompts are text, and ``box=1,2,3,4`` is a list rather than a sweep."""
+    boxed = [f"box=[{w[4:]}]" if w.startswith("box=") and "," in w and "[" not in w else w for w in words]
+    return [literal(word, TEXTS) for word in boxed]
+
+
+def size(image: np.ndarray) -> tuple[int, int]:
+    return image.shape[1], image.shape[0]
+
+
+def alpha_mask(path: str) -> np.ndarray:
+    """Bool H x W: where a cut-out is opaque. UserError for a picture without transparency."""
+    image = open_image(path)
+    opaque = np.asarray(image.convert("RGBA"))[..., 3] > OBJECT
+    if opaque.all():
+        raise UserError(f"{path} has no transparent background and no mask was given; add mask=PATH")
+    if not opaque.any():
+        raise UserError(f"{path} is transparent everywhere; give the cut-out with its object opaque")
+    return opaque
+
+
+def read_box(box: ListConfig | None) -> tuple[float, ...] | None:
+    if box is None:
+        return None
+    numbers = OmegaConf.is_list(box) and len(box) == 4 and all(type(v) in (int, float) for v in box)
+    if not numbers:
+        raise UserError(f"box={box}: give four numbers, box=x0,y0,x1,y1, in pixels of the background")
+    return tuple(box)
+
+
+def read_inputs(cfg: DictConfig) -> Inputs:
+    """Read, place and check what the command line names. UserError in one line for anything that does not fit."""
+    if (cfg.composite is None) == (cfg.background is None) or (cfg.background is None) != (cfg.foreground is None):
+        raise UserError("give background=PATH and foreground=PATH, or composite=PATH alone, in which the object is already")
+    box = read_box(cfg.box)
+    if cfg.composite is not None and box is not None:
+        raise UserError("box= places a foreground of its own; with composite= the object stays where it is")
+    background = read_image(cfg.composite or cfg.background)
+    foreground = background if cfg.composite else read_image(cfg.foreground)
+    mask = read_mask(cfg.mask, size(foreground)) if cfg.mask else alpha_mask(cfg.composite or cfg.foreground)
+    if box is not None:
+        foreground, mask = place(foreground, mask, box, *size(background))
+    region = read_mask(cfg.region, size(background)) if cfg.region else None
+    check_sizes(background, foreground=foreground, mask=mask, region=region)
+    return Inputs(background, foreground, mask, region)
+
+
+def check_numbers(cfg: DictConfig) -> None:
+    for name, kind in NUMBERS.items():
+        if type(cfg[name]) not in (int, kind):
+            raise UserError(f"{name}={cfg[name]}: give {'a whole number' if kind is int else 'a number'}")
+
+
+def load_branches(cfg: DictConfig, kit: Kit) -> list[Branch]:
+    """The ControlNets that are asked for, each with the weight of what it sees."""
+    weights = {"color": cfg.lambda_l, "structure": cfg.lambda_h, "raw": cfg.lambda_l}
+    branches = [load_branch(cfg.controlnet, kit, weights, cfg.branch)] if cfg.controlnet else []
+    if cfg.structure:
+        second = load_branch(cfg.structure, kit, weights, "structure")
+        if second.name != "structure" or any(b.name == "structure" for b in branches):
+            raise UserError(f"structure={cfg.structure} sees {second.name}: give one ControlNet of each branch")
+        branches.append(second)
+    return branches
+
+
+def caption(kit: Kit, path: Path) -> str:
+    """What the kit's captioner says of a picture; an empty prompt, and a line that says so, where the kit has none."""
+    try:
+        captioner, processor = kit.captioner, kit.processor
+    except UserError as error:
+        print(f"the prompt is empty, add prompt=...: {error}")
+        return ""
+    return next(caption_images([("composite", path)], captioner, processor, 1, kit.device))[1]
+
+
+def sheet(background: np.ndarray, result: Result, image: np.ndarray) -> np.ndarray:
+    """Contact sheet: the whole pictures above, the square that the model worked on below."""
+    scale = min(1, SHEET_SIDE / max(background.shape[:2]))
+    width, height = (max(1, round(scale * length)) for length in size(background))
+    shown = [background, result.composite, image]
+    whole = [resize(picture, width, height) for picture in shown]
+    close = [crop_resize(picture, result.crop, max(width, height)) for picture in shown]
+    return grid([whole, close], ["background", "composite", "harmonized"])
+
+
+@entry("harmonize", read=overrides)
+def main(cfg: DictConfig) -> None:
+    """Harmonize one composite; every run writes a folder of its own."""
+    check_numbers(cfg)
+    inputs = read_inputs(cfg)
+    kit = instantiate(cfg.model).to("cuda" if torch.cuda.is_available() else "cpu")
+    branches = load_branches(cfg, kit)
+    folder = Path(cfg.output).resolve() if cfg.output else new_folder(Path(cfg.paths.runs).resolve() / "harmonize")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except (FileExistsError, NotADirectoryError, PermissionError) as error:
+        raise UserError(f"cannot write into output={folder} ({error.strerror}): choose another folder") from None
+    files = {name: folder / f"{name}.png" for name in ("harmonized", "raw", "composite", "hole", "sheet")}
+    write_image(files["composite"], copy_paste(inputs.background, inputs.foreground, inputs.mask))
+    if cfg.prompt is None:
+        cfg.prompt = caption(kit, files["composite"])
+    seen = " and ".join(f"{b.name} (weight {b.weight:g})" for b in branches) or "no ControlNet, plain inpainting"
+    print(f"kit {kit.name} at {kit.resolution} px on {kit.device.type}, {seen}, prompt {cfg.prompt!r}")
+    settings = Settings(cfg.steps, cfg.guidance, cfg.seed)
+    result = harmonize(kit, **vars(inputs), prompt=cfg.prompt, branches=branches, settings=settings, feather=cfg.feather)
+    image = paste_crop(inputs.background, result.raw, result.crop) if cfg.raw else result.image
+    write_image(files["harmonized"], image)
+    write_image(files["raw"], result.raw)
+    write_image(files["hole"], result.hole)
+    write_image(files["sheet"], sheet(inputs.background, result, image))
+    write_text(folder / "config.yaml", OmegaConf.to_yaml(cfg, resolve=True))
+    print(*files.values(), sep="\n")
+
+
+if __name__ == "__main__":
+    main()
