@@ -11,7 +11,6 @@ import errno
 import functools
 import importlib.metadata
 import inspect
-import json
 import os
 import platform
 import re
@@ -28,7 +27,13 @@ from hydra._internal.utils import _run_hydra, get_args_parser
 from hydra.core.config_store import ConfigStore
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
-from hydra.errors import ConfigCompositionException, HydraException, MissingConfigException, OverrideParseException
+from hydra.errors import (
+    ConfigCompositionException,
+    HydraException,
+    InstantiationException,
+    MissingConfigException,
+    OverrideParseException,
+)
 from hydra.types import RunMode
 from hydra.utils import get_object
 from omegaconf import DictConfig, OmegaConf, open_dict
@@ -36,6 +41,7 @@ from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
 from harmony.errors import UserError
+from harmony.files import write_text
 
 PACKAGE = Path(__file__).resolve().parent
 CONFIGS = PACKAGE / "configs"
@@ -303,7 +309,8 @@ def help_text(task: Callable, name: str, config_dir: Path) -> str:
 def literal(override: str, keys: Iterable[str]) -> str:
     """``key=value`` with the value of a text key quoted, so that commas, brackets and spaces in it mean themselves."""
     key, _, value = override.partition("=")
-    if key.lstrip("+") not in keys or value == "null" or (len(value) > 1 and value[0] == value[-1] and value[0] in "'\""):
+    quoted = len(value) > 1 and value[0] == value[-1] and value[0] in "'\""
+    if key.lstrip("+") not in keys or value == "null" or quoted:
         return override
     escaped = re.sub(r"(\\*)('|$)", lambda m: 2 * m[1] + ("\\'" if m[2] else ""), value)
     return f"{key}='{escaped}'"
@@ -363,6 +370,8 @@ def report(error: BaseException | None) -> int:
         if rank() == 0:
             print("interrupted; the same command resumes", file=sys.stderr)
         return 130
+    if isinstance(error, InstantiationException) and isinstance(error.__cause__, (UserError, OSError)):
+        error = error.__cause__  # raised by what a _target_ names
     if isinstance(error, OSError) and error.errno == errno.ENOSPC:
         error = UserError(f"disk full ({error.filename or os.getcwd()}); free some space, the same command goes on")
     if not isinstance(error, UserError):
@@ -469,16 +478,14 @@ def follow_rank_zero(parent: Path, text: str, resume: bool | str) -> Path:
     raise UserError(f"rank {rank()} waited {WAIT_SECONDS} s for rank 0 to make a run folder in {parent}; is it shared?")
 
 
-def write_text(path: Path, text: str) -> None:
-    """Write a text file atomically."""
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    partial.write_text(text)
-    os.replace(partial, path)
-
-
-def write_json(path: Path, content: Any) -> None:
-    """Write JSON atomically, indented, paths as strings."""
-    write_text(Path(path), json.dumps(content, indent=2, default=str) + "\n")
+def make_folder(path: str | Path) -> Path:
+    """The folder ``path``, absolute, made if need be. Raises UserError where it cannot be."""
+    folder = Path(path).resolve()
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except (FileExistsError, NotADirectoryError, PermissionError) as error:
+        raise UserError(f"cannot write into {folder} ({error.strerror}): choose another folder") from None
+    return folder
 
 
 # Provenance ---------------------------------------------------------------------------------------------------------

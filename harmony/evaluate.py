@@ -6,9 +6,10 @@ from pathlib import Path
 from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 
-from harmony.config import entry, provenance, run_folder, write_json
+from harmony.config import entry, provenance, run_folder
 from harmony.data.manifest import manifest_hash
-from harmony.prepare import ensure
+from harmony.data.preparation import ensure
+from harmony.files import write_json, write_text
 
 
 @entry("evaluate")
@@ -36,7 +37,7 @@ def main(cfg: DictConfig) -> None:
     (folder / "grids").mkdir(exist_ok=True)
     write_image(folder / "grids" / "samples.png", grid(rows, ["input", "hint off", "output", "truth"]))
     text = f"{table(metrics, cfg.split)}\n\n{line}\n"
-    (folder / "table.md").write_text(text)
+    write_text(folder / "table.md", text)
     facts = provenance(cfg, wall_time_s=round(time.monotonic() - began, 1), manifest=manifest_hash(manifest))
     write_json(folder / "provenance.json", facts)
     write_json(folder / "metrics.json", metrics)

@@ -1,7 +1,7 @@
 """F6. ``python -m harmony.export RUN``: write the ControlNet of a run for other tools, with a model card.
 
-``format=diffusers`` makes a folder whose ``controlnet/`` the stock StableDiffusionControlNetInpaintPipeline loads, with the
-same output as ours; ``format=comfyui`` makes one file for ComfyUI's models/controlnet, under a name of its own.
+``format=diffusers`` makes a folder whose ``controlnet/`` the stock StableDiffusionControlNetInpaintPipeline loads, with
+the same output as ours; ``format=comfyui`` makes one file for ComfyUI's models/controlnet, under a name of its own.
 """
 
 import json
@@ -12,15 +12,16 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 import torch
-from hydra.utils import instantiate
 from huggingface_hub import ModelCardData
 from huggingface_hub.repocard import metadata_load
+from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from harmony.config import entry, literal, load_yaml, write_text
+from harmony.config import entry, literal, load_yaml, make_folder
 from harmony.errors import UserError
+from harmony.files import write_text
 from harmony.models.controlnet import controlnet_folder, export_controlnet, from_unet, read_hint
 from harmony.models.kit import kit_path
 
@@ -34,9 +35,9 @@ SEES = {
 CARD = """
 # {title}
 
-A ControlNet for the inpainting kit `{kit}`. It keeps an object's own {keeps} while the model redraws the object, lit as the
-photograph around it is. Outside the mask nothing changes: paste the hole back, as below, and every other pixel keeps its
-value bit for bit.
+A ControlNet for the inpainting kit `{kit}`. It keeps an object's own {keeps} while the model
+redraws the object, lit as the photograph around it is. Outside the mask nothing changes: paste the hole back, as below,
+and every other pixel keeps its value bit for bit.
 {grid}
 ## What it sees
 
@@ -145,7 +146,7 @@ def export_checkpoint(run: Path, output: Path) -> Path:
 def export_folder(path: Path, output: Path) -> Path:
     """``output/controlnet``: the export of a run that has ended is copied, otherwise its last checkpoint is written."""
     target = output / "controlnet"
-    if (path / "checkpoints" / "last.ckpt").exists() and not (path / "export").exists():
+    if (path / "checkpoints" / "last.ckpt").exists() and not (path / "metrics.json").exists():
         return export_checkpoint(path, output)
     source = controlnet_folder(path)
     if source.resolve() != target.resolve():
@@ -202,8 +203,8 @@ def figures_text(run: Path) -> str:
     count = told.get("count", e.limit or "all")
     features = f", fid and kid of {told['protocol']} features" if told.get("protocol") else ""
     lines = [
-        f"Reconstruction of {count} held-out pictures ({e.split}): DDIM, {e.steps} steps, guidance {e.guidance}, seed {e.seed}"
-        f"{features}. `raw` is the model's output, `pasted` that after the hole is pasted back.",
+        f"Reconstruction of {count} held-out pictures ({e.split}): DDIM, {e.steps} steps, guidance {e.guidance}, "
+        f"seed {e.seed}{features}. `raw` is the model's output, `pasted` that after the hole is pasted back.",
         "",
         "| metric | without the ControlNet | with it |",
         "|---|---|---|",
@@ -273,8 +274,7 @@ def main(cfg: DictConfig) -> None:
     run = run_of(path.resolve())
     if cfg.output is None and not (run / "config.yaml").exists():
         raise UserError(f"{path} belongs to no run; add output=FOLDER")
-    output = Path(cfg.output).resolve() if cfg.output else run / "export"
-    output.mkdir(parents=True, exist_ok=True)
+    output = make_folder(cfg.output or run / "export")
     print(write(cfg.format, path, run, output, cfg.licence))
 
 

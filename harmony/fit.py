@@ -9,14 +9,18 @@ import torch
 from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 
-from harmony.config import entry, provenance, rank, run_folder, write_json
+from harmony.config import entry, provenance, rank, run_folder
 from harmony.data.manifest import manifest_hash
-from harmony.prepare import ensure
+from harmony.data.preparation import ensure
+from harmony.files import write_json
+from harmony.models.kit import DIFFUSION, Kit
 from harmony.training.callbacks import AtomicCheckpoints, trainer_callbacks
 
 
 def train(cfg: DictConfig, folder: Path) -> tuple[lightning.Trainer, lightning.LightningModule]:
-    """Build data, module and trainer from the configuration and fit, going on from the last checkpoint if there is one."""
+    """Build data, module and trainer from the configuration and fit, going on from the last checkpoint if there is
+    one.
+    """
     lightning.seed_everything(cfg.seed, workers=True, verbose=False)
     data, module = (instantiate(node, _convert_="all") for node in (cfg.data, cfg.module))
     if rank() == 0 and hasattr(data, "prepare"):
@@ -56,14 +60,20 @@ def main(cfg: DictConfig) -> None:
         from harmony.sampling.benchmark import before_and_after, table
         from harmony.sampling.harmonize import Branch
 
-        net = module.net.eval().requires_grad_(False)
+        net = module.net.eval().requires_grad_(False).to(module.kit.device)  # Lightning has moved it to the CPU
         parameters = OmegaConf.to_container(cfg.data.hints, resolve=True).get(module.branch, {})
         export_controlnet(net, folder / "export", module.branch, parameters, module.kit)
         branch = Branch(module.branch, net, 1.0, parameters)
         figures, protocol = before_and_after(module.kit, Path(cfg.data.manifest), [branch], **cfg.evaluate)
         numbers |= figures
         print(f"\n{table(figures, cfg.evaluate.split)}\n\n{protocol}")
-    facts = provenance(cfg, wall_time_s=round(time.monotonic() - began, 1), manifest=manifest_hash(cfg.data.manifest))
+    kit = Kit(cfg.model.path, cfg.model.get("weights", "hub"))
+    facts = provenance(
+        cfg,
+        kit={part: kit.hash(part) for part in DIFFUSION},
+        manifest=manifest_hash(cfg.data.manifest),
+        wall_time_s=round(time.monotonic() - began, 1),
+    )
     write_json(folder / "provenance.json", facts)
     if trainer.logger is not None:
         trainer.logger.log_metrics(numbers, step=trainer.global_step)

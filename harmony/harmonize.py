@@ -15,22 +15,24 @@ from hydra.utils import instantiate
 from omegaconf import DictConfig, ListConfig, OmegaConf
 
 from harmony.composites import copy_paste, place
-from harmony.config import entry, literal, new_folder, write_text
+from harmony.config import entry, literal, make_folder, new_folder
 from harmony.data.captions import caption_images
 from harmony.errors import UserError
+from harmony.files import write_text
 from harmony.images import crop_resize, grid, open_image, paste_crop, read_image, resize, write_image
 from harmony.masks import OBJECT, read_mask
 from harmony.models.kit import Kit
+from harmony.sampling.ddim import timesteps
 from harmony.sampling.harmonize import Branch, Result, Settings, check_sizes, harmonize, load_branch
 
-TEXTS = ("background", "foreground", "composite", "mask", "region", "prompt", "controlnet", "structure", "output", "model.path")
+PATHS = ("background", "foreground", "composite", "mask", "region", "controlnet", "structure", "output", "model.path")
 NUMBERS = {"steps": int, "seed": int, "guidance": float, "lambda_l": float, "lambda_h": float, "feather": float}
 SHEET_SIDE = 384  # pixels: the longer side of a picture on the contact sheet
 
 
 @dataclass(frozen=True)
 class Inputs:
-    """``background``, ``foreground`` uint8 H x W x 3, ``mask`` and, if given, ``region`` bool H x W, all of one size."""
+    """``background``, ``foreground`` uint8 H x W x 3, ``mask`` and (or None) ``region`` bool H x W, all of one size."""
 
     background: np.ndarray
     foreground: np.ndarray
@@ -41,7 +43,7 @@ class Inputs:
 def overrides(words: list[str]) -> list[str]:
     """The command line for Hydra: paths and prompts are text, and ``box=1,2,3,4`` is a list rather than a sweep."""
     boxed = [f"box=[{w[4:]}]" if w.startswith("box=") and "," in w and "[" not in w else w for w in words]
-    return [literal(word, TEXTS) for word in boxed]
+    return [literal(word, (*PATHS, "prompt")) for word in boxed]
 
 
 def size(image: np.ndarray) -> tuple[int, int]:
@@ -71,7 +73,7 @@ def read_box(box: ListConfig | None) -> tuple[float, ...] | None:
 def read_inputs(cfg: DictConfig) -> Inputs:
     """Read, place and check what the command line names. UserError in one line for anything that does not fit."""
     if (cfg.composite is None) == (cfg.background is None) or (cfg.background is None) != (cfg.foreground is None):
-        raise UserError("give background=PATH and foreground=PATH, or composite=PATH alone, in which the object is already")
+        raise UserError("give background=PATH and foreground=PATH, or composite=PATH alone, which has the object in it")
     box = read_box(cfg.box)
     if cfg.composite is not None and box is not None:
         raise UserError("box= places a foreground of its own; with composite= the object stays where it is")
@@ -89,6 +91,7 @@ def check_numbers(cfg: DictConfig) -> None:
     for name, kind in NUMBERS.items():
         if type(cfg[name]) not in (int, kind):
             raise UserError(f"{name}={cfg[name]}: give {'a whole number' if kind is int else 'a number'}")
+    timesteps(cfg.steps)  # refuses a number of steps that there cannot be
 
 
 def load_branches(cfg: DictConfig, kit: Kit) -> list[Branch]:
@@ -119,7 +122,7 @@ def sheet(background: np.ndarray, result: Result, image: np.ndarray) -> np.ndarr
     width, height = (max(1, round(scale * length)) for length in size(background))
     shown = [background, result.composite, image]
     whole = [resize(picture, width, height) for picture in shown]
-    close = [crop_resize(picture, result.crop, max(width, height)) for picture in shown]
+    close = [crop_resize(picture, result.crop, min(width, height)) for picture in shown]
     return grid([whole, close], ["background", "composite", "harmonized"])
 
 
@@ -130,11 +133,7 @@ def main(cfg: DictConfig) -> None:
     inputs = read_inputs(cfg)
     kit = instantiate(cfg.model).to("cuda" if torch.cuda.is_available() else "cpu")
     branches = load_branches(cfg, kit)
-    folder = Path(cfg.output).resolve() if cfg.output else new_folder(Path(cfg.paths.runs).resolve() / "harmonize")
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except (FileExistsError, NotADirectoryError, PermissionError) as error:
-        raise UserError(f"cannot write into output={folder} ({error.strerror}): choose another folder") from None
+    folder = make_folder(cfg.output) if cfg.output else new_folder(Path(cfg.paths.runs).resolve() / "harmonize")
     files = {name: folder / f"{name}.png" for name in ("harmonized", "raw", "composite", "hole", "sheet")}
     write_image(files["composite"], copy_paste(inputs.background, inputs.foreground, inputs.mask))
     if cfg.prompt is None:
@@ -142,7 +141,9 @@ def main(cfg: DictConfig) -> None:
     seen = " and ".join(f"{b.name} (weight {b.weight:g})" for b in branches) or "no ControlNet, plain inpainting"
     print(f"kit {kit.name} at {kit.resolution} px on {kit.device.type}, {seen}, prompt {cfg.prompt!r}")
     settings = Settings(cfg.steps, cfg.guidance, cfg.seed)
-    result = harmonize(kit, **vars(inputs), prompt=cfg.prompt, branches=branches, settings=settings, feather=cfg.feather)
+    result = harmonize(
+        kit, **vars(inputs), prompt=cfg.prompt, branches=branches, settings=settings, feather=cfg.feather
+    )
     image = paste_crop(inputs.background, result.raw, result.crop) if cfg.raw else result.image
     write_image(files["harmonized"], image)
     write_image(files["raw"], result.raw)

@@ -5,8 +5,8 @@ Legend of shapes
     C  latent channels  T     tokens of a prompt  D    width of the text states
 
 Value ranges
-    image  uint8 H x W x 3 RGB on disk and in NumPy, float B x 3 x H x W in [-1, 1] ("model range") in front of a network
-    hint   float B x 3 x H x W in [0, 1] ("hint range"), 0 outside the instance
+    image  uint8 H x W x 3 RGB on disk and in NumPy, float B x 3 x H x W in [-1, 1] ("model range") in front of a
+    network hint   float B x 3 x H x W in [0, 1] ("hint range"), 0 outside the instance
     mask   {0, 1}; 1 = hole, 0 = keep. M is the instance, M_e (the hole) contains M
 """
 
@@ -23,7 +23,8 @@ SPLITS = ("train", "validation", "test")
 class Row:
     """One instance in one photograph: a line of ``manifest.jsonl``. Paths are relative to the manifest's folder.
 
-    ``box`` is (x0, y0, x1, y1) in pixels of the stored image, x1 and y1 exclusive. ``sha256`` is that of the image file.
+    ``box`` is (x0, y0, x1, y1) in pixels of the stored image, x1 and y1 exclusive. ``sha256`` is that of the image
+    file.
     ``extras`` holds what only some datasets have: ``plate``, ``relit``, ``shadow`` (paths), ``relit_caption``,
     ``caption_source`` (``given`` or the name of the captioner).
     """

@@ -51,10 +51,17 @@ def shared_data() -> Path:
 
 
 def build_random_kit(folder: Path) -> Path:
-    """A complete kit in diffusers layout with fresh small networks: 32 px, factor 4, made in a second, trained on nothing."""
+    """A complete kit in diffusers layout with fresh small networks: 32 px, factor 4, made in a second, trained on
+    nothing.
+    """
     import torch
     from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
-    from transformers import CLIPTextConfig, CLIPTextModelWithProjection, CLIPVisionConfig, CLIPVisionModelWithProjection
+    from transformers import (
+        CLIPTextConfig,
+        CLIPTextModelWithProjection,
+        CLIPVisionConfig,
+        CLIPVisionModelWithProjection,
+    )
 
     from harmony.training.kit import SCHEDULE, train_tokenizer, write_part
 
@@ -71,9 +78,9 @@ def build_random_kit(folder: Path) -> Path:
         mid_block_add_attention=False, sample_size=32, scaling_factor=0.5,
     )  # fmt: skip
     unet = UNet2DConditionModel(
-        sample_size=8, in_channels=9, out_channels=4, block_out_channels=[16, 32], layers_per_block=1, norm_num_groups=8,
-        down_block_types=["CrossAttnDownBlock2D", "DownBlock2D"], up_block_types=["UpBlock2D", "CrossAttnUpBlock2D"],
-        cross_attention_dim=32, attention_head_dim=4,
+        sample_size=8, in_channels=9, out_channels=4, block_out_channels=[16, 32], layers_per_block=1,
+        norm_num_groups=8, down_block_types=["CrossAttnDownBlock2D", "DownBlock2D"], up_block_types=["UpBlock2D",
+        "CrossAttnUpBlock2D"], cross_attention_dim=32, attention_head_dim=4,
     )  # fmt: skip
     write_part(folder, "tokenizer", tokenizer)
     write_part(folder, "text_encoder", CLIPTextModelWithProjection(text))
@@ -88,6 +95,25 @@ def build_random_kit(folder: Path) -> Path:
 def random_kit(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Folder of ``build_random_kit``; read it, do not change it."""
     return build_random_kit(tmp_path_factory.mktemp("kit") / "random")
+
+
+@pytest.fixture(scope="session")
+def awake():
+    """``awake(kit, seed)``: a frozen ControlNet that acts as if trained, what begins at zero being filled with
+    noise.
+    """
+    import torch
+
+    from harmony.models.controlnet import from_unet, zero_convolutions
+
+    def make(kit, seed: int = 0):
+        torch.manual_seed(seed)
+        net = from_unet(kit.unet, kit.factor).requires_grad_(False).eval()
+        for parameter in (*zero_convolutions(net), *net.controlnet_cond_embedding.conv_out.parameters()):
+            parameter.normal_(0, 0.1)
+        return net
+
+    return make
 
 
 @pytest.fixture(scope="session")
@@ -127,7 +153,8 @@ def prepared_work(small_manifest):
     """
     from omegaconf import OmegaConf
 
-    from harmony.config import compose, write_json
+    from harmony.config import compose
+    from harmony.files import write_json
 
     def lay(work: Path, overrides: list[str]) -> Path:
         recipe = OmegaConf.to_container(compose("fit", overrides).dataset, resolve=True)
@@ -136,3 +163,22 @@ def prepared_work(small_manifest):
         return manifest
 
     return lay
+
+
+@pytest.fixture(scope="session")
+def latent_data(random_kit, small_manifest, tmp_path_factory):
+    """``latent_data(**options)``: a prepared ``LatentData`` on the random kit; equal recipes share one cache."""
+    from harmony.data.datamodule import LatentData
+    from harmony.models.kit import Kit
+
+    folder = tmp_path_factory.mktemp("latents")
+    manifest = small_manifest(folder)
+    hints = {"color": {"sigma": 10, "normalize": True}, "structure": {"low": 100, "high": 200}}
+
+    def make(**options):
+        options = {"batch_size": 2, "hints": hints} | options
+        data = LatentData(str(manifest), Kit(str(random_kit)), str(folder / "cache"), **options)
+        data.prepare(say=lambda line: None)
+        return data
+
+    return make

@@ -48,7 +48,8 @@ class PixelData(lightning.LightningDataModule):
         render = torch.tensor([pool.is_render(i) for i in range(len(pool))])
         total = max(1, int((~render).sum()))
         weight = torch.where(render, (1 - h.photos) / max(1, int(render.sum())), h.photos / total)
-        sampler = WeightedRandomSampler(weight, len(pool), generator=torch.Generator().manual_seed(h.seed))
+        count = max(len(pool), h.batch_size)  # at least one batch an epoch
+        sampler = WeightedRandomSampler(weight, count, generator=torch.Generator().manual_seed(h.seed))
         return DataLoader(pool, h.batch_size, sampler=sampler, num_workers=h.workers, drop_last=True)
 
     def val_dataloader(self):
@@ -80,15 +81,17 @@ class PixelData(lightning.LightningDataModule):
 
     def sample(self, count: int) -> torch.Tensor:
         """``count`` training pictures in the proportions of a batch, N x 3 x H x W in [-1, 1]."""
-        loader = iter(self.train_dataloader())
-        return torch.cat([next(loader)["image"] for _ in range(-(-count // self.hparams.batch_size))])[:count]
+        pool, sampler = self.pools["train"], self.train_dataloader().sampler
+        order = itertools.chain.from_iterable(itertools.repeat(sampler))
+        return torch.stack([pool[i]["image"] for i in itertools.islice(order, count)])
 
 
 class Stream(Sampler[tuple[int, int]]):
     """An endless stream of (position, item): position p is the p-th sample that the whole run sees.
 
-    Items come in shuffled passes that depend on (seed, pass) only. Rank r of R takes its share of each global batch, and a
-    resumed run starts at the position it had reached, so that one process, eight, and a resumed run see the same samples.
+    Items come in shuffled passes that depend on (seed, pass) only. Rank r of R takes its share of each global batch,
+    and a resumed run starts at the position it had reached, so that one process, eight, and a resumed run see the same
+    samples.
     """
 
     def __init__(self, length: int, batch: int, seed: int = 0, rank: int = 0, world: int = 1, start: int = 0):
@@ -111,7 +114,8 @@ class Stream(Sampler[tuple[int, int]]):
 class Draws(torch.utils.data.Dataset):
     """Cached items with everything random that a training step needs, drawn from (seed, position) alone.
 
-    Adds ``noise``, ``encode``, ``encode_masked`` (unit normal, C x h x w: diffusion noise and the two posterior samples),
+    Adds ``noise``, ``encode``, ``encode_masked`` (unit normal, C x h x w: diffusion noise and the two posterior
+    samples),
     ``time`` in [0, 1) (scaled to a timestep by the objective), ``drop`` in [0, 1) (prompt dropout) and ``tokens``.
     """
 
@@ -138,8 +142,8 @@ class Draws(torch.utils.data.Dataset):
 class LatentData(lightning.LightningDataModule):
     """Cached latents of a manifest's train and validation split; reads manifest and cache only.
 
-    ``batch_size`` is that of one process. ``branch`` names the hint that travels with a batch (None: no hint). ``prepare``
-    must have been called (in one process) before training.
+    ``batch_size`` is that of one process. ``branch`` names the hint that travels with a batch (None: no hint).
+    ``prepare`` must have been called (in one process) before training.
     """
 
     def __init__(

@@ -1,10 +1,10 @@
 """F2. The latent cache: everything a training step needs, computed once, in checksummed memory-mapped shards.
 
 A cache belongs to one split of one manifest and one kit. Its key is a hash of all that decides its contents (kit's VAE,
-resolution, crop rule, hole rule, condition parameters, rows, schema version); a cache with another key is refused by name.
-Posterior *moments* are stored, not samples, so that the latent's noise stays random. Shards are written one by one and
-moved into place when complete: a kill at any point costs at most one shard, and the same command goes on. A shard whose
-checksum is wrong is built again, never trained on.
+resolution, crop rule, hole rule, condition parameters, rows, schema version); a cache with another key is refused by
+name. Posterior *moments* are stored, not samples, so that the latent's noise stays random. Shards are written one by
+one and moved into place when complete: a kill at any point costs at most one shard, and the same command goes on. A
+shard whose checksum is wrong is built again, never trained on.
 """
 
 import errno
@@ -15,6 +15,7 @@ import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -24,13 +25,25 @@ from safetensors.torch import save_file
 from harmony.conditions import hint
 from harmony.data.manifest import read_manifest
 from harmony.errors import UserError
+from harmony.files import write_json
 from harmony.images import Crop, crop_resize, read_image, sha256, square_around, to_model
 from harmony.masks import coverage, hole, read_mask, to_latent
-from harmony.models.kit import Kit
 from harmony.sample import Row
 
 CACHE_SCHEMA = 1
 SHARD = 256  # items a shard
+
+
+class Codec(Protocol):
+    """What the cache needs of a kit (``models.kit.Kit``, which stands on the same floor)."""
+
+    factor: int
+    resolution: int
+    device: torch.device
+
+    def hash(self, part: str) -> str: ...
+
+    def moments(self, x: torch.Tensor) -> torch.Tensor: ...
 
 
 @dataclass(frozen=True)
@@ -38,9 +51,9 @@ class Recipe:
     """How a row becomes training items.
 
     ``crop``: ``centre`` (the deterministic square around the instance) or ``jitter`` (a random square that holds the
-    instance, mirrored half of the time). ``hole``: a rule of ``masks.hole``. ``variants``: items a row, each with a crop and
-    a hole of its own. ``hints``: branch -> parameters of its operator. Variant 0 of ``centre`` + ``dilate`` is the test
-    protocol.
+    instance, mirrored half of the time). ``hole``: a rule of ``masks.hole``. ``variants``: items a row, each with a
+    crop and a hole of its own. ``hints``: branch -> parameters of its operator. Variant 0 of ``centre`` + ``dilate`` is
+    the test protocol.
     """
 
     crop: str = "centre"
@@ -52,7 +65,9 @@ class Recipe:
 
 @dataclass(frozen=True)
 class Example:
-    """One row at the kit's resolution: uint8 R x R x 3 and bool R x R; ``crop`` says where it lies in the photograph."""
+    """One row at the kit's resolution: uint8 R x R x 3 and bool R x R; ``crop`` says where it lies in the
+    photograph.
+    """
 
     image: np.ndarray
     mask: np.ndarray
@@ -88,11 +103,13 @@ def example(row: Row, root: Path, recipe: Recipe, resolution: int, variant: int 
     if mirrored:
         image, mask = np.ascontiguousarray(image[:, ::-1]), np.ascontiguousarray(mask[:, ::-1])
     if not mask.any():
-        raise UserError(f"{row.mask}: the instance vanishes at {resolution} px; raise select.min_area and prepare again")
+        raise UserError(
+            f"{row.mask}: the instance vanishes at {resolution} px; raise select.min_area and prepare again"
+        )
     return Example(image, mask, hole(mask, recipe.hole, rng), crop, mirrored)
 
 
-def describe(kit: Kit, recipe: Recipe, rows: list[Row]) -> dict:
+def describe(kit: Codec, recipe: Recipe, rows: list[Row]) -> dict:
     """All that decides the contents of a cache."""
     listed = json.dumps([(r.id, r.sha256, r.mask, list(r.box)) for r in rows]).encode()
     return {
@@ -108,7 +125,7 @@ def key(description: dict) -> str:
     return hashlib.sha256(json.dumps(description, sort_keys=True).encode()).hexdigest()[:16]
 
 
-def encode(examples: list[Example], kit: Kit, recipe: Recipe) -> dict[str, torch.Tensor]:
+def encode(examples: list[Example], kit: Codec, recipe: Recipe) -> dict[str, torch.Tensor]:
     """Tensors of some items: float16 moments, uint8 masks and hints."""
     x = torch.stack([to_model(e.image) for e in examples]).to(kit.device)
     holes = torch.from_numpy(np.stack([e.hole for e in examples])[:, None]).float()
@@ -147,7 +164,13 @@ def write_shard(path: Path, tensors: dict[str, torch.Tensor]) -> str:
 
 
 def build(
-    manifest: Path, split: str, kit: Kit, recipe: Recipe, root: Path, say: Callable[[str], None] = print, batch: int = 32
+    manifest: Path,
+    split: str,
+    kit: Codec,
+    recipe: Recipe,
+    root: Path,
+    say: Callable[[str], None] = print,
+    batch: int = 32,
 ) -> Path:
     """Make or complete the cache of a split under ``root``; returns its folder. Good shards are not redone."""
     rows = read_manifest(manifest, split)[1]
@@ -158,15 +181,15 @@ def build(
     folder.mkdir(parents=True, exist_ok=True)
     items = [(row, v) for row in rows for v in range(recipe.variants)]
     shards = [items[i : i + SHARD] for i in range(0, len(items), SHARD)]
-    known = read_index(folder).get("shards", {}) if (folder / "index.json").exists() else {}
+    known: dict[str, str] = {}
     began, done, todo = time.monotonic(), 0, 0
     for n, shard in enumerate(shards):
         path = folder / f"{n:05d}.safetensors"
         record = folder / f"{n:05d}.json"
         if path.exists() and record.exists():
-            stated = json.loads(record.read_text())["sha256"]
-            if sha256(path) == stated:
-                known[path.name] = stated
+            found = sha256(path)
+            if found == stated_sha256(record):
+                known[path.name] = found
                 continue
             say(f"latents {split}: {path.name} is damaged (checksum differs), building it again")
         todo = todo or len(items) - n * SHARD
@@ -182,23 +205,29 @@ def build(
         left = (todo - done) / rate
         say(f"latents {split}: shard {n + 1}/{len(shards)}, {rate:.0f} items a second, {left:.0f} s left")
     sizes = {f"{n:05d}.safetensors": len(shard) for n, shard in enumerate(shards)}
-    write_json(folder / "index.json", {"key": key(description), "description": description, "sizes": sizes, "shards": known})
+    write_json(
+        folder / "index.json", {"key": key(description), "description": description, "sizes": sizes, "shards": known}
+    )
     return folder
 
 
-def write_json(path: Path, content: dict) -> None:
-    partial = path.with_name(f".{path.name}.partial")
-    partial.write_text(json.dumps(content, indent=1) + "\n")
-    os.replace(partial, path)
+def stated_sha256(record: Path) -> str | None:
+    """What the record beside a shard says its checksum is; None when the record itself is torn."""
+    try:
+        return json.loads(record.read_text())["sha256"]
+    except (ValueError, KeyError, TypeError):
+        return None
 
 
 def read_index(folder: Path) -> dict:
     try:
         return json.loads((folder / "index.json").read_text())
     except FileNotFoundError:
-        raise UserError(f"no complete latent cache in {folder}: run the same command again without interrupting it") from None
+        raise UserError(
+            f"no complete latent cache in {folder}: run the same command again without interrupting it"
+        ) from None
     except json.JSONDecodeError:
-        raise UserError(f"{folder}/index.json is damaged: delete that file and run the same command again") from None
+        raise UserError(f"{folder}/index.json is damaged: run harmony.fit again, which builds it anew") from None
 
 
 class Latents(torch.utils.data.Dataset):
@@ -214,7 +243,9 @@ class Latents(torch.utils.data.Dataset):
         if expected is not None and index["key"] != key(expected):
             found = index["description"]
             differs = [f"{k} {found.get(k)!r} instead of {v!r}" for k, v in expected.items() if found.get(k) != v]
-            raise UserError(f"latent cache {self.folder} is stale or foreign ({'; '.join(differs)}): delete it, prepare again")
+            raise UserError(
+                f"latent cache {self.folder} is stale or foreign ({'; '.join(differs)}): delete it, prepare again"
+            )
         self.variants = index["description"]["variants"]
         self.files = list(index["sizes"])
         self.starts = np.cumsum([0, *index["sizes"].values()])

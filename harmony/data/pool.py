@@ -1,6 +1,8 @@
-"""F2. The pixels a kit is trained on: studio renders under both of their lights, and photographs whose licence allows it.
+"""F2. The pixels a kit is trained on: studio renders under both of their lights, and photographs whose licence allows
+it.
 
-``prepare_kit`` gathers them into one manifest; ``PixelPool`` holds the decoded pictures in memory and hands out squares.
+``prepare_kit`` gathers them into one manifest; ``PixelPool`` holds the decoded pictures in memory and hands out
+squares.
 """
 
 import os
@@ -68,16 +70,15 @@ def rows_of(folder: Path, split: str, relative_to: Path, sources: Iterable[str] 
 def prepare_kit(recipe: dict, work: Path) -> Path:
     """Render what is missing and write ``manifest.jsonl`` of the kit's training set into ``work / name``.
 
-    Recipe: ``name``, ``dir`` (the bundled studio set), ``count`` (further studio scenes at the kit's size, train split),
-    ``size`` in pixels, ``photos`` (a folder in Open Images layout, or null) and ``sources`` (which of its photographs may
-    train shipped weights; its test split is used for measuring alone and may hold any).
+    Recipe: ``name``, ``dir`` (the bundled studio set), ``count`` (further studio scenes at the kit's size, train
+    split),
+    ``size`` in pixels, ``photos`` (a folder in Open Images layout, or null) and ``sources`` (which of its photographs
+    may train shipped weights; its test split is used for measuring alone and may hold any).
     """
     from harmony.data.studio import generate
 
     folder = work / recipe["name"]
-    renders = generate(
-        folder / "studio", recipe["count"], recipe["size"], start=512, splits=("train",), plate=False
-    )
+    renders = generate(folder / "studio", recipe["count"], recipe["size"], start=512, splits=("train",), plate=False)
     rows: list[Row] = []
     for split in SPLITS:
         rows += rows_of(Path(recipe["dir"]) / split, split, folder)
@@ -99,11 +100,14 @@ class PixelPool(torch.utils.data.Dataset):
     """Decoded pictures of one split of a manifest as squares of ``size`` pixels.
 
     Item: ``image`` float 3 x size x size in [-1, 1], ``caption``, ``render`` (bool). With ``share`` = (low, high) < 1 a
-    photograph gives a random square of that share of its shorter side, flipped half of the time; renders are not cropped,
-    since their captions name what stands in them. Without it everything is the deterministic square around the instance.
+    photograph gives a random square of that share of its shorter side, flipped half of the time; renders are not
+    cropped, since their captions name what stands in them. Without it everything is the deterministic square around the
+    instance.
     """
 
-    def __init__(self, manifest: str | Path, split: str, size: int, share: tuple[float, float] | None = None, seed: int = 0):
+    def __init__(
+        self, manifest: str | Path, split: str, size: int, share: tuple[float, float] | None = None, seed: int = 0
+    ):
         self.rows = read_manifest(manifest, split)[1]
         self.size, self.share = size, share
         self.rng = np.random.default_rng([seed, SPLITS.index(split)])

@@ -1,8 +1,8 @@
 """F2. The studio dataset: physically based renders of one object in one place, with ground truth no photograph has.
 
-A scene is a pure function of (seed, index): kind, colour, finish, ground, light, a second light, camera, backdrop and, in
-a third of the scenes, other objects that belong to the background. For each scene Mitsuba 3 (``scalar_rgb``, path tracer)
-renders
+A scene is a pure function of (seed, index): kind, colour, finish, ground, light, a second light, camera, backdrop and,
+in a third of the scenes, other objects that belong to the background. For each scene Mitsuba 3 (``scalar_rgb``, path
+tracer) renders
 
     image   the object under light A                              data/<id>.jpg
     plate   the place under light A without the object            plates/<id>.jpg
@@ -30,6 +30,7 @@ from pathlib import Path
 import numpy as np
 
 from harmony.errors import UserError
+from harmony.files import write_text
 from harmony.images import write_image
 from harmony.masks import bounding_box, dilate
 
@@ -312,7 +313,9 @@ def scene(index: int, seed: int = 0) -> Scene:
     if rng.random() < 1 / 3:
         for _ in range(rng.integers(1, 3)):
             around, away = rng.uniform(0.15, 0.85) * np.pi, rng.uniform(2.0, 4.0)
-            others.append((pick(KINDS), pick(COLOURS), away * np.cos(around), away * np.sin(around), rng.uniform(0, 360)))
+            others.append(
+                (pick(KINDS), pick(COLOURS), away * np.cos(around), away * np.sin(around), rng.uniform(0, 360))
+            )
     azimuth = rng.uniform(-25, 25)
     return Scene(
         seed=seed,
@@ -344,7 +347,9 @@ def mitsuba():
         import drjit
         import mitsuba
     except ImportError as error:
-        raise UserError("rendering the studio needs Mitsuba 3: install the extra, pip install -e '.[studio]'") from error
+        raise UserError(
+            "rendering the studio needs Mitsuba 3: install the extra, pip install -e '.[studio]'"
+        ) from error
     mitsuba.set_variant("scalar_rgb")
     drjit.set_thread_count(1)
     mitsuba.set_log_level(mitsuba.LogLevel.Error)
@@ -373,12 +378,16 @@ def ground_texture(name: str, side: int = 256) -> np.ndarray:
         plank = (x // 32)[..., None]
         tone = 1 + 0.25 * np.sin(plank * 12.9898)
         grain = np.roll(fine, 1, 1).mean(0, keepdims=True) + 0.4 * coarse
-        return np.clip(np.array([0.30, 0.15, 0.06]) * tone * np.exp(0.15 * grain) * np.where(x % 32 < 2, 0.45, 1)[..., None], 0, 1)
+        return np.clip(
+            np.array([0.30, 0.15, 0.06]) * tone * np.exp(0.15 * grain) * np.where(x % 32 < 2, 0.45, 1)[..., None], 0, 1
+        )
     if name == "brick":
         joint = ((y % 16 < 2) | ((x + 16 * (y // 16 % 2)) % 32 < 2))[..., None]
         return np.clip(np.where(joint, [0.34, 0.32, 0.30], np.array([0.34, 0.11, 0.07]) * np.exp(0.12 * coarse)), 0, 1)
     joint = ((y % 64 < 3) | (x % 64 < 3))[..., None]
-    return np.clip(np.where(joint, [0.10, 0.10, 0.10], np.array([0.30, 0.30, 0.31]) * np.exp(0.12 * fine + 0.1 * coarse)), 0, 1)
+    return np.clip(
+        np.where(joint, [0.10, 0.10, 0.10], np.array([0.30, 0.30, 0.31]) * np.exp(0.12 * fine + 0.1 * coarse)), 0, 1
+    )
 
 
 def mesh(part, name: str, bsdf: dict):
@@ -399,7 +408,13 @@ def mesh(part, name: str, bsdf: dict):
 def principled(rgb, finish: str = "matte") -> dict:
     roughness, metallic, clearcoat = FINISHES[finish]
     base = {"type": "rgb", "value": list(rgb)}
-    return {"type": "principled", "base_color": base, "roughness": roughness, "metallic": metallic, "clearcoat": clearcoat}
+    return {
+        "type": "principled",
+        "base_color": base,
+        "roughness": roughness,
+        "metallic": metallic,
+        "clearcoat": clearcoat,
+    }
 
 
 def instance(kind: str, colour: str, finish: str, x: float, y: float, yaw: float, prefix: str) -> dict:
@@ -437,7 +452,11 @@ def lights(s: Scene, name: str) -> dict:
     light = LIGHTS[name]
     azimuth, elevation = np.radians(s.sun), np.radians(light.elevation)
     towards = -np.array([np.cos(elevation) * np.cos(azimuth), np.cos(elevation) * np.sin(azimuth), np.sin(elevation)])
-    sun = {"type": "directional", "direction": towards.tolist(), "irradiance": {"type": "rgb", "value": list(light.sun)}}
+    sun = {
+        "type": "directional",
+        "direction": towards.tolist(),
+        "irradiance": {"type": "rgb", "value": list(light.sun)},
+    }
     return {"sun": sun, "sky": {"type": "constant", "radiance": {"type": "rgb", "value": list(light.sky)}}}
 
 
@@ -455,12 +474,16 @@ def sensor(s: Scene, size: int, samples: int) -> dict:
 def tone_map(radiance: np.ndarray) -> np.ndarray:
     """Linear radiance to uint8 sRGB with a soft shoulder: 1 - exp(-1.35 L), then the usual gamma."""
     display = 1 - np.exp(-1.35 * np.maximum(np.nan_to_num(radiance[..., :3]), 0))
-    return np.round(255 * np.where(display < 0.0031308, 12.92 * display, 1.055 * display ** (1 / 2.4) - 0.055)).astype(np.uint8)
+    return np.round(255 * np.where(display < 0.0031308, 12.92 * display, 1.055 * display ** (1 / 2.4) - 0.055)).astype(
+        np.uint8
+    )
 
 
 @dataclass(frozen=True)
 class Frames:
-    """uint8 H x W x 3 pictures and bool H x W masks of one scene; ``plate`` and ``shadow`` are None when not rendered."""
+    """uint8 H x W x 3 pictures and bool H x W masks of one scene; ``plate`` and ``shadow`` are None when not
+    rendered.
+    """
 
     image: np.ndarray
     relit: np.ndarray
@@ -545,13 +568,6 @@ def render_to(job: tuple[Scene, Path, int, int, bool]) -> Scene:
     return s
 
 
-def write_text(path: Path, text: str) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.partial")
-    partial.write_text(text)
-    os.replace(partial, path)
-
-
 def write_table(path: Path, header: Iterable[str] | None, rows: Iterable[Iterable]) -> None:
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
@@ -575,11 +591,15 @@ def write_labels(scenes: list[Scene], root: Path) -> None:
         cut = int(x0 == 0 or y0 == 0 or x1 == width or y1 == height)
         box = [f"{v:.6f}" for v in (x0 / width, x1 / width, y0 / height, y1 / height)]
         detections.append([s.id, "xclick", mid(s.kind), 1, *box, 0, cut, 0, 0, 0])
-        segmentations.append([mask_name(s), s.id, mid(s.kind), box_id(s), box[0], box[1], box[2], box[3], "0.00000", ""])
+        segmentations.append(
+            [mask_name(s), s.id, mid(s.kind), box_id(s), box[0], box[1], box[2], box[3], "0.00000", ""]
+        )
         table.append([s.id, s.index, s.kind, s.colour, s.finish, s.ground, s.light, s.relight])
         captions[s.id] = [s.caption(), s.caption(s.relight)]
     folder = root / scenes[0].split
-    columns = "ImageID Source LabelName Confidence XMin XMax YMin YMax IsOccluded IsTruncated IsGroupOf IsDepiction IsInside"
+    columns = (
+        "ImageID Source LabelName Confidence XMin XMax YMin YMax IsOccluded IsTruncated IsGroupOf IsDepiction IsInside"
+    )
     write_table(folder / "labels" / "detections.csv", columns.split(), detections)
     columns = "MaskPath ImageID LabelName BoxID BoxXMin BoxXMax BoxYMin BoxYMax PredictedIoU Clicks"
     write_table(folder / "labels" / "segmentations.csv", columns.split(), segmentations)

@@ -1,7 +1,7 @@
 """F2. ControlNets for an inpainting UNet, in diffusers' own class and format.
 
 The trunk reads the noised latent alone (``conv_in`` keeps the first C of the UNet's 2C + 1 input channels): what the
-paper's prose says, and the only form that the stock ``StableDiffusionControlNetInpaintPipeline`` runs (method sheet 2.5).
+paper's prose says, and the only form that the stock ``StableDiffusionControlNetInpaintPipeline`` runs (2.5).
 """
 
 import json
@@ -24,8 +24,8 @@ BRANCHES = ("color", "structure", "raw")
 def from_unet(unet: UNet2DConditionModel, factor: int, in_channels: int | None = 4) -> ControlNetModel:
     """A trainable copy of the UNet's encoder and middle block with zero-initialised outputs and hint encoder output.
 
-    ``factor`` is the VAE's: the hint encoder must shrink the hint by as much. ``in_channels=None`` keeps all channels of
-    the UNet's input (an ablation). Fresh residuals are exactly zero.
+    ``factor`` is the VAE's: the hint encoder must shrink the hint by as much. ``in_channels=None`` keeps all channels
+    of the UNet's input (an ablation). Fresh residuals are exactly zero.
     """
     widths = HINT_CHANNELS[: int(math.log2(factor)) + 1]
     net = ControlNetModel.from_unet(unet, conditioning_embedding_out_channels=widths)
@@ -46,7 +46,7 @@ def zero_convolutions(net: ControlNetModel) -> list[torch.nn.Parameter]:
 def controlnet_folder(path: str | os.PathLike) -> Path | None:
     """The diffusers folder that ``path`` means: a shipped name (``color``), a run folder (its ``export/``), or itself.
 
-    None when ``path`` is no folder, then it may be a hub id. UserError for a folder without a ControlNet.
+    None when ``path`` may be a hub id, owner/name. UserError for a folder without a ControlNet.
     """
     shipped = ASSETS / path
     folder = shipped if shipped.parent == ASSETS and shipped.name != ".." and shipped.is_dir() else Path(path)
@@ -54,9 +54,11 @@ def controlnet_folder(path: str | os.PathLike) -> Path | None:
         if (candidate / "config.json").exists():
             return candidate
     if (folder / "checkpoints").is_dir():
-        raise UserError(f"{path} is a run that has not ended: write its ControlNet with python -m harmony.export {path}")
+        raise UserError(f"{path} is a run that has not ended: export it first, python -m harmony.export {path}")
     if folder.exists():
         raise UserError(f"{path} holds no ControlNet (config.json): give a run folder or a diffusers folder")
+    if str(path).count("/") != 1:
+        raise UserError(f"there is no ControlNet {path}: give a run folder, diffusers folder or hub id (owner/name)")
     return None
 
 
@@ -83,11 +85,12 @@ def read_hint(path: str | os.PathLike) -> dict:
 
 
 def export_controlnet(net: ControlNetModel, folder: Path, branch: str, parameters: dict, kit: Kit) -> Path:
-    """Write ``folder/controlnet`` in diffusers layout with ``hint.json`` (how its hints are made) beside the weights."""
+    """Write ``folder/controlnet`` in diffusers layout; ``hint.json`` beside the weights says how its hints are made."""
     target, partial = Path(folder) / "controlnet", Path(folder) / ".controlnet.partial"
     shutil.rmtree(partial, ignore_errors=True)
     net.save_pretrained(partial)
-    facts = {"branch": branch, "parameters": parameters, "kit": kit.name, "vae": kit.hash("vae"), "unet": kit.hash("unet")}
+    hashes = {part: kit.hash(part) for part in ("vae", "unet")}
+    facts = {"branch": branch, "parameters": parameters, "kit": kit.name, **hashes}
     (partial / "hint.json").write_text(json.dumps(facts, indent=2) + "\n")
     shutil.rmtree(target, ignore_errors=True)
     os.replace(partial, target)

@@ -1,8 +1,8 @@
 """F2. A backbone ("kit"): a folder in diffusers layout, and everything the rest of the code may ask of it.
 
-All code is blind to which kit it runs on: latent factor, channels, resolution, prediction type and latent scale come from
-the kit's own configuration files. Sections 1.1 to 1.3 of the method sheet: latents are scaled by the VAE's factor, hints
-are in [0, 1], images in [-1, 1].
+All code is blind to which kit it runs on: latent factor, channels, resolution, prediction type and latent scale come
+from the kit's own configuration files. Sections 1.1 to 1.3 of the method sheet: latents are scaled by the VAE's factor,
+hints are in [0, 1], images in [-1, 1].
 """
 
 import hashlib
@@ -45,11 +45,14 @@ def kit_path(name: str | os.PathLike) -> str:
 def load_part(path: str, part: str, weights: str = "hub", dtype: torch.dtype = torch.float32):
     """One part of a kit, frozen and in eval mode.
 
-    ``weights="random"`` builds the architecture from the kit's configuration without reading weights. UserError when the
-    part is not there.
+    ``weights="random"`` builds the architecture from the kit's configuration without reading weights. UserError when
+    the part is not there.
     """
     import importlib
 
+    from transformers.utils.logging import disable_progress_bar
+
+    disable_progress_bar()
     library, name = CLASSES[part]
     cls = getattr(importlib.import_module(library), name)
     where = {"subfolder": FOLDERS.get(part, part)}
@@ -65,9 +68,10 @@ def load_part(path: str, part: str, weights: str = "hub", dtype: torch.dtype = t
             if part in WEIGHTLESS:
                 return cls.from_pretrained(local, **where)
             if weights == "random":
-                config = cls.load_config(local, **where) if library == "diffusers" else cls.config_class.from_pretrained(local, **where)
-                model = cls.from_config(config) if library == "diffusers" else cls(config)
-                model = model.to(dtype)
+                if library == "diffusers":
+                    model = cls.from_config(cls.load_config(local, **where)).to(dtype)
+                else:
+                    model = cls(cls.config_class.from_pretrained(local, **where)).to(dtype)
             else:
                 kind = {"torch_dtype": dtype} if library == "diffusers" else {"dtype": dtype}
                 model = cls.from_pretrained(local, use_safetensors=True, **kind, **where)
@@ -149,7 +153,9 @@ class Kit:
 
     @property
     def resolution(self) -> int:
-        """Side in pixels at which the UNet was trained."""
+        """Side in pixels at which the UNet was trained; the VAE's while the kit has no UNet yet."""
+        if os.path.isdir(self.path) and not os.path.isdir(os.path.join(self.path, "unet")):
+            return self.vae.config.sample_size
         return self.unet.config.sample_size * self.factor
 
     @property

@@ -1,7 +1,7 @@
 """F3. The reconstruction benchmark: the instance's own photograph is the truth (section 2.9, situation 1).
 
-Hole and hints come from the same photograph, sampling starts from pure noise; every method sees the same pictures, holes
-and noise. Figures are given for the raw output and after paste-back.
+Hole and hints come from the same photograph, sampling starts from pure noise; every method sees the same pictures,
+holes and noise. Figures are given for the raw output and after paste-back.
 """
 
 from collections.abc import Callable, Sequence
@@ -35,7 +35,9 @@ def load_bench(manifest: Path, split: str, resolution: int, limit: int | None = 
     rows = read_manifest(manifest, split)[1]
     if limit is not None and limit < len(rows):
         rows = [rows[i] for i in np.linspace(0, len(rows) - 1, limit).round().astype(int)]
-    return Bench(split, [example(r, Path(manifest).parent, Recipe(), resolution) for r in rows], [r.caption for r in rows])
+    return Bench(
+        split, [example(r, Path(manifest).parent, Recipe(), resolution) for r in rows], [r.caption for r in rows]
+    )
 
 
 def reconstruct(kit: Kit, bench: Bench, branches: Sequence[Branch], settings: Settings) -> list[np.ndarray]:

@@ -1,6 +1,7 @@
-"""F3. DDIM: deterministic sampling and its exact algebraic inverse (section 1.2 of the method sheet; Song et al., 2021).
+"""F3. DDIM: deterministic sampling and its exact algebraic inverse (method sheet 1.2; Song et al., 2021).
 
-A sampler is a function of an eps model, a latent and a list of timesteps; guidance, controls and masks live in the model.
+A sampler is a function of an eps model, a latent and a list of timesteps; guidance, controls and masks live in the
+model.
 """
 
 from collections.abc import Callable
@@ -46,7 +47,7 @@ def sample(eps: Eps, z: torch.Tensor, steps: int, abar: torch.Tensor, offset: in
 
 
 def noise_for(seed: int, indices: torch.Tensor | list[int], shape: tuple[int, ...], device="cpu") -> torch.Tensor:
-    """Unit noise B x shape; that of sample i depends on (seed, i) only, so a grid is the same on any number of processes."""
+    """Unit noise B x shape; that of sample i depends on (seed, i) only: a grid is the same on one process and eight."""
     draws = []
     for i in indices:
         rng = torch.Generator("cpu").manual_seed((int(seed) * 1_000_003 + int(i)) % 2**63)

@@ -4,6 +4,7 @@ The picture is cropped to a square around the hole, worked on at the kit's resol
 hole equal the input exactly.
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -14,7 +15,7 @@ from harmony.composites import copy_paste, paste_back
 from harmony.conditions import hint
 from harmony.errors import UserError
 from harmony.images import Crop, crop_resize, from_model, paste_crop, square_around, to_hint, to_model
-from harmony.masks import bounding_box, hole, to_latent
+from harmony.masks import TEST_RADIUS, bounding_box, box_mask, dilate, scaled, to_latent
 from harmony.models.controlnet import load_controlnet, read_hint
 from harmony.models.kit import Kit
 from harmony.sampling.ddim import noise_for
@@ -36,19 +37,18 @@ class Branch:
 def load_branch(path: str, kit: Kit, weights: dict[str, float], operator: str | None = None) -> Branch:
     """The ControlNet in ``path`` with its operator from ``hint.json``; ``weights`` holds a lambda for each operator.
 
-    ``operator`` names that of a ControlNet of other origin. UserError where it is unknown, or the net is made for a kit of
-    another architecture.
+    ``operator`` names that of a ControlNet of other origin. UserError where it is unknown, or the net is made for a
+    kit of another architecture.
     """
-    facts = read_hint(path)
+    net, facts = load_controlnet(path, kit.dtype).to(kit.device), read_hint(path)
     name = facts.get("branch", operator)
     if name not in weights:
         raise UserError(f"{path} does not say which hint it wants (hint.json): add branch={'|'.join(weights)}")
-    net = load_controlnet(path, kit.dtype).to(kit.device)
     for key in ("block_out_channels", "cross_attention_dim", "layers_per_block"):
         theirs, ours = net.config[key], kit.unet.config[key]
         if list(np.atleast_1d(theirs)) != list(np.atleast_1d(ours)):
             made_for = facts.get("kit", "another kit")
-            raise UserError(f"{path} was trained on {made_for} and does not fit kit {kit.name} ({key}): give its model.path")
+            raise UserError(f"{path}, trained on {made_for}, does not fit kit {kit.name} ({key}): give its model.path")
     return Branch(name, net, weights[name], facts.get("parameters"))
 
 
@@ -76,9 +76,9 @@ def fill(
 ) -> list[np.ndarray]:
     """Raw model outputs, uint8 R x R x 3, before any paste-back.
 
-    ``images`` uint8 R x R x 3 give the background (what lies in the hole is not seen), ``instances`` uint8 R x R x 3 with
-    ``masks`` bool R x R give the hints, ``holes`` bool R x R contain the masks. R is the kit's resolution. Noise of item i
-    depends on (seed, indices[i]) only.
+    ``images`` uint8 R x R x 3 give the background (what lies in the hole is not seen), ``instances`` uint8 R x R x 3
+    with ``masks`` bool R x R give the hints, ``holes`` bool R x R contain the masks. R is the kit's resolution. Noise
+    of item i depends on (seed, indices[i]) only.
     """
     indices = list(range(len(images))) if indices is None else indices
     empty = kit.prompt([""])
@@ -131,10 +131,10 @@ def harmonize(
 ) -> Result:
     """Put the masked object of ``foreground`` into ``background``.
 
-    ``background``, ``foreground`` uint8 H x W x 3 and ``mask`` bool H x W share one size (see ``composites.place`` for a
-    cut-out of another size). The hole is the mask dilated by the test rule, joined by the optional ``region`` in which the
-    model may also repaint (for a shadow). ``feather`` in pixels blends inside the hole. UserError for an empty mask or
-    sizes that differ.
+    ``background``, ``foreground`` uint8 H x W x 3 and ``mask`` bool H x W share one size (see ``composites.place`` for
+    a cut-out of another size). The hole is the mask dilated by the test rule, joined by the optional ``region`` in
+    which the model may also repaint (for a shadow). ``feather`` in pixels blends inside the hole. UserError for an
+    empty mask or sizes that differ.
     """
     check_sizes(background, foreground=foreground, mask=mask, region=region)
     height, width = background.shape[:2]
@@ -144,13 +144,14 @@ def harmonize(
     side = kit.resolution
     image, instance, small = (crop_resize(a, crop, side) for a in (background, composite, mask))
     if not small.any():
-        raise UserError(f"the object is too small: it vanishes at the kit's {side} px; enlarge it or choose a larger kit")
-    opened = hole(small, "dilate")
+        raise UserError(f"the object is too small: it vanishes at the kit's {side} px; enlarge it or take a larger kit")
+    opened = dilate(mask, math.ceil(scaled(TEST_RADIUS, (crop.side,))))  # the test rule at the photograph's resolution
     if region is not None:
-        opened |= crop_resize(region, crop, side)
-    raw = fill(kit, [image], [instance], [small], [opened], [prompt], branches, settings)[0]
-    full = hole_in_image(opened, crop, (height, width)) | mask
-    return Result(paste_back(paste_crop(background, raw, crop), background, full, feather), raw, composite, full, crop)
+        opened |= region
+    opened &= box_mask(crop.inside(width, height), width, height)
+    raw = fill(kit, [image], [instance], [small], [crop_resize(opened, crop, side)], [prompt], branches, settings)[0]
+    pasted = paste_back(paste_crop(background, raw, crop), background, opened, feather)
+    return Result(pasted, raw, composite, opened, crop)
 
 
 def check_sizes(background: np.ndarray, **others: np.ndarray | None) -> None:
@@ -158,12 +159,5 @@ def check_sizes(background: np.ndarray, **others: np.ndarray | None) -> None:
     height, width = background.shape[:2]
     for name, array in others.items():
         if array is not None and array.shape[:2] != (height, width):
-            size = f"{array.shape[1]} x {array.shape[0]}"
-            raise UserError(f"{name} is {size} but the background is {width} x {height}: give box=x0,y0,x1,y1 or resize it")
-
-
-def hole_in_image(opened: np.ndarray, crop: Crop, shape: tuple[int, int]) -> np.ndarray:
-    """The square's hole (bool R x R) as a mask of the whole photograph (bool H x W), by nearest."""
-    at = np.arange(crop.side) * len(opened) // crop.side
-    patch = np.repeat(opened[at][:, at, None].astype(np.uint8), 3, 2)
-    return paste_crop(np.zeros((*shape, 3), np.uint8), patch, crop)[..., 0].astype(bool)
+            sizes = f"{array.shape[1]} x {array.shape[0]} but the background is {width} x {height}"
+            raise UserError(f"{name} is {sizes}: give box=x0,y0,x1,y1 or resize it")

@@ -1,7 +1,7 @@
 """F3. Inpainting by words and ControlNets: the nine-channel UNet with guidance and a weighted sum of residuals.
 
-Corrected eq. 7 of the method sheet (2.6): skip_i <- skip_i + sum_k lambda_k r_i^(k), the same for the middle block. A net
-whose weight is 0 is not run at all, so that all weights 0 is plain inpainting exactly.
+Corrected eq. 7 of the method sheet (2.6): skip_i <- skip_i + sum_k lambda_k r_i^(k), the same for the middle block. A
+net whose weight is 0 is not run at all, so that all weights 0 is plain inpainting exactly.
 """
 
 from collections.abc import Sequence
@@ -38,7 +38,7 @@ def predict(
     text: torch.Tensor,
     controls: Sequence[Control] = (),
 ) -> torch.Tensor:
-    """eps(z_t, t): B x C x h x w from latent, ``known`` = [hole, masked latent] (B x (1 + C) x h x w) and text states."""
+    """eps(z_t, t), B x C x h x w, from latent, ``known`` = [hole, masked latent] (B x (1 + C) x h x w) and text."""
     u = torch.cat([z, known], 1)
     down, middle = control_residuals(controls, u, t, text)
     return unet(
@@ -52,7 +52,7 @@ def predict(
 
 
 def guided(kit: Kit, known: torch.Tensor, text: torch.Tensor, empty: torch.Tensor, w: float, controls=()) -> Eps:
-    """Classifier-free guidance e_u + w (e_c - e_u); both halves in one batch, ControlNets on both. w = 1 runs one half."""
+    """Classifier-free guidance e_u + w (e_c - e_u), both halves in one batch, ControlNets on both; w = 1 runs one."""
     empty = empty.expand_as(text)
     if kit.prediction_type != "epsilon":
         raise UserError(f"kit {kit.path} predicts {kit.prediction_type}; only epsilon models are supported")

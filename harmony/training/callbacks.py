@@ -2,7 +2,9 @@
 
 import csv
 import os
+import pickle
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import lightning
@@ -28,17 +30,27 @@ class AtomicCheckpoints(TorchCheckpointIO):
             torch.save(checkpoint, partial)
             os.replace(partial, path)
         except (OSError, RuntimeError) as error:
+            raise UserError(
+                f"cannot write checkpoint {path} ({error}): free some disk; the same command goes on"
+            ) from error
+        finally:
             partial.unlink(missing_ok=True)
-            raise UserError(f"cannot write checkpoint {path} ({error}): free some disk; the same command goes on") from error
 
     def load_checkpoint(self, path, map_location=None, weights_only=True):
-        return torch.load(path, map_location=map_location or "cpu", weights_only=True)
+        try:
+            return torch.load(path, map_location=map_location or "cpu", weights_only=True)
+        except (RuntimeError, EOFError, pickle.UnpicklingError) as error:
+            reason = str(error).splitlines()[0] if str(error) else "it ends too early"
+            raise UserError(
+                f"checkpoint {path} is damaged ({reason}): remove it and the same command begins anew"
+            ) from None
 
 
 class NaNGuard(Callback):
     """Stop with one clear line when the loss is not finite; the last checkpoint is then from before it.
 
-    The flag stays on the device and is read every ``every`` steps, and before each checkpoint.
+    The flag stays on the device and is read every ``every`` steps, and before each checkpoint, which also looks at the
+    trained weights: the step of a finite loss may have been the one that spoilt them.
     """
 
     def __init__(self, every: int = 10):
@@ -57,6 +69,8 @@ class NaNGuard(Callback):
             raise UserError(f"the loss became NaN or infinite by step {trainer.global_step}; {where}; lower module.lr")
 
     def on_save_checkpoint(self, trainer, module, checkpoint):
+        spoilt = torch.stack([~torch.isfinite(p.detach()).all() for p in module.parameters() if p.requires_grad]).any()
+        self.bad = spoilt if self.bad is None else self.bad | spoilt
         self.look(trainer)
 
 
@@ -93,43 +107,55 @@ class MetricsCSV(Callback):
 
     def on_train_start(self, trainer, module):
         self.last = -1
-        if trainer.is_global_zero and self.path.exists():
-            with open(self.path, newline="") as file:
-                rows = [r for r in csv.reader(file) if len(r) == 3 and r[0].isdigit() and int(r[0]) <= trainer.global_step]
-            self.write(rows, "w")
-
-    def write(self, rows, mode="a"):
-        new = mode == "w" or not self.path.exists()
-        with open(self.path, mode, newline="") as file:
-            writer = csv.writer(file)
-            if new:
-                writer.writerow(["step", "name", "value"])
-            writer.writerows(rows)
-
-    def report(self, trainer):
         if trainer.is_global_zero:
-            numbers = {k: v for k, v in trainer.logged_metrics.items() if not k.endswith(("_step", "_epoch"))}
-            self.write([(trainer.global_step, name, f"{float(v):.6g}") for name, v in numbers.items()])
+            rows = []
+            if self.path.exists():
+                with open(self.path, newline="") as file:
+                    rows = [
+                        r
+                        for r in csv.reader(file)
+                        if len(r) == 3 and r[0].isdigit() and int(r[0]) <= trainer.global_step
+                    ]
+            partial = self.path.with_name(f".{self.path.name}.partial")
+            self.write(partial, [["step", "name", "value"], *rows], "w")
+            os.replace(partial, self.path)
+
+    def write(self, path, rows, mode):
+        with open(path, mode, newline="") as file:
+            csv.writer(file, lineterminator="\n").writerows(rows)
+
+    def report(self, trainer, measured: Callable[[str], bool]):
+        """Write what was measured now: logged_metrics keeps the last validation's figures while training goes on."""
+        if trainer.is_global_zero:
+            now = {k: float(v) for k, v in trainer.logged_metrics.items() if measured(k)}
+            self.write(self.path, [(trainer.global_step, name, f"{value:.6g}") for name, value in now.items()], "a")
 
     def on_train_batch_end(self, trainer, module, outputs, batch, batch_idx):
         if trainer.global_step % trainer.log_every_n_steps == 0 and trainer.global_step != self.last:
             self.last = trainer.global_step
-            self.report(trainer)
+            self.report(trainer, lambda name: name.startswith("train/"))
 
     def on_validation_end(self, trainer, module):
         if not trainer.sanity_checking:
-            self.report(trainer)
+            self.report(trainer, lambda name: not name.startswith("train/"))
 
 
 class SampleGrid(Callback):
-    """The same held-out pictures with the same noise, every ``every`` steps: input, hint, hint-off baseline, output, truth."""
+    """The same held-out pictures with the same noise, every ``every`` steps: input, hint, hint-off baseline, output,
+    truth.
+    """
 
-    def __init__(self, folder: str, count: int = 8, every: int = 500, steps: int = 20, guidance: float = 2.0, seed: int = 0):
+    def __init__(
+        self, folder: str, count: int = 8, every: int = 500, steps: int = 20, guidance: float = 2.0, seed: int = 0
+    ):
         self.folder, self.count, self.every = Path(folder) / "grids", count, every
         self.settings = Settings(steps=steps, guidance=guidance, seed=seed)
-        self.bench = self.off = None
+        self.bench = self.off = self.drawn = None
 
     def draw(self, trainer, module):
+        if self.drawn == trainer.global_step:  # the step's further batches under accumulation, and the end of training
+            return
+        self.drawn = trainer.global_step
         data: LatentData = trainer.datamodule
         kit = module.kit
         if self.bench is None:
@@ -155,7 +181,7 @@ class SampleGrid(Callback):
                 logger.log_image("samples", [picture], caption=[path.name])
 
     def on_train_batch_end(self, trainer, module, outputs, batch, batch_idx):
-        if trainer.global_step % self.every == 0 and trainer.is_global_zero:
+        if trainer.global_step and trainer.global_step % self.every == 0 and trainer.is_global_zero:
             self.draw(trainer, module)
 
     def on_train_end(self, trainer, module):

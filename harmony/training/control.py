@@ -1,5 +1,7 @@
 """F4. Training one ControlNet on a frozen inpainting kit (system A of the method sheet, sections 2.3 to 2.7)."""
 
+from functools import cached_property
+
 import lightning
 import torch
 import torch.nn.functional as F
@@ -10,7 +12,7 @@ from harmony.models.controlnet import BRANCHES, from_unet, zero_convolutions
 from harmony.models.kit import Kit
 from harmony.sampling.inpaint import predict
 from harmony.training.objective import Objective, noised
-from harmony.training.schedule import constant, linear_decay
+from harmony.training.schedule import constant, linear_decay, total_steps
 
 LEVELS = 4  # equal ranges of t over which the loss is also reported
 
@@ -18,8 +20,8 @@ LEVELS = 4  # equal ranges of t over which the loss is also reported
 class ControlTask(lightning.LightningModule):
     """Fill the instance back into its own photograph, seeing only its hint: eq. 8 over the whole latent.
 
-    Trained: the ControlNet, in float32. Frozen, in the kit's own dtype, and absent from checkpoints: VAE, text encoder and
-    UNet (the kit is no submodule). The UNet is not under no_grad: the gradient must pass through its decoder to the
+    Trained: the ControlNet, in float32. Frozen, in the kit's own dtype, and absent from checkpoints: VAE, text encoder
+    and UNet (the kit is no submodule). The UNet is not under no_grad: the gradient must pass through its decoder to the
     residuals. Defaults are the paper's setting (AdamW, lr 1e-6, warm-up 10,000, lambda 1).
 
     ``zero_lr``: learning rate of the zero convolutions and of the hint encoder's last layer, which start at 0 and hold
@@ -52,11 +54,31 @@ class ControlTask(lightning.LightningModule):
         if self.net is None:
             self.net = from_unet(self.kit.unet, self.kit.factor, self.in_channels)
 
+    @cached_property
+    def frozen(self) -> dict[str, str]:
+        """sha256 of each frozen part: what the ControlNet was trained on."""
+        return {part: self.kit.hash(part) for part in ("vae", "unet", "text_encoder")}
+
+    def on_save_checkpoint(self, checkpoint):
+        checkpoint["kit"] = self.frozen
+
+    def on_load_checkpoint(self, checkpoint):
+        if checkpoint["kit"] != self.frozen:
+            raise UserError(
+                f"this run was trained on another state of kit {self.kit.name}: put that kit back, or begin anew"
+                " with resume=false"
+            )
+
     def on_fit_start(self):
         self.kit.to(self.device)
         self.empty = self.kit.prompt([""])
 
     on_validation_start = on_fit_start
+
+    @property
+    def reports(self) -> bool:
+        """Whether the loggers look at this step's figures: they do after every log_every_n_steps-th step."""
+        return (self.global_step + 1) % self.trainer.log_every_n_steps == 0
 
     def configure_optimizers(self):
         fast = [*zero_convolutions(self.net), *self.net.controlnet_cond_embedding.conv_out.parameters()]
@@ -65,8 +87,7 @@ class ControlTask(lightning.LightningModule):
         groups = [{"params": slow, "lr": self.lr}, {"params": fast, "lr": self.zero_lr or self.lr}]
         fused = self.device.type == "cuda"
         optimiser = torch.optim.AdamW(groups, betas=(0.9, 0.999), eps=1e-8, weight_decay=self.weight_decay, fused=fused)
-        total = int(self.trainer.estimated_stepping_batches) if self.decay else 0
-        factor = linear_decay(total, self.warmup) if self.decay else constant(self.warmup)
+        factor = linear_decay(total_steps(self.trainer), self.warmup) if self.decay else constant(self.warmup)
         schedule = torch.optim.lr_scheduler.LambdaLR(optimiser, factor)
         return {"optimizer": optimiser, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
@@ -88,7 +109,7 @@ class ControlTask(lightning.LightningModule):
         error, t = self.errors(batch)
         loss = error.mean()
         self.log("train/loss", loss, prog_bar=True, batch_size=len(t))
-        if self.global_step % self.trainer.log_every_n_steps == 0:
+        if self.reports:
             each, level = error.detach().mean((1, 2, 3)), t * LEVELS // 1000
             for n in range(LEVELS):
                 share = (level == n).float()
@@ -96,7 +117,7 @@ class ControlTask(lightning.LightningModule):
         return loss
 
     def on_before_optimizer_step(self, optimizer):
-        if self.global_step % self.trainer.log_every_n_steps == 0:
+        if self.reports:
             squares = [p.grad.square().sum() for p in zero_convolutions(self.net) if p.grad is not None]
             self.log("train/zero_conv_grad", torch.stack(squares).sum().sqrt())
             self.log("train/lr", self.optimizers().param_groups[0]["lr"])

@@ -22,7 +22,7 @@ from torch import nn
 from harmony.images import from_model, grid, write_image
 from harmony.models.kit import Kit, kit_path, write_model_index
 from harmony.training.objective import noised
-from harmony.training.schedule import linear_decay
+from harmony.training.schedule import linear_decay, total_steps
 
 logging.getLogger("transformers").setLevel(logging.ERROR)
 
@@ -67,7 +67,7 @@ class KitTask(lightning.LightningModule):
         optimiser = torch.optim.AdamW(
             [p for p in self.net.parameters() if p.requires_grad], lr=h.lr, weight_decay=h.weight_decay
         )
-        factor = linear_decay(int(self.trainer.estimated_stepping_batches), h.warmup)
+        factor = linear_decay(total_steps(self.trainer), h.warmup)
         schedule = torch.optim.lr_scheduler.LambdaLR(optimiser, factor)
         return {"optimizer": optimiser, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
@@ -136,8 +136,8 @@ def psnr(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
 class VAETask(KitTask):
     """AutoencoderKL by the squared error at several scales, the L1 distance of image gradients, and a small KL term.
 
-    loss = |x - x'|^2 + pooled sum_k |pool_k x - pool_k x'|^2 + gradient |grad x - grad x'|_1 + kl KL(q(z|x) || N(0, 1)),
-    all means, k = 2, 4, 8. Without the pooled terms colour is learnt long after brightness.
+    loss = |x - x'|^2 + pooled sum_k |pool_k x - pool_k x'|^2 + gradient |grad x - grad x'|_1 + kl KL(q(z|x) || N(0,
+    1)), all means, k = 2, 4, 8. Without the pooled terms colour is learnt long after brightness.
     """
 
     def __init__(
@@ -180,7 +180,9 @@ class VAETask(KitTask):
 
     @torch.no_grad()
     def save(self):
-        latents = [self.net.encode(b.to(self.device)).latent_dist.mean for b in self.trainer.datamodule.sample(512).split(64)]
+        latents = [
+            self.net.encode(b.to(self.device)).latent_dist.mean for b in self.trainer.datamodule.sample(512).split(64)
+        ]
         self.net.register_to_config(scaling_factor=round(1 / torch.cat(latents).std().item(), 5))
         write_part(self.folder, "vae", self.net)
 
@@ -201,12 +203,11 @@ def train_tokenizer(texts: Iterable[str], vocabulary: int, length: int):
 class CLIPTask(KitTask):
     """CLIP from scratch: symmetric cross-entropy over a batch of (picture, caption) pairs.
 
-    Pairs with the same caption in one batch are each other's positives. Writes tokenizer, text encoder and image encoder.
+    Pairs with the same caption in one batch are each other's positives. Writes tokenizer, text encoder and image
+    encoder.
     """
 
-    def __init__(
-        self, kit: str, config: dict, vocabulary: int = 2048, length: int = 32, lr: float = 1e-3, **options
-    ):
+    def __init__(self, kit: str, config: dict, vocabulary: int = 2048, length: int = 32, lr: float = 1e-3, **options):
         super().__init__(kit, lr, **options)
         self.save_hyperparameters("config", "vocabulary", "length", logger=False)
 
@@ -237,7 +238,9 @@ class CLIPTask(KitTask):
         captions = np.array(batch["caption"])
         target = torch.from_numpy((captions[:, None] == captions[None]).astype(np.float32)).to(logits)
         target = target / target.sum(1, keepdim=True)
-        loss = (F.cross_entropy(logits, target) + F.cross_entropy(logits.T, target.T / target.T.sum(1, keepdim=True))) / 2
+        loss = (
+            F.cross_entropy(logits, target) + F.cross_entropy(logits.T, target.T / target.T.sum(1, keepdim=True))
+        ) / 2
         self.log("train/loss", loss, prog_bar=True)
         return loss
 
@@ -245,8 +248,11 @@ class CLIPTask(KitTask):
     def measure(self, data):
         images, captions = data.retrieval()
         image, text = self.features(images.to(self.device), captions)
-        right = (image @ text.T).argmax(1) == torch.arange(len(captions), device=self.device)
+        chosen = (image @ text.T).argmax(1)
+        right = chosen == torch.arange(len(captions), device=self.device)
         self.log("validation/retrieval", right.float().mean(), prog_bar=True)
+        pairs = [[from_model(images[i]), from_model(images[j])] for i, j in enumerate(chosen[:8].tolist())]
+        self.picture("clip", grid(pairs, ["picture", "of the caption chosen"], scale=2))
 
     def save(self):
         from transformers import CLIPTextModelWithProjection, CLIPVisionModelWithProjection
@@ -287,9 +293,7 @@ def train_wordpiece(texts: Iterable[str], vocabulary: int):
 class CaptionerTask(KitTask):
     """BLIP from scratch: the language-modelling loss of the caption given the whole picture."""
 
-    def __init__(
-        self, kit: str, config: dict, vocabulary: int = 1500, length: int = 24, lr: float = 1e-3, **options
-    ):
+    def __init__(self, kit: str, config: dict, vocabulary: int = 1500, length: int = 24, lr: float = 1e-3, **options):
         super().__init__(kit, lr, **options)
         self.save_hyperparameters("config", "vocabulary", "length", logger=False)
 
@@ -360,8 +364,8 @@ def kind_and_colour(caption: str) -> tuple[str, ...]:
 class InpaintTask(KitTask):
     """The nine-channel inpainting UNet by the plain eps loss over the whole latent, text frozen, 10 % empty prompts.
 
-    Holes come from the cache (rule ``kit``): instances, dilations, boxes, strokes elsewhere, and full holes, for which the
-    network is a text-to-image model.
+    Holes come from the cache (rule ``kit``): instances, dilations, boxes, strokes elsewhere, and full holes, for which
+    the network is a text-to-image model.
     """
 
     def __init__(self, kit: str, config: dict, lr: float = 5e-4, prompt_dropout: float = 0.1, **options):
@@ -376,6 +380,10 @@ class InpaintTask(KitTask):
         self.register_buffer("abar", DDIMScheduler(**SCHEDULE).alphas_cumprod, persistent=False)
         self.register_buffer("empty", kit.prompt([""]), persistent=False)
         return UNet2DConditionModel(cross_attention_dim=width, **self.hparams.config)
+
+    def on_fit_start(self):
+        super().on_fit_start()
+        self.kit.to(self.device)
 
     def training_step(self, batch, index):
         text = self.kit.text(batch["tokens"])
@@ -393,21 +401,26 @@ class InpaintTask(KitTask):
 
         kit = self.kit
         vars(kit)["unet"] = self.net.eval()
-        batch = data.examples(12)
+        batch = {name: value.to(self.device) for name, value in data.examples(12).items()}
+        count = len(batch["image"])
         everything = torch.ones_like(batch["hole"])
         nothing = kit.latent(kit.moments(torch.zeros_like(batch["image"][:1])))
         rows = [[from_model(x)] for x in batch["image"]]
-        noise = torch.randn(12, *nothing.shape[1:], generator=torch.Generator().manual_seed(0)).to(self.device)
+        noise = torch.randn(count, *nothing.shape[1:], generator=torch.Generator().manual_seed(0)).to(self.device)
         text = kit.text(batch["tokens"])
         holed = batch["image"] * (1 - batch["pixel_hole"])
         for guidance in (1.0, 2.0, 3.0):
-            free = inpaint(kit, noise, everything, nothing.expand_as(noise), text, self.empty, guidance=guidance, steps=25)
+            free = inpaint(
+                kit, noise, everything, nothing.expand_as(noise), text, self.empty, guidance=guidance, steps=25
+            )
             for row, x in zip(rows, kit.decode(free), strict=True):
                 row.append(from_model(x))
         for row, x in zip(rows, holed, strict=True):
             row.append(from_model(x))
         for guidance in (1.0, 2.0, 3.0):
-            filled = inpaint(kit, noise, batch["hole"], kit.latent(kit.moments(holed)), text, self.empty, guidance=guidance, steps=25)
+            filled = inpaint(
+                kit, noise, batch["hole"], kit.latent(kit.moments(holed)), text, self.empty, guidance=guidance, steps=25
+            )
             for row, x in zip(rows, kit.decode(filled), strict=True):
                 row.append(from_model(x))
         titles = ["truth", "text w=1", "w=2", "w=3", "hole", "fill w=1", "w=2", "w=3"]

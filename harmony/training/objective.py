@@ -12,7 +12,8 @@ def noised(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """(z_t, known, t) of a cached batch: z_t = sqrt(abar_t) z_0 + sqrt(1 - abar_t) eps with t uniform in t_min .. 999.
 
-    z_t is B x C x h x w; known = [hole, masked latent] is B x (1 + C) x h x w, the channel order of SD inpainting; t is B.
+    z_t is B x C x h x w; known = [hole, masked latent] is B x (1 + C) x h x w, the channel order of SD inpainting; t is
+    B.
     """
     t = t_min + (batch["time"] * (len(abar) - t_min)).long().clamp(max=len(abar) - t_min - 1)
     a = abar[t].view(-1, 1, 1, 1)
@@ -25,11 +26,11 @@ def noised(
 class Objective:
     """Weights of the squared error (e - eps)^2; the defaults are eq. 8 of the paper (all 1).
 
-    ``weighting``: ``eps`` (1) or ``x0``, the weight (1 - abar) / abar clipped to ``clip``, which turns the eps error into
-    that of the predicted clean latent where it is not clipped: colour is decided at high noise, and the plain loss spends
-    its gradient elsewhere (KIT notes: it reaches in minutes what the plain loss does not begin to show).
-    ``t_min``: smallest timestep. ``inside``: extra weight of latent cells that the instance covers; the weights of an image
-    are normalised to mean 1, so that the scale of the loss does not depend on the size of the instance.
+    ``weighting``: ``eps`` (1) or ``x0``, the weight (1 - abar) / abar clipped to ``clip``, which turns the eps error
+    into that of the predicted clean latent where it is not clipped: colour is decided at high noise, and the plain loss
+    spends its gradient elsewhere (KIT notes: it reaches in minutes what the plain loss does not begin to show).
+    ``t_min``: smallest timestep. ``inside``: extra weight of latent cells that the instance covers; the weights of an
+    image are normalised to mean 1, so that the scale of the loss does not depend on the size of the instance.
     """
 
     weighting: str = "eps"

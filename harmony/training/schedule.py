@@ -3,7 +3,10 @@
 The warm-up factor is (n + 1) / W, not n / W: with the latter the first step would change nothing (method sheet, 1.4).
 """
 
+import math
 from collections.abc import Callable
+
+from harmony.errors import UserError
 
 
 def constant(warmup: int = 0) -> Callable[[int], float]:
@@ -14,3 +17,11 @@ def constant(warmup: int = 0) -> Callable[[int], float]:
 def linear_decay(total: int, warmup: int = 0) -> Callable[[int], float]:
     """Linear warm-up over W steps, then linear to 0 at ``total`` steps."""
     return lambda n: min(1.0, (n + 1) / max(1, warmup)) * max(0.0, (total - n) / max(1, total))
+
+
+def total_steps(trainer) -> int:
+    """Optimiser steps of the whole run. UserError when nothing ends it, since a decay needs an end."""
+    total = trainer.estimated_stepping_batches
+    if not math.isfinite(total):
+        raise UserError("a learning rate that decays needs an end: set trainer.max_steps")
+    return int(total)

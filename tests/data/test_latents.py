@@ -56,7 +56,9 @@ def ages(folder):
 
 
 def test_items_equal_a_direct_computation(cache, kit, manifest):
-    """Guards the contents: both posteriors, the hole by nearest, coverage, hints, and which item belongs to which row."""
+    """Guards the contents: both posteriors, the hole by nearest, coverage, hints, and which item belongs to which
+    row.
+    """
     rows, data = read_manifest(manifest, "train")[1], Latents(cache)
     assert len(data) == ITEMS
     for i in (0, 1, 13, ITEMS - 1):
@@ -72,7 +74,9 @@ def test_items_equal_a_direct_computation(cache, kit, manifest):
         assert torch.allclose(item["weight"][0], covered, atol=0.5 / 255)
         for branch, parameters in HINTS.items():
             pixels = hint(branch, e.image, e.mask, **parameters)
-            assert torch.equal((item[f"hint_{branch}"] * 255).round(), torch.from_numpy(pixels).permute(2, 0, 1).float())
+            assert torch.equal(
+                (item[f"hint_{branch}"] * 255).round(), torch.from_numpy(pixels).permute(2, 0, 1).float()
+            )
             assert item[f"hint_{branch}"].max() <= 1
     moments = torch.stack([data[i]["moments"] for i in range(ITEMS)])
     assert not torch.equal(moments[0], moments[1]), "the variants of a row have crops of their own"
@@ -156,6 +160,7 @@ def test_foreign_caches_are_refused_by_name(cache, kit, manifest):
     rows = read_manifest(manifest, "train")[1]
     fitting = describe(kit, RECIPE, rows)
     Latents(cache, fitting)
+
     class Larger(Kit):
         resolution = 64
 
@@ -256,4 +261,6 @@ def test_copies_for_loader_processes_open_their_own_files(cache):
     moved = cache.parent / "moved"
     shutil.copytree(cache, moved)
     assert torch.equal(Latents(moved)[9]["moments"], data[9]["moments"])
-    assert json.loads((moved / "index.json").read_text())["sizes"] == dict(zip(shards(moved), (7, 7, 7, 3), strict=True))
+    assert json.loads((moved / "index.json").read_text())["sizes"] == dict(
+        zip(shards(moved), (7, 7, 7, 3), strict=True)
+    )

@@ -1,0 +1,43 @@
+"""F3. From a dataset's recipe to its manifest, whatever the recipe's layout; once for each recipe."""
+
+import json
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
+from pathlib import Path
+
+import torch
+
+from harmony.data.open_images import locate, prepare_dataset
+from harmony.data.pool import prepare_kit
+from harmony.data.studio import generate
+from harmony.files import write_json
+from harmony.models.kit import kit_path
+
+
+def prepare(recipe: dict, kit: str, work: str) -> Path:
+    """Prepare the dataset of a recipe under ``work``; returns the manifest. ``kit`` is where the captioner lies."""
+    asked, recipe, work = recipe, dict(recipe), Path(work).resolve()
+    if recipe["layout"] == "kit":
+        recipe["dir"] = locate(recipe)
+        manifest = prepare_kit(recipe, work)
+    else:
+        if recipe.get("count"):
+            recipe["dir"] = str(generate(work / recipe["name"] / f"renders-{recipe['count']}", recipe["count"]))
+        captioner = Path(kit_path(kit)) / "captioner"
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+        manifest = prepare_dataset(recipe, work, captioner if captioner.is_dir() else None, device)
+    write_json(manifest.parent / "recipe.json", asked)
+    return manifest
+
+
+def ensure(recipe: dict, kit: str, work: str) -> Path:
+    """Prepare unless the same recipe has been prepared already.
+
+    In a process of its own, which ends with its database: training processes must never import FiftyOne.
+    """
+    folder = Path(work).resolve() / recipe["name"]
+    done, manifest = folder / "recipe.json", folder / "manifest.jsonl"
+    if manifest.exists() and done.exists() and json.loads(done.read_text()) == recipe:
+        return manifest
+    with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as process:
+        return process.submit(prepare, recipe, kit, work).result()

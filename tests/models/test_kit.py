@@ -1,0 +1,86 @@
+"""A backbone: what its own files say of it, its codec, its text, its identity."""
+
+import shutil
+
+import pytest
+import torch
+
+from harmony.errors import UserError
+from harmony.models.kit import ASSETS, Kit, kit_path, scaled_latent
+
+
+@pytest.fixture(scope="module")
+def kit(random_kit):
+    return Kit(str(random_kit))
+
+
+def test_facts_come_from_the_kits_own_files(kit):
+    assert (kit.factor, kit.channels, kit.resolution, kit.prediction_type) == (4, 4, 32, "epsilon")
+    assert len(kit.alphas_cumprod) == 1000
+    for part in (kit.vae, kit.unet, kit.text_encoder, kit.image_encoder):
+        assert not part.training and not any(p.requires_grad for p in part.parameters())
+
+
+def test_codec_shapes_and_scale(kit):
+    x = torch.rand(2, 3, 32, 32, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    moments = kit.moments(x)
+    assert moments.shape == (2, 8, 8, 8)
+    posterior = kit.vae.encode(x).latent_dist
+    assert torch.equal(kit.latent(moments), 0.5 * posterior.mean)
+    noise = torch.randn(2, 4, 8, 8)
+    torch.testing.assert_close(kit.latent(moments, noise), 0.5 * (posterior.mean + posterior.std * noise))
+    assert kit.decode(kit.latent(moments)).shape == x.shape
+    torch.testing.assert_close(kit.decode(0.5 * posterior.mean), kit.vae.decode(posterior.mean).sample)
+
+
+def test_a_wild_variance_stays_finite():
+    moments = torch.cat([torch.zeros(1, 4, 2, 2), torch.full((1, 4, 2, 2), 1e4)], 1)
+    assert scaled_latent(moments, 0.5, torch.ones(1, 4, 2, 2)).isfinite().all()
+
+
+def test_text(kit):
+    tokens = kit.tokens(["a red mushroom on snow", "", "very " * 100])
+    assert tokens.shape == (3, kit.tokenizer.model_max_length)
+    states = kit.prompt(["a red mushroom on snow", ""])
+    assert states.shape == (2, 16, 32)
+    assert torch.equal(kit.text(tokens[:2]), states)
+    assert (states[0] - states[1]).abs().max() > 1e-3
+
+
+def test_the_hash_follows_the_weights(random_kit, tmp_path):
+    shutil.copytree(random_kit, tmp_path / "copy")
+    kit, copy = Kit(str(random_kit)), Kit(str(tmp_path / "copy"))
+    assert kit.hash("vae") == copy.hash("vae") != kit.hash("unet")
+    weights = tmp_path / "copy" / "vae" / "diffusion_pytorch_model.safetensors"
+    changed = bytearray(weights.read_bytes())
+    changed[-1] ^= 1
+    weights.write_bytes(changed)
+    assert kit.hash("vae") != copy.hash("vae")
+
+
+def test_random_weights_have_the_architecture_alone(random_kit, kit):
+    fresh = Kit(str(random_kit), weights="random")
+    shapes = {name: tuple(p.shape) for name, p in kit.unet.named_parameters()}
+    assert {name: tuple(p.shape) for name, p in fresh.unet.named_parameters()} == shapes
+    assert not torch.equal(fresh.unet.conv_in.weight, kit.unet.conv_in.weight)
+    assert fresh.hash("unet") == "random"
+
+
+def test_precision_is_that_of_the_kit(random_kit):
+    kit = Kit(str(random_kit), dtype=torch.bfloat16)
+    assert kit.unet.dtype == kit.vae.dtype == kit.text_encoder.dtype == torch.bfloat16
+
+
+def test_what_is_missing_is_said(kit, tmp_path):
+    with pytest.raises(UserError, match="has no captioner"):
+        _ = kit.captioner
+    with pytest.raises(UserError, match="no kit in"):
+        Kit(str(tmp_path / "nowhere"))
+
+
+def test_names(random_kit, monkeypatch):
+    assert Kit(str(random_kit)).name == str(random_kit)
+    monkeypatch.setattr("harmony.models.kit.ASSETS", random_kit.parent)
+    assert kit_path(random_kit.name) == str(random_kit)
+    assert Kit(random_kit.name).name == random_kit.name  # a shipped kit goes by its name, never by a machine's path
+    assert ASSETS.name == "assets"

@@ -1,0 +1,75 @@
+"""The reconstruction benchmark: which pictures, in which order, and what its figures mean."""
+
+import numpy as np
+import pytest
+
+from harmony.data.latents import Example
+from harmony.data.manifest import read_manifest
+from harmony.images import Crop
+from harmony.masks import dilate
+from harmony.metrics.frechet import KitFeatures
+from harmony.models.kit import Kit
+from harmony.sampling.benchmark import Bench, feature_extractor, figures, load_bench, reconstruct
+from harmony.sampling.harmonize import Branch, Settings
+
+NAMES = {"psnr", "mse", "fpsnr", "fmse", "bg_drift", "edge_f1", "color_de", "seam", "fid", "kid"}
+
+
+@pytest.fixture(scope="module")
+def kit(random_kit):
+    return Kit(str(random_kit))
+
+
+@pytest.fixture(scope="module")
+def bench():
+    rng, examples = np.random.default_rng(0), []
+    for i in range(4):
+        mask = np.zeros((32, 32), bool)
+        mask[8 : 20 + i, 10:22] = True
+        image = rng.integers(0, 256, (32, 32, 3), dtype=np.uint8)
+        examples.append(Example(image, mask, dilate(mask, 2), Crop(0, 0, 32)))
+    return Bench("test", examples, ["a red mushroom", "a blue car", "snow", ""])
+
+
+def test_a_perfect_reconstruction(kit, bench):
+    numbers = figures(bench, [e.image for e in bench.examples], KitFeatures(kit.image_encoder))
+    assert {name for name in numbers if name.startswith("test/raw/")} >= {f"test/raw/{name}" for name in NAMES}
+    for kind in ("raw", "pasted"):
+        assert numbers[f"test/{kind}/mse"] == numbers[f"test/{kind}/color_de"] == numbers[f"test/{kind}/bg_drift"] == 0
+        assert numbers[f"test/{kind}/edge_f1"] == 1
+        assert numbers[f"test/{kind}/fid"] == pytest.approx(0, abs=1e-6)
+
+
+def test_pasting_back_mends_the_background_and_nothing_else(kit, bench):
+    outputs = [np.roll(e.image, 1, axis=0) for e in bench.examples]
+    numbers = figures(bench, outputs, KitFeatures(kit.image_encoder))
+    assert numbers["test/raw/bg_drift"] > 100
+    assert numbers["test/pasted/bg_drift"] == 0
+    assert numbers["test/raw/fmse"] == numbers["test/pasted/fmse"] > 100
+    assert numbers["test/raw/mse"] > numbers["test/pasted/mse"]
+
+
+def test_reconstruction_keeps_the_order(kit, bench, awake):
+    branch = Branch("color", awake(kit))
+    outputs = reconstruct(kit, bench, [branch], Settings(2, 2.0, 0, batch=3))
+    assert len(outputs) == 4 and {y.shape for y in outputs} == {(32, 32, 3)}
+    first = Bench("test", bench.examples[:1], bench.prompts[:1])
+    alone = reconstruct(kit, first, [branch], Settings(2, 2.0))[0]
+    assert np.abs(outputs[0].astype(int) - alone).max() <= 1
+
+
+def test_pictures_are_spread_over_the_split(small_manifest, tmp_path):
+    manifest = small_manifest(tmp_path)
+    rows = read_manifest(manifest, "train")[1]
+    every, few = load_bench(manifest, "train", 32), load_bench(manifest, "train", 32, limit=3)
+    assert every.name == "train" and len(every.examples) == len(rows)
+    assert few.prompts[0] == rows[0].caption and few.prompts[-1] == rows[-1].caption
+    assert len(few.examples) == 3
+    for e in few.examples:
+        assert e.image.shape == (32, 32, 3) and e.hole[e.mask].all() and e.hole.sum() > e.mask.sum()
+    again = load_bench(manifest, "train", 32, limit=3)
+    assert all(np.array_equal(a.image, b.image) for a, b in zip(few.examples, again.examples, strict=True))
+
+
+def test_features_say_what_they_are(kit):
+    assert feature_extractor(kit).protocol in ("kit-clip", "inception-clean")

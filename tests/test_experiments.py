@@ -1,0 +1,94 @@
+"""No experiment can rot: each file composes, holds only known keys, and runs for two steps on a small kit."""
+
+import json
+import shutil
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from harmony.config import check_experiment, compose, load_yaml, options, why
+from harmony.fit import main
+from harmony.models.kit import load_part
+
+FILES = {
+    name: path for name, path in options("experiment").items() if path.parents[1] == Path(__file__).resolve().parents[1]
+}
+QUICK = [
+    "trainer.accelerator=cpu",
+    "trainer.max_steps=2",
+    "trainer.log_every_n_steps=1",
+    "checkpoint_every=1",
+    "logger=none",
+]
+TOWER = "{hidden_size: 16, intermediate_size: 32, num_hidden_layers: 1, num_attention_heads: 2, projection_dim: 16"
+PIXELS = ["data.size=16", "data.batch_size=4", "trainer.val_check_interval=1"]
+CONTROL = [
+    "data.batch_size=2", "evaluate.limit=2", "evaluate.steps=2", "callbacks.samples.steps=2",
+    "+callbacks.samples.count=2",
+]  # fmt: skip
+# what makes an experiment small, by the task that it trains
+SMALL = {
+    "ControlTask": CONTROL,
+    "VAETask": [*PIXELS, "module.config.block_out_channels=[8,8,8]", "module.config.norm_num_groups=4"],
+    "CLIPTask": [
+        *PIXELS, "module.vocabulary=400", "module.length=16", f"module.config.text_config={TOWER}}}",
+        f"module.config.vision_config={TOWER}, image_size: 16, patch_size: 8}}", "module.config.projection_dim=16",
+    ],
+    "CaptionerTask": [
+        *PIXELS, "module.vocabulary=200", "module.length=16",
+        f"module.config.text_config={TOWER}, encoder_hidden_size: 16}}",
+        f"module.config.vision_config={TOWER}, image_size: 16, patch_size: 8}}", "module.config.projection_dim=16",
+    ],
+    "InpaintTask": [
+        "data.batch_size=2", "data.variants=1", "trainer.val_check_interval=2", "module.config.sample_size=8",
+        "module.config.block_out_channels=[8,16,16]", "module.config.norm_num_groups=4",
+        "module.config.attention_head_dim=2",
+    ],
+}  # fmt: skip
+WRITES = {"VAETask": ["vae"], "CLIPTask": ["text_encoder", "image_encoder", "tokenizer"],
+          "CaptionerTask": ["captioner"],
+          "InpaintTask": ["unet", "scheduler"]}  # fmt: skip
+
+
+@pytest.fixture(autouse=True)
+def restore_precision():
+    before = torch.get_float32_matmul_precision()
+    yield
+    torch.set_float32_matmul_precision(before)
+
+
+def composed(name: str, *more: str):
+    return compose("fit", [f"experiment={name}", f"name={name}", *more])
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_it_composes_and_says_why_it_exists(name):
+    """Guards the files: known keys only, a first line for ``--help``, everything resolvable."""
+    check_experiment("fit", {"experiment": name})
+    assert len(why(FILES[name])) > 20 and "experiment" not in load_yaml(FILES[name])
+    cfg = composed(name)
+    assert cfg.trainer.max_steps > 0 and cfg.module["_target_"].startswith("harmony.training.")
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_it_runs(name, random_kit, prepared_work, tmp_path):
+    """Guards the run: two steps of the experiment as it is written, with smaller networks and fewer pictures."""
+    task = composed(name).module["_target_"].rpartition(".")[2]
+    work, runs, kit = tmp_path / "work", tmp_path / "runs", tmp_path / "kit"
+    shutil.copytree(random_kit, kit, ignore=shutil.ignore_patterns("unet") if task == "InpaintTask" else None)
+    more = [f"paths.work={work}", f"paths.runs={runs}", f"model.path={kit}", *QUICK, *SMALL[task]]
+    prepared_work(work, [f"experiment={name}", f"name={name}", *more])
+    began = time.time_ns()
+    main(composed(name, *more))
+    (folder,) = (runs / name).iterdir()
+    metrics = json.loads((folder / "metrics.json").read_text())
+    assert metrics and all(isinstance(value, float) for value in metrics.values())
+    assert (folder / "metrics.csv").read_text().count("\n") > 2 and (folder / "checkpoints" / "last.ckpt").exists()
+    assert list((folder / "grids").iterdir())
+    if task == "ControlTask":
+        assert (folder / "export" / "controlnet" / "config.json").exists() and "test/pasted/color_de" in metrics
+    for part in WRITES.get(task, []):
+        assert max(path.stat().st_mtime_ns for path in (kit / part).iterdir()) > began
+        load_part(str(kit), part)

@@ -1,0 +1,295 @@
+"""``python -m harmony.fit`` from end to end: the run folder, resuming after a kill, two processes, NaN, bad input."""
+
+import csv
+import io
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from contextlib import redirect_stdout
+from pathlib import Path
+
+import pytest
+import torch
+from lightning.pytorch.callbacks import Callback
+from omegaconf import OmegaConf
+
+import harmony.fit
+from harmony.config import compose
+from harmony.data import preparation
+from harmony.data.manifest import manifest_hash
+from harmony.fit import main
+from harmony.models.controlnet import load_controlnet
+
+ROOT = Path(__file__).resolve().parents[1]
+STEPS = 8
+
+
+@pytest.fixture(autouse=True)
+def restore_precision():
+    """What ``main`` sets for the whole process goes back."""
+    before = torch.get_float32_matmul_precision()
+    yield
+    torch.set_float32_matmul_precision(before)
+
+
+@pytest.fixture(scope="module")
+def work(prepared_work, tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("fit") / "work"
+    prepared_work(folder, [])
+    return folder
+
+
+@pytest.fixture(scope="module")
+def command(random_kit, work):
+    """Overrides of a run of 8 steps that writes below ``runs``."""
+
+    def overrides(runs: Path, *more: str) -> list[str]:
+        return [
+            "experiment=color", f"model.path={random_kit}", f"paths.work={work}", f"paths.runs={runs}",
+            "name=color", "trainer.accelerator=cpu", f"trainer.max_steps={STEPS}", "trainer.log_every_n_steps=1",
+            "checkpoint_every=1", "data.batch_size=2", "callbacks.speed.every=1", "+callbacks.samples.count=2",
+            "callbacks.samples.steps=2", "evaluate.limit=2", "evaluate.steps=2", "logger=none", *more,
+        ]  # fmt: skip
+
+    return overrides
+
+
+@pytest.fixture(scope="module")
+def finished(command, tmp_path_factory) -> tuple[Path, list[str]]:
+    """An unbroken run with W&B, in this process: its folder and what it printed."""
+    runs = tmp_path_factory.mktemp("finished") / "runs"
+    with pytest.MonkeyPatch.context() as patch, redirect_stdout(io.StringIO()) as out:
+        patch.setenv("HARMONY_RUN_DIR", "")
+        patch.setenv("WANDB_DIR", str(runs.parent))
+        main(compose("fit", command(runs, "logger=wandb")))
+    (folder,) = (runs / "color").iterdir()
+    return folder, out.getvalue().splitlines()
+
+
+def losses(folder: Path) -> dict[int, str]:
+    with open(folder / "metrics.csv", newline="") as file:
+        rows = [row for row in csv.DictReader(file) if row["name"] == "train/loss"]
+    assert len({row["step"] for row in rows}) == len(rows), "each step once"
+    return {int(row["step"]): row["value"] for row in rows}
+
+
+def weights(folder: Path) -> dict[str, torch.Tensor]:
+    state = torch.load(folder / "checkpoints" / "last.ckpt", weights_only=True)
+    return state["state_dict"]
+
+
+def same_run(folder: Path, other: Path) -> None:
+    """The same loss at every step to the last digit, the same final weights to the last bit."""
+    assert losses(folder) == losses(other) and sorted(losses(folder)) == list(range(1, STEPS + 1))
+    ours, theirs = weights(folder), weights(other)
+    assert set(ours) == set(theirs) and all(torch.equal(ours[name], theirs[name]) for name in ours)
+    figures = [json.loads((f / "metrics.json").read_text()) for f in (folder, other)]
+    assert figures[0]["test/pasted/color_de"] == figures[1]["test/pasted/color_de"]
+
+
+def test_the_run_folder_holds_everything(finished, random_kit, work):
+    """Guards DESIGN 4: each file, flat metrics under their names, provenance that identifies data and weights."""
+    folder, _ = finished
+    config = OmegaConf.load(folder / "config.yaml")
+    assert "${" not in (folder / "config.yaml").read_text() and config.trainer.max_steps == STEPS
+    metrics = json.loads((folder / "metrics.json").read_text())
+    assert all(isinstance(value, float) for value in metrics.values())
+    measured = {name.removeprefix("baseline/") for name in metrics if name.startswith("baseline/")}
+    names = ("fid", "kid", "psnr", "mse", "fpsnr", "fmse", "bg_drift", "edge_f1", "color_de", "seam")
+    assert measured >= {f"test/{kind}/{name}" for kind in ("raw", "pasted") for name in names} and measured <= set(
+        metrics
+    )
+    assert metrics["test/pasted/bg_drift"] == metrics["baseline/test/pasted/bg_drift"] == 0
+    assert metrics["test/raw/bg_drift"] > 0 and metrics["train/loss"] > 0
+    assert metrics["test/raw/mse"] != metrics["baseline/test/raw/mse"], "the trained ControlNet changes the output"
+    assert len(losses(folder)) == STEPS and list((folder / "grids").glob("samples_*.png"))
+    assert {"last.ckpt", f"step={STEPS}.ckpt"} == {path.name for path in (folder / "checkpoints").iterdir()}
+    facts = json.loads((folder / "provenance.json").read_text())
+    assert facts["manifest"] == manifest_hash(work / "studio" / "manifest.jsonl") and facts["seed"] == 0
+    assert facts["wall_time_s"] > 0 and facts["versions"]["torch"] and facts["device"].startswith("cpu")
+    assert {len(facts["kit"][part]) for part in ("vae", "unet", "text_encoder")} == {64}
+    (stored,) = folder.glob("wandb/offline-run-*/run-*.wandb")
+    assert stored.stat().st_size > 1000, "W&B offline writes real files, inside the run folder"
+    assert not [path for path in folder.rglob("*") if "partial" in path.name]
+
+
+def test_the_export_is_what_was_trained(finished):
+    """Guards the hand-over: the exported ControlNet has the weights of the last checkpoint and knows its hint."""
+    folder, _ = finished
+    exported, trained = load_controlnet(folder).state_dict(), weights(folder)
+    assert {f"net.{name}" for name in exported} == set(trained)
+    assert all(torch.equal(tensor, trained[f"net.{name}"]) for name, tensor in exported.items())
+    hint = json.loads((folder / "export" / "controlnet" / "hint.json").read_text())
+    assert hint["branch"] == "color" and hint["parameters"] == {"sigma": 10, "normalize": True}
+
+
+def test_it_ends_with_a_table_and_absolute_paths(finished):
+    """Guards the closing lines: before and after, the protocol of fid, and where things are."""
+    folder, lines = finished
+    assert lines[-2] == str(folder) and Path(lines[-1]).is_absolute() and Path(lines[-1]).suffix == ".png"
+    assert Path(lines[-1]).exists()
+    assert any(line.startswith("| test/pasted/color_de |") for line in lines)
+    assert "n = 2" in lines[-3] and "fid and kid on features of" in lines[-3]
+
+
+def test_interrupted_it_goes_on_exactly(finished, command, tmp_path, monkeypatch):
+    """Guards exact resume: Ctrl-C in step 4, then the same command: the same losses and weights as the unbroken run."""
+
+    class Interrupt(Callback):
+        def on_train_batch_end(self, trainer, module, outputs, batch, index):
+            if trainer.global_step == 4:
+                raise KeyboardInterrupt
+
+    original = harmony.fit.trainer_callbacks
+    monkeypatch.setattr(harmony.fit, "trainer_callbacks", lambda node: [Interrupt(), *original(node)])
+    runs = tmp_path / "runs"
+    handler = signal.getsignal(signal.SIGINT)
+    with pytest.raises(SystemExit) as stopped:
+        main(compose("fit", command(runs)))
+    signal.signal(signal.SIGINT, handler)
+    assert isinstance(stopped.value.__context__, KeyboardInterrupt)
+    (folder,) = (runs / "color").iterdir()
+    assert torch.load(folder / "checkpoints" / "last.ckpt", weights_only=True)["global_step"] == 3
+    assert not (folder / "metrics.json").exists()
+    monkeypatch.setattr(harmony.fit, "trainer_callbacks", original)
+    main(compose("fit", command(runs)))
+    assert list((runs / "color").iterdir()) == [folder], "the same folder goes on"
+    same_run(folder, finished[0])
+
+
+@pytest.fixture
+def environment(tmp_path):
+    """Environment of a command in which whoever imports fiftyone dies."""
+    (tmp_path / "trap").mkdir()
+    (tmp_path / "trap" / "fiftyone.py").write_text(
+        "import os\nprint('fiftyone was imported', flush=True)\nos._exit(99)\n"
+    )
+    path = os.pathsep.join([str(tmp_path / "trap"), str(ROOT)])
+    return {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
+
+
+def start(overrides: list[str], environment: dict, folder: Path) -> subprocess.Popen:
+    """The real command, in another folder than the checkout."""
+    options = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+    return subprocess.Popen([sys.executable, "-m", "harmony.fit", *overrides], env=environment, cwd=folder, **options)
+
+
+@pytest.mark.slow
+def test_killed_it_goes_on_exactly(finished, command, tmp_path, environment):
+    """Guards SIGKILL: the real command dies after step 3; the same command ends with the unbroken run's numbers."""
+    runs = tmp_path / "runs"
+    first = start(command(runs), environment, tmp_path)
+    for line in first.stdout:
+        if line.startswith(f"step 3/{STEPS}"):
+            first.kill()
+            break
+    first.wait()
+    assert first.returncode == -signal.SIGKILL
+    (folder,) = (runs / "color").iterdir()
+    assert 2 <= torch.load(folder / "checkpoints" / "last.ckpt", weights_only=True)["global_step"] < STEPS
+    second = start(command(runs), environment, tmp_path)
+    lines = second.communicate()[0].splitlines()
+    assert second.returncode == 0, "\n".join(lines[-30:])
+    assert list((runs / "color").iterdir()) == [folder]
+    assert lines[-2] == str(folder) and not any(line.startswith(f"step 1/{STEPS}") for line in lines)
+    same_run(folder, finished[0])
+
+
+@pytest.mark.slow
+def test_two_processes_train_as_one(command, tmp_path, environment):
+    """Guards DDP: two processes with 2 samples each make the same first gradient and weights as one with 4.
+
+    The environment kills whoever imports fiftyone, rank 1 included.
+    """
+    two = ["trainer.max_steps=2", "evaluate=null", "callbacks.samples=null"]
+    both = start(command(tmp_path / "two", "trainer=ddp2", *two), environment, tmp_path)
+    out = both.communicate()[0]
+    assert both.returncode == 0 and "fiftyone" not in out, out[-3000:]
+    main(compose("fit", command(tmp_path / "one", "data.batch_size=4", *two)))
+    one, two = (next((tmp_path / name / "color").iterdir()) for name in ("one", "two"))
+    norms = []
+    for folder in (one, two):
+        with open(folder / "metrics.csv", newline="") as file:
+            norms.append([float(r["value"]) for r in csv.DictReader(file) if r["name"] == "train/zero_conv_grad"])
+    assert len(norms[0]) == 2 and norms[0] == pytest.approx(norms[1], rel=1e-4)
+    ours, theirs = weights(one), weights(two)
+    assert set(ours) == set(theirs)
+    worst = max(float((ours[name] - theirs[name]).abs().max()) for name in ours)
+    assert worst < 1e-6, worst
+
+
+def type_in(monkeypatch, overrides: list[str]) -> int:
+    """The command as typed, in this process; its exit code."""
+    monkeypatch.setattr(sys, "argv", ["harmony.fit", *overrides])
+    try:
+        main()
+    except SystemExit as left:
+        return left.code
+    return 0
+
+
+def test_nan_stops_with_one_line(command, tmp_path, monkeypatch, capsys):
+    """Guards the NaN guard from the outside: exit code 2, one line, the checkpoint it names loads and is finite."""
+    more = ["module.lr=1e30", "module.zero_lr=1e30", "evaluate=null", "callbacks.samples=null", "trainer.max_steps=40"]
+    assert type_in(monkeypatch, command(tmp_path / "runs", *more)) == 2
+    err = capsys.readouterr().err
+    line = next(line for line in err.splitlines() if line.startswith("harmony: error:"))
+    assert "became NaN or infinite" in line and "lower module.lr" in line and "Traceback" not in err
+    (folder,) = (tmp_path / "runs" / "color").iterdir()
+    assert str(folder / "checkpoints" / "last.ckpt") in line
+    assert all(torch.isfinite(v).all() for v in weights(folder).values())
+
+
+def test_a_run_on_another_kit_does_not_go_on(command, tmp_path, monkeypatch, capsys, random_kit):
+    """Guards resumption: the kit under the same name has changed since, so the checkpoint does not fit any more."""
+    kit = tmp_path / "kit"
+    shutil.copytree(random_kit, kit)
+    more = [f"model.path={kit}", "evaluate=null", "callbacks.samples=null", "trainer.max_steps=1"]
+    assert type_in(monkeypatch, command(tmp_path / "runs", *more)) == 0
+    (folder,) = (tmp_path / "runs" / "color").iterdir()
+    (folder / "metrics.json").unlink()  # as if it had been stopped
+    config = json.loads((kit / "unet" / "config.json").read_text())
+    (kit / "unet" / "config.json").write_text(json.dumps(config | {"_note": "another"}))
+    assert type_in(monkeypatch, command(tmp_path / "runs", *more)) == 2
+    assert "trained on another state of kit" in capsys.readouterr().err
+    (folder / "checkpoints" / "last.ckpt").write_bytes(b"PK")
+    assert type_in(monkeypatch, command(tmp_path / "runs", *more)) == 2
+    assert "last.ckpt is damaged" in capsys.readouterr().err
+
+
+def test_ensure_prepares_once(work, tmp_path, monkeypatch):
+    """Guards the hand-over: the same recipe is not prepared again, another one is, in a process of its own."""
+    recipe = json.loads((work / "studio" / "recipe.json").read_text())
+    asked = []
+
+    class Elsewhere:
+        """Stands for the other process."""
+
+        def __init__(self, workers, mp_context):
+            assert mp_context.get_start_method() == "spawn"
+
+        def __enter__(self):
+            return self
+
+        def __exit__(self, *error):
+            pass
+
+        def submit(self, function, recipe, kit, work):
+            asked.append((function, recipe["name"]))
+            folder = Path(work) / recipe["name"]
+            folder.mkdir(parents=True, exist_ok=True)
+            (folder / "manifest.jsonl").write_text("{}\n")
+            (folder / "recipe.json").write_text(json.dumps(recipe))
+            return type("Future", (), {"result": lambda self: folder / "manifest.jsonl"})()
+
+    monkeypatch.setattr(preparation, "ProcessPoolExecutor", Elsewhere)
+    assert preparation.ensure(recipe, "tiny", str(work)) == work / "studio" / "manifest.jsonl" and not asked
+    other = recipe | {"select": recipe["select"] | {"max_samples": 3}}
+    for _ in range(2):
+        assert preparation.ensure(other, "tiny", str(tmp_path)).exists()
+    assert asked == [(preparation.prepare, "studio")]
+    preparation.ensure(recipe, "tiny", str(tmp_path))
+    assert len(asked) == 2, "a changed recipe is prepared anew"

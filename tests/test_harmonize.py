@@ -1,0 +1,202 @@
+"""``python -m harmony.harmonize`` as a person types it: real files in, pictures out, mistakes in one line."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from harmony import harmonize
+from harmony.composites import place
+from harmony.images import read_image, write_image
+from harmony.models.controlnet import export_controlnet
+from harmony.models.kit import Kit
+
+ROOT = Path(__file__).resolve().parents[1]
+FILES = ("harmonized", "raw", "composite", "hole", "sheet")
+
+
+@pytest.fixture
+def desk(tmp_path, monkeypatch):
+    """A folder with pictures, the current one."""
+    rng = np.random.default_rng(0)
+    background, foreground = (rng.integers(0, 256, (48, 70, 3), dtype=np.uint8) for _ in range(2))
+    mask = np.zeros((48, 70), bool)
+    mask[15:35, 20:45] = True
+    write_image(tmp_path / "b.png", background)
+    write_image(tmp_path / "f.png", foreground)
+    write_image(tmp_path / "m.png", mask)
+    write_image(tmp_path / "none.png", np.zeros_like(mask))
+    write_image(tmp_path / "large.png", np.ones((50, 70), bool))
+    write_image(tmp_path / "small, (1).png", foreground[10:40, 15:50])
+    cut = np.dstack([foreground, mask * np.uint8(255)])[10:40, 15:50]
+    Image.fromarray(cut).save(tmp_path / "cut.png")
+    Image.fromarray(np.full((48, 70), np.nan, np.float32)).save(tmp_path / "nan.tiff")
+    (tmp_path / "text.png").write_text("not a picture")
+    (tmp_path / "half.jpg").write_bytes(b"")
+    write_image(tmp_path / "half.jpg", background)
+    (tmp_path / "half.jpg").write_bytes((tmp_path / "half.jpg").read_bytes()[:900])
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+@pytest.fixture
+def command(random_kit, monkeypatch, capsys):
+    """Runs the entry point in this process: exit code, lines of output, lines of errors."""
+
+    def run(*words):
+        fixed = [f"model.path={random_kit}", "steps=2", "controlnet=null", *words]
+        keys = {word.split("=")[0]: word for word in fixed}  # the last of each key counts
+        monkeypatch.setattr(sys, "argv", ["harmony-harmonize", *keys.values()])
+        code = 0
+        try:
+            harmonize.main()
+        except SystemExit as leave:
+            code = leave.code
+        out, err = capsys.readouterr()
+        return code, out.splitlines(), err.splitlines()
+
+    return run
+
+
+def pictures(lines: list[str]) -> dict[str, np.ndarray]:
+    paths = [Path(line) for line in lines[-5:]]
+    assert [path.stem for path in paths] == list(FILES) and all(path.is_absolute() for path in paths)
+    return {path.stem: read_image(path) for path in paths}
+
+
+def outside_is_untouched(made: dict[str, np.ndarray], background: np.ndarray) -> bool:
+    hole = made["hole"][..., 0] > 0
+    return hole.any() and not hole.all() and np.array_equal(made["harmonized"][~hole], background[~hole])
+
+
+def test_three_files(desk, command):
+    code, out, err = command("background=b.png", "foreground=f.png", "mask=m.png", "prompt=a red mushroom, on snow")
+    assert code == 0, err
+    made = pictures(out)
+    b, f, mask = (read_image(desk / name) for name in ("b.png", "f.png", "m.png"))
+    assert outside_is_untouched(made, b)
+    assert np.array_equal(made["composite"], np.where(mask > 0, f, b))
+    assert made["hole"][mask > 0].all() and (made["harmonized"] != b)[mask > 0].mean() > 0.5
+    assert made["raw"].shape == (32, 32, 3)
+    assert Path(out[-1]).parents[2] == desk / "runs"
+    assert any("'a red mushroom, on snow'" in line for line in out)
+    again = pictures(command("background=b.png", "foreground=f.png", "mask=m.png", "prompt=a red mushroom, on snow")[1])
+    assert all(np.array_equal(made[name], again[name]) for name in FILES)
+    assert len(list((desk / "runs" / "harmonize").iterdir())) == 2
+
+
+def test_composite_alone(desk, command):
+    code, out, err = command("composite=b.png", "mask=m.png", "prompt=''", f"output={desk / 'here, [1]'}")
+    assert code == 0, err
+    made, b = pictures(out), read_image(desk / "b.png")
+    assert outside_is_untouched(made, b) and np.array_equal(made["composite"], b)
+    assert Path(out[-1]).parent == desk / "here, [1]"
+
+
+def test_cut_out_in_a_box(desk, command):
+    code, out, err = command("background=b.png", "foreground=cut.png", "box=30,5,66,40", "prompt=x")
+    assert code == 0, err
+    made, b = pictures(out), read_image(desk / "b.png")
+    cut = np.asarray(Image.open(desk / "cut.png"))
+    canvas, mask = place(cut[..., :3], cut[..., 3] > 0, (30, 5, 66, 40), 70, 48)
+    assert np.array_equal(made["composite"], np.where(mask[..., None], canvas, b))
+    assert outside_is_untouched(made, b)
+
+
+def test_raw_keeps_the_models_whole_square(desk, command):
+    code, out, err = command("composite=b.png", "mask=m.png", "prompt=x", "raw=true")
+    assert code == 0, err
+    made, b = pictures(out), read_image(desk / "b.png")
+    assert (made["harmonized"] != b)[made["hole"] == 0].mean() > 0.2
+
+
+def test_no_prompt_and_no_captioner(desk, command):
+    code, out, err = command("composite=b.png", "mask=m.png")
+    assert code == 0, err
+    assert any("prompt is empty" in line and "captioner" in line for line in out)
+
+
+def test_the_kits_captioner_is_asked(desk, command, monkeypatch):
+    def captions(paths, captioner, processor, batch_size, device):
+        for name, path in paths:
+            assert np.array_equal(read_image(path), read_image(desk / "b.png"))  # it sees the naive composite
+            yield name, f"{captioner}, {processor}"
+
+    monkeypatch.setattr(harmonize, "caption_images", captions)
+    monkeypatch.setattr(Kit, "captioner", "a blue car")
+    monkeypatch.setattr(Kit, "processor", "on grass")
+    code, out, err = command("composite=b.png", "mask=m.png")
+    assert code == 0, err
+    assert any("'a blue car, on grass'" in line for line in out)
+
+
+def test_two_controlnets_and_their_weights(desk, command, random_kit, awake):
+    kit = Kit(str(random_kit))
+    export_controlnet(awake(kit, 1), desk / "colour", "color", {"sigma": 10, "normalize": True}, kit)
+    export_controlnet(awake(kit, 2), desk / "edges", "structure", {}, kit)
+
+    def raw(*words):
+        code, out, err = command("composite=b.png", "mask=m.png", "prompt=x", *words)
+        assert code == 0, err
+        return pictures(out)["raw"]
+
+    both = ("controlnet=colour", "structure=edges")
+    assert np.array_equal(raw(*both, "lambda_l=0", "lambda_h=0"), raw())
+    assert np.array_equal(raw(*both, "lambda_h=0"), raw("controlnet=colour"))
+    assert np.array_equal(raw(*both, "lambda_l=0"), raw("controlnet=edges"))  # a weight belongs to what a net sees
+    assert not np.array_equal(raw(*both), raw("controlnet=colour"))
+    code, _, err = command("composite=b.png", "mask=m.png", "prompt=x", "controlnet=edges", "structure=edges")
+    assert code == 2 and "one ControlNet of each branch" in err[0]
+
+
+MISTAKES = {
+    "background=b.png foreground=f.png mask=none.png": "none.png is empty",
+    "background=b.png foreground=f.png mask=large.png": "large.png is 70 x 50 but its image is 70 x 48",
+    "background=b.png foreground=cut.png": "foreground is 35 x 30 but the background is 70 x 48: give box=",
+    "background=b.png foreground=f.png mask=nowhere.png": "nowhere.png does not exist",
+    "background=nowhere.jpg foreground=f.png mask=m.png": "nowhere.jpg does not exist",
+    "background=text.png foreground=f.png mask=m.png": "text.png cannot be decoded",
+    "background=half.jpg foreground=f.png mask=m.png": "half.jpg cannot be decoded",
+    "background=b.png foreground=nan.tiff mask=m.png": "nan.tiff holds floating-point pixels",
+    "background=b.png foreground=f.png": "f.png has no transparent background",
+    "background=b.png mask=m.png": "give background=PATH and foreground=PATH",
+    "background=b.png composite=b.png mask=m.png": "give background=PATH and foreground=PATH",
+    "mask=m.png": "give background=PATH and foreground=PATH",
+    "composite=b.png mask=m.png box=1,2,3,4": "box= places a foreground",
+    "background=b.png foreground=cut.png box=1,2,3": "give four numbers",
+    "background=b.png foreground=cut.png box=a,b,c,d": "give four numbers",
+    "background=b.png foreground=cut.png box=60,40,20,10": "has no area",
+    "background=b.png foreground=cut.png box=100,10,120,30": "shows nothing of the object",
+    "composite=b.png mask=m.png steps=many": "steps=many: give a whole number",
+    "composite=b.png mask=m.png steps=0": "steps=0: choose between",
+    "composite=b.png mask=m.png lambda_l=x": "lambda_l=x: give a number",
+    "composite=b.png mask=m.png controlnet=nowhere": "there is no ControlNet nowhere",
+    "composite=b.png mask=m.png controlnet=runs/nowhere": "cannot load a ControlNet from runs/nowhere",
+    "composite=b.png mask=m.png controlnet=.": "holds no ControlNet",
+    "composite=b.png mask=m.png output=b.png": "b.png (File exists): choose another folder",
+    "composite=b.png mask=m.png model.path=./nowhere": "no kit in ./nowhere",
+    "composite=b.png mask=m.png promt=x": "did you mean prompt?",
+}
+
+
+@pytest.mark.parametrize("words", MISTAKES)
+def test_mistakes_end_in_one_line(desk, command, words):
+    code, out, err = command("prompt=x", *words.split())
+    assert code == 2
+    assert len(err) == 1 and MISTAKES[words] in err[0]
+
+
+def test_a_name_with_commas_and_brackets(desk, command):
+    code, _, err = command("background=b.png", "foreground=small, (1).png", "prompt=x")
+    assert code == 2 and "small, (1).png has no transparent background" in err[0]
+
+
+def test_a_mistake_in_a_process_of_its_own(desk, random_kit):
+    files = {"background": "text.png", "foreground": "f.png", "mask": "m.png"}
+    words = [f"model.path={random_kit}", *(f"{key}={desk / name}" for key, name in files.items())]
+    done = subprocess.run([sys.executable, "-m", "harmony.harmonize", *words], capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 2
+    assert done.stderr.count("\n") == 1 and "Traceback" not in done.stderr

@@ -1,0 +1,207 @@
+"""Training one ControlNet: what is trained, what stays, where gradients go, and what the loss is (method sheet
+2.13).
+"""
+
+import copy
+
+import lightning
+import pytest
+import torch
+from lightning.pytorch.callbacks import Callback
+
+from harmony.errors import UserError
+from harmony.models.controlnet import zero_convolutions
+from harmony.models.kit import Kit
+from harmony.training.control import ControlTask
+
+FROZEN = ("unet", "vae", "text_encoder")
+
+
+@pytest.fixture
+def kit(random_kit):
+    return Kit(str(random_kit))
+
+
+@pytest.fixture
+def data(latent_data):
+    data = latent_data(batch_size=4)
+    data.setup()
+    return data
+
+
+def fresh(kit: Kit, **options) -> ControlTask:
+    """A task ready for single steps by hand."""
+    torch.manual_seed(0)
+    task = ControlTask(kit, warmup=0, **options)
+    task.configure_model()
+    task.on_fit_start()
+    return task
+
+
+def batch_of(data, first: int = 0, count: int = 4) -> dict:
+    items = [data.sets["train"][first + i, first + i] for i in range(count)]
+    return torch.utils.data.default_collate(items)
+
+
+def trainer(folder, steps: int, *callbacks: Callback, **options) -> lightning.Trainer:
+    return lightning.Trainer(
+        accelerator="cpu", max_steps=steps, logger=False, callbacks=list(callbacks), default_root_dir=str(folder),
+        enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False, log_every_n_steps=1,
+        use_distributed_sampler=False, **options,
+    )  # fmt: skip
+
+
+def gradients(task: ControlTask) -> tuple[dict[str, torch.Tensor], set[str]]:
+    """Gradients by name, and the names of the zero convolutions."""
+    zero = {id(p) for p in zero_convolutions(task.net)}
+    named = dict(task.net.named_parameters())
+    return {name: p.grad for name, p in named.items()}, {name for name, p in named.items() if id(p) in zero}
+
+
+def test_gradients_arrive_in_order(kit, data):
+    """Guards 2.13 item 3: zero convolutions first, then trunk and the hint encoder's end, then the whole hint encoder.
+
+    Every other gradient exists and is exactly 0, so that DDP finds no unused parameter.
+    """
+    task = fresh(kit, zero_lr=1e-2, lr=1e-2)
+    optimiser = torch.optim.AdamW(task.net.parameters(), lr=1e-2)
+    moving = []
+    for step in range(3):
+        optimiser.zero_grad()
+        task.errors(batch_of(data, 4 * step))[0].mean().backward()
+        grads, zero = gradients(task)
+        assert all(g is not None for g in grads.values())
+        moving.append({name for name, g in grads.items() if g.any()})
+        optimiser.step()
+    early = {n for n in grads if n.startswith("controlnet_cond_embedding.") and ".conv_out." not in n}
+    end = {n for n in grads if n.startswith("controlnet_cond_embedding.conv_out.")}
+    assert early and end and len(zero) == 2 * (4 + 1), (
+        "one convolution a skip (conv_in, block, downsampler, block), one middle"
+    )
+    assert moving[0] == zero
+    assert (
+        end <= moving[1]
+        and not early & moving[1]
+        and "conv_in.weight" in moving[1]
+        and "mid_block.resnets.0.conv1.weight" in moving[1]
+    )
+    assert early & moving[2] and "controlnet_cond_embedding.conv_in.weight" in moving[2]
+    assert all(p.grad is None and not p.requires_grad for part in FROZEN for p in getattr(kit, part).parameters())
+
+
+class Watch(Callback):
+    """No frozen parameter ever holds a gradient."""
+
+    def on_after_backward(self, trainer, module):
+        assert all(p.grad is None for part in FROZEN for p in getattr(module.kit, part).parameters())
+
+
+def test_only_the_controlnet_changes(kit, data, tmp_path):
+    """Guards 2.13 item 4: after k steps frozen tensors are byte-equal, and checkpoints hold ControlNet keys alone."""
+    before = {part: copy.deepcopy(getattr(kit, part).state_dict()) for part in FROZEN}
+    task = ControlTask(kit, lr=1e-3, warmup=0)
+    run = trainer(tmp_path, 3, Watch())
+    run.fit(task, data)
+    for part, state in before.items():
+        now = getattr(kit, part).state_dict()
+        assert all(torch.equal(now[name], tensor) for name, tensor in state.items()), part
+    run.save_checkpoint(tmp_path / "a.ckpt")
+    saved = torch.load(tmp_path / "a.ckpt", weights_only=True)["state_dict"]
+    assert set(saved) == {f"net.{name}" for name in task.net.state_dict()}
+    start = fresh(Kit(kit.path)).net.state_dict()
+    moved = [name for name, tensor in task.net.state_dict().items() if not torch.equal(tensor, start[name])]
+    assert (
+        any(name.startswith("controlnet_down_blocks") for name in moved) and "mid_block.resnets.0.conv1.weight" in moved
+    )
+    assert not any(module.training for part in FROZEN for module in getattr(kit, part).modules())
+
+
+def test_the_loss_starts_at_that_of_the_frozen_model(kit, data, tmp_path):
+    """Guards 2.13 item 12: a fresh ControlNet changes nothing, so hint and no hint give the same loss to the last
+    bit.
+    """
+    task = ControlTask(kit, prompt_dropout=0.0)
+    run = trainer(tmp_path, 1)
+    first = run.validate(task, data, verbose=False)[0]
+    assert first["validation/loss"] == first["validation/loss_hint_off"] > 0
+    assert run.validate(task, data, verbose=False)[0] == first, "fixed noise and timesteps"
+    task = fresh(kit, prompt_dropout=0.0)
+    b = batch_of(data)
+    error, t = task.errors(b)
+    abar = kit.scheduler.alphas_cumprod[t].view(-1, 1, 1, 1)
+    clean, masked = kit.latent(b["moments"], b["encode"]), kit.latent(b["masked_moments"], b["encode_masked"])
+    z = torch.cat([abar.sqrt() * clean + (1 - abar).sqrt() * b["noise"], b["hole"], masked], 1)
+    plain = kit.unet(z, t, kit.text_encoder(b["tokens"])[0]).sample
+    assert torch.allclose(error, (plain - b["noise"]) ** 2, atol=1e-5) and error.shape == (4, 4, 8, 8)
+
+
+def test_prompt_dropout_empties_the_dropped_prompts_alone(kit, data):
+    """Guards 2.7: a sample is trained with the empty prompt exactly when its draw lies below the rate."""
+    b = batch_of(data)
+    b["drop"] = torch.tensor([0.05, 0.5, 0.09, 0.95])
+    mixed = fresh(kit, prompt_dropout=0.1).errors(b)[0]
+    kept, dropped = fresh(kit, prompt_dropout=0.0).errors(b)[0], fresh(kit, prompt_dropout=1.0).errors(b)[0]
+    empty = fresh(kit, prompt_dropout=0.0).errors(b | {"tokens": kit.tokens([""] * 4)})[0]
+    assert torch.allclose(dropped, empty, atol=1e-6) and not torch.allclose(kept, dropped, atol=1e-4)
+    for i, source in enumerate((dropped, kept, dropped, kept)):
+        assert torch.allclose(mixed[i], source[i], atol=1e-6)
+
+
+def test_hints_of_another_range_are_refused(kit, data):
+    """Guards 2.13 item 11: a hint in [-1, 1] is one clear line, not a bad training."""
+    task = fresh(kit)
+    b = batch_of(data)
+    with pytest.raises(UserError, match=r"hint must lie in \[0, 1\]"):
+        task.training_step(b | {"hint": 2 * b["hint"] - 1}, 0)
+    with pytest.raises(UserError, match="module.branch=blur"):
+        ControlTask(kit, branch="blur")
+
+
+def test_optimiser_groups_and_rates(kit, data, tmp_path):
+    """Guards the optimiser: AdamW, each parameter in one group, warm-up from the first step, its own rate where
+    asked.
+    """
+
+    class Rates(Callback):
+        def __init__(self):
+            self.seen = []
+
+        def on_before_optimizer_step(self, trainer, module, optimizer):
+            self.seen.append([group["lr"] for group in optimizer.param_groups])
+
+    rates = Rates()
+    task = ControlTask(kit, lr=1e-4, zero_lr=4e-4, warmup=4, weight_decay=0.02)
+    run = trainer(tmp_path, 6, rates)
+    run.fit(task, data)
+    assert [slow for slow, _ in rates.seen] == pytest.approx([0.25e-4, 0.5e-4, 0.75e-4, 1e-4, 1e-4, 1e-4])
+    assert all(fast == pytest.approx(4 * slow) for slow, fast in rates.seen)
+    optimiser = run.optimizers[0]
+    assert isinstance(optimiser, torch.optim.AdamW) and {g["weight_decay"] for g in optimiser.param_groups} == {0.02}
+    listed = [id(p) for group in optimiser.param_groups for p in group["params"]]
+    assert sorted(listed) == sorted(id(p) for p in task.net.parameters())
+    assert {id(p) for p in zero_convolutions(task.net)} < {id(p) for p in optimiser.param_groups[1]["params"]}
+
+
+def test_figures_are_of_the_step_that_is_logged(kit, data, tmp_path):
+    """Guards the log: with log_every_n_steps = 2 the levels and the gradient norm are those of steps 2 and 4."""
+
+    class Seen(Callback):
+        def __init__(self):
+            self.logged, self.norms = [], []
+
+        def on_before_optimizer_step(self, trainer, module, optimizer):
+            squares = [p.grad.square().sum() for p in zero_convolutions(module.net)]
+            self.norms.append(float(torch.stack(squares).sum().sqrt()))
+
+        def on_train_batch_end(self, trainer, module, outputs, batch, index):
+            self.logged.append({k: float(v) for k, v in trainer.logged_metrics.items()})
+
+    seen = Seen()
+    run = trainer(tmp_path, 4, seen)
+    run.log_every_n_steps = 2
+    run.fit(ControlTask(kit, lr=1e-3, warmup=0), data)
+    for step in (1, 3):
+        assert seen.logged[step]["train/zero_conv_grad"] == pytest.approx(seen.norms[step])
+        levels = [seen.logged[step][f"train/loss_t{n}"] for n in range(4)]
+        assert all(v >= 0 for v in levels) and sum(v > 0 for v in levels) >= 1
+    assert seen.norms[1] != pytest.approx(seen.norms[0])

@@ -1,0 +1,85 @@
+"""The training objective: eq. 8 by default, golden weights otherwise, and the noised latent by its definition."""
+
+import pytest
+import torch
+from diffusers import DDIMScheduler
+
+from harmony.training.kit import SCHEDULE
+from harmony.training.objective import Objective, noised
+
+ABAR = DDIMScheduler(**SCHEDULE).alphas_cumprod
+
+
+@pytest.fixture
+def covered():
+    """Three instances: none, a quarter of the latent, all of it in part."""
+    covered = torch.zeros(3, 1, 8, 8)
+    covered[1, :, :4, :4] = 1
+    covered[2] = torch.rand(8, 8, generator=torch.Generator().manual_seed(0))
+    return covered
+
+
+def test_the_default_is_eq_8(covered):
+    """Guards the paper's loss: every entry counts the same."""
+    weight = Objective().weight(ABAR[[0, 500, 999]], covered)
+    assert weight.shape == (3, 1, 8, 8) and torch.equal(weight, torch.ones_like(weight))
+
+
+def test_extra_weight_inside_keeps_the_mean(covered):
+    """Guards the scale of the loss: the instance gets 1 + inside times the weight of the rest, the mean stays 1."""
+    weight = Objective(inside=3.0).weight(ABAR[[0, 500, 999]], covered)
+    assert torch.allclose(weight.mean((1, 2, 3)), torch.ones(3))
+    assert torch.allclose(weight[1, 0, 0, 0] / weight[1, 0, 7, 7], torch.tensor(4.0))
+    assert torch.equal(weight[0], torch.ones(1, 8, 8)), "an instance that covers no cell changes nothing"
+
+
+@pytest.mark.parametrize(
+    "t, weight",
+    [
+        (0, 0.2),  # (1 - 0.999150) / 0.999150 = 0.00085, clipped
+        (100, 0.2),  # 1 / 8.454 = 0.118, clipped
+        (250, (1 - 0.673793) / 0.673793),  # abar from table 7.1
+        (500, (1 - 0.276333) / 0.276333),
+        (750, 5.0),  # 1 / 0.05951 = 16.8, clipped
+        (999, 5.0),
+    ],
+)
+def test_x0_weights(t, weight):
+    """Guards the weight that turns the eps error into that of the clean latent: 1 / SNR, clipped to 0.2 .. 5."""
+    got = Objective(weighting="x0").weight(ABAR[[t]], torch.zeros(1, 1, 2, 2))
+    assert torch.allclose(got, torch.full((1, 1, 2, 2), weight), rtol=2e-4)
+
+
+def batch(times):
+    rng = torch.Generator().manual_seed(1)
+    n = len(times)
+    names = {"moments": 8, "masked_moments": 8, "noise": 4, "encode": 4, "encode_masked": 4}
+    tensors = {name: torch.randn(n, c, 6, 6, generator=rng) for name, c in names.items()}
+    return tensors | {"hole": (torch.rand(n, 1, 6, 6, generator=rng) > 0.5).float(), "time": torch.tensor(times)}
+
+
+def test_the_noised_latent_by_its_definition():
+    """Guards 1.1 and 1.2: scaled posterior samples, z_t = sqrt(abar) z_0 + sqrt(1 - abar) eps, [hole, masked
+    latent].
+    """
+    b = batch([0.25, 0.9])
+    z, known, t = noised(b, 0.5, ABAR)
+    assert t.tolist() == [250, 900]
+    for i, (abar, step) in enumerate(zip((0.673793, float(ABAR[900])), t, strict=True)):
+        assert float(ABAR[step]) == pytest.approx(abar, abs=1e-6)
+        mean, logvar = b["moments"][i].chunk(2)
+        clean = 0.5 * (mean + (logvar / 2).exp() * b["encode"][i])
+        assert torch.allclose(z[i], abar**0.5 * clean + (1 - abar) ** 0.5 * b["noise"][i], atol=1e-5)
+        mean, logvar = b["masked_moments"][i].chunk(2)
+        assert torch.equal(known[i, :1], b["hole"][i])
+        assert torch.allclose(known[i, 1:], 0.5 * (mean + (logvar / 2).exp() * b["encode_masked"][i]), atol=1e-6)
+
+
+@pytest.mark.parametrize("t_min", [0, 200])
+def test_timesteps_fill_their_range(t_min):
+    """Guards the draw of t: uniform over t_min .. 999, both ends reached, never 1000."""
+    times = torch.linspace(0, 1, 4001)[:-1].tolist() + [1 - 2**-24]
+    t = noised(batch(times), 1.0, ABAR, t_min)[2]
+    assert t.min() == t_min and t.max() == 999
+    counts = torch.bincount(t, minlength=1000)[t_min:]
+    assert counts.min() >= 1 and counts.max() - counts.min() <= 2

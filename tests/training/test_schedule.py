@@ -1,0 +1,39 @@
+"""Learning-rate factors against a table; each value is the method sheet's or worked out by hand."""
+
+from types import SimpleNamespace
+
+import pytest
+
+from harmony.errors import UserError
+from harmony.training.schedule import constant, linear_decay, total_steps
+
+
+@pytest.mark.parametrize(
+    "n, factor",
+    [
+        (0, 1e-4),  # not 0: the first step must change something (method sheet 1.4, item 8)
+        (1, 2e-4),
+        (4_999, 0.5),
+        (9_999, 1.0),  # the last step of the warm-up
+        (10_000, 1.0),
+        (100_000, 1.0),
+    ],
+)
+def test_the_papers_warm_up(n, factor):
+    assert constant(10_000)(n) == pytest.approx(factor, rel=1e-12)
+
+
+def test_without_warm_up_the_factor_is_one():
+    assert [constant()(n) for n in (0, 1, 7)] == [1, 1, 1]
+
+
+@pytest.mark.parametrize("n, factor", [(0, 0.5), (1, 0.9), (2, 0.8), (5, 0.5), (9, 0.1), (10, 0.0), (11, 0.0)])
+def test_linear_decay_over_ten_steps_with_a_warm_up_of_two(n, factor):
+    assert linear_decay(10, 2)(n) == pytest.approx(factor, abs=1e-12)
+
+
+def test_a_decay_needs_an_end():
+    """Guards ``trainer.max_steps=-1`` with a decay: one clear line."""
+    assert total_steps(SimpleNamespace(estimated_stepping_batches=7)) == 7
+    with pytest.raises(UserError, match="trainer.max_steps"):
+        total_steps(SimpleNamespace(estimated_stepping_batches=float("inf")))
