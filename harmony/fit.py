@@ -78,6 +78,8 @@ def main(cfg: DictConfig) -> None:
     if trainer.logger is not None:
         trainer.logger.log_metrics(numbers, step=trainer.global_step)
         trainer.logger.finalize("success")
+        if hasattr(trainer.logger.experiment, "finish"):  # W&B: flush, and let a sweep's next run be one of its own
+            trainer.logger.experiment.finish()
     write_json(folder / "metrics.json", numbers)
     grids = sorted((folder / "grids").glob("*.png"))
     print(folder)
