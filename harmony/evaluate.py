@@ -27,7 +27,7 @@ def main(cfg: DictConfig) -> None:
     facts = {"branch": "color", "parameters": {}} | read_hint(cfg.controlnet)
     branch = Branch(facts["branch"], load_controlnet(cfg.controlnet), cfg.weight, facts["parameters"])
     protocol = {key: cfg[key] for key in ("split", "limit", "steps", "guidance", "seed")}
-    metrics, line = before_and_after(kit, manifest, [branch], **protocol)
+    metrics, measured = before_and_after(kit, manifest, [branch], **protocol)
     shown = load_bench(manifest, cfg.split, kit.resolution, 16)
     settings = Settings(cfg.steps, cfg.guidance, cfg.seed)
     columns = [reconstruct(kit, shown, branches, settings) for branches in ([], [branch])]
@@ -36,9 +36,11 @@ def main(cfg: DictConfig) -> None:
     ]
     (folder / "grids").mkdir(exist_ok=True)
     write_image(folder / "grids" / "samples.png", grid(rows, ["input", "hint off", "output", "truth"]))
-    text = f"{table(metrics, cfg.split)}\n\n{line}\n"
+    text = f"{table(metrics, cfg.split)}\n"
     write_text(folder / "table.md", text)
-    facts = provenance(cfg, wall_time_s=round(time.monotonic() - began, 1), manifest=manifest_hash(manifest))
+    facts = provenance(
+        cfg, **measured, wall_time_s=round(time.monotonic() - began, 1), manifest=manifest_hash(manifest)
+    )
     write_json(folder / "provenance.json", facts)
     write_json(folder / "metrics.json", metrics)
     print(f"\n{text}")

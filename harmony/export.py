@@ -110,7 +110,7 @@ Image.fromarray(paste_back(np.array(made), composite, opened)).save("harmonized.
 def overrides(words: list[str]) -> list[str]:
     """The command line for Hydra: the word without ``=`` is the run, and paths are text."""
     named = [word if "=" in word or word.startswith("~") else f"run={word}" for word in words]
-    return [literal(word, ("run", "output", "licence")) for word in named]
+    return [literal(word, ("run", "kit", "output", "licence")) for word in named]
 
 
 def run_of(path: Path) -> Path:

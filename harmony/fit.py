@@ -55,6 +55,7 @@ def main(cfg: DictConfig) -> None:
     if not trainer.is_global_zero:
         return
     numbers = {k: float(v) for k, v in trainer.callback_metrics.items() if not k.endswith(("_step", "_epoch"))}
+    measured = {}
     if cfg.evaluate is not None:
         from harmony.models.controlnet import export_controlnet
         from harmony.sampling.benchmark import before_and_after, table
@@ -64,12 +65,13 @@ def main(cfg: DictConfig) -> None:
         parameters = OmegaConf.to_container(cfg.data.hints, resolve=True).get(module.branch, {})
         export_controlnet(net, folder / "export", module.branch, parameters, module.kit)
         branch = Branch(module.branch, net, 1.0, parameters)
-        figures, protocol = before_and_after(module.kit, Path(cfg.data.manifest), [branch], **cfg.evaluate)
+        figures, measured = before_and_after(module.kit, Path(cfg.data.manifest), [branch], **cfg.evaluate)
         numbers |= figures
-        print(f"\n{table(figures, cfg.evaluate.split)}\n\n{protocol}")
+        print(f"\n{table(figures, cfg.evaluate.split)}\n")
     kit = Kit(cfg.model.path, cfg.model.get("weights", "hub"))
     facts = provenance(
         cfg,
+        **measured,
         kit={part: kit.hash(part) for part in DIFFUSION},
         manifest=manifest_hash(cfg.data.manifest),
         wall_time_s=round(time.monotonic() - began, 1),

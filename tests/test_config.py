@@ -13,6 +13,7 @@ from omegaconf import OmegaConf
 from harmony import config
 from harmony.config import check_experiment, compose, entry, run_folder
 from harmony.errors import UserError
+from harmony.files import write_json
 
 ROOT = Path(__file__).resolve().parents[1]
 PRIMARY = """
@@ -287,7 +288,7 @@ def test_the_same_command_goes_on_until_it_is_finished(cfg):
     second = run_folder(cfg("resume=false"))
     assert second != first and run_folder(cfg()) == second
     for finished in (first, second):
-        config.write_json(finished / "metrics.json", {"test/psnr": 1.0})
+        write_json(finished / "metrics.json", {"test/psnr": 1.0})
     third = run_folder(cfg())
     assert third not in (first, second)
     assert (third / "config.yaml").read_text() == (first / "config.yaml").read_text()
@@ -357,7 +358,7 @@ def test_two_processes_share_one_run_folder(house):
 def test_provenance_names_what_a_run_depended_on(cfg, tmp_path):
     facts = config.provenance(cfg("seed=4"), kit="abc")
     assert facts["seed"] == 4 and facts["kit"] == "abc" and facts["versions"]["torch"] and facts["device"]
-    config.write_json(tmp_path / "provenance.json", facts)
+    write_json(tmp_path / "provenance.json", facts)
 
 
 # What is shipped ------------------------------------------------------------------------------------------------------

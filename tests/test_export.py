@@ -170,7 +170,7 @@ def test_mistakes(run, command, tmp_path, kit, awake):
     (folder / "checkpoints" / "last.ckpt").write_bytes(b"PK not a checkpoint")
     (tmp_path / "empty").mkdir()
     for words, message in (
-        ((), "run not given"),
+        ((), "what shall be exported?"),
         ((tmp_path / "nowhere",), "does not exist"),
         ((folder,), "cannot read"),
         ((folder, "format=onnx"), "choose one of diffusers, comfyui"),

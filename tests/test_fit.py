@@ -177,7 +177,6 @@ def start(overrides: list[str], environment: dict, folder: Path) -> subprocess.P
     return subprocess.Popen([sys.executable, "-m", "harmony.fit", *overrides], env=environment, cwd=folder, **options)
 
 
-@pytest.mark.slow
 def test_killed_it_goes_on_exactly(finished, command, tmp_path, environment):
     """Guards SIGKILL: the real command dies after step 3; the same command ends with the unbroken run's numbers."""
     runs = tmp_path / "runs"
@@ -198,7 +197,6 @@ def test_killed_it_goes_on_exactly(finished, command, tmp_path, environment):
     same_run(folder, finished[0])
 
 
-@pytest.mark.slow
 def test_two_processes_train_as_one(command, tmp_path, environment):
     """Guards DDP: two processes with 2 samples each make the same first gradient and weights as one with 4.
 

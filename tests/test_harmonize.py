@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from hydra.core.override_parser.overrides_parser import OverridesParser
 from PIL import Image
 
 from harmony import harmonize
@@ -200,3 +201,9 @@ def test_a_mistake_in_a_process_of_its_own(desk, random_kit):
     done = subprocess.run([sys.executable, "-m", "harmony.harmonize", *words], capture_output=True, text=True, cwd=ROOT)
     assert done.returncode == 2
     assert done.stderr.count("\n") == 1 and "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize("text", ['it\'s a dog, on "grass"', "back\\slash\\", "\\'", "a=b (c) [d] {e}: $5 %", ""])
+def test_free_text_reaches_the_model_as_it_was_typed(text):
+    (word,) = harmonize.overrides([f"prompt={text}"])
+    assert OverridesParser.create().parse_override(word).value() == text

@@ -16,6 +16,7 @@ from harmony.models.kit import kit_path
 
 def prepare(recipe: dict, kit: str, work: str) -> Path:
     """Prepare the dataset of a recipe under ``work``; returns the manifest. ``kit`` is where the captioner lies."""
+    (Path(work) / recipe["name"] / "recipe.json").unlink(missing_ok=True)  # nothing is prepared until all is done
     asked, recipe, work = recipe, dict(recipe), Path(work).resolve()
     if recipe["layout"] == "kit":
         recipe["dir"] = locate(recipe)

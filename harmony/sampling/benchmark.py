@@ -77,19 +77,23 @@ def before_and_after(
     steps: int = 50,
     guidance: float = 7.5,
     seed: int = 0,
-) -> tuple[dict[str, float], str]:
-    """(figures with the ControlNets and, under ``baseline/``, with weight 0; one line that names the protocol)."""
+) -> tuple[dict[str, float], dict]:
+    """(figures with the ControlNets and, under ``baseline/``, with weight 0; ``protocol`` and ``count`` behind them).
+
+    ``protocol`` is the feature extractor of fid and kid, ``count`` the number of pictures.
+    """
     bench = load_bench(manifest, split, kit.resolution, limit)
     settings = Settings(steps, guidance, seed)
     extractor = feature_extractor(kit)
-    print(f"evaluating on {len(bench.examples)} {split} pictures, without and with the ControlNet", flush=True)
+    print(
+        f"evaluating on {len(bench.examples)} {split} pictures of {Path(manifest).parent.name}, without and with the "
+        f"ControlNet: DDIM
+        {steps} steps, guidance {guidance}, seed {seed}; fid and kid on {extractor.protocol} features", flush=True,
+    )
     before = figures(bench, reconstruct(kit, bench, [], settings), extractor)
     after = figures(bench, reconstruct(kit, bench, branches, settings), extractor)
-    protocol = (
-        f"{Path(manifest).parent.name} {split}: n = {len(bench.examples)}, DDIM {steps} steps, guidance {guidance}, "
-        f"seed {seed}; fid and kid on features of {extractor.protocol}"
-    )
-    return {f"baseline/{name}": value for name, value in before.items()} | after, protocol
+    facts = {"protocol": extractor.protocol, "count": len(bench.examples)}
+    return {f"baseline/{name}": value for name, value in before.items()} | after, facts
 
 
 SHOWN = ("color_de", "fpsnr", "psnr", "edge_f1", "fid", "kid", "seam", "bg_drift")
