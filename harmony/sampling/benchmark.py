@@ -85,10 +85,11 @@ def before_and_after(
     bench = load_bench(manifest, split, kit.resolution, limit)
     settings = Settings(steps, guidance, seed)
     extractor = feature_extractor(kit)
+    name = Path(manifest).parent.name
     print(
-        f"evaluating on {len(bench.examples)} {split} pictures of {Path(manifest).parent.name}, without and with the "
-        f"ControlNet: DDIM
-        {steps} steps, guidance {guidance}, seed {seed}; fid and kid on {extractor.protocol} features", flush=True,
+        f"evaluating on {len(bench.examples)} {split} pictures of {name}, without and with the ControlNet: "
+        f"DDIM {steps} steps, guidance {guidance}, seed {seed}; fid and kid on {extractor.protocol} features",
+        flush=True,
     )
     before = figures(bench, reconstruct(kit, bench, [], settings), extractor)
     after = figures(bench, reconstruct(kit, bench, branches, settings), extractor)
