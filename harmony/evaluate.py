@@ -36,7 +36,7 @@ def main(cfg: DictConfig) -> None:
     ]
     (folder / "grids").mkdir(exist_ok=True)
     write_image(folder / "grids" / "samples.png", grid(rows, ["input", "hint off", "output", "truth"]))
-    text = f"{table(metrics, cfg.split)}\n"
+    text = f"{table(metrics, cfg.split, **measured)}\n"
     write_text(folder / "table.md", text)
     facts = provenance(
         cfg, **measured, wall_time_s=round(time.monotonic() - began, 1), manifest=manifest_hash(manifest)

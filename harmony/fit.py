@@ -67,7 +67,7 @@ def main(cfg: DictConfig) -> None:
         branch = Branch(module.branch, net, 1.0, parameters)
         figures, measured = before_and_after(module.kit, Path(cfg.data.manifest), [branch], **cfg.evaluate)
         numbers |= figures
-        print(f"\n{table(figures, cfg.evaluate.split)}\n")
+        print(f"\n{table(figures, cfg.evaluate.split, **measured)}")
     kit = Kit(cfg.model.path, cfg.model.get("weights", "hub"))
     facts = provenance(
         cfg,

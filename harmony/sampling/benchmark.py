@@ -100,12 +100,12 @@ def before_and_after(
 SHOWN = ("color_de", "fpsnr", "psnr", "edge_f1", "fid", "kid", "seam", "bg_drift")
 
 
-def table(metrics: dict[str, float], split: str) -> str:
-    """Before and after as a Markdown table."""
+def table(metrics: dict[str, float], split: str, protocol: str, count: int) -> str:
+    """Before and after as a Markdown table; below it the number of pictures and the features of fid and kid."""
     lines = ["| metric | before (hint off) | after | change |", "|---|---|---|---|"]
     for name in [f"{split}/pasted/{m}" for m in SHOWN] + [f"{split}/raw/bg_drift"]:
         if name in metrics:
             old, new = metrics[f"baseline/{name}"], metrics[name]
             change = f"{100 * (new - old) / old:+.1f} %" if old else ""
             lines.append(f"| {name} | {old:.4g} | {new:.4g} | {change} |")
-    return "\n".join(lines)
+    return "\n".join([*lines, "", f"n = {count}; fid and kid on features of {protocol}"])
