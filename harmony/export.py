@@ -297,9 +297,7 @@ def newest_run(runs: Path, name: str) -> Path:
 
 
 def export_kit(source: Path, output: Path, runs: Path) -> Path:
-    """Ship the kit in ``source``: float16 weights, and a model card with the figures and grids of its four
-    trainings.
-    """
+    """Ship the kit in ``source``: float16 weights, and a card with the figures and grids of its trainings."""
     found = {part: newest_run(runs, f"kit_{part}") for part in KIT_PARTS}
     sizes = ship(source, output)
     figures, pictures = [], []

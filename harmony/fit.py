@@ -18,9 +18,7 @@ from harmony.training.callbacks import AtomicCheckpoints, trainer_callbacks
 
 
 def train(cfg: DictConfig, folder: Path) -> tuple[lightning.Trainer, lightning.LightningModule]:
-    """Build data, module and trainer from the configuration and fit, going on from the last checkpoint if there is
-    one.
-    """
+    """Build data, module and trainer from the configuration and fit, going on from the last checkpoint."""
     lightning.seed_everything(cfg.seed, workers=True, verbose=False)
     data, module = (instantiate(node, _convert_="all") for node in (cfg.data, cfg.module))
     if rank() == 0 and hasattr(data, "prepare"):

@@ -24,9 +24,8 @@ class Row:
     """One instance in one photograph: a line of ``manifest.jsonl``. Paths are relative to the manifest's folder.
 
     ``box`` is (x0, y0, x1, y1) in pixels of the stored image, x1 and y1 exclusive. ``sha256`` is that of the image
-    file.
-    ``extras`` holds what only some datasets have: ``plate``, ``relit``, ``shadow`` (paths), ``relit_caption``,
-    ``caption_source`` (``given`` or the name of the captioner).
+    file. ``extras`` holds what only some datasets have: ``plate``, ``relit``, ``shadow`` (paths), ``relit_caption``,
+    ``source`` (``studio``), ``caption_source`` (``given`` or the name of the captioner).
     """
 
     id: str

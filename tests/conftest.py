@@ -1,13 +1,18 @@
 """Fixtures of all tests: the environment is offline and single-threaded, and nothing is written into the checkout."""
 
+import atexit
 import os
+import shutil
 import sys
+import tempfile
 from pathlib import Path
 
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 SHARED_DATA = ROOT.parent / "shared" / "data"
+DATABASE = tempfile.mkdtemp(prefix="harmony-tests-")  # FiftyOne's: a test never touches the user's own
+atexit.register(shutil.rmtree, DATABASE, ignore_errors=True)
 # set before torch or a library of Hugging Face is imported, for these tests and the processes they start
 os.environ.update(
     WANDB_MODE="offline",
@@ -15,6 +20,8 @@ os.environ.update(
     HF_HUB_OFFLINE="1",
     TRANSFORMERS_OFFLINE="1",
     FIFTYONE_DO_NOT_TRACK="1",
+    FIFTYONE_DATABASE_DIR=f"{DATABASE}/db",
+    FIFTYONE_DATASET_ZOO_DIR=f"{DATABASE}/zoo",
     OMP_NUM_THREADS="1",
 )
 sys.path.insert(0, str(ROOT))  # so that the tests see this checkout whatever is installed

@@ -115,8 +115,8 @@ class Draws(torch.utils.data.Dataset):
     """Cached items with everything random that a training step needs, drawn from (seed, position) alone.
 
     Adds ``noise``, ``encode``, ``encode_masked`` (unit normal, C x h x w: diffusion noise and the two posterior
-    samples),
-    ``time`` in [0, 1) (scaled to a timestep by the objective), ``drop`` in [0, 1) (prompt dropout) and ``tokens``.
+    samples), ``time`` in [0, 1) (scaled to a timestep by the objective), ``drop`` in [0, 1) (prompt dropout) and
+    ``tokens``.
     """
 
     def __init__(self, latents: Latents, tokens: torch.Tensor, branch: str | None, seed: int):

@@ -65,9 +65,7 @@ class Recipe:
 
 @dataclass(frozen=True)
 class Example:
-    """One row at the kit's resolution: uint8 R x R x 3 and bool R x R; ``crop`` says where it lies in the
-    photograph.
-    """
+    """One row at the kit's resolution, uint8 R x R x 3 and bool R x R; ``crop`` is where it lies in the picture."""
 
     image: np.ndarray
     mask: np.ndarray

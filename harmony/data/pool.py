@@ -47,6 +47,7 @@ def rows_of(folder: Path, split: str, relative_to: Path, sources: Iterable[str] 
     if sources is not None:
         table = pl.read_csv(folder / "metadata" / "sources.csv", columns=["ImageID", "Source"])
         wanted = set(table.filter(pl.col("Source").is_in(list(sources)))["ImageID"])
+    extras = {"source": "studio"} if (folder / "metadata" / "scenes.csv").exists() else {}
     rows = []
     for image, (mask_file, label) in sorted(largest_masks(folder).items()):
         if wanted is not None and image not in wanted:
@@ -63,7 +64,7 @@ def rows_of(folder: Path, split: str, relative_to: Path, sources: Iterable[str] 
         pictures = [(image, path, words[0])] + ([(f"{image}b", relit, words[1])] if relit.exists() else [])
         for name, picture, caption in pictures:
             where = [os.path.relpath(p, relative_to) for p in (picture, folder / mask_file)]
-            rows.append(Row(name, *where, box, label, caption, split, width, height, sha256(picture)))
+            rows.append(Row(name, *where, box, label, caption, split, width, height, sha256(picture), extras))
     return rows
 
 
@@ -71,9 +72,8 @@ def prepare_kit(recipe: dict, work: Path) -> Path:
     """Render what is missing and write ``manifest.jsonl`` of the kit's training set into ``work / name``.
 
     Recipe: ``name``, ``dir`` (the bundled studio set), ``count`` (further studio scenes at the kit's size, train
-    split),
-    ``size`` in pixels, ``photos`` (a folder in Open Images layout, or null) and ``sources`` (which of its photographs
-    may train shipped weights; its test split is used for measuring alone and may hold any).
+    split), ``size`` in pixels, ``photos`` (a folder in Open Images layout, or null) and ``sources`` (which of its
+    photographs may train shipped weights; its test split is used for measuring alone and may hold any).
     """
     from harmony.data.studio import generate
 
@@ -92,8 +92,8 @@ def prepare_kit(recipe: dict, work: Path) -> Path:
 
 
 def is_render(row: Row) -> bool:
-    """Renders have captions of the studio's grammar and paths of its folders; everything else is a photograph."""
-    return "studio" in Path(row.image).parts
+    """Whether the row shows a studio scene; everything else is a photograph."""
+    return row.extras.get("source") == "studio"
 
 
 class PixelPool(torch.utils.data.Dataset):

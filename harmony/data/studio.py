@@ -481,9 +481,7 @@ def tone_map(radiance: np.ndarray) -> np.ndarray:
 
 @dataclass(frozen=True)
 class Frames:
-    """uint8 H x W x 3 pictures and bool H x W masks of one scene; ``plate`` and ``shadow`` are None when not
-    rendered.
-    """
+    """uint8 H x W x 3 pictures and bool H x W masks of one scene; None where ``plate=False`` left them out."""
 
     image: np.ndarray
     relit: np.ndarray

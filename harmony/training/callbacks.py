@@ -141,9 +141,7 @@ class MetricsCSV(Callback):
 
 
 class SampleGrid(Callback):
-    """The same held-out pictures with the same noise, every ``every`` steps: input, hint, hint-off baseline, output,
-    truth.
-    """
+    """The same held-out pictures with the same noise: input, hint, hint-off baseline, output, truth."""
 
     def __init__(
         self, folder: str, count: int = 8, every: int = 500, steps: int = 20, guidance: float = 2.0, seed: int = 0

@@ -129,8 +129,8 @@ def pixels(small_manifest, tmp_path_factory):
     rows = read_manifest(manifest)[1]
     for n, row in enumerate([r for r in rows if r.split == "train"][:2] + [r for r in rows if r.split == "test"][:2]):
         write_image(manifest.parent / f"photo{n}.png", read_image(manifest.parent / row.image)[:, :100])
-        box = tuple(min(v, 100) for v in row.box)
-        rows.append(replace(row, id=f"photo{n}", image=f"photo{n}.png", caption=f"photo {n}", width=100, box=box))
+        facts = {"width": 100, "box": tuple(min(v, 100) for v in row.box), "extras": {}}
+        rows.append(replace(row, id=f"photo{n}", image=f"photo{n}.png", caption=f"photo {n}", **facts))
     write_manifest(manifest, rows, "mixed")
     data = PixelData(str(manifest), size=16, batch_size=10, photos=0.6, share=(0.35, 1.0))
     data.setup()

@@ -1,8 +1,6 @@
 """From a folder to the manifest through a persistent FiftyOne dataset in a MongoDB of its own."""
 
 import json
-import os
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -23,11 +21,8 @@ from harmony.masks import bounding_box, read_mask
 
 
 @pytest.fixture(scope="module")
-def fo(tmp_path_factory):
-    """FiftyOne on a private database; a process that holds it already keeps the one it has."""
-    if "fiftyone" not in sys.modules:
-        os.environ["FIFTYONE_DATABASE_DIR"] = str(tmp_path_factory.mktemp("database"))
-        os.environ["FIFTYONE_DATASET_ZOO_DIR"] = str(tmp_path_factory.mktemp("zoo"))
+def fo():
+    """FiftyOne on the tests' own database."""
     return open_images.load_fiftyone()
 
 
