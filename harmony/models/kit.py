@@ -91,8 +91,12 @@ class Kit:
 
     def __post_init__(self):
         self.path = kit_path(self.path)
-        if os.sep in self.path and not os.path.isdir(self.path) and self.path.startswith((".", "/")):
-            raise UserError(f"no kit in {self.path}: give model.path=tiny, a folder in diffusers layout, or a hub id")
+        if os.path.isdir(self.path):
+            return
+        if self.path == "tiny":
+            raise UserError("the tiny kit is not in this checkout: make kit trains it, or give another model.path")
+        if self.path.count("/") != 1 or self.path.startswith((".", "/")):  # a hub id is owner/name
+            raise UserError(f"no kit in {self.path}: give a folder in diffusers layout or a hub id as model.path")
 
     def _part(self, name: str):
         part = load_part(self.path, name, self.weights, self.dtype)
