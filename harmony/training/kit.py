@@ -140,10 +140,10 @@ def psnr(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
 
 
 class VAETask(KitTask):
-    """AutoencoderKL by the squared error at several scales, the L1 distance of image gradients, and a small KL term.
+    """AutoencoderKL by squared error, that of colour alone, the L1 distance of image gradients, and a small KL term.
 
-    loss = |d|^2 + chroma |opponent(d)|^2 + pooled sum_k |pool_k(d)|^2 + gradient |grad d|_1 + kl KL(q(z|x) || N(0, 1)),
-    all means, with d = x' - x and k = 2, 4, 8. By the plain error brightness is learnt first and colour very late.
+    loss = |d|^2 + chroma |opponent(d)|^2 + gradient |grad d|_1 + kl KL(q(z|x) || N(0, 1)),
+    all means, with d = x' - x. By the plain error brightness is learnt first and colour very late.
     """
 
     def __init__(
@@ -152,13 +152,12 @@ class VAETask(KitTask):
         config: dict,
         lr: float = 1e-3,
         chroma: float = 0.5,
-        pooled: float = 1.0,
         gradient: float = 0.1,
         kl: float = 1e-6,
         **options,
     ):
         super().__init__(kit, lr, **options)
-        self.save_hyperparameters("config", "chroma", "pooled", "gradient", "kl", logger=False)
+        self.save_hyperparameters("config", "chroma", "gradient", "kl", logger=False)
 
     def build(self):
         return AutoencoderKL(**self.hparams.config)
@@ -169,13 +168,11 @@ class VAETask(KitTask):
         y = self.net.decode(q.sample()).sample
         mse = F.mse_loss(y, x)
         edges = sum((y.diff(dim=d) - x.diff(dim=d)).abs().mean() for d in (2, 3))
-        coarse = sum(F.avg_pool2d(y - x, k).square().mean() for k in (2, 4, 8))
         kl = 0.5 * (q.mean.square() + q.var - 1 - q.logvar).mean()
         self.log_dict({"train/mse": mse, "train/kl": kl}, prog_bar=True)
         return (
             mse
             + self.hparams.chroma * opponent(y - x).square().mean()
-            + self.hparams.pooled * coarse
             + self.hparams.gradient * edges
             + self.hparams.kl * kl
         )
