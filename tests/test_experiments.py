@@ -31,7 +31,7 @@ CONTROL = [
 # what makes an experiment small, by the task that it trains
 SMALL = {
     "ControlTask": CONTROL,
-    "VAETask": [*PIXELS, "module.config.block_out_channels=[8,8,8]", "module.config.norm_num_groups=4"],
+    "VAETask": [*PIXELS, "module.config.block_out_channels=[8,8,8]"],
     "CLIPTask": [
         *PIXELS, "module.vocabulary=400", "module.length=16", f"module.config.text_config={TOWER}}}",
         f"module.config.vision_config={TOWER}, image_size: 16, patch_size: 8}}", "module.config.projection_dim=16",

@@ -21,6 +21,8 @@ from torch import nn
 
 from harmony.images import from_model, grid, write_image
 from harmony.models.kit import Kit, kit_path, write_model_index
+from harmony.models.steady import steady_norms
+from harmony.training.muon import Muon
 from harmony.training.objective import noised
 from harmony.training.schedule import linear_decay, total_steps
 
@@ -50,10 +52,12 @@ def write_part(folder: Path, name: str, *parts) -> None:
 
 
 class KitTask(lightning.LightningModule):
-    """What the four have in common: AdamW with linear decay, an EMA of the trained network, one grid, one save.
+    """What the four have in common: a linearly decaying rate, an EMA of the trained network, one grid, one save.
 
     ``kit`` is the folder the part is written to, and from which earlier parts are read.
     """
+
+    optimiser = torch.optim.AdamW
 
     def __init__(self, kit: str, lr: float, warmup: int = 100, weight_decay: float = 0.01, ema: float = 0.999):
         super().__init__()
@@ -64,7 +68,7 @@ class KitTask(lightning.LightningModule):
 
     def configure_optimizers(self):
         h = self.hparams
-        optimiser = torch.optim.AdamW(
+        optimiser = self.optimiser(
             [p for p in self.net.parameters() if p.requires_grad], lr=h.lr, weight_decay=h.weight_decay
         )
         factor = linear_decay(total_steps(self.trainer), h.warmup)
@@ -143,8 +147,11 @@ class VAETask(KitTask):
     """AutoencoderKL by squared error, that of colour alone, the L1 distance of image gradients, and a small KL term.
 
     loss = |d|^2 + chroma |opponent(d)|^2 + gradient |grad d|_1 + kl KL(q(z|x) || N(0, 1)),
-    all means, with d = x' - x. By the plain error brightness is learnt first and colour very late.
+    all means, with d = x' - x. By the plain error brightness is learnt first and colour very late. Norms that start as
+    the identity and orthogonalised steps are what make minutes enough: see ``steady_norms`` and ``Muon``.
     """
+
+    optimiser = Muon
 
     def __init__(
         self,
@@ -160,7 +167,7 @@ class VAETask(KitTask):
         self.save_hyperparameters("config", "chroma", "gradient", "kl", logger=False)
 
     def build(self):
-        return AutoencoderKL(**self.hparams.config)
+        return steady_norms(AutoencoderKL(**self.hparams.config))
 
     def training_step(self, batch, index):
         x = batch["image"]

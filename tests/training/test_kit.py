@@ -26,7 +26,7 @@ BLIP = {
 }  # fmt: skip
 VAE = {
     "down_block_types": ["DownEncoderBlock2D"] * 2, "up_block_types": ["UpDecoderBlock2D"] * 2,
-    "block_out_channels": [8, 8], "layers_per_block": 1, "latent_channels": 4, "norm_num_groups": 4,
+    "block_out_channels": [8, 8], "layers_per_block": 1, "latent_channels": 4, "norm_num_groups": 1,
     "mid_block_add_attention": False, "sample_size": SIZE,
 }  # fmt: skip
 UNET = {
