@@ -59,11 +59,13 @@ def main(cfg: DictConfig) -> None:
         from harmony.sampling.benchmark import before_and_after, table
         from harmony.sampling.harmonize import Branch
 
-        net = module.net.eval().requires_grad_(False).to(module.kit.device)  # Lightning has moved it to the CPU
-        parameters = OmegaConf.to_container(cfg.data.hints, resolve=True).get(module.branch, {})
-        export_controlnet(net, folder / "export", module.branch, parameters, module.kit)
-        branch = Branch(module.branch, net, 1.0, parameters)
-        figures, measured = before_and_after(module.kit, Path(cfg.data.manifest), [branch], **cfg.evaluate)
+        module.eval().requires_grad_(False).to(module.kit.device)  # Lightning has moved it to the CPU
+        known = OmegaConf.to_container(cfg.data.hints, resolve=True)
+        branches = [Branch(name, net, 1.0, known.get(name, {})) for name, net in module.controls.items()]
+        for b in branches:
+            target = folder / "export" if len(branches) == 1 else folder / "export" / b.name
+            export_controlnet(b.net, target, b.name, b.parameters, module.kit)
+        figures, measured = before_and_after(module.kit, Path(cfg.data.manifest), branches, **cfg.evaluate)
         numbers |= figures
         print(f"\n{table(figures, cfg.evaluate.split, **measured)}")
     kit = Kit(cfg.model.path, cfg.model.get("weights", "hub"))

@@ -48,6 +48,6 @@ class Batch(TypedDict):
     masked_moments: torch.Tensor  # B x 2C x h x w, the same of the masked image x_m
     hole: torch.Tensor  # B x 1 x h x w in {0, 1}, M_e resized by nearest
     weight: torch.Tensor  # B x 1 x h x w in [0, 1], share of each latent cell that the instance M covers
-    hint: torch.Tensor  # B x 3 x H x W in [0, 1]
+    hint_color: torch.Tensor  # B x 3 x H x W in [0, 1]; hint_structure, hint_raw: whatever the training sees
     tokens: torch.Tensor  # B x T, int64 ids of the caption
     index: torch.Tensor  # B, int64 position in the dataset: seeds the noise

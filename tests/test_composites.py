@@ -136,3 +136,15 @@ def test_place_is_cut_at_the_border_and_refuses_what_cannot_be_seen():
         composites.place(noise(0), disc(), (20, 20, 20, 40), 90, 90)
     with pytest.raises(UserError, match="empty"):
         composites.place(noise(0), np.zeros((96, 96), bool), (0, 0, 9, 9), 90, 90)
+
+
+def test_other_light_changes_all_but_the_content():
+    """Guards the photometric change: black stays black, the order of greys stays, the picture is another."""
+    ramp = np.repeat(np.arange(0, 256, 5, dtype=np.uint8)[None, :, None], 3, axis=2)
+    seen = [composites.other_light(ramp, np.random.default_rng(seed)) for seed in range(20)]
+    for image in seen:
+        assert image.dtype == np.uint8 and image.shape == ramp.shape and not image[:, 0].any()
+        assert (np.diff(image.astype(int), axis=1) >= 0).all() and np.abs(image.astype(int) - ramp).max() > 5
+    means = np.array([image.mean((0, 1)) for image in seen])
+    assert means.mean(1).std() > 10 and (means[:, 0] - means[:, 2]).std() > 5, "exposure and white balance both vary"
+    assert np.array_equal(seen[3], composites.other_light(ramp, np.random.default_rng(3)))

@@ -1,6 +1,7 @@
 """F3. LightningDataModules: pixels for the kit's encoders, cached latents for everything that trains a UNet."""
 
 import itertools
+from collections.abc import Sequence
 from pathlib import Path
 
 import lightning
@@ -119,8 +120,9 @@ class Draws(torch.utils.data.Dataset):
     ``tokens``.
     """
 
-    def __init__(self, latents: Latents, tokens: torch.Tensor, branch: str | None, seed: int):
-        self.latents, self.tokens, self.branch, self.seed = latents, tokens, branch, seed
+    def __init__(self, latents: Latents, tokens: torch.Tensor, branches: Sequence[str], seed: int):
+        self.latents, self.tokens, self.seed = latents, tokens, seed
+        self.hints = {f"hint_{branch}" for branch in branches}
 
     def __len__(self) -> int:
         return len(self.latents)
@@ -128,10 +130,7 @@ class Draws(torch.utils.data.Dataset):
     def __getitem__(self, key: tuple[int, int]) -> dict:
         position, i = key
         item = self.latents[i]
-        hint = item.get(f"hint_{self.branch}")
-        item = {k: v for k, v in item.items() if not k.startswith("hint_")}
-        if self.branch is not None:
-            item["hint"] = hint
+        item = {k: v for k, v in item.items() if not k.startswith("hint_") or k in self.hints}
         rng = torch.Generator().manual_seed((self.seed * 1_000_003 + position) % 2**63)
         c, h, w = item["moments"].shape
         item["noise"], item["encode"], item["encode_masked"] = torch.randn(3, c // 2, h, w, generator=rng)
@@ -142,7 +141,8 @@ class Draws(torch.utils.data.Dataset):
 class LatentData(lightning.LightningDataModule):
     """Cached latents of a manifest's train and validation split; reads manifest and cache only.
 
-    ``batch_size`` is that of one process. ``branch`` names the hint that travels with a batch (None: no hint).
+    ``batch_size`` is that of one process. ``branch`` names the hint, or the hints, that travel with a batch (None: no
+    hint).
     ``prepare`` must have been called (in one process) before training.
     """
 
@@ -152,20 +152,22 @@ class LatentData(lightning.LightningDataModule):
         kit: Kit,
         cache: str,
         batch_size: int,
-        branch: str | None = "color",
+        branch: str | Sequence[str] | None = "color",
         hints: dict[str, dict] | None = None,
         crop: str = "jitter",
         hole: str = "train",
         variants: int = 2,
         workers: int = 0,
         seed: int = 0,
+        mismatch: float = 0.0,
     ):
         super().__init__()
         self.manifest, self.kit, self.cache = Path(manifest), kit, Path(cache)
-        self.batch_size, self.branch, self.workers, self.seed = batch_size, branch, workers, seed
+        self.batch_size, self.workers, self.seed = batch_size, workers, seed
+        self.branches = [branch] if isinstance(branch, str) else list(branch or ())
         self.recipes = {
-            "train": Recipe(crop, hole, variants, hints or {}, seed),
-            "validation": Recipe("centre", "kit" if hole == "kit" else "dilate", 1, hints or {}, seed),
+            "train": Recipe(crop, hole, variants, hints or {}, seed, mismatch),
+            "validation": Recipe("centre", "kit" if hole == "kit" else "dilate", 1, hints or {}, seed, mismatch),
         }
         self.sets: dict[str, Draws] = {}
 
@@ -178,7 +180,7 @@ class LatentData(lightning.LightningDataModule):
             rows = read_manifest(self.manifest, split)[1]
             description = describe(self.kit, recipe, rows)
             latents = Latents(self.cache / f"{split}-{key(description)}", description)
-            self.sets[split] = Draws(latents, self.kit.tokens([row.caption for row in rows]), self.branch, self.seed)
+            self.sets[split] = Draws(latents, self.kit.tokens([row.caption for row in rows]), self.branches, self.seed)
 
     def train_dataloader(self):
         draws, trainer = self.sets["train"], self.trainer

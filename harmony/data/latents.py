@@ -22,6 +22,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
+from harmony.composites import other_light
 from harmony.conditions import hint
 from harmony.data.manifest import read_manifest
 from harmony.errors import UserError
@@ -54,6 +55,9 @@ class Recipe:
     instance, mirrored half of the time). ``hole``: a rule of ``masks.hole``. ``variants``: items a row, each with a
     crop and a hole of its own. ``hints``: branch -> parameters of its operator. Variant 0 of ``centre`` + ``dilate`` is
     the test protocol.
+
+    ``mismatch``: share of items whose hints come from an instance under another light than the picture's: the render
+    under its second light where the dataset has one, else a random change of exposure, contrast and white balance.
     """
 
     crop: str = "centre"
@@ -61,17 +65,26 @@ class Recipe:
     variants: int = 1
     hints: dict[str, dict] = field(default_factory=dict)
     seed: int = 0
+    mismatch: float = 0.0
 
 
 @dataclass(frozen=True)
 class Example:
-    """One row at the kit's resolution, uint8 R x R x 3 and bool R x R; ``crop`` is where it lies in the picture."""
+    """One row at the kit's resolution, uint8 R x R x 3 and bool R x R; ``crop`` is where it lies in the picture.
+
+    ``instance`` is the picture that hints are made from: ``image``, or the same object under another light.
+    """
 
     image: np.ndarray
     mask: np.ndarray
     hole: np.ndarray
     crop: Crop
     mirrored: bool = False
+    relit: np.ndarray | None = None
+
+    @property
+    def instance(self) -> np.ndarray:
+        return self.image if self.relit is None else self.relit
 
 
 def jittered(box: tuple, width: int, height: int, rng: np.random.Generator) -> Crop:
@@ -104,7 +117,15 @@ def example(row: Row, root: Path, recipe: Recipe, resolution: int, variant: int 
         raise UserError(
             f"{row.mask}: the instance vanishes at {resolution} px; raise select.min_area and prepare again"
         )
-    return Example(image, mask, hole(mask, recipe.hole, rng), crop, mirrored)
+    opened = hole(mask, recipe.hole, rng)
+    relit = None
+    if recipe.mismatch and rng.random() < recipe.mismatch:
+        if "relit" in row.extras:
+            relit = crop_resize(read_image(root / row.extras["relit"]), crop, resolution)
+            relit = np.ascontiguousarray(relit[:, ::-1]) if mirrored else relit
+        else:
+            relit = other_light(image, rng)
+    return Example(image, mask, opened, crop, mirrored, relit)
 
 
 def describe(kit: Codec, recipe: Recipe, rows: list[Row]) -> dict:
@@ -136,7 +157,7 @@ def encode(examples: list[Example], kit: Codec, recipe: Recipe) -> dict[str, tor
         "weight": (coverage(masks, kit.factor) * 255).round().to(torch.uint8),
     }
     for branch, parameters in recipe.hints.items():
-        hints = np.stack([hint(branch, e.image, e.mask, **parameters) for e in examples])
+        hints = np.stack([hint(branch, e.instance, e.mask, **parameters) for e in examples])
         tensors[f"hint_{branch}"] = torch.from_numpy(hints).permute(0, 3, 1, 2).contiguous()
     return tensors
 

@@ -40,7 +40,8 @@ def largest_masks(folder: Path) -> dict[str, tuple[str, str]]:
 def rows_of(folder: Path, split: str, relative_to: Path, sources: Iterable[str] | None = None) -> list[Row]:
     """Rows of one split folder in Open Images layout; unreadable pictures and masks are left out.
 
-    A studio scene gives two rows: under its light A and, with the matching caption, under its light B.
+    A studio scene gives two rows: under its light A and, with the matching caption, under its light B; the ``relit``
+    picture of either is the other.
     """
     captions = given_captions(folder)
     wanted = None
@@ -62,9 +63,11 @@ def rows_of(folder: Path, split: str, relative_to: Path, sources: Iterable[str] 
         box = tuple(float(v) for v in bounding_box(mask))
         relit = folder / "relit" / f"{image}.jpg"
         pictures = [(image, path, words[0])] + ([(f"{image}b", relit, words[1])] if relit.exists() else [])
-        for name, picture, caption in pictures:
+        for i, (name, picture, caption) in enumerate(pictures):
             where = [os.path.relpath(p, relative_to) for p in (picture, folder / mask_file)]
-            rows.append(Row(name, *where, box, label, caption, split, width, height, sha256(picture), extras))
+            other = {"relit": os.path.relpath(pictures[1 - i][1], relative_to)} if len(pictures) == 2 else {}
+            facts = (box, label, caption, split, width, height, sha256(picture), extras | other)
+            rows.append(Row(name, *where, *facts))
     return rows
 
 

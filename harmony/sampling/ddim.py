@@ -30,6 +30,18 @@ def clean(z: torch.Tensor, eps: torch.Tensor, a: torch.Tensor) -> torch.Tensor:
     return (z - (1 - a).sqrt() * eps) / a.sqrt()
 
 
+def to_eps(kind: str, predicted: torch.Tensor, z: torch.Tensor, a: torch.Tensor) -> torch.Tensor:
+    """The noise that a network's output means: itself (``epsilon``), or sqrt(a) v + sqrt(1 - a) z (``v_prediction``).
+
+    v = sqrt(a) eps - sqrt(1 - a) x0 (Salimans and Ho, 2022). UserError for other kinds.
+    """
+    if kind == "epsilon":
+        return predicted
+    if kind == "v_prediction":
+        return a.sqrt() * predicted + (1 - a).sqrt() * z
+    raise UserError(f"the kit predicts '{kind}': epsilon and v_prediction are supported")
+
+
 def step(z: torch.Tensor, eps: torch.Tensor, t: int, s: int, abar: torch.Tensor) -> torch.Tensor:
     """One DDIM step (eta = 0) from level t to level s: z_s = sqrt(a_s) x0 + sqrt(1 - a_s) eps.
 

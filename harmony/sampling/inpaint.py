@@ -8,9 +8,8 @@ from collections.abc import Sequence
 
 import torch
 
-from harmony.errors import UserError
 from harmony.models.kit import Kit
-from harmony.sampling.ddim import Eps, sample
+from harmony.sampling.ddim import Eps, level, sample, to_eps
 
 Control = tuple[torch.nn.Module, torch.Tensor, float]  # ControlNet, hint B x 3 x H x W in [0, 1], weight
 
@@ -38,7 +37,10 @@ def predict(
     text: torch.Tensor,
     controls: Sequence[Control] = (),
 ) -> torch.Tensor:
-    """eps(z_t, t), B x C x h x w, from latent, ``known`` = [hole, masked latent] (B x (1 + C) x h x w) and text."""
+    """The UNet's output (eps, or v for a kit that predicts it), B x C x h x w.
+
+    ``known`` = [hole, masked latent] is B x (1 + C) x h x w.
+    """
     u = torch.cat([z, known], 1)
     down, middle = control_residuals(controls, u, t, text)
     return unet(
@@ -52,12 +54,16 @@ def predict(
 
 
 def guided(kit: Kit, known: torch.Tensor, text: torch.Tensor, empty: torch.Tensor, w: float, controls=()) -> Eps:
-    """Classifier-free guidance e_u + w (e_c - e_u), both halves in one batch, ControlNets on both; w = 1 runs one."""
-    empty = empty.expand_as(text)
-    if kit.prediction_type != "epsilon":
-        raise UserError(f"kit {kit.path} predicts {kit.prediction_type}; only epsilon models are supported")
+    """Classifier-free guidance e_u + w (e_c - e_u), both halves in one batch, ControlNets on both; w = 1 runs one.
+
+    Guidance of v is guidance of eps: for one z the two differ by an affine map.
+    """
+    empty, kind = empty.expand_as(text), kit.prediction_type
 
     def eps(z: torch.Tensor, t: int) -> torch.Tensor:
+        return to_eps(kind, output(z, t), z, level(kit.alphas_cumprod, t).to(z.dtype))
+
+    def output(z: torch.Tensor, t: int) -> torch.Tensor:
         t = torch.full((1,), t, device=z.device, dtype=torch.long)
         if w == 1:
             return predict(kit.unet, z, known, t.expand(len(z)), text, controls)

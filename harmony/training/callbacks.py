@@ -159,18 +159,18 @@ class SampleGrid(Callback):
         if self.bench is None:
             self.bench = load_bench(data.manifest, "validation", kit.resolution, self.count)
             self.off = reconstruct(kit, self.bench, [], self.settings)
-        parameters = data.recipes["validation"].hints.get(module.branch, {})
-        branch = Branch(module.branch, module.net, 1.0, parameters)
-        module.net.eval()
-        on = reconstruct(kit, self.bench, [branch], self.settings)
-        module.net.train()
+        known = data.recipes["validation"].hints
+        branches = [Branch(name, net, 1.0, known.get(name, {})) for name, net in module.controls.items()]
+        module.eval()
+        on = reconstruct(kit, self.bench, branches, self.settings)
+        module.train()
         e = self.bench.examples
-        seen = hints(branch, [v.image for v in e], [v.mask for v in e])
-        rows = [
-            [v.image * ~v.hole[..., None], from_model(2 * h - 1), off, out, v.image]
-            for v, h, off, out in zip(e, seen, self.off, on, strict=True)
-        ]
-        picture = grid(rows, ["input", "hint", "hint off", "output", "truth"])
+        images, masks = [v.image for v in e], [v.mask for v in e]
+        seen = [from_model(2 * hints(branch, images, masks) - 1) for branch in branches]
+        holed = [v.image * ~v.hole[..., None] for v in e]
+        rows = [list(row) for row in zip(holed, *seen, self.off, on, images, strict=True)]
+        titles = [f"hint {name}" for name in module.controls] if len(branches) > 1 else ["hint"]
+        picture = grid(rows, ["input", *titles, "hint off", "output", "truth"])
         self.folder.mkdir(parents=True, exist_ok=True)
         path = self.folder / f"samples_{trainer.global_step:06d}.png"
         write_image(path, picture)

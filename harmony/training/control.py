@@ -1,5 +1,6 @@
 """F4. Training one ControlNet on a frozen inpainting kit (system A of the method sheet, sections 2.3 to 2.7)."""
 
+from collections.abc import Sequence
 from functools import cached_property
 
 import lightning
@@ -9,9 +10,10 @@ import torch.nn.functional as F
 from harmony.conditions import check_hint
 from harmony.errors import UserError
 from harmony.models.controlnet import BRANCHES, from_unet, zero_convolutions
+from harmony.models.halves import Encoded, decode, encode
 from harmony.models.kit import Kit
-from harmony.sampling.inpaint import predict
-from harmony.training.objective import Objective, noised
+from harmony.sampling.inpaint import control_residuals
+from harmony.training.objective import Objective, noised, target
 from harmony.training.schedule import constant, linear_decay, total_steps
 
 LEVELS = 4  # equal ranges of t over which the loss is also reported
@@ -54,6 +56,11 @@ class ControlTask(lightning.LightningModule):
         if self.net is None:
             self.net = from_unet(self.kit.unet, self.kit.factor, self.in_channels)
 
+    @property
+    def controls(self) -> dict[str, torch.nn.Module]:
+        """Branch -> ControlNet: what this run trains."""
+        return {self.branch: self.net}
+
     @cached_property
     def frozen(self) -> dict[str, str]:
         """sha256 of each frozen part: what the ControlNet was trained on."""
@@ -80,32 +87,51 @@ class ControlTask(lightning.LightningModule):
         """Whether the loggers look at this step's figures: they do after every log_every_n_steps-th step."""
         return (self.global_step + 1) % self.trainer.log_every_n_steps == 0
 
-    def configure_optimizers(self):
+    def groups(self) -> list[dict]:
+        """Parameter groups: the trunk, and what starts at zero with its own learning rate."""
         fast = [*zero_convolutions(self.net), *self.net.controlnet_cond_embedding.conv_out.parameters()]
         chosen = {id(p) for p in fast}
         slow = [p for p in self.net.parameters() if id(p) not in chosen]
-        groups = [{"params": slow, "lr": self.lr}, {"params": fast, "lr": self.zero_lr or self.lr}]
-        fused = self.device.type == "cuda"
+        return [{"params": slow, "lr": self.lr}, {"params": fast, "lr": self.zero_lr or self.lr}]
+
+    def optimiser(self, groups: list[dict], trainer: lightning.Trainer) -> dict:
+        """AdamW over ``groups`` with warm-up and, where asked for, decay."""
+        fused = self.kit.device.type == "cuda"
         optimiser = torch.optim.AdamW(groups, betas=(0.9, 0.999), eps=1e-8, weight_decay=self.weight_decay, fused=fused)
-        factor = linear_decay(total_steps(self.trainer), self.warmup) if self.decay else constant(self.warmup)
+        factor = linear_decay(total_steps(trainer), self.warmup) if self.decay else constant(self.warmup)
         schedule = torch.optim.lr_scheduler.LambdaLR(optimiser, factor)
         return {"optimizer": optimiser, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
-    def errors(self, batch: dict, weight: float = 1.0) -> tuple[torch.Tensor, torch.Tensor]:
-        """(weighted squared error B x C x h x w, timesteps B) with the ControlNet at ``weight``."""
+    def configure_optimizers(self):
+        return self.optimiser(self.groups(), self.trainer)
+
+    def inputs(self, batch: dict) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """(u, t, text): the UNet's input B x (2C + 1) x h x w, timesteps B, states of the prompts (some empty)."""
         kit = self.kit
         text = kit.text(batch["tokens"])
         text = torch.where((batch["drop"] < self.prompt_dropout)[:, None, None], self.empty, text)
         z, known, t = noised(batch, kit.vae.config.scaling_factor, kit.alphas_cumprod, self.objective.t_min)
-        dtype = kit.dtype
-        controls = [(self.net, batch["hint"].to(dtype), weight)]
-        e = predict(kit.unet, z.to(dtype), known.to(dtype), t, text.to(dtype), controls)
-        error = F.mse_loss(e.float(), batch["noise"], reduction="none")
-        return self.objective.weight(kit.alphas_cumprod[t], batch["weight"]) * error, t
+        return torch.cat([z, known], 1).to(kit.dtype), t, text.to(kit.dtype)
+
+    def behind(
+        self, batch: dict, u: torch.Tensor, t: torch.Tensor, text: torch.Tensor, encoded: Encoded, weight: float = 1.0
+    ) -> torch.Tensor:
+        """Weighted squared error B x C x h x w with the ControlNet at ``weight``, behind the frozen first half."""
+        hint = batch[f"hint_{self.branch}"].to(u.dtype)
+        residuals = control_residuals([(self.net, hint, weight)], u, t, text) if weight else None
+        e = decode(self.kit.unet, encoded, text, residuals)
+        kind, a = self.kit.prediction_type, self.kit.alphas_cumprod[t]
+        wanted = target(kind, u[:, : e.shape[1]].float(), batch["noise"], a)
+        return self.objective.weight(a, batch["weight"], kind) * F.mse_loss(e.float(), wanted, reduction="none")
+
+    def errors(self, batch: dict) -> tuple[torch.Tensor, torch.Tensor]:
+        """(weighted squared error B x C x h x w, timesteps B)."""
+        u, t, text = self.inputs(batch)
+        return self.behind(batch, u, t, text, encode(self.kit.unet, u, t, text)), t
 
     def training_step(self, batch: dict, index: int) -> torch.Tensor:
         if self.global_step == 0:
-            check_hint(batch["hint"])
+            check_hint(batch[f"hint_{self.branch}"])
         error, t = self.errors(batch)
         loss = error.mean()
         self.log("train/loss", loss, prog_bar=True, batch_size=len(t))
@@ -124,6 +150,81 @@ class ControlTask(lightning.LightningModule):
 
     def validation_step(self, batch: dict, index: int) -> None:
         """Fixed noise and timesteps: the loss with the hint and, for comparison, without (weight 0)."""
+        u, t, text = self.inputs(batch)
+        encoded = encode(self.kit.unet, u, t, text)
         for name, weight in (("validation/loss", 1.0), ("validation/loss_hint_off", 0.0)):
-            error, t = self.errors(batch, weight)
+            error = self.behind(batch, u, t, text, encoded, weight)
             self.log(name, error.mean(), batch_size=len(t), sync_dist=True)
+
+
+class JointTask(lightning.LightningModule):
+    """Several ControlNets in one run, each with a loss of its own, behind one pass of the frozen UNet's first half.
+
+    ``branch`` lists them; the other options of ``ControlTask`` hold for all. AdamW moves every weight by its own
+    gradient alone, so the nets become what separate runs on the same noise would make them.
+    """
+
+    def __init__(self, kit: Kit, branch: Sequence[str] = ("color", "structure"), **options):
+        super().__init__()
+        if isinstance(branch, str) or len(set(branch)) < len(branch):
+            raise UserError(f"module.branch={branch}: list each branch once, as in [color, structure]")
+        self.kit, self.branches = kit, list(branch)
+        self.tasks = torch.nn.ModuleDict({name: ControlTask(kit, name, **options) for name in branch})
+
+    @property
+    def controls(self) -> dict[str, torch.nn.Module]:
+        """Branch -> ControlNet: what this run trains."""
+        return {branch: task.net for branch, task in self.tasks.items()}
+
+    @property
+    def lead(self) -> ControlTask:
+        """The task whose inputs all share."""
+        return self.tasks[self.branches[0]]
+
+    def configure_model(self):
+        state = torch.get_rng_state()
+        for task in self.tasks.values():
+            torch.set_rng_state(state)  # each net starts as it would in a run of its own
+            task.configure_model()
+
+    def on_save_checkpoint(self, checkpoint):
+        self.lead.on_save_checkpoint(checkpoint)
+
+    def on_load_checkpoint(self, checkpoint):
+        self.lead.on_load_checkpoint(checkpoint)
+
+    def on_fit_start(self):
+        self.kit.to(self.device)
+        self.lead.empty = self.kit.prompt([""])
+
+    on_validation_start = on_fit_start
+
+    def configure_optimizers(self):
+        first = self.lead
+        groups = [group for task in self.tasks.values() for group in task.groups()]
+        return first.optimiser(groups, self.trainer)
+
+    def losses(self, batch: dict, weight: float = 1.0) -> dict[str, torch.Tensor]:
+        u, t, text = self.lead.inputs(batch)
+        encoded = encode(self.kit.unet, u, t, text)
+        return {branch: task.behind(batch, u, t, text, encoded, weight).mean() for branch, task in self.tasks.items()}
+
+    def training_step(self, batch: dict, index: int) -> torch.Tensor:
+        if self.global_step == 0:
+            for branch in self.branches:
+                check_hint(batch[f"hint_{branch}"])
+        losses = self.losses(batch)
+        size = len(batch["noise"])
+        for branch, loss in losses.items():
+            self.log(f"train/loss_{branch}", loss, batch_size=size)
+        loss = torch.stack(list(losses.values())).sum()
+        self.log("train/loss", loss, prog_bar=True, batch_size=size)
+        return loss
+
+    def validation_step(self, batch: dict, index: int) -> None:
+        size = len(batch["noise"])
+        for name, weight in (("loss", 1.0), ("loss_hint_off", 0.0)):
+            losses = self.losses(batch, weight)
+            for branch, loss in losses.items():
+                self.log(f"validation/{name}_{branch}", loss, batch_size=size, sync_dist=True)
+            self.log(f"validation/{name}", torch.stack(list(losses.values())).sum(), batch_size=size, sync_dist=True)

@@ -57,8 +57,10 @@ def test_draws_depend_on_seed_and_position_alone(data):
     first, other, again = draws[17, 3], draws[18, 3], draws[17, 3]
     assert all(torch.equal(first[n], again[n]) and not torch.equal(first[n], other[n]) for n in names)
     elsewhere = draws[17, 4]
-    assert all(torch.equal(first[n], elsewhere[n]) for n in names) and not torch.equal(first["hint"], elsewhere["hint"])
-    reseeded = Draws(draws.latents, draws.tokens, "color", seed=1)[17, 3]
+    assert all(torch.equal(first[n], elsewhere[n]) for n in names) and not torch.equal(
+        first["hint_color"], elsewhere["hint_color"]
+    )
+    reseeded = Draws(draws.latents, draws.tokens, ["color"], seed=1)[17, 3]
     assert not torch.equal(reseeded["noise"], first["noise"])
     noise = torch.stack([draws[p, 0]["noise"] for p in range(60)])
     assert abs(float(noise.mean())) < 0.03 and abs(float(noise.std()) - 1) < 0.03
@@ -71,13 +73,13 @@ def test_items_carry_their_caption_and_the_hint_of_their_branch(data, latent_dat
     for i in (0, 5, 23):
         item = data.sets["train"][0, i]
         assert torch.equal(item["tokens"], data.kit.tokens([rows[i // 2].caption])[0])
-        assert torch.equal(item["hint"], data.sets["train"].latents[i]["hint_color"])
-        assert not any(name.startswith("hint_") for name in item)
+        assert torch.equal(item["hint_color"], data.sets["train"].latents[i]["hint_color"])
+        assert {name for name in item if name.startswith("hint")} == {"hint_color"}
     structure, plain = latent_data(branch="structure"), latent_data(branch=None)
     structure.setup(), plain.setup()
-    edges = structure.sets["train"][0, 0]["hint"]
+    edges = structure.sets["train"][0, 0]["hint_structure"]
     assert set(edges.unique().tolist()) <= {0.0, 1.0} and edges.any()
-    assert "hint" not in plain.sets["train"][0, 0]
+    assert not any(name.startswith("hint") for name in plain.sets["train"][0, 0])
 
 
 def trainer(step: int, accumulate: int = 1) -> SimpleNamespace:
@@ -92,7 +94,7 @@ def test_batches_have_the_promised_shapes_and_go_on(latent_data):
     batches = list(islice(data.train_dataloader(), 4))
     shapes = {name: tuple(value.shape) for name, value in batches[0].items()}
     assert shapes["moments"] == shapes["masked_moments"] == (3, 8, 8, 8) and shapes["noise"] == (3, 4, 8, 8)
-    assert shapes["hole"] == shapes["weight"] == (3, 1, 8, 8) and shapes["hint"] == (3, 3, 32, 32)
+    assert shapes["hole"] == shapes["weight"] == (3, 1, 8, 8) and shapes["hint_color"] == (3, 3, 32, 32)
     assert shapes["tokens"] == (3, 16) and shapes["index"] == shapes["time"] == shapes["drop"] == (3,)
     data.trainer = trainer(1, accumulate=2)
     assert torch.equal(next(iter(data.train_dataloader()))["noise"], batches[2]["noise"])

@@ -264,3 +264,27 @@ def test_copies_for_loader_processes_open_their_own_files(cache):
     assert json.loads((moved / "index.json").read_text())["sizes"] == dict(
         zip(shards(moved), (7, 7, 7, 3), strict=True)
     )
+
+
+def test_hints_may_come_from_another_light(kit, manifest, tmp_path):
+    """Guards ``mismatch``: picture, mask and hole stay, the hint is that of the object under its second light, or of a
+    photometric change where there is no second light.
+    """
+    rows = read_manifest(manifest, "train")[1]
+    plain, other = (Recipe("jitter", "train", 1, HINTS, 3, mismatch) for mismatch in (0.0, 1.0))
+    for row in rows[:4]:
+        a, b = (example(row, manifest.parent, recipe, 32) for recipe in (plain, other))
+        c = example(replace(row, extras={}), manifest.parent, other, 32)
+        assert a.relit is None and np.array_equal(a.instance, a.image)
+        for e in (b, c):
+            assert (
+                np.array_equal(e.image, a.image) and np.array_equal(e.hole, a.hole) and np.array_equal(e.mask, a.mask)
+            )
+            assert np.abs(e.instance.astype(int) - a.image)[a.mask].mean() > 2
+        second = example(replace(row, image=row.extras["relit"]), manifest.parent, plain, 32)
+        assert np.array_equal(b.instance, second.image) and not np.array_equal(c.instance, b.instance)
+    folder = build(manifest, "train", kit, other, tmp_path / "cache", say=lambda line: None)
+    e = example(rows[1], manifest.parent, other, kit.resolution)
+    stored = Latents(folder)[1]["hint_color"]
+    seen = hint("color", e.instance, e.mask, **HINTS["color"])
+    assert np.array_equal((stored.numpy() * 255).round().astype(np.uint8), np.moveaxis(seen, -1, 0))

@@ -99,8 +99,14 @@ def test_the_same_noise_gives_the_same_latent(scene):
     assert torch.equal(scene.run(1, 1), scene.run(1, 1))
 
 
-def test_other_predictions_are_refused(scene, random_kit):
-    kit = Kit(str(random_kit))
-    kit.scheduler.register_to_config(prediction_type="v_prediction")
-    with pytest.raises(UserError, match="v_prediction"):
-        guided(kit, scene.known, scene.text, scene.empty, 2.0)
+def test_a_kit_that_predicts_v_gives_eps(scene, random_kit):
+    """Guards the conversion: guidance and all, eps = sqrt(a) v + sqrt(1 - a) z; other kinds are one line."""
+    e, v, other = (Kit(str(random_kit)) for _ in range(3))
+    v.scheduler.register_to_config(prediction_type="v_prediction")
+    other.scheduler.register_to_config(prediction_type="sample")
+    z, t = torch.randn(scene.known.shape[0], 4, *scene.known.shape[2:]), 300
+    out, eps = (guided(kit, scene.known, scene.text, scene.empty, 2.0)(z, t) for kit in (e, v))
+    a = e.alphas_cumprod[t]
+    torch.testing.assert_close(eps, a.sqrt() * out + (1 - a).sqrt() * z)
+    with pytest.raises(UserError, match="predicts 'sample'"):
+        guided(other, scene.known, scene.text, scene.empty, 2.0)(z, t)

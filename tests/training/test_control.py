@@ -152,7 +152,7 @@ def test_hints_of_another_range_are_refused(kit, data):
     task = fresh(kit)
     b = batch_of(data)
     with pytest.raises(UserError, match=r"hint must lie in \[0, 1\]"):
-        task.training_step(b | {"hint": 2 * b["hint"] - 1}, 0)
+        task.training_step(b | {"hint_color": 2 * b["hint_color"] - 1}, 0)
     with pytest.raises(UserError, match="module.branch=blur"):
         ControlTask(kit, branch="blur")
 
@@ -205,3 +205,33 @@ def test_figures_are_of_the_step_that_is_logged(kit, data, tmp_path):
         levels = [seen.logged[step][f"train/loss_t{n}"] for n in range(4)]
         assert all(v >= 0 for v in levels) and sum(v > 0 for v in levels) >= 1
     assert seen.norms[1] != pytest.approx(seen.norms[0])
+
+
+def test_joint_training_is_two_separate_ones(kit, latent_data, tmp_path):
+    """Guards the joint run: after three steps each net is, within rounding, that of a run of its own."""
+    from harmony.training.control import JointTask
+
+    branches, options = ["color", "structure"], {"lr": 1e-3, "zero_lr": 4e-3, "warmup": 2, "prompt_dropout": 0.5}
+
+    def trained(task, branch, name):
+        torch.manual_seed(0)
+        data = latent_data(batch_size=4, branch=branch)
+        trainer(tmp_path / name, 3).fit(task, data)
+        return task.controls
+
+    together = trained(JointTask(kit, branches, **options), branches, "joint")
+    for branch in branches:
+        alone = trained(ControlTask(kit, branch, **options), branch, branch)[branch].state_dict()
+        for name, tensor in together[branch].state_dict().items():
+            torch.testing.assert_close(tensor, alone[name], atol=1e-6, rtol=1e-5)
+        fresh_net = fresh(kit, branch=branch).net.state_dict()
+        assert any(not torch.equal(alone[name], fresh_net[name]) for name in alone)
+
+
+def test_joint_training_wants_a_list_of_branches(kit):
+    """Guards bad input: one branch as text, or one twice."""
+    from harmony.training.control import JointTask
+
+    for wrong in ("color", ["color", "color"]):
+        with pytest.raises(UserError, match="list each branch once"):
+            JointTask(kit, wrong)

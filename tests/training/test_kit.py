@@ -82,7 +82,7 @@ def test_the_parts_make_a_kit(kit_folder):
 
     folder, _ = kit_folder
     kit = Kit(str(folder))
-    assert (kit.factor, kit.channels, kit.resolution, kit.prediction_type) == (2, 4, SIZE, "epsilon")
+    assert (kit.factor, kit.channels, kit.resolution, kit.prediction_type) == (2, 4, SIZE, "v_prediction")
     assert not list(folder.glob(".*.partial"))
     moments = kit.moments(torch.zeros(1, 3, SIZE, SIZE))
     noise, text = torch.randn(1, 4, 8, 8), kit.prompt(["a red mushroom"])

@@ -4,8 +4,9 @@ import pytest
 import torch
 from diffusers import DDIMScheduler
 
+from harmony.sampling.ddim import clean, to_eps
 from harmony.training.kit import SCHEDULE
-from harmony.training.objective import Objective, noised
+from harmony.training.objective import Objective, noised, target
 
 ABAR = DDIMScheduler(**SCHEDULE).alphas_cumprod
 
@@ -48,6 +49,25 @@ def test_x0_weights(t, weight):
     """Guards the weight that turns the eps error into that of the clean latent: 1 / SNR, clipped to 0.2 .. 5."""
     got = Objective(weighting="x0").weight(ABAR[[t]], torch.zeros(1, 1, 2, 2))
     assert torch.allclose(got, torch.full((1, 1, 2, 2), weight), rtol=2e-4)
+
+
+def test_the_target_of_v_and_its_weight():
+    """Guards v = sqrt(a) eps - sqrt(1 - a) x0, its way back to eps, and x0 weights that mean the same for it."""
+    rng = torch.Generator().manual_seed(0)
+    x0, eps, wrong = torch.randn(3, 5, 4, 6, 6, generator=rng)
+    a = ABAR[[0, 20, 400, 700, 999]]
+    b = a.view(-1, 1, 1, 1)
+    z = b.sqrt() * x0 + (1 - b).sqrt() * eps
+    v = target("v_prediction", z, eps, a)
+    torch.testing.assert_close(v, b.sqrt() * eps - (1 - b).sqrt() * x0, rtol=1e-3, atol=1e-4)
+    torch.testing.assert_close(to_eps("v_prediction", v, z, b), eps, rtol=1e-4, atol=1e-4)
+    assert target("epsilon", z, eps, a) is eps
+    off, nothing = v + 0.1 * wrong, torch.zeros(5, 1, 6, 6)
+    guess = to_eps("v_prediction", off, z, b)
+    clean_error = (clean(z, guess, b) - clean(z, eps, b)) ** 2
+    weighted = Objective(weighting="x0").weight(a, nothing, "v_prediction") * (off - v) ** 2
+    torch.testing.assert_close(weighted, clean_error, rtol=2e-2, atol=1e-5)
+    assert torch.equal(Objective().weight(a, nothing, "v_prediction"), torch.ones(5, 1, 6, 6))
 
 
 def batch(times):

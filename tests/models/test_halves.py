@@ -1,0 +1,29 @@
+"""The two halves of a UNet together are the UNet, with and without residuals."""
+
+import pytest
+import torch
+
+from harmony.models.halves import decode, encode
+from harmony.models.kit import Kit
+from harmony.sampling.inpaint import control_residuals, predict
+
+
+@pytest.fixture(scope="module")
+def kit(random_kit):
+    return Kit(str(random_kit))
+
+
+@pytest.mark.parametrize("side", [8, 10])
+def test_the_halves_make_the_whole(kit, awake, side):
+    """Guards every connection: bit for bit the UNet's own forward, alone and with a ControlNet, at odd sides too."""
+    torch.manual_seed(0)
+    z, known, text = torch.randn(2, 4, side, side), torch.randn(2, 5, side, side), torch.randn(2, 16, 32)
+    t, hint, net = torch.tensor([3, 700]), torch.rand(2, 3, 4 * side, 4 * side), awake(kit)
+    u = torch.cat([z, known], 1)
+    with torch.no_grad():
+        first = encode(kit.unet, u, t, text)
+        assert torch.equal(decode(kit.unet, first, text), predict(kit.unet, z, known, t, text))
+        residuals = control_residuals([(net, hint, 0.5)], u, t, text)
+        controlled = predict(kit.unet, z, known, t, text, [(net, hint, 0.5)])
+        assert torch.equal(decode(kit.unet, first, text, residuals), controlled)
+        assert not torch.equal(controlled, predict(kit.unet, z, known, t, text))
