@@ -128,6 +128,8 @@ def export_checkpoint(run: Path, output: Path) -> Path:
     branch = OmegaConf.select(cfg, "module.branch")
     if branch is None:
         raise UserError(f"{run} trained no ControlNet; its results lie where the run's config.yaml says")
+    if not isinstance(branch, str):
+        raise UserError(f"{run} trains several ControlNets and has not ended: its end writes each into {run}/export")
     try:
         saved = torch.load(last, map_location="cpu", weights_only=True, mmap=True)["state_dict"]
     except Exception as error:  # pickle, zip and torch each have their own
@@ -156,6 +158,15 @@ def export_folder(path: Path, output: Path) -> Path:
         shutil.rmtree(target, ignore_errors=True)
         os.replace(partial, target)
     return target
+
+
+def halve(controlnet: Path) -> None:
+    """Rewrite the weights in float16, as all shipped weights are; what loads them asks for its own precision."""
+    with safe_open(controlnet / WEIGHTS, "pt") as file:
+        tensors = {name: file.get_tensor(name).half() for name in file.keys()}  # noqa: SIM118
+    partial = controlnet / f".{WEIGHTS}.partial"
+    save_file(tensors, partial, metadata={"format": "pt"})
+    os.replace(partial, controlnet / WEIGHTS)
 
 
 def copy_grid(run: Path, output: Path) -> Path | None:
@@ -250,14 +261,19 @@ def single_file(controlnet: Path, target: Path, facts: dict) -> Path:
     return target
 
 
-def write(kind: str, path: Path, run: Path, output: Path, licence: str | None) -> Path:
+def write(kind: str, path: Path, run: Path, output: Path, licence: str | None, half: bool = False) -> Path:
     """Export ``path``, which belongs to ``run``, as ``kind``: the folder ``output``, or one file in it."""
     if kind == "comfyui":
         with TemporaryDirectory(dir=output) as scratch:
             controlnet = export_folder(path, Path(scratch))
+            if half:
+                halve(controlnet)
             facts = read_hint(controlnet)
             return single_file(controlnet, output / f"harmony-{facts.get('branch', 'controlnet')}.safetensors", facts)
-    facts = read_hint(export_folder(path, output))
+    controlnet = export_folder(path, output)
+    if half:
+        halve(controlnet)
+    facts = read_hint(controlnet)
     card = model_card(run, facts, copy_grid(run, output), licence or kit_licence(facts.get("kit", "unknown")))
     write_text(output / "README.md", card)
     return output
@@ -341,7 +357,9 @@ def main(cfg: DictConfig) -> None:
     if cfg.output is None and not (run / "config.yaml").exists():
         raise UserError(f"{path} belongs to no run; add output=FOLDER")
     output = make_folder(cfg.output or run / "export")
-    print(write(cfg.format, path, run, output, cfg.licence))
+    if cfg.half and output.resolve() == (run / "export").resolve():
+        raise UserError("half=true would round the run's own weights: add output=FOLDER")
+    print(write(cfg.format, path, run, output, cfg.licence, cfg.half))
 
 
 if __name__ == "__main__":

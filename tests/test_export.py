@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 import sys
 from pathlib import Path
 
@@ -164,6 +165,25 @@ def test_one_file(run, command, kit, tmp_path):
     assert same_weights(again, net)
 
 
+def test_half_the_size(run, command, kit, tmp_path):
+    """Guards ``half=true``: float16 on disk, the same network within its rounding, and never into the run itself."""
+    folder, net = run
+    finish(folder, net, kit)
+    code, lines, _ = command(str(folder), "half=true", f"output={tmp_path / 'out'}")
+    assert code == 0
+    stored = safetensors_of(tmp_path / "out" / "controlnet")
+    assert {tensor.dtype for tensor in stored.values()} == {torch.float16}
+    loaded = load_controlnet(tmp_path / "out")
+    assert loaded.dtype == torch.float32 and loaded.conv_in.weight.allclose(net.conv_in.weight, atol=1e-3)
+    code, _, errors = command(str(folder), "half=true")
+    assert code == 2 and "add output=FOLDER" in errors[-1]
+    assert {t.dtype for t in safetensors_of(folder / "export" / "controlnet").values()} == {torch.float32}
+
+
+def safetensors_of(folder: Path) -> dict:
+    return load_file(next(folder.glob("*.safetensors")))
+
+
 def test_mistakes(run, command, tmp_path, kit, awake):
     folder, net = run
     other = export_controlnet(net, tmp_path / "plain", "color", {}, kit)
@@ -196,8 +216,15 @@ def stock(kit, *folders):
     return pipeline
 
 
-@pytest.mark.parametrize("weights", [(1.0,), (0.7, 0.3)])
-def test_the_stock_pipeline_gives_the_identical_image(kit, awake, tmp_path, weights):
+@pytest.mark.parametrize(
+    "weights, predicts", [((1.0,), "epsilon"), ((0.7, 0.3), "epsilon"), ((0.7, 0.3), "v_prediction")]
+)
+def test_the_stock_pipeline_gives_the_identical_image(kit, awake, tmp_path, weights, predicts):
+    shutil.copytree(kit.path, tmp_path / "kit")
+    settings = tmp_path / "kit" / "scheduler" / "scheduler_config.json"
+    settings.write_text(json.dumps(json.loads(settings.read_text()) | {"prediction_type": predicts}))
+    kit = Kit(str(tmp_path / "kit"))
+    assert kit.prediction_type == predicts
     rng = torch.Generator().manual_seed(1)
     image = torch.rand(1, 3, 32, 32, generator=rng) * 2 - 1
     opened = torch.zeros(1, 1, 32, 32)

@@ -53,6 +53,9 @@ def controlnet_folder(path: str | os.PathLike) -> Path | None:
     for candidate in (folder / "export" / "controlnet", folder / "export", folder / "controlnet", folder):
         if (candidate / "config.json").exists():
             return candidate
+    several = sorted(path.parent for path in folder.glob("export/*/controlnet"))
+    if several:
+        raise UserError(f"{path} trained several ControlNets: choose one of {', '.join(map(str, several))}")
     if (folder / "checkpoints").is_dir():
         raise UserError(f"{path} is a run that has not ended: export it first, python -m harmony.export {path}")
     if folder.exists():
