@@ -4,8 +4,11 @@ Pixels outside the hole (the mask and a small rim) stay as they are, bit for bit
   background=B.jpg foreground=F.jpg mask=M.png             all of one size
   background=B.jpg foreground=F.png box=x0,y0,x1,y1        a cut-out with alpha, placed in a box
   composite=C.jpg mask=M.png                               the object has been pasted already
+  dir=FOLDER                                               many, from index.csv or composite/ and mask/
 """
 
+import csv
+import time
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,7 +17,7 @@ import torch
 from hydra.utils import instantiate
 from omegaconf import DictConfig, ListConfig, OmegaConf
 
-from harmony.composites import copy_paste, place
+from harmony.composites import copy_paste, place, poisson, reinhard
 from harmony.config import entry, literal, make_folder, new_folder
 from harmony.data.captions import caption_images
 from harmony.errors import UserError
@@ -25,7 +28,18 @@ from harmony.models.kit import Kit
 from harmony.sampling.ddim import timesteps
 from harmony.sampling.harmonize import Branch, Result, Settings, check_sizes, harmonize, load_branch
 
-PATHS = ("background", "foreground", "composite", "mask", "region", "controlnet", "structure", "output", "model.path")
+PATHS = (
+    "dir",
+    "background",
+    "foreground",
+    "composite",
+    "mask",
+    "region",
+    "controlnet",
+    "structure",
+    "output",
+    "model.path",
+)
 NUMBERS = {"steps": int, "seed": int, "guidance": float, "lambda_l": float, "lambda_h": float, "feather": float}
 SHEET_SIDE = 384  # pixels: the longer side of a picture on the contact sheet
 
@@ -126,30 +140,100 @@ def sheet(background: np.ndarray, result: Result, image: np.ndarray) -> np.ndarr
     return grid([whole, close], ["background", "composite", "harmonized"])
 
 
-@entry("harmonize", read=overrides)
-def main(cfg: DictConfig) -> None:
-    """Harmonize one composite; every run writes a folder of its own."""
-    check_numbers(cfg)
+def compare(inputs: Inputs, result: Result, image: np.ndarray) -> list[np.ndarray]:
+    """Small pictures of the working square: composite, harmonized, and the composites without a network."""
+    background, foreground, mask = inputs.background, inputs.foreground, inputs.mask
+    recoloured = copy_paste(background, reinhard(foreground, mask, background), mask)
+    pictures = [result.composite, image, recoloured, poisson(background, foreground, mask)]
+    return [crop_resize(picture, result.crop, SHEET_SIDE // 2) for picture in pictures]
+
+
+def one(cfg: DictConfig, kit: Kit, branches: list[Branch], folder: Path) -> tuple[dict[str, Path], list[np.ndarray]]:
+    """Harmonize what ``cfg`` names into ``folder``; the files, and a row of the contact sheet of many."""
     inputs = read_inputs(cfg)
-    kit = instantiate(cfg.model).to("cuda" if torch.cuda.is_available() else "cpu")
-    branches = load_branches(cfg, kit)
-    folder = make_folder(cfg.output) if cfg.output else new_folder(Path(cfg.paths.runs).resolve() / "harmonize")
     files = {name: folder / f"{name}.png" for name in ("harmonized", "raw", "composite", "hole", "sheet")}
     write_image(files["composite"], copy_paste(inputs.background, inputs.foreground, inputs.mask))
     if cfg.prompt is None:
         cfg.prompt = caption(kit, files["composite"])
-    seen = " and ".join(f"{b.name} (weight {b.weight:g})" for b in branches) or "no ControlNet, plain inpainting"
-    print(f"kit {kit.name} at {kit.resolution} px on {kit.device.type}, {seen}, prompt {cfg.prompt!r}")
+    print(f"prompt {cfg.prompt!r}")
     settings = Settings(cfg.steps, cfg.guidance, cfg.seed)
     result = harmonize(
         kit, **vars(inputs), prompt=cfg.prompt, branches=branches, settings=settings, feather=cfg.feather
     )
     image = paste_crop(inputs.background, result.raw, result.crop) if cfg.raw else result.image
-    write_image(files["harmonized"], image)
     write_image(files["raw"], result.raw)
     write_image(files["hole"], result.hole)
     write_image(files["sheet"], sheet(inputs.background, result, image))
+    write_image(files["harmonized"], image)
     write_text(folder / "config.yaml", OmegaConf.to_yaml(cfg, resolve=True))
+    return files, compare(inputs, result, image)
+
+
+def listed(folder: Path) -> list[tuple[str, dict]]:
+    """(id, settings) of each composite of a folder: the rows of ``index.csv``, or else ``composite/`` with ``mask/``.
+
+    A row names ``composite`` and ``mask``, or ``background``, ``foreground``, ``foreground_mask`` and ``bbox`` (x0 y0
+    x1 y1 in pixels of the background), paths relative to the folder.
+    """
+    if not folder.is_dir():
+        raise UserError(f"dir={folder}: there is no such folder")
+    if not (folder / "index.csv").exists():
+        pairs = [(p, q) for p in sorted(folder.glob("composite/*")) for q in folder.glob(f"mask/{p.stem}.*")]
+        if not pairs:
+            raise UserError(f"{folder} has neither index.csv nor composite/NAME with mask/NAME: nothing to harmonize")
+        return [(p.stem, {"composite": str(p), "mask": str(q)}) for p, q in pairs]
+    items, short = [], []
+    with open(folder / "index.csv", newline="", encoding="utf-8") as file:
+        for i, row in enumerate(csv.DictReader(file)):
+            name, at = (
+                row.get("id") or str(i),
+                {key: str(folder / value) for key, value in row.items() if key and value},
+            )
+            if row.get("composite") and row.get("mask"):
+                items.append((name, {"composite": at["composite"], "mask": at["mask"]}))
+            elif all(row.get(key) for key in ("background", "foreground", "foreground_mask", "bbox")):
+                box = [float(v) for v in row["bbox"].replace(",", " ").split()]
+                places = {"background": at["background"], "foreground": at["foreground"], "mask": at["foreground_mask"]}
+                items.append((name, places | {"box": box}))
+            else:
+                short.append(name)
+    if short:
+        print(f"{len(short)} rows name neither a composite with its mask nor a foreground with mask and box: {short}")
+    return items
+
+
+def many(cfg: DictConfig, kit: Kit, branches: list[Branch], folder: Path) -> dict[str, Path]:
+    """Harmonize every composite of ``cfg.dir``, each into a folder of its own, and draw them on one contact sheet."""
+    rows, items, began = [], listed(Path(cfg.dir)), time.monotonic()
+    for n, (name, settings) in enumerate(items, 1):
+        try:
+            rows.append(one(OmegaConf.merge(cfg, settings), kit, branches, make_folder(folder / name))[1])
+        except UserError as error:
+            print(f"{name} left out: {error}")
+        rate = n / (time.monotonic() - began)
+        print(f"{name}: {n}/{len(items)}, {rate:.2f} a second, {(len(items) - n) / rate:.0f} s left", flush=True)
+    if not rows:
+        raise UserError(f"none of the {len(items)} composites in {cfg.dir} could be harmonized: see the lines above")
+    write_image(folder / "sheet.png", grid(rows, ["composite", "harmonized", "reinhard", "poisson"]))
+    return {"sheet": folder / "sheet.png"}
+
+
+@entry("harmonize", read=overrides)
+def main(cfg: DictConfig) -> None:
+    """Harmonize one composite or a folder of them; every run writes a folder of its own."""
+    check_numbers(cfg)
+    if cfg.dir is None:
+        read_inputs(cfg)  # bad input is refused before any weights are loaded
+    elif any(cfg[name] is not None for name in ("background", "foreground", "composite", "mask", "box", "region")):
+        raise UserError(
+            "dir= brings pictures of its own: leave out background, foreground, composite, mask, box, region"
+        )
+    kit = instantiate(cfg.model).to("cuda" if torch.cuda.is_available() else "cpu")
+    branches = load_branches(cfg, kit)
+    folder = make_folder(cfg.output) if cfg.output else new_folder(Path(cfg.paths.runs).resolve() / "harmonize")
+    seen = " and ".join(f"{b.name} (weight {b.weight:g})" for b in branches) or "no ControlNet, plain inpainting"
+    print(f"kit {kit.name} at {kit.resolution} px on {kit.device.type}, {seen}")
+    files = one(cfg, kit, branches, folder)[0] if cfg.dir is None else many(cfg, kit, branches, folder)
     print(*files.values(), sep="\n")
 
 

@@ -207,3 +207,41 @@ def test_a_mistake_in_a_process_of_its_own(desk, random_kit):
 def test_free_text_reaches_the_model_as_it_was_typed(text):
     (word,) = harmonize.overrides([f"prompt={text}"])
     assert OverridesParser.create().parse_override(word).value() == text
+
+
+def test_a_folder_of_composites(desk, command):
+    """Guards ``dir=``: every row by its own rule, one folder each, one sheet, what cannot be done is counted."""
+    head = "id,composite,mask,background,foreground,foreground_mask,bbox"
+    rows = [
+        "one,b.png,m.png,,,,",
+        "two,,,b.png,f.png,m.png,5 5 40 40",
+        "three,,,b.png,f.png,,",
+        "four,gone.png,m.png,,,,",
+    ]
+    (desk / "index.csv").write_text("\n".join([head, *rows]) + "\n")
+    code, lines, errors = command("dir=.", "prompt=a car", "output=out")
+    assert code == 0 and not errors
+    assert any("1 rows name neither" in line and "three" in line for line in lines)
+    assert any(line.startswith("four left out") for line in lines) and any("2/3" in line for line in lines)
+    assert Path(lines[-1]) == desk / "out" / "sheet.png" and read_image(lines[-1]).shape[0] > 2 * 150
+    for name in ("one", "two"):
+        background, made = read_image(desk / "b.png"), read_image(desk / "out" / name / "harmonized.png")
+        hole = read_image(desk / "out" / name / "hole.png")[..., 0] > 0
+        assert np.array_equal(made[~hole], background[~hole]) and not np.array_equal(made[hole], background[hole])
+
+
+def test_pairs_without_an_index(desk, command):
+    """Guards the plain layout: composite/NAME with mask/NAME; and the lines for a folder that holds nothing."""
+    (desk / "set" / "composite").mkdir(parents=True)
+    (desk / "set" / "mask").mkdir()
+    (desk / "b.png").rename(desk / "set" / "composite" / "x.png")
+    (desk / "m.png").rename(desk / "set" / "mask" / "x.png")
+    code, lines, _ = command("dir=set", "prompt=a car", "output=out")
+    assert code == 0 and (desk / "out" / "x" / "harmonized.png").exists()
+    for words, says in (
+        (["dir=nowhere"], "no such folder"),
+        (["dir=out"], "neither index.csv"),
+        (["dir=set", "composite=f.png"], "pictures of its own"),
+    ):
+        code, _, errors = command(*words)
+        assert code == 2 and says in errors[-1]
