@@ -144,7 +144,17 @@ def small_manifest(studio_rows):
         def here(path: str) -> str:
             return os.path.relpath(ROOT / path, folder)
 
-        rows = [replace(row, image=here(row.image), mask=here(row.mask)) for row in studio_rows]
+        def extras(row) -> dict:
+            known = row.extras | {"relit": here(row.extras["relit"])}
+            if Path(row.image).parent.name == "data":  # light A, under which the plate was rendered
+                split, name = Path(row.image).parents[1], Path(row.image).stem
+                known |= {
+                    "plate": here(split / "plates" / f"{name}.jpg"),
+                    "shadow": here(split / "shadows" / f"{name}.png"),
+                }
+            return known
+
+        rows = [replace(row, image=here(row.image), mask=here(row.mask), extras=extras(row)) for row in studio_rows]
         write_manifest(folder / "manifest.jsonl", rows, dataset)
         return folder / "manifest.jsonl"
 
@@ -155,16 +165,16 @@ def small_manifest(studio_rows):
 def prepared_work(small_manifest):
     """``prepared_work(work, overrides)``: lay down what ``harmony.prepare`` leaves for the dataset that is chosen.
 
-    ``overrides`` are those of the later ``harmony.fit``; its own call of ``prepare`` then finds everything done, and no
-    database starts.
+    ``overrides`` are those of the later ``command`` (``fit`` or ``evaluate``); its own call of ``prepare`` then finds
+    everything done, and no database starts.
     """
     from omegaconf import OmegaConf
 
     from harmony.config import compose
     from harmony.files import write_json
 
-    def lay(work: Path, overrides: list[str]) -> Path:
-        recipe = OmegaConf.to_container(compose("fit", overrides).dataset, resolve=True)
+    def lay(work: Path, overrides: list[str], command: str = "fit") -> Path:
+        recipe = OmegaConf.to_container(compose(command, overrides).dataset, resolve=True)
         manifest = small_manifest(work / recipe["name"], recipe["name"])
         write_json(manifest.parent / "recipe.json", recipe)
         return manifest

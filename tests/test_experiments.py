@@ -8,13 +8,17 @@ from pathlib import Path
 import pytest
 import torch
 
+from harmony import evaluate
 from harmony.config import check_experiment, compose, load_yaml, options, why
 from harmony.fit import main
-from harmony.models.kit import load_part
+from harmony.models.controlnet import export_controlnet
+from harmony.models.kit import Kit, load_part
 
 FILES = {
     name: path for name, path in options("experiment").items() if path.parents[1] == Path(__file__).resolve().parents[1]
 }
+STUDIES = {name: path for name, path in FILES.items() if "study" in load_yaml(path)}
+TRAININGS = {name: path for name, path in FILES.items() if name not in STUDIES}
 QUICK = [
     "trainer.accelerator=cpu",
     "trainer.max_steps=2",
@@ -31,6 +35,7 @@ CONTROL = [
 # what makes an experiment small, by the task that it trains
 SMALL = {
     "ControlTask": CONTROL,
+    "JointTask": CONTROL,
     "VAETask": [*PIXELS, "module.config.block_out_channels=[8,8,8]"],
     "CLIPTask": [
         *PIXELS, "module.vocabulary=400", "module.length=16", f"module.config.text_config={TOWER}}}",
@@ -63,7 +68,7 @@ def composed(name: str, *more: str):
     return compose("fit", [f"experiment={name}", f"name={name}", *more])
 
 
-@pytest.mark.parametrize("name", FILES)
+@pytest.mark.parametrize("name", TRAININGS)
 def test_it_composes_and_says_why_it_exists(name):
     """Guards the files: known keys only, a first line for ``--help``, everything resolvable."""
     check_experiment("fit", {"experiment": name})
@@ -72,7 +77,7 @@ def test_it_composes_and_says_why_it_exists(name):
     assert cfg.trainer.max_steps > 0 and cfg.module["_target_"].startswith("harmony.training.")
 
 
-@pytest.mark.parametrize("name", FILES)
+@pytest.mark.parametrize("name", TRAININGS)
 def test_it_runs(name, random_kit, prepared_work, tmp_path):
     """Guards the run: two steps of the experiment as it is written, with smaller networks and fewer pictures."""
     task = composed(name).module["_target_"].rpartition(".")[2]
@@ -87,8 +92,47 @@ def test_it_runs(name, random_kit, prepared_work, tmp_path):
     assert metrics and all(isinstance(value, float) for value in metrics.values())
     assert (folder / "metrics.csv").read_text().count("\n") > 2 and (folder / "checkpoints" / "last.ckpt").exists()
     assert list((folder / "grids").iterdir())
-    if task == "ControlTask":
-        assert (folder / "export" / "controlnet" / "config.json").exists() and "test/pasted/color_de" in metrics
+    if task in ("ControlTask", "JointTask"):
+        exports = [""] if task == "ControlTask" else ["color", "structure"]
+        assert all((folder / "export" / name / "controlnet" / "config.json").exists() for name in exports)
+        assert "test/pasted/color_de" in metrics
     for part in WRITES.get(task, []):
         assert max(path.stat().st_mtime_ns for path in (kit / part).iterdir()) > began
         load_part(str(kit), part)
+
+
+@pytest.fixture(scope="module")
+def controlnets(random_kit, awake, tmp_path_factory):
+    """Overrides that give every study the ControlNets it names, none of which has learnt anything."""
+    folder, kit = tmp_path_factory.mktemp("controlnets"), Kit(str(random_kit))
+    branches = {"color": "color", "color_relight": "color", "structure": "structure", "raw": "raw"}
+    for seed, (name, branch) in enumerate(branches.items()):
+        export_controlnet(awake(kit, seed), folder / name, branch, {}, kit)
+    return [f"controlnets.{name}={folder / name}" for name in branches]
+
+
+@pytest.mark.parametrize("name", STUDIES)
+def test_a_study_composes_and_says_why_it_exists(name):
+    """Guards the files: known keys only, a first line for ``--help``, a name of its own."""
+    check_experiment("evaluate", {"experiment": name})
+    assert len(why(STUDIES[name])) > 20
+    assert compose("evaluate", [f"experiment={name}"]).name == name
+
+
+@pytest.mark.parametrize("name", STUDIES)
+def test_a_study_runs(name, random_kit, controlnets, small_manifest, prepared_work, tmp_path):
+    """Guards the way of every study: table with all rows, figure, flat metrics; nothing changes outside the hole."""
+    work, runs = tmp_path / "work", tmp_path / "runs"
+    more = [f"paths.work={work}", f"paths.runs={runs}", f"model.path={random_kit}", "limit=2", "steps=1", *controlnets]
+    prepared_work(work, [f"experiment={name}", *more], "evaluate")
+    cfg = compose("evaluate", [f"experiment={name}", *more])
+    evaluate.main(cfg)
+    (folder,) = (runs / name).iterdir()
+    head, *rows = (folder / "table.csv").read_text().splitlines()
+    listed = [row for row, node in cfg.study.methods.items() if node is not None]
+    assert head.split(",")[0] == ("method" if listed else "lambda")
+    assert {row.split(",")[0].split(" x")[0] for row in rows} >= set(listed)
+    metrics = json.loads((folder / "metrics.json").read_text())
+    drifts = [value for key, value in metrics.items() if key.endswith("test/pasted/bg_drift")]
+    assert len(drifts) >= 2 and set(drifts) == {0.0}
+    assert "n = 2 test pictures" in (folder / "table.md").read_text() and (folder / "figure.png").stat().st_size > 5000

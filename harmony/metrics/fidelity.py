@@ -129,6 +129,19 @@ def _saturating(chroma: np.ndarray) -> np.ndarray:
     return np.sqrt(chroma**7 / (chroma**7 + 25.0**7))
 
 
+def sharpness(output: np.ndarray, truth: np.ndarray, mask: np.ndarray) -> float:
+    """Variance of the Laplacian of the grey inside ``mask``, relative to the truth's: below 1 = blurred.
+
+    One is added to both variances (squared grey levels), so that a smooth truth does not divide by nothing.
+    """
+    return (_laplacian_variance(output, mask) + 1) / (_laplacian_variance(truth, mask) + 1)
+
+
+def _laplacian_variance(image: np.ndarray, mask: np.ndarray) -> float:
+    values = cv2.Laplacian(cv2.cvtColor(image, cv2.COLOR_RGB2GRAY), cv2.CV_64F)[mask]
+    return float(values.var()) if values.size else math.nan
+
+
 # --- how it sits in the picture
 
 

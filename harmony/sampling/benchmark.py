@@ -1,11 +1,13 @@
-"""F3. The reconstruction benchmark: the instance's own photograph is the truth (section 2.9, situation 1).
+"""F3. Benches, on which every method sees the same pictures, holes and noise, and the figures of their outputs.
 
-Hole and hints come from the same photograph, sampling starts from pure noise; every method sees the same pictures,
-holes and noise. Figures are given for the raw output and after paste-back.
+Reconstruction: the instance's own photograph is the truth; hole and hints come from the same photograph (section 2.9,
+situation 1). Relighting (studio): the object lit by light B goes onto the empty plate lit by light A, and the render of
+the object under light A, with its shadow, is the truth. Sampling starts from pure noise; figures are given for the raw
+output and after paste-back.
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
 import numpy as np
@@ -13,9 +15,13 @@ import numpy as np
 from harmony.composites import paste_back
 from harmony.data.latents import Example, Recipe, example
 from harmony.data.manifest import read_manifest
-from harmony.metrics.fidelity import aggregate, image_metrics
+from harmony.errors import UserError
+from harmony.images import crop_resize, read_image, resize
+from harmony.masks import TEST_RADIUS, hole, read_mask
+from harmony.metrics.fidelity import aggregate, bg_drift, image_metrics, sharpness
 from harmony.metrics.frechet import KitFeatures, Statistics, extract, frechet_distance, inception_features, kid
 from harmony.models.kit import Kit
+from harmony.sample import Row
 from harmony.sampling.harmonize import Branch, Settings, fill
 
 KID_BELOW = 2048  # with fewer images the covariance is singular: the kernel distance is reported too
@@ -23,39 +29,119 @@ KID_BELOW = 2048  # with fewer images the covariance is singular: the kernel dis
 
 @dataclass(frozen=True)
 class Bench:
-    """Examples of one split at the kit's resolution, with their captions; ``name`` is the split."""
+    """Examples of one split at the kit's resolution, whose pictures are the truth, and captions; ``name``: the split.
+
+    ``backgrounds`` are the pictures that the instance is put into, ``instances`` those it is taken from, uint8
+    R x R x 3; None = the truth itself. ``shadows`` bool R x R: where the truth's cast shadow lies.
+    """
 
     name: str
     examples: list[Example]
     prompts: list[str]
+    backgrounds: list[np.ndarray] | None = None
+    instances: list[np.ndarray] | None = None
+    shadows: list[np.ndarray] | None = None
+
+    def __len__(self) -> int:
+        return len(self.examples)
+
+    def truths(self) -> list[np.ndarray]:
+        return [e.image for e in self.examples]
+
+    def seen(self) -> list[np.ndarray]:
+        return self.truths() if self.backgrounds is None else self.backgrounds
+
+    def given(self) -> list[np.ndarray]:
+        return self.truths() if self.instances is None else self.instances
+
+    def part(self, indices: Sequence[int]) -> "Bench":
+        """The items at ``indices``."""
+        lists = {
+            field.name: getattr(self, field.name) and [getattr(self, field.name)[i] for i in indices]
+            for field in fields(self)
+            if field.name != "name"
+        }
+        return Bench(self.name, **lists)
+
+
+def spread(rows: list[Row], limit: int | None) -> list[Row]:
+    """Up to ``limit`` rows, evenly over the list."""
+    if limit is None or limit >= len(rows):
+        return rows
+    return [rows[i] for i in np.linspace(0, len(rows) - 1, limit).round().astype(int)]
 
 
 def load_bench(manifest: Path, split: str, resolution: int, limit: int | None = None) -> Bench:
-    """The test protocol (centre crop, dilated hole) of up to ``limit`` rows, spread evenly over the split."""
-    rows = read_manifest(manifest, split)[1]
-    if limit is not None and limit < len(rows):
-        rows = [rows[i] for i in np.linspace(0, len(rows) - 1, limit).round().astype(int)]
+    """Reconstruction by the test protocol (centre crop, dilated hole) of up to ``limit`` rows of the split."""
+    rows = spread(read_manifest(manifest, split)[1], limit)
     return Bench(
         split, [example(r, Path(manifest).parent, Recipe(), resolution) for r in rows], [r.caption for r in rows]
     )
 
 
-def reconstruct(kit: Kit, bench: Bench, branches: Sequence[Branch], settings: Settings) -> list[np.ndarray]:
-    """Raw outputs, uint8 R x R x 3, in the order of the bench."""
-    e = bench.examples
-    images, masks, holes = [v.image for v in e], [v.mask for v in e], [v.hole for v in e]
-    return fill(kit, images, images, masks, holes, bench.prompts, branches, settings)
+def relight_bench(
+    manifest: Path, split: str, resolution: int, limit: int | None = None, radius: float = TEST_RADIUS
+) -> Bench:
+    """Relighting of up to ``limit`` studio rows; the hole is the instance dilated by ``radius``, px at 512.
+
+    UserError for a dataset without plates, objects under a second light, and shadows.
+    """
+    root = Path(manifest).parent
+    rows = spread(
+        [r for r in read_manifest(manifest, split)[1] if {"plate", "relit", "shadow"} <= set(r.extras)], limit
+    )
+    if not rows:
+        raise UserError(f"{manifest} knows no truth for relighting (plate, relit, shadow): use dataset=studio")
+    examples, plates, relit, shadows = [], [], [], []
+    for row in rows:
+        e = example(row, root, Recipe(), resolution)
+        examples.append(replace(e, hole=hole(e.mask, "dilate", radius=radius)))
+        plates.append(crop_resize(read_image(root / row.extras["plate"]), e.crop, resolution))
+        relit.append(crop_resize(read_image(root / row.extras["relit"]), e.crop, resolution))
+        shadow = read_mask(root / row.extras["shadow"], (row.width, row.height))
+        shadows.append(crop_resize(shadow, e.crop, resolution))
+    return Bench(split, examples, [r.caption for r in rows], plates, relit, shadows)
+
+
+def degraded(bench: Bench, factor: int) -> Bench:
+    """The same bench with instances taken from pictures that were shrunk by ``factor`` and enlarged again (fig. 7)."""
+    given = bench.given()
+    sides = [(g.shape[1], g.shape[0]) for g in given]
+    poor = [resize(resize(g, w // factor, h // factor), w, h) for g, (w, h) in zip(given, sides, strict=True)]
+    return replace(bench, instances=poor)
+
+
+def reconstruct(
+    kit: Kit, bench: Bench, branches: Sequence[Branch], settings: Settings, indices: Sequence[int] | None = None
+) -> list[np.ndarray]:
+    """Raw outputs, uint8 R x R x 3, in the order of the bench; ``indices`` choose the noise (default 0, 1, ...)."""
+    masks, holes = [e.mask for e in bench.examples], [e.hole for e in bench.examples]
+    return fill(kit, bench.seen(), bench.given(), masks, holes, bench.prompts, branches, settings, indices)
+
+
+def scores(bench: Bench, outputs: Sequence[np.ndarray]) -> list[dict[str, float]]:
+    """The figures of each output against its truth; ``bg_drift`` is against what the method was given."""
+    shadows = bench.shadows or [None] * len(bench)
+    results = []
+    for y, e, background, shadow in zip(outputs, bench.examples, bench.seen(), shadows, strict=True):
+        numbers = image_metrics(y, e.image, e.mask, e.hole, shadow)
+        drift, sharp = bg_drift(y, background, e.hole), sharpness(y, e.image, e.mask)
+        results.append(numbers | {"bg_drift": drift, "sharpness": sharp})
+    return results
+
+
+def pasted(bench: Bench, raw: Sequence[np.ndarray]) -> list[np.ndarray]:
+    """The outputs with everything outside the holes as it was."""
+    return [paste_back(y, b, e.hole) for y, b, e in zip(raw, bench.seen(), bench.examples, strict=True)]
 
 
 def figures(bench: Bench, raw: Sequence[np.ndarray], extractor: Callable) -> dict[str, float]:
     """``<split>/raw/<metric>`` and ``<split>/pasted/<metric>`` for all metrics of the design; means over images."""
-    pasted = [paste_back(y, e.image, e.hole) for y, e in zip(raw, bench.examples, strict=True)]
-    truth = extract([e.image for e in bench.examples], extractor, extractor.size)
+    truth = extract(bench.truths(), extractor, extractor.size)
     results = {}
-    for kind, outputs in (("raw", raw), ("pasted", pasted)):
-        each = [image_metrics(y, e.image, e.mask, e.hole) for y, e in zip(outputs, bench.examples, strict=True)]
-        numbers = aggregate(each)
-        made = extract(list(outputs), extractor, extractor.size)
+    for kind, outputs in (("raw", list(raw)), ("pasted", pasted(bench, raw))):
+        numbers = aggregate(scores(bench, outputs))
+        made = extract(outputs, extractor, extractor.size)
         numbers["fid"] = frechet_distance(*(Statistics(f.shape[1]).update(f) for f in (made, truth)))
         if len(raw) < KID_BELOW:
             numbers["kid"] = kid(made, truth, subset_size=min(1000, len(raw)))
