@@ -50,9 +50,10 @@ def load_part(path: str, part: str, weights: str = "hub", dtype: torch.dtype = t
     """
     import importlib
 
-    from transformers.utils.logging import disable_progress_bar
+    from transformers.utils.logging import disable_progress_bar, set_verbosity_error
 
     disable_progress_bar()
+    set_verbosity_error()  # the projection of the text tower, which a plain text encoder leaves out, is no news
     library, name = CLASSES[part]
     cls = getattr(importlib.import_module(library), name)
     where = {"subfolder": FOLDERS.get(part, part)}
