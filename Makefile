@@ -6,7 +6,7 @@ STAMP  := $(VENV)/.installed
 PHOTOS ?= null
 
 .DEFAULT_GOAL := help
-.PHONY: help install kit fit test test-slow lint clean
+.PHONY: help install kit fit paper test test-slow lint clean
 
 help:  ## show these targets
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 12
@@ -31,6 +31,22 @@ kit: install  ## train the tiny kit, part by part (PHOTOS=folder in Open Images 
 
 fit: install  ## train the colour ControlNet on the bundled dataset and the tiny kit, then print the table
 	$(RUN) -m harmony.fit experiment=color
+
+# Trainings and studies leave a mark in work/paper when they are finished, so that the same command goes on behind them.
+TRAININGS := color_long structure_long raw_long color_relight
+STUDIES   := table1 table2 fig6 fig7 relight
+NETS      := $(foreach n,color structure raw,controlnets.$(n)=work/paper/$(n)_long) controlnets.color_relight=work/paper/color_relight
+
+paper: $(STUDIES:%=work/paper/%.done)  ## the whole study: four ControlNets, then every table and figure (PHOTOS=folder)
+
+$(STUDIES:%=work/paper/%.done): work/paper/%.done: $(TRAININGS:%=work/paper/%)
+	$(RUN) -m harmony.evaluate experiment=$* $(NETS)
+	touch $@
+
+$(TRAININGS:%=work/paper/%): work/paper/%: | install
+	$(RUN) -m harmony.fit experiment=$* dataset.photos=$(PHOTOS)
+	$(RUN) -m harmony.export $$(ls -d runs/$*/* | tail -1) output=$@.partial
+	mv $@.partial $@
 
 test: install  ## run the quick tests
 	$(RUN) -m pytest -q -m "not slow"
