@@ -26,6 +26,7 @@ from harmony.errors import UserError
 INSTALL = "make install"
 FEW_GIB = 5  # an installed environment, one cache of the bundled dataset and a few runs
 EXTRAS = {"studio": "mitsuba", "demo": "gradio", "dev": "pytest"}
+KIT_PARTS = ("vae", "unet", "text_encoder", "tokenizer", "scheduler", "image_encoder", "captioner")
 IMAGES = {".jpg", ".jpeg", ".png"}
 
 
@@ -106,11 +107,16 @@ def check_database(cfg: DictConfig) -> Finding:
 
 
 def check_kits(cfg: DictConfig) -> Finding:
-    """Kits shipped with the package."""
+    """Kits shipped with the package, and what they lack."""
     kits = sorted(path.parent for path in (PACKAGE / "assets").glob("*/model_index.json"))
-    sizes = {kit.name: sum(f.stat().st_size for f in kit.rglob("*") if f.is_file()) / 1e6 for kit in kits}
-    text = ", ".join(f"{name} ({size:.1f} MB)" for name, size in sizes.items()) or f"none in {PACKAGE / 'assets'}"
-    return Finding("tiny" in sizes, text, "the checkout is incomplete: clone it again")
+    told, missing = [], {}
+    for kit in kits:
+        missing[kit.name] = [part for part in KIT_PARTS if not (kit / part).is_dir()]
+        size = sum(f.stat().st_size for f in kit.rglob("*") if f.is_file()) / 1e6
+        lack = f", without {' and '.join(missing[kit.name])}" if missing[kit.name] else ""
+        told.append(f"{kit.name} ({size:.1f} MB{lack})")
+    text = ", ".join(told) or f"none in {PACKAGE / 'assets'}"
+    return Finding(missing.get("tiny") == [], text, "make kit trains the tiny kit")
 
 
 def check_dataset(cfg: DictConfig) -> Finding:

@@ -60,7 +60,7 @@ def load_part(path: str, part: str, weights: str = "hub", dtype: torch.dtype = t
     if os.path.isdir(path):
         local, where = os.path.join(path, where["subfolder"]), {}
         if not os.path.isdir(local):
-            raise UserError(f"kit {path} has no {part}: train it first (experiment=kit_*) or give another model.path")
+            raise UserError(f"kit {path} has no {part}: make kit trains one, or give another model.path")
     else:
         local = path
     with warnings.catch_warnings():
