@@ -105,29 +105,38 @@ class ControlTask(lightning.LightningModule):
     def configure_optimizers(self):
         return self.optimiser(self.groups(), self.trainer)
 
-    def inputs(self, batch: dict) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """(u, t, text): the UNet's input B x (2C + 1) x h x w, timesteps B, states of the prompts (some empty)."""
+    def inputs(self, batch: dict) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+        """(u, t, text, wanted): the UNet's input B x (2C + 1) x h x w, timesteps B, states of the prompts (some empty),
+        and the output that is wanted, B x C x h x w in float32: of a rounded latent, v would be off at high noise.
+        """
         kit = self.kit
         text = kit.text(batch["tokens"])
         text = torch.where((batch["drop"] < self.prompt_dropout)[:, None, None], self.empty, text)
         z, known, t = noised(batch, kit.vae.config.scaling_factor, kit.alphas_cumprod, self.objective.t_min)
-        return torch.cat([z, known], 1).to(kit.dtype), t, text.to(kit.dtype)
+        wanted = target(kit.prediction_type, z, batch["noise"], kit.alphas_cumprod[t])
+        return torch.cat([z, known], 1).to(kit.dtype), t, text.to(kit.dtype), wanted
 
     def behind(
-        self, batch: dict, u: torch.Tensor, t: torch.Tensor, text: torch.Tensor, encoded: Encoded, weight: float = 1.0
+        self,
+        batch: dict,
+        u: torch.Tensor,
+        t: torch.Tensor,
+        text: torch.Tensor,
+        wanted: torch.Tensor,
+        encoded: Encoded,
+        weight: float = 1.0,
     ) -> torch.Tensor:
         """Weighted squared error B x C x h x w with the ControlNet at ``weight``, behind the frozen first half."""
         hint = batch[f"hint_{self.branch}"].to(u.dtype)
         residuals = control_residuals([(self.net, hint, weight)], u, t, text) if weight else None
         e = decode(self.kit.unet, encoded, text, residuals)
         kind, a = self.kit.prediction_type, self.kit.alphas_cumprod[t]
-        wanted = target(kind, u[:, : e.shape[1]].float(), batch["noise"], a)
         return self.objective.weight(a, batch["weight"], kind) * F.mse_loss(e.float(), wanted, reduction="none")
 
     def errors(self, batch: dict) -> tuple[torch.Tensor, torch.Tensor]:
         """(weighted squared error B x C x h x w, timesteps B)."""
-        u, t, text = self.inputs(batch)
-        return self.behind(batch, u, t, text, encode(self.kit.unet, u, t, text)), t
+        u, t, text, wanted = self.inputs(batch)
+        return self.behind(batch, u, t, text, wanted, encode(self.kit.unet, u, t, text)), t
 
     def training_step(self, batch: dict, index: int) -> torch.Tensor:
         if self.global_step == 0:
@@ -150,10 +159,10 @@ class ControlTask(lightning.LightningModule):
 
     def validation_step(self, batch: dict, index: int) -> None:
         """Fixed noise and timesteps: the loss with the hint and, for comparison, without (weight 0)."""
-        u, t, text = self.inputs(batch)
+        u, t, text, wanted = self.inputs(batch)
         encoded = encode(self.kit.unet, u, t, text)
         for name, weight in (("validation/loss", 1.0), ("validation/loss_hint_off", 0.0)):
-            error = self.behind(batch, u, t, text, encoded, weight)
+            error = self.behind(batch, u, t, text, wanted, encoded, weight)
             self.log(name, error.mean(), batch_size=len(t), sync_dist=True)
 
 
@@ -200,14 +209,16 @@ class JointTask(lightning.LightningModule):
     on_validation_start = on_fit_start
 
     def configure_optimizers(self):
-        first = self.lead
         groups = [group for task in self.tasks.values() for group in task.groups()]
-        return first.optimiser(groups, self.trainer)
+        return self.lead.optimiser(groups, self.trainer)
 
     def losses(self, batch: dict, weight: float = 1.0) -> dict[str, torch.Tensor]:
-        u, t, text = self.lead.inputs(batch)
+        u, t, text, wanted = self.lead.inputs(batch)
         encoded = encode(self.kit.unet, u, t, text)
-        return {branch: task.behind(batch, u, t, text, encoded, weight).mean() for branch, task in self.tasks.items()}
+        return {
+            branch: task.behind(batch, u, t, text, wanted, encoded, weight).mean()
+            for branch, task in self.tasks.items()
+        }
 
     def training_step(self, batch: dict, index: int) -> torch.Tensor:
         if self.global_step == 0:
