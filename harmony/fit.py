@@ -47,8 +47,7 @@ def main(cfg: DictConfig) -> None:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     torch.set_float32_matmul_precision("high")
     folder = run_folder(cfg)
-    if rank() == 0:
-        ensure(OmegaConf.to_container(cfg.dataset, resolve=True), cfg.model.path, cfg.paths.work)
+    ensure(OmegaConf.to_container(cfg.dataset, resolve=True), cfg.model.path, cfg.paths.work)
     trainer, module = train(cfg, folder)
     if not trainer.is_global_zero:
         return

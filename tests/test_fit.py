@@ -8,6 +8,8 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import redirect_stdout
 from pathlib import Path
 
@@ -291,3 +293,22 @@ def test_ensure_prepares_once(work, tmp_path, monkeypatch):
     assert asked == [(preparation.prepare, "studio")]
     preparation.ensure(recipe, "tiny", str(tmp_path))
     assert len(asked) == 2, "a changed recipe is prepared anew"
+
+
+def test_of_several_that_ask_at_once_one_prepares(work, tmp_path, monkeypatch):
+    """Guards torchrun on a fresh machine: the ranks begin together, and each asks for the dataset."""
+    recipe, asked = json.loads((work / "studio" / "recipe.json").read_text()), []
+
+    def slow(recipe, kit, work):
+        asked.append(recipe["name"])
+        folder = Path(work) / recipe["name"]
+        time.sleep(0.5)
+        (folder / "manifest.jsonl").write_text("{}\n")
+        (folder / "recipe.json").write_text(json.dumps(recipe))
+        return folder / "manifest.jsonl"
+
+    monkeypatch.setattr(preparation, "ProcessPoolExecutor", lambda workers, mp_context: ThreadPoolExecutor(workers))
+    monkeypatch.setattr(preparation, "prepare", slow)
+    with ThreadPoolExecutor(3) as ranks:
+        found = [ranks.submit(preparation.ensure, recipe, "tiny", str(tmp_path)) for _ in range(3)]
+    assert asked == ["studio"] and {f.result() for f in found} == {tmp_path / "studio" / "manifest.jsonl"}

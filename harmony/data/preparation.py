@@ -6,6 +6,7 @@ from multiprocessing import get_context
 from pathlib import Path
 
 import torch
+from filelock import FileLock
 
 from harmony.data.open_images import locate, prepare_dataset
 from harmony.data.pool import prepare_kit
@@ -34,11 +35,22 @@ def prepare(recipe: dict, kit: str, work: str) -> Path:
 def ensure(recipe: dict, kit: str, work: str) -> Path:
     """Prepare unless the same recipe has been prepared already.
 
-    In a process of its own, which ends with its database: training processes must never import FiftyOne.
+    In a process of its own, which ends with its database: training processes must never import FiftyOne. Of several
+    processes that ask at once (ranks, or two commands) one prepares and the others wait for it.
     """
     folder = Path(work).resolve() / recipe["name"]
-    done, manifest = folder / "recipe.json", folder / "manifest.jsonl"
-    if manifest.exists() and done.exists() and json.loads(done.read_text()) == recipe:
+    manifest = folder / "manifest.jsonl"
+    if is_prepared(folder, recipe):
         return manifest
-    with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as process:
-        return process.submit(prepare, recipe, kit, work).result()
+    folder.mkdir(parents=True, exist_ok=True)
+    with FileLock(folder / ".preparing"):  # the system lets go of it when its holder dies
+        if is_prepared(folder, recipe):  # while this process waited
+            return manifest
+        with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as process:
+            return process.submit(prepare, recipe, kit, work).result()
+
+
+def is_prepared(folder: Path, recipe: dict) -> bool:
+    """Whether ``folder`` holds the manifest of exactly this recipe."""
+    done = folder / "recipe.json"
+    return (folder / "manifest.jsonl").exists() and done.exists() and json.loads(done.read_text()) == recipe
