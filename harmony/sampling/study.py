@@ -15,11 +15,25 @@ import numpy as np
 from harmony.composites import copy_paste, poisson, reinhard
 from harmony.errors import UserError
 from harmony.models.kit import Kit
-from harmony.sampling.benchmark import Bench, reconstruct
-from harmony.sampling.harmonize import Branch, Settings
+from harmony.sampling.benchmark import (
+    Bench,
+    degraded,
+    feature_extractor,
+    figures,
+    load_bench,
+    pasted,
+    reconstruct,
+    relight_bench,
+    spread,
+)
+from harmony.sampling.harmonize import Branch, Settings, load_branch
+from harmony.sampling.tables import curves, heat, pictures, write_table
 
 BLOCK = 16
 WAIT = 3600  # seconds without any new block after which the other processes count as dead
+EXAMPLES = 8  # pictures on a study's figure
+CURVES = ("raw/fid", "pasted/fpsnr", "pasted/color_de", "pasted/edge_f1")
+CHOICE = "pasted/fpsnr"  # what the best lambda is best in, on validation
 Fill = Callable[[Bench, Sequence[int]], list[np.ndarray]]  # items of a bench, their indices -> raw outputs
 
 
@@ -115,3 +129,136 @@ def await_blocks(files: Sequence[Path]) -> None:
 def outputs(bench: Bench, method: Method, folder: Path) -> list[np.ndarray]:
     """The stored outputs of a method, uint8 R x R x 3, in the order of the bench."""
     return [image for block in blocks(len(bench)) for image in np.load(block_file(folder, method, block))]
+
+
+class Study:
+    """One study: its benches, its methods, their stored outputs, the table and the figure.
+
+    ``spec`` is the node ``study`` of configs/evaluate.yaml, ``controlnets`` what its rows may name. Of ``world``
+    processes each makes its share of the outputs; the first makes the table.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        spec: dict,
+        controlnets: dict[str, str],
+        kit: Kit,
+        manifest: Path,
+        folder: Path,
+        settings: Settings,
+        split: str = "test",
+        limit: int | None = None,
+        rank: int = 0,
+        world: int = 1,
+    ):
+        self.name, self.spec, self.controlnets, self.kit, self.manifest = name, spec, controlnets, kit, manifest
+        self.folder, self.settings, self.split, self.limit = folder, settings, split, limit
+        self.rank, self.world = rank, world
+        self.extractor = feature_extractor(kit)
+        self.branches, self.notes = {}, []
+
+    def bench(self, split: str) -> Bench:
+        at = self.manifest, split, self.kit.resolution, self.limit
+        match self.spec["bench"]:
+            case "reconstruct":
+                return load_bench(*at)
+            case "relight":
+                return relight_bench(*at, radius=self.spec["radius"])
+        raise UserError(f"study.bench={self.spec['bench']}: choose reconstruct or relight")
+
+    def branch(self, name: str) -> Branch:
+        """The ControlNet that ``controlnets`` calls ``name``, loaded once."""
+        if name not in self.controlnets:
+            raise UserError(f"there is no controlnets.{name}; there are: {', '.join(self.controlnets)}")
+        if name not in self.branches:
+            every = dict.fromkeys(("color", "structure", "raw"), 1.0)
+            self.branches[name] = load_branch(self.controlnets[name], self.kit, every)
+        return self.branches[name]
+
+    def weighted(self, name: str, weights: dict[str, float]) -> Method:
+        """The method that runs the ControlNets with these weights."""
+        branches = weighted({net: self.branch(net) for net in weights}, weights)
+        return diffusion(name, self.kit, branches, self.settings)
+
+    def sweep(self, names: Sequence[str] = ("color", "structure")) -> list[Method]:
+        """Method for each lambda, or for each pair of them as ``structure color``."""
+        lambdas = self.spec["lambdas"]
+        if self.spec["pairs"] == "same":
+            return [self.weighted(f"{v:g}", dict.fromkeys(names, v)) for v in lambdas]
+        low, high = names
+        return [self.weighted(f"{h:g} {v:g}", {low: v, high: h}) for h in lambdas for v in lambdas]
+
+    def best(self, name: str, nets: list[str]) -> Method:
+        """The method at the lambda that is best on the validation split; the test split has no say."""
+        bench, folder = self.bench("validation"), self.folder / "outputs" / f"choice {name}"
+        methods = self.sweep(nets)
+        run(bench, methods, folder, self.rank, self.world)
+        found = {m.name: figures(bench, outputs(bench, m, folder), self.extractor) for m in methods}
+        chosen = max(found, key=lambda lam: found[lam][f"validation/{CHOICE}"])
+        self.notes.append(f"{name}: lambda {chosen} of {', '.join(found)}, best on validation in {CHOICE}")
+        return self.weighted(name, dict.fromkeys(nets, float(chosen)))
+
+    def methods(self) -> list[Method]:
+        listed = [] if self.spec["methods"] else self.sweep()
+        for name, node in self.spec["methods"].items():
+            if node is None:
+                self.notes.append(f"{name}: not measured yet")
+            elif "baseline" in node:
+                listed.append(baseline(node["baseline"], name))
+            elif "best" in node:
+                listed.append(self.best(name, node["best"]))
+            else:
+                listed.append(self.weighted(name, node))
+        return listed
+
+    def measure(self) -> tuple[dict, dict, str, Path]:
+        """(figures, facts, table, picture); on other ranks than the first the share of outputs alone is made."""
+        whole = self.bench(self.split)
+        protocol = f"DDIM {self.settings.steps} steps, guidance {self.settings.guidance:g}, seed {self.settings.seed}"
+        line = f"{self.name}: n = {len(whole)} {self.split} pictures of {self.manifest.parent.name}, {protocol}"
+        if self.rank == 0:
+            print(line, flush=True)
+        methods, table, shown = self.methods(), {}, {}
+        for factor in self.spec["degrade"]:
+            bench = whole if factor == 1 else degraded(whole, factor)
+            folder = self.folder / "outputs" / f"x{factor}"
+            run(bench, methods, folder, self.rank, self.world)
+            if self.rank > 0:
+                continue
+            for method in methods:
+                row = method.name if len(self.spec["degrade"]) == 1 else f"{method.name} x{factor}"
+                shown[row] = outputs(bench, method, folder)
+                table[row] = figures(bench, shown[row], self.extractor)
+        if self.rank > 0:
+            return {}, {}, "", self.folder
+        for row, printed in self.spec["paper"].items():
+            table.setdefault(row, {}).update({f"paper/{metric}": value for metric, value in printed.items()})
+        facts = {"protocol": self.extractor.protocol, "count": len(whole)}
+        notes = [f"{line}; fid and kid on {self.extractor.protocol} features", *self.notes]
+        first = "lambda" if self.spec["lambdas"] and not self.spec["methods"] else "method"
+        text = write_table(self.folder, table, first, notes)
+        picture = self.figure(whole, table, shown)
+        flat = {f"{row}/{name}": value for row, numbers in table.items() for name, value in numbers.items()}
+        return flat, facts, text, picture
+
+    def figure(self, bench: Bench, table: dict, shown: dict) -> Path:
+        """``figure.png``; curves and heat maps have the pictures beside them in ``pictures.png``."""
+        few = spread(list(range(len(bench))), EXAMPLES)
+        part, lambdas = bench.part(few), self.spec["lambdas"]
+        columns = {row: pasted(part, [images[i] for i in few]) for row, images in shown.items()}
+        given = [np.where(e.hole[..., None], 0, b) for e, b in zip(part.examples, part.seen(), strict=True)]
+        target = self.folder / "figure.png"
+        beside = target if self.spec["figure"] == "pictures" else self.folder / "pictures.png"
+        if self.spec["figure"] == "heat":
+            squares = [[columns[f"{h:g} {v:g}"][0] for v in lambdas] for h in reversed(lambdas)]
+            pictures(beside, squares, [f"colour {v:g}" for v in lambdas])
+            metrics = [f"{bench.name}/{metric}" for metric in CURVES]
+            values = {m: np.array([[table[f"{h:g} {v:g}"][m] for v in lambdas] for h in lambdas]) for m in metrics}
+            heat(target, values, lambdas, lambdas, ("lambda_l (colour)", "lambda_h (structure)"))
+        else:
+            rows = list(zip(given, part.given(), *columns.values(), part.truths(), strict=True))
+            pictures(beside, rows, ["input", "instance", *columns, "truth"])
+        if self.spec["figure"] == "curves":
+            curves(target, table, [f"{bench.name}/{metric}" for metric in CURVES], "lambda")
+        return target
