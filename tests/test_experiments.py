@@ -136,3 +136,17 @@ def test_a_study_runs(name, random_kit, controlnets, small_manifest, prepared_wo
     drifts = [value for key, value in metrics.items() if key.endswith("test/pasted/bg_drift")]
     assert len(drifts) >= 2 and set(drifts) == {0.0}
     assert "n = 2 test pictures" in (folder / "table.md").read_text() and (folder / "figure.png").stat().st_size > 5000
+
+
+def test_a_study_leaves_out_what_no_controlnet_was_given_for(
+    random_kit, controlnets, small_manifest, prepared_work, tmp_path
+):
+    """Guards a fresh clone, which ships two ControlNets: the other rows run, and the table says what is missing."""
+    work, runs = tmp_path / "work", tmp_path / "runs"
+    more = [f"paths.work={work}", f"paths.runs={runs}", f"model.path={random_kit}", "limit=2", "steps=1", *controlnets]
+    more += ["controlnets.raw=null", "study.degrade=[1]"]
+    prepared_work(work, ["experiment=fig7", *more], "evaluate")
+    evaluate.main(compose("evaluate", ["experiment=fig7", *more]))
+    (folder,) = (runs / "fig7").iterdir()
+    text = (folder / "table.md").read_text()
+    assert "| decomposed |" in text and "| raw |" not in text and "raw: left out, give controlnets.raw=RUN" in text

@@ -176,6 +176,11 @@ class Study:
             self.branches[name] = load_branch(self.controlnets[name], self.kit, every)
         return self.branches[name]
 
+    def lacking(self, node: dict) -> list[str]:
+        """ControlNets of a row that are neither shipped nor given."""
+        nets = [] if "baseline" in node else node.get("best", node)
+        return [net for net in nets if self.controlnets.get(net, "") is None]
+
     def weighted(self, name: str, weights: dict[str, float]) -> Method:
         """The method that runs the ControlNets with these weights."""
         branches = weighted({net: self.branch(net) for net in weights}, weights)
@@ -204,6 +209,8 @@ class Study:
         for name, node in self.spec["methods"].items():
             if node is None:
                 self.notes.append(f"{name}: not measured yet")
+            elif lacking := self.lacking(node):
+                self.notes.append(f"{name}: left out, give {' and '.join(f'controlnets.{net}=RUN' for net in lacking)}")
             elif "baseline" in node:
                 listed.append(baseline(node["baseline"], name))
             elif "best" in node:
