@@ -20,10 +20,10 @@ from harmony.files import write_json, write_text
 
 def before_after(cfg: DictConfig, kit, manifest: Path, folder: Path) -> tuple[dict, dict, str, Path]:
     """(figures, facts, table, picture) of one ControlNet."""
-    from harmony.images import grid, write_image
+    from harmony.images import from_model, grid, write_image
     from harmony.models.controlnet import load_controlnet, read_hint
     from harmony.sampling.benchmark import before_and_after, load_bench, reconstruct, table
-    from harmony.sampling.harmonize import Branch, Settings
+    from harmony.sampling.harmonize import Branch, Settings, hints
 
     facts = {"branch": "color", "parameters": {}} | read_hint(cfg.controlnet)
     branch = Branch(facts["branch"], load_controlnet(cfg.controlnet), cfg.weight, facts["parameters"])
@@ -32,12 +32,12 @@ def before_after(cfg: DictConfig, kit, manifest: Path, folder: Path) -> tuple[di
     shown = load_bench(manifest, cfg.split, kit.resolution, 16)
     settings = Settings(cfg.steps, cfg.guidance, cfg.seed)
     columns = [reconstruct(kit, shown, branches, settings) for branches in ([], [branch])]
-    rows = [
-        [e.image * ~e.hole[..., None], off, on, e.image] for e, off, on in zip(shown.examples, *columns, strict=True)
-    ]
+    e = shown.examples
+    seen = [from_model(2 * hint - 1) for hint in hints(branch, shown.given(), [v.mask for v in e])]
+    rows = list(zip([v.image * ~v.hole[..., None] for v in e], seen, *columns, shown.truths(), strict=True))
     picture = folder / "grids" / "samples.png"
     picture.parent.mkdir(exist_ok=True)
-    write_image(picture, grid(rows, ["input", "hint off", "output", "truth"]))
+    write_image(picture, grid([list(row) for row in rows], ["input", "hint", "hint off", "output", "truth"]))
     text = f"{table(metrics, cfg.split, **measured)}\n"
     write_text(folder / "table.md", text)
     return metrics, measured, text, picture
