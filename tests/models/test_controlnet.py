@@ -41,6 +41,18 @@ def test_a_fresh_controlnet_changes_nothing(kit, inputs, in_channels):
     assert plain.abs().max() > 0.1
 
 
+@torch.no_grad()
+def test_the_hint_survives_a_fresh_hint_encoder(kit):
+    """Guards short trainings: two hints of different grey still differ before the last layer, which starts at zero."""
+    torch.manual_seed(0)
+    encoder = from_unet(kit.unet, kit.factor).controlnet_cond_embedding
+    x = torch.tensor([0.2, 0.8]).view(2, 1, 1, 1).expand(2, 3, 32, 32)
+    for layer in (encoder.conv_in, *encoder.blocks):
+        x = torch.nn.functional.silu(layer(x))
+    assert (x[1] - x[0]).abs().mean() > max(0.02, 0.2 * x.abs().mean())  # neither faint nor drowned by biases
+    assert not encoder.conv_out.weight.any() and not encoder.conv_out.bias.any()
+
+
 def test_copied_weights_are_the_unets(kit):
     theirs, net = kit.unet.state_dict(), from_unet(kit.unet, kit.factor)
     own = ("controlnet_down_blocks", "controlnet_mid_block", "controlnet_cond_embedding", "conv_in.weight")
