@@ -99,7 +99,7 @@ made = pipeline(
     height=height,
     width=width,
     num_inference_steps=20,
-    guidance_scale=2.0,
+    guidance_scale=1.0,
     controlnet_conditioning_scale=1.0,
     generator=torch.Generator().manual_seed(0),
 ).images[0]
