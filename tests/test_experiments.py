@@ -10,6 +10,7 @@ import torch
 
 from harmony import evaluate
 from harmony.config import check_experiment, compose, load_yaml, options, why
+from harmony.errors import UserError
 from harmony.fit import main
 from harmony.models.controlnet import export_controlnet
 from harmony.models.kit import Kit, load_part
@@ -150,3 +151,12 @@ def test_a_study_leaves_out_what_no_controlnet_was_given_for(
     (folder,) = (runs / "fig7").iterdir()
     text = (folder / "table.md").read_text()
     assert "| decomposed |" in text and "| raw |" not in text and "raw: left out, give controlnets.raw=RUN" in text
+
+
+def test_a_study_that_cannot_do_without_a_controlnet_says_so(random_kit, controlnets, prepared_work, tmp_path):
+    """Guards the curve over lambda, which is nothing without both."""
+    more = [f"paths.work={tmp_path / 'work'}", f"paths.runs={tmp_path / 'runs'}", f"model.path={random_kit}"]
+    more += ["limit=2", "steps=1", *controlnets, "controlnets.structure=null"]
+    prepared_work(tmp_path / "work", ["experiment=table2", *more], "evaluate")
+    with pytest.raises(UserError, match="controlnets.structure=RUN"):
+        evaluate.main(compose("evaluate", ["experiment=table2", *more]))

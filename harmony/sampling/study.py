@@ -171,6 +171,8 @@ class Study:
         """The ControlNet that ``controlnets`` calls ``name``, loaded once."""
         if name not in self.controlnets:
             raise UserError(f"there is no controlnets.{name}; there are: {', '.join(self.controlnets)}")
+        if self.controlnets[name] is None:
+            raise UserError(f"this study needs controlnets.{name}=RUN, a trained ControlNet that is not shipped")
         if name not in self.branches:
             every = dict.fromkeys(("color", "structure", "raw"), 1.0)
             self.branches[name] = load_branch(self.controlnets[name], self.kit, every)
