@@ -52,7 +52,7 @@ def main(cfg: DictConfig) -> None:
     if not trainer.is_global_zero:
         return
     numbers = {k: float(v) for k, v in trainer.callback_metrics.items() if not k.endswith(("_step", "_epoch"))}
-    measured = {}
+    measured, text = {}, ""
     if cfg.evaluate is not None:
         from harmony.models.controlnet import export_controlnet
         from harmony.sampling.benchmark import before_and_after, table
@@ -66,7 +66,7 @@ def main(cfg: DictConfig) -> None:
             export_controlnet(b.net, target, b.name, b.parameters, module.kit)
         figures, measured = before_and_after(module.kit, Path(cfg.data.manifest), branches, **cfg.evaluate)
         numbers |= figures
-        print(f"\n{table(figures, cfg.evaluate.split, **measured)}")
+        text = f"\n{table(figures, cfg.evaluate.split, **measured)}\n"
     kit = Kit(cfg.model.path, cfg.model.get("weights", "hub"))
     facts = provenance(
         cfg,
@@ -83,7 +83,7 @@ def main(cfg: DictConfig) -> None:
             trainer.logger.experiment.finish()
     write_json(folder / "metrics.json", numbers)
     grids = sorted((folder / "grids").glob("*.png"))
-    print(folder)
+    print(f"{text}\n{folder}" if text else folder)  # last, below what the logger has to say
     if grids:
         print(grids[-1])
 
