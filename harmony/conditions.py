@@ -1,7 +1,7 @@
-"""F1. Condition operators: what a ControlNet sees of the instance.
+"""F1. Condition operators: what a network sees of the instance.
 
-Each makes a hint, uint8 H x W x 3, of an image and its instance mask M. The operator and its parameters must be the
-same in training and at test time.
+Each makes a hint, uint8 H x W x 3, of an image and its instance mask M; Paint by Example's is S x S x 3. The
+operator and its parameters must be the same in training and at test time.
 """
 
 import math
@@ -11,6 +11,7 @@ import numpy as np
 import torch
 
 from harmony.errors import UserError
+from harmony.exemplars import exemplar
 from harmony.masks import scaled
 
 
@@ -62,11 +63,11 @@ def raw_hint(image: np.ndarray, mask: np.ndarray) -> np.ndarray:
     return instance_on_black(image, mask)
 
 
-HINTS = {"color": blur_hint, "structure": edge_hint, "raw": raw_hint}
+HINTS = {"color": blur_hint, "structure": edge_hint, "raw": raw_hint, "exemplar": exemplar}
 
 
 def hint(branch: str, image: np.ndarray, mask: np.ndarray, **params) -> np.ndarray:
-    """The hint of ``branch``, uint8 H x W x 3; ``params`` go to its operator. Raises UserError for an unknown name."""
+    """The hint of ``branch``, uint8; ``params`` go to its operator. Raises UserError for an unknown name."""
     if branch not in HINTS:
         raise UserError(f"branch '{branch}' is unknown; use one of {', '.join(HINTS)}")
     return HINTS[branch](image, mask, **params)

@@ -22,16 +22,16 @@ def before_after(cfg: DictConfig, kit, manifest: Path, folder: Path) -> tuple[di
     """(figures, facts, table, picture) of one ControlNet."""
     from harmony.images import from_model, grid, write_image
     from harmony.models.controlnet import load_controlnet, read_hint
-    from harmony.sampling.benchmark import before_and_after, load_bench, reconstruct, table
+    from harmony.sampling.benchmark import before_and_after, by_hints, load_bench, table
     from harmony.sampling.harmonize import Branch, Settings, hints
 
     facts = {"branch": "color", "parameters": {}} | read_hint(cfg.controlnet)
     branch = Branch(facts["branch"], load_controlnet(cfg.controlnet), cfg.weight, facts["parameters"])
-    protocol = {key: cfg[key] for key in ("split", "limit", "steps", "guidance", "seed")}
-    metrics, measured = before_and_after(kit, manifest, [branch], **protocol)
-    shown = load_bench(manifest, cfg.split, kit.resolution, 16)
     settings = Settings(cfg.steps, cfg.guidance, cfg.seed)
-    columns = [reconstruct(kit, shown, branches, settings) for branches in ([], [branch])]
+    methods = [by_hints(kit, branches, settings) for branches in ([], [branch])]
+    metrics, measured = before_and_after(kit, manifest, *methods, settings, cfg.split, cfg.limit)
+    shown = load_bench(manifest, cfg.split, kit.resolution, 16)
+    columns = [method(shown) for method in methods]
     e = shown.examples
     seen = [from_model(2 * hint - 1) for hint in hints(branch, shown.given(), [v.mask for v in e])]
     rows = list(zip([v.image * ~v.hole[..., None] for v in e], seen, *columns, shown.truths(), strict=True))

@@ -54,19 +54,17 @@ def main(cfg: DictConfig) -> None:
     numbers = {k: float(v) for k, v in trainer.callback_metrics.items() if not k.endswith(("_step", "_epoch"))}
     measured, text = {}, ""
     if cfg.evaluate is not None:
-        from harmony.models.controlnet import export_controlnet
         from harmony.sampling.benchmark import before_and_after, table
-        from harmony.sampling.harmonize import Branch
+        from harmony.sampling.harmonize import Settings
 
         module.eval().requires_grad_(False).to(module.kit.device)  # Lightning has moved it to the CPU
-        known = OmegaConf.to_container(cfg.data.hints, resolve=True)
-        branches = [Branch(name, net, 1.0, known.get(name, {})) for name, net in module.controls.items()]
-        for b in branches:
-            target = folder / "export" if len(branches) == 1 else folder / "export" / b.name
-            export_controlnet(b.net, target, b.name, b.parameters, module.kit)
-        figures, measured = before_and_after(module.kit, Path(cfg.data.manifest), branches, **cfg.evaluate)
+        known, e = OmegaConf.to_container(cfg.data.hints, resolve=True), cfg.evaluate
+        module.export(folder / "export", known)
+        settings = Settings(e.steps, e.guidance, e.seed)
+        methods = module.methods(settings, known).values()
+        figures, measured = before_and_after(module.kit, Path(cfg.data.manifest), *methods, settings, e.split, e.limit)
         numbers |= figures
-        text = f"\n{table(figures, cfg.evaluate.split, **measured)}\n"
+        text = f"\n{table(figures, e.split, **measured)}\n"
     kit = Kit(cfg.model.path, cfg.model.get("weights", "hub"))
     facts = provenance(
         cfg,

@@ -23,6 +23,8 @@ WRITERS = {
     ".jpeg": {"format": "JPEG", "quality": 95, "subsampling": 0},
 }
 CELL = 128  # pixels: the smallest legible cell of a grid
+CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)  # of 0..1, by which every CLIP image tower normalises
+CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 TITLE = 14  # pixels: size of the title font
 
 
@@ -182,6 +184,12 @@ def from_model(tensor: torch.Tensor) -> np.ndarray:
         raise UserError("a generated image holds NaN; run with float32 or bfloat16 and check the weights")
     pixels = ((values + 1) * 127.5).clamp(0, 255).round().to(torch.uint8)
     return np.ascontiguousarray(np.moveaxis(pixels.numpy(), -3, -1))
+
+
+def to_clip(pictures: torch.Tensor) -> torch.Tensor:
+    """B x 3 x S x S in [0, 1] (hint range) to what a CLIP image tower of side S expects."""
+    mean, std = (pictures.new_tensor(values).view(1, 3, 1, 1) for values in (CLIP_MEAN, CLIP_STD))
+    return (pictures - mean) / std
 
 
 # --- picture grids

@@ -39,13 +39,18 @@ def read_mask(path: str | Path, size: tuple[int, int], resize: bool = False) -> 
         raise UserError(f"mask {path} is {found} but its image is {expected}; save the mask at the image's size")
     values = np.asarray(image) if image.mode == "1" else np.asarray(image.convert("L")) > OBJECT
     if values.shape != (size[1], size[0]):
-        values = cv2.resize(values.astype(np.uint8), size, interpolation=cv2.INTER_NEAREST).astype(bool)
+        values = resize_mask(values, *size)
     if not values.any():
         raise UserError(f"mask {path} is empty; paint the object white (above {OBJECT} of 255)")
     return values
 
 
 # --- geometry
+
+
+def resize_mask(mask: np.ndarray, width: int, height: int) -> np.ndarray:
+    """Bool mask to height x width by nearest."""
+    return cv2.resize(mask.astype(np.uint8), (width, height), interpolation=cv2.INTER_NEAREST).astype(bool)
 
 
 def dilate(mask: np.ndarray, radius_px: int) -> np.ndarray:

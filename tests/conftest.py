@@ -78,7 +78,7 @@ def build_random_kit(folder: Path) -> Path:
     ids = {name: getattr(tokenizer, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
     size = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2}
     text = CLIPTextConfig(vocab_size=len(tokenizer), max_position_embeddings=16, projection_dim=32, **size, **ids)
-    vision = CLIPVisionConfig(image_size=32, patch_size=8, projection_dim=32, **size)
+    vision = CLIPVisionConfig(image_size=32, patch_size=8, projection_dim=32, **size | {"num_hidden_layers": 4})
     blocks = {"down_block_types": ["DownEncoderBlock2D"] * 3, "up_block_types": ["UpDecoderBlock2D"] * 3}
     vae = AutoencoderKL(
         **blocks, block_out_channels=[8, 16, 16], layers_per_block=1, latent_channels=4, norm_num_groups=4,

@@ -11,7 +11,7 @@ from harmony.data.pool import rows_of
 from harmony.images import from_model, to_model
 from harmony.metrics.fidelity import aggregate
 from harmony.models.kit import ASSETS, Kit
-from harmony.sampling.benchmark import Bench, pasted, reconstruct, scores
+from harmony.sampling.benchmark import Bench, by_hints, pasted, scores
 from harmony.sampling.harmonize import Settings, load_branch
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -63,7 +63,7 @@ def test_the_colour_controlnet_does_its_work(kit, bench):
     """The card says 55 % less colour difference on 96 renders; and nothing changes outside the holes."""
     found = {}
     for name, branches in {"off": [], "on": [load_branch("color", kit, {"color": 1.0})]}.items():
-        made = reconstruct(kit, bench, branches, Settings(steps=20, guidance=1.0))
+        made = by_hints(kit, branches, Settings(steps=20, guidance=1.0))(bench)
         found[name] = aggregate(scores(bench, pasted(bench, made)))
         assert found[name]["bg_drift"] == 0
     assert found["on"]["color_de"] < 0.6 * found["off"]["color_de"]

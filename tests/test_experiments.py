@@ -37,6 +37,7 @@ CONTROL = [
 SMALL = {
     "ControlTask": CONTROL,
     "JointTask": CONTROL,
+    "ExemplarTask": [*CONTROL, "data.variants=1", "data.hints.exemplar.size=32"],
     "VAETask": [*PIXELS, "module.config.block_out_channels=[8,8,8]"],
     "CLIPTask": [
         *PIXELS, "module.vocabulary=400", "module.length=16", f"module.config.text_config={TOWER}}}",
@@ -97,6 +98,8 @@ def test_it_runs(name, random_kit, prepared_work, tmp_path):
         exports = [""] if task == "ControlTask" else ["color", "structure"]
         assert all((folder / "export" / name / "controlnet" / "config.json").exists() for name in exports)
         assert "test/pasted/color_de" in metrics
+    if task == "ExemplarTask":
+        assert (folder / "export" / "paint_by_example" / "image_encoder" / "config.json").exists()
     for part in WRITES.get(task, []):
         assert max(path.stat().st_mtime_ns for path in (kit / part).iterdir()) > began
         load_part(str(kit), part)

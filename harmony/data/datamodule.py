@@ -12,7 +12,8 @@ from torch.utils.data import DataLoader, Sampler, WeightedRandomSampler
 from harmony.data.latents import Latents, Recipe, build, describe, example, key
 from harmony.data.manifest import read_manifest
 from harmony.data.pool import PixelPool
-from harmony.images import to_model
+from harmony.exemplars import augment
+from harmony.images import to_hint, to_model
 from harmony.masks import to_latent
 from harmony.models.kit import Kit
 
@@ -117,11 +118,13 @@ class Draws(torch.utils.data.Dataset):
 
     Adds ``noise``, ``encode``, ``encode_masked`` (unit normal, C x h x w: diffusion noise and the two posterior
     samples), ``time`` in [0, 1) (scaled to a timestep by the objective), ``drop`` in [0, 1) (prompt dropout) and
-    ``tokens``.
+    ``tokens``. ``augment``: exemplars are augmented (``exemplars.augment``), also by (seed, position).
     """
 
-    def __init__(self, latents: Latents, tokens: torch.Tensor, branches: Sequence[str], seed: int):
-        self.latents, self.tokens, self.seed = latents, tokens, seed
+    def __init__(
+        self, latents: Latents, tokens: torch.Tensor, branches: Sequence[str], seed: int, augment: bool = False
+    ):
+        self.latents, self.tokens, self.seed, self.augment = latents, tokens, seed, augment
         self.hints = {f"hint_{branch}" for branch in branches}
 
     def __len__(self) -> int:
@@ -135,6 +138,9 @@ class Draws(torch.utils.data.Dataset):
         c, h, w = item["moments"].shape
         item["noise"], item["encode"], item["encode_masked"] = torch.randn(3, c // 2, h, w, generator=rng)
         item["time"], item["drop"] = torch.rand(2, generator=rng)
+        if self.augment and "hint_exemplar" in item:
+            picture = np.rint(255 * item["hint_exemplar"].numpy()).astype(np.uint8).transpose(1, 2, 0)
+            item["hint_exemplar"] = to_hint(augment(picture, np.random.default_rng([self.seed, position])))
         return item | {"tokens": self.tokens[item["row"]]}
 
 
@@ -142,7 +148,7 @@ class LatentData(lightning.LightningDataModule):
     """Cached latents of a manifest's train and validation split; reads manifest and cache only.
 
     ``batch_size`` is that of one process. ``branch`` names the hint, or the hints, that travel with a batch (None: no
-    hint).
+    hint). ``augment``: exemplars are augmented in training.
     ``prepare`` must have been called (in one process) before training.
     """
 
@@ -160,8 +166,10 @@ class LatentData(lightning.LightningDataModule):
         workers: int = 0,
         seed: int = 0,
         mismatch: float = 0.0,
+        augment: bool = False,
     ):
         super().__init__()
+        self.augment = augment
         self.manifest, self.kit, self.cache = Path(manifest), kit, Path(cache)
         self.batch_size, self.workers, self.seed = batch_size, workers, seed
         self.branches = [branch] if isinstance(branch, str) else list(branch or ())
@@ -180,7 +188,8 @@ class LatentData(lightning.LightningDataModule):
             rows = read_manifest(self.manifest, split)[1]
             description = describe(self.kit, recipe, rows)
             latents = Latents(self.cache / f"{split}-{key(description)}", description)
-            self.sets[split] = Draws(latents, self.kit.tokens([row.caption for row in rows]), self.branches, self.seed)
+            tokens = self.kit.tokens([row.caption for row in rows])
+            self.sets[split] = Draws(latents, tokens, self.branches, self.seed, self.augment and split == "train")
 
     def train_dataloader(self):
         draws, trainer = self.sets["train"], self.trainer

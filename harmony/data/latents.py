@@ -26,13 +26,15 @@ from harmony.composites import other_light
 from harmony.conditions import hint
 from harmony.data.manifest import read_manifest
 from harmony.errors import UserError
+from harmony.exemplars import SHAPED, extended_box, painted_mask, square_crop
 from harmony.files import write_json
-from harmony.images import Crop, crop_resize, read_image, sha256, square_around, to_model
-from harmony.masks import coverage, hole, read_mask, to_latent
+from harmony.images import Crop, crop_resize, read_image, resize, sha256, square_around, to_model
+from harmony.masks import bounding_box, coverage, hole, read_mask, resize_mask, to_latent
 from harmony.sample import Row
 
 CACHE_SCHEMA = 1
 SHARD = 256  # items a shard
+EXTENDED = {"shape": SHAPED, "box": 0.0}  # hole rules around the extended box -> share of arbitrary shapes
 
 
 class Codec(Protocol):
@@ -51,10 +53,11 @@ class Codec(Protocol):
 class Recipe:
     """How a row becomes training items.
 
-    ``crop``: ``centre`` (the deterministic square around the instance) or ``jitter`` (a random square that holds the
-    instance, mirrored half of the time). ``hole``: a rule of ``masks.hole``. ``variants``: items a row, each with a
-    crop and a hole of its own. ``hints``: branch -> parameters of its operator. Variant 0 of ``centre`` + ``dilate`` is
-    the test protocol.
+    ``crop``: ``centre`` (the deterministic square around the instance), ``jitter`` (a random square that holds the
+    instance, mirrored half of the time) or ``extended`` (Paint by Example's, around the extended box). ``hole``: a rule
+    of ``masks.hole``, or with the latter ``shape`` (half of the time of arbitrary shape) or ``box`` (the extended box
+    always). ``variants``: items a row, each with a crop and a hole of its own. ``hints``: branch -> parameters of its
+    operator. Variant 0 of ``centre`` + ``dilate`` is the test protocol.
 
     ``mismatch``: share of items whose hints come from an instance under another light than the picture's: the render
     under its second light where the dataset has one, else a random change of exposure, contrast and white balance.
@@ -70,7 +73,8 @@ class Recipe:
 
 @dataclass(frozen=True)
 class Example:
-    """One row at the kit's resolution, uint8 R x R x 3 and bool R x R; ``crop`` is where it lies in the picture.
+    """One row at the kit's resolution, uint8 R x R x 3 and bool R x R; ``crop`` is where it lies in the picture (None =
+    the whole of it, squashed).
 
     ``instance`` is the picture that hints are made from: ``image``, or the same object under another light.
     """
@@ -78,7 +82,7 @@ class Example:
     image: np.ndarray
     mask: np.ndarray
     hole: np.ndarray
-    crop: Crop
+    crop: Crop | None
     mirrored: bool = False
     relit: np.ndarray | None = None
 
@@ -107,6 +111,8 @@ def example(row: Row, root: Path, recipe: Recipe, resolution: int, variant: int 
     height, width = image.shape[:2]
     mask = read_mask(root / row.mask, (width, height), resize=True)
     rng = np.random.default_rng([recipe.seed, variant, int(hashlib.sha256(row.id.encode()).hexdigest()[:8], 16)])
+    if recipe.crop == "extended":
+        return extended_example(image, mask, recipe, resolution, rng)
     jitter = recipe.crop == "jitter"
     crop = jittered(row.box, width, height, rng) if jitter else square_around(row.box, width, height)
     mirrored = bool(jitter and rng.random() < 0.5)
@@ -126,6 +132,25 @@ def example(row: Row, root: Path, recipe: Recipe, resolution: int, variant: int 
         else:
             relit = other_light(image, rng)
     return Example(image, mask, opened, crop, mirrored, relit)
+
+
+def extended_example(
+    image: np.ndarray, mask: np.ndarray, recipe: Recipe, resolution: int, rng: np.random.Generator
+) -> Example:
+    """What Paint by Example trains on: the hole around the extended box, and a random square that holds it."""
+    if recipe.hole not in EXTENDED:
+        raise UserError(f"hole rule '{recipe.hole}' does not go with crop 'extended'; use one of {', '.join(EXTENDED)}")
+    height, width = mask.shape
+    box = bounding_box(mask)
+    extended = extended_box(box, width, height, rng)
+    painted = painted_mask(box, extended, width, height, rng, EXTENDED[recipe.hole])
+    crop = square_crop(extended, width, height, rng)
+    if crop is not None:
+        image, mask, painted = (crop_resize(a, crop, resolution) for a in (image, mask, painted))
+    else:  # no square holds the box: the reference squashes the whole picture
+        image = resize(image, resolution, resolution)
+        mask, painted = (resize_mask(m, resolution, resolution) for m in (mask, painted))
+    return Example(image, mask, painted, crop)
 
 
 def describe(kit: Codec, recipe: Recipe, rows: list[Row]) -> dict:

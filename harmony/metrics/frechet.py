@@ -18,9 +18,8 @@ import torch.nn.functional as F
 from cleanfid.resize import make_resizer
 
 from harmony.errors import UserError
+from harmony.images import to_clip
 
-CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)  # of 0..1, by which every CLIP image tower normalises
-CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 INCEPTION_FILE = "inception-2015-12-05.pt"  # clean-fid's weights
 INCEPTION_SIZE = 299
 
@@ -147,8 +146,7 @@ def normalise_clip(images: torch.Tensor, size: int) -> torch.Tensor:
     """Float N x 3 x H x W in [0, 255] to what a CLIP image tower of side ``size`` expects."""
     if images.shape[-2:] != (size, size):
         images = F.interpolate(images, (size, size), mode="bicubic", antialias=True, align_corners=False).clamp(0, 255)
-    mean, std = (images.new_tensor(values).view(1, 3, 1, 1) for values in (CLIP_MEAN, CLIP_STD))
-    return (images / 255 - mean) / std
+    return to_clip(images / 255)
 
 
 class KitFeatures:

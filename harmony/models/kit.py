@@ -139,6 +139,12 @@ class Kit:
     def processor(self):
         return self._part("processor")
 
+    def with_unet(self, unet: torch.nn.Module) -> "Kit":
+        """The same kit, its loaded parts shared, with another UNet in place of its own."""
+        kit = Kit(self.path, self.weights, self.dtype, self.device)
+        vars(kit).update({**vars(self), "unet": unet.to(self.device)})
+        return kit
+
     # ------------------------------------------------------------------------------------------------ facts
 
     @property

@@ -16,12 +16,15 @@ from harmony.composites import paste_back
 from harmony.data.latents import Example, Recipe, example
 from harmony.data.manifest import read_manifest
 from harmony.errors import UserError
+from harmony.exemplars import exemplar
 from harmony.images import crop_resize, read_image, resize
 from harmony.masks import TEST_RADIUS, hole, read_mask
 from harmony.metrics.fidelity import aggregate, bg_drift, image_metrics, sharpness
 from harmony.metrics.frechet import KitFeatures, Statistics, extract, frechet_distance, inception_features, kid
+from harmony.models.exemplar import Painter
 from harmony.models.kit import Kit
 from harmony.sample import Row
+from harmony.sampling.exemplar import fill_by_example
 from harmony.sampling.harmonize import Branch, Settings, fill
 
 KID_BELOW = 2048  # with fewer images the covariance is singular: the kernel distance is reported too
@@ -111,12 +114,33 @@ def degraded(bench: Bench, factor: int) -> Bench:
     return replace(bench, instances=poor)
 
 
-def reconstruct(
-    kit: Kit, bench: Bench, branches: Sequence[Branch], settings: Settings, indices: Sequence[int] | None = None
-) -> list[np.ndarray]:
-    """Raw outputs, uint8 R x R x 3, in the order of the bench; ``indices`` choose the noise (default 0, 1, ...)."""
-    masks, holes = [e.mask for e in bench.examples], [e.hole for e in bench.examples]
-    return fill(kit, bench.seen(), bench.given(), masks, holes, bench.prompts, branches, settings, indices)
+# a method: bench -> raw outputs, uint8 R x R x 3, in its order; the indices choose the noise (default 0, 1, ...)
+Fill = Callable[..., list[np.ndarray]]
+
+
+def by_hints(kit: Kit, branches: Sequence[Branch], settings: Settings) -> Fill:
+    """Inpainting by words and ControlNets; without any (or all of weight 0) plain inpainting by the caption."""
+
+    def make(bench: Bench, indices: Sequence[int] | None = None) -> list[np.ndarray]:
+        masks, holes = [e.mask for e in bench.examples], [e.hole for e in bench.examples]
+        return fill(kit, bench.seen(), bench.given(), masks, holes, bench.prompts, branches, settings, indices)
+
+    return make
+
+
+def by_example(painter: Painter, settings: Settings) -> Fill:
+    """Paint by Example: the exemplar is the instance's own box (method sheet 2.10), no words."""
+
+    def make(bench: Bench, indices: Sequence[int] | None = None) -> list[np.ndarray]:
+        holes = [e.hole for e in bench.examples]
+        return fill_by_example(painter, bench.seen(), exemplars(bench, painter.encoder.size), holes, settings, indices)
+
+    return make
+
+
+def exemplars(bench: Bench, size: int) -> list[np.ndarray]:
+    """What Paint by Example is shown of each instance, uint8 size x size x 3."""
+    return [exemplar(image, e.mask, size) for image, e in zip(bench.given(), bench.examples, strict=True)]
 
 
 def scores(bench: Bench, outputs: Sequence[np.ndarray]) -> list[dict[str, float]]:
@@ -157,30 +181,27 @@ def feature_extractor(kit: Kit) -> Callable:
 def before_and_after(
     kit: Kit,
     manifest: Path,
-    branches: Sequence[Branch],
+    before: Fill,
+    after: Fill,
+    settings: Settings,
     split: str = "test",
     limit: int | None = None,
-    steps: int = 50,
-    guidance: float = 7.5,
-    seed: int = 0,
 ) -> tuple[dict[str, float], dict]:
-    """(figures with the ControlNets and, under ``baseline/``, with weight 0; ``protocol`` and ``count`` behind them).
+    """(figures of ``after`` and, under ``baseline/``, of ``before``; ``protocol`` and ``count`` behind them).
 
     ``protocol`` is the feature extractor of fid and kid, ``count`` the number of pictures.
     """
     bench = load_bench(manifest, split, kit.resolution, limit)
-    settings = Settings(steps, guidance, seed)
     extractor = feature_extractor(kit)
     name = Path(manifest).parent.name
     print(
-        f"evaluating on {len(bench.examples)} {split} pictures of {name}, without and with the ControlNet: "
-        f"DDIM {steps} steps, guidance {guidance}, seed {seed}; fid and kid on {extractor.protocol} features",
+        f"evaluating on {len(bench.examples)} {split} pictures of {name}, before and after: DDIM {settings.steps} "
+        f"steps, guidance {settings.guidance}, seed {settings.seed}; fid and kid on {extractor.protocol} features",
         flush=True,
     )
-    before = figures(bench, reconstruct(kit, bench, [], settings), extractor)
-    after = figures(bench, reconstruct(kit, bench, branches, settings), extractor)
+    old, new = (figures(bench, make(bench), extractor) for make in (before, after))
     facts = {"protocol": extractor.protocol, "count": len(bench.examples)}
-    return {f"baseline/{name}": value for name, value in before.items()} | after, facts
+    return {f"baseline/{name}": value for name, value in old.items()} | new, facts
 
 
 SHOWN = ("color_de", "fpsnr", "psnr", "edge_f1", "fid", "kid", "seam", "bg_drift")
@@ -188,10 +209,10 @@ SHOWN = ("color_de", "fpsnr", "psnr", "edge_f1", "fid", "kid", "seam", "bg_drift
 
 def table(metrics: dict[str, float], split: str, protocol: str, count: int) -> str:
     """Before and after as a Markdown table; below it the number of pictures and the features of fid and kid."""
-    lines = ["| metric | before (hint off) | after | change |", "|---|---|---|---|"]
+    lines = ["| metric | before | after | change |", "|---|---|---|---|"]
     for name in [f"{split}/pasted/{m}" for m in SHOWN] + [f"{split}/raw/bg_drift"]:
         if name in metrics:
             old, new = metrics[f"baseline/{name}"], metrics[name]
-            change = f"{100 * (new - old) / old:+.1f} %" if old else ""
+            change = "" if old <= 0 or name.endswith("kid") else f"{100 * (new - old) / old:+.1f} %"  # kid is about 0
             lines.append(f"| {name} | {old:.4g} | {new:.4g} | {change} |")
     return "\n".join([*lines, "", f"n = {count}; fid and kid on features of {protocol}"])

@@ -5,7 +5,7 @@ hole equal the input exactly.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -62,6 +62,38 @@ class Settings:
     batch: int = 16
 
 
+# what makes clean latents B x C x h x w: (which items, noise, hole B x 1 x h x w, scaled masked latent)
+Draw = Callable[[slice, torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
+
+
+@torch.no_grad()
+def filled(
+    kit: Kit,
+    images: Sequence[np.ndarray],
+    holes: Sequence[np.ndarray],
+    draw: Draw,
+    settings: Settings = Settings(),
+    indices: Sequence[int] | None = None,
+) -> list[np.ndarray]:
+    """Raw model outputs, uint8 R x R x 3, before any paste-back, whatever the method: ``draw`` makes the latents.
+
+    ``images`` uint8 R x R x 3 give the background (what lies in the hole is not seen), ``holes`` are bool R x R; R is
+    the kit's resolution. Noise of item i depends on (seed, indices[i]) only.
+    """
+    indices = list(range(len(images))) if indices is None else indices
+    shape = (kit.channels, kit.resolution // kit.factor, kit.resolution // kit.factor)
+    outputs = []
+    for i in range(0, len(images), settings.batch):
+        part = slice(i, i + settings.batch)
+        x = torch.stack([to_model(v) for v in images[part]]).to(kit.device)
+        open_ = torch.from_numpy(np.stack(holes[part])[:, None]).float().to(kit.device)
+        masked = kit.latent(kit.moments(x * (1 - open_))).to(kit.dtype)
+        noise = noise_for(settings.seed, indices[part], shape, kit.device).to(kit.dtype)
+        z = draw(part, noise, to_latent(open_, kit.factor).to(kit.dtype), masked)
+        outputs += [from_model(y) for y in kit.decode(z).float()]
+    return outputs
+
+
 @torch.no_grad()
 def fill(
     kit: Kit,
@@ -74,30 +106,19 @@ def fill(
     settings: Settings = Settings(),
     indices: Sequence[int] | None = None,
 ) -> list[np.ndarray]:
-    """Raw model outputs, uint8 R x R x 3, before any paste-back.
-
-    ``images`` uint8 R x R x 3 give the background (what lies in the hole is not seen), ``instances`` uint8 R x R x 3
-    with ``masks`` bool R x R give the hints, ``holes`` bool R x R contain the masks. R is the kit's resolution. Noise
-    of item i depends on (seed, indices[i]) only.
+    """``filled`` by words and ControlNets. ``instances`` uint8 R x R x 3 with ``masks`` bool R x R give the hints;
+    ``holes`` contain the masks.
     """
-    indices = list(range(len(images))) if indices is None else indices
     empty = kit.prompt([""])
-    shape = (kit.channels, kit.resolution // kit.factor, kit.resolution // kit.factor)
-    outputs = []
-    for i in range(0, len(images), settings.batch):
-        part = slice(i, i + settings.batch)
-        x = torch.stack([to_model(v) for v in images[part]]).to(kit.device)
-        open_ = torch.from_numpy(np.stack(holes[part])[:, None]).float().to(kit.device)
-        masked = kit.latent(kit.moments(x * (1 - open_))).to(kit.dtype)
+
+    def draw(part: slice, noise: torch.Tensor, hole: torch.Tensor, masked: torch.Tensor) -> torch.Tensor:
         controls = [
             (b.net, hints(b, instances[part], masks[part]).to(kit.device, kit.dtype), b.weight) for b in branches
         ]
-        noise = noise_for(settings.seed, indices[part], shape, kit.device).to(kit.dtype)
-        mask = to_latent(open_, kit.factor).to(kit.dtype)
         text = kit.prompt(list(prompts[part]))
-        z = inpaint(kit, noise, mask, masked, text, empty, settings.guidance, settings.steps, controls)
-        outputs += [from_model(y) for y in kit.decode(z).float()]
-    return outputs
+        return inpaint(kit, noise, hole, masked, text, empty, settings.guidance, settings.steps, controls)
+
+    return filled(kit, images, holes, draw, settings, indices)
 
 
 def hints(branch: Branch, instances: Sequence[np.ndarray], masks: Sequence[np.ndarray]) -> torch.Tensor:
@@ -118,6 +139,10 @@ class Result:
     crop: Crop
 
 
+# (image, instance on it, its mask, the hole), all R x R -> raw output uint8 R x R x 3
+Paint = Callable[[np.ndarray, np.ndarray, np.ndarray, np.ndarray], np.ndarray]
+
+
 def harmonize(
     kit: Kit,
     background: np.ndarray,
@@ -129,27 +154,44 @@ def harmonize(
     region: np.ndarray | None = None,
     feather: float = 0,
 ) -> Result:
-    """Put the masked object of ``foreground`` into ``background``.
+    """``insert`` by words and ControlNets."""
+
+    def paint(image: np.ndarray, instance: np.ndarray, small: np.ndarray, hole: np.ndarray) -> np.ndarray:
+        return fill(kit, [image], [instance], [small], [hole], [prompt], branches, settings)[0]
+
+    return insert(paint, kit.resolution, background, foreground, mask, region, feather)
+
+
+def insert(
+    paint: Paint,
+    side: int,
+    background: np.ndarray,
+    foreground: np.ndarray,
+    mask: np.ndarray,
+    region: np.ndarray | None = None,
+    feather: float = 0,
+    radius: float = TEST_RADIUS,
+) -> Result:
+    """Put the masked object of ``foreground`` into ``background`` by ``paint``, which works on squares of ``side``.
 
     ``background``, ``foreground`` uint8 H x W x 3 and ``mask`` bool H x W share one size (see ``composites.place`` for
-    a cut-out of another size). The hole is the mask dilated by the test rule, joined by the optional ``region`` in
-    which the model may also repaint (for a shadow). ``feather`` in pixels blends inside the hole. UserError for an
-    empty mask or sizes that differ.
+    a cut-out of another size). The hole is the mask dilated by ``radius`` (px at 512 of the working square), joined by
+    the optional ``region`` in which the model may also repaint (for a shadow). ``feather`` in pixels blends inside the
+    hole. UserError for an empty mask or sizes that differ.
     """
     check_sizes(background, foreground=foreground, mask=mask, region=region)
     height, width = background.shape[:2]
     composite = copy_paste(background, foreground, mask)
     box = bounding_box(mask if region is None else mask | region)
     crop = square_around(box, width, height, context=CONTEXT)
-    side = kit.resolution
     image, instance, small = (crop_resize(a, crop, side) for a in (background, composite, mask))
     if not small.any():
         raise UserError(f"the object is too small: it vanishes at the kit's {side} px; enlarge it or take a larger kit")
-    opened = dilate(mask, math.ceil(scaled(TEST_RADIUS, (crop.side,))))  # the test rule at the photograph's resolution
+    opened = dilate(mask, math.ceil(scaled(radius, (crop.side,))))  # the rule at the photograph's resolution
     if region is not None:
         opened |= region
     opened &= box_mask(crop.inside(width, height), width, height)
-    raw = fill(kit, [image], [instance], [small], [crop_resize(opened, crop, side)], [prompt], branches, settings)[0]
+    raw = paint(image, instance, small, crop_resize(opened, crop, side))
     pasted = paste_back(paste_crop(background, raw, crop), background, opened, feather)
     return Result(pasted, raw, composite, opened, crop)
 

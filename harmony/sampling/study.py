@@ -17,12 +17,13 @@ from harmony.errors import UserError
 from harmony.models.kit import Kit
 from harmony.sampling.benchmark import (
     Bench,
+    Fill,
+    by_hints,
     degraded,
     feature_extractor,
     figures,
     load_bench,
     pasted,
-    reconstruct,
     relight_bench,
     spread,
 )
@@ -34,7 +35,6 @@ WAIT = 3600  # seconds without any new block after which the other processes cou
 EXAMPLES = 8  # pictures on a study's figure
 CURVES = ("raw/fid", "pasted/fpsnr", "pasted/color_de", "pasted/edge_f1")
 CHOICE = "pasted/fpsnr"  # what the best lambda is best in, on validation
-Fill = Callable[[Bench, Sequence[int]], list[np.ndarray]]  # items of a bench, their indices -> raw outputs
 
 
 @dataclass(frozen=True)
@@ -63,12 +63,6 @@ def baseline(kind: str, name: str | None = None) -> Method:
         return [make(*item) for item in zip(bench.seen(), bench.given(), masks, strict=True)]
 
     return Method(name or kind, fill)
-
-
-def diffusion(name: str, kit: Kit, branches: Sequence[Branch], settings: Settings) -> Method:
-    """Inpainting with ControlNets; without any (or all of weight 0) plain inpainting by the caption."""
-    settings = replace(settings, batch=BLOCK)
-    return Method(name, lambda bench, indices: reconstruct(kit, bench, branches, settings, indices))
 
 
 def weighted(branches: Mapping[str, Branch], weights: Mapping[str, float]) -> list[Branch]:
@@ -153,7 +147,7 @@ class Study:
         world: int = 1,
     ):
         self.name, self.spec, self.controlnets, self.kit, self.manifest = name, spec, controlnets, kit, manifest
-        self.folder, self.settings, self.split, self.limit = folder, settings, split, limit
+        self.folder, self.settings, self.split, self.limit = folder, replace(settings, batch=BLOCK), split, limit
         self.rank, self.world = rank, world
         self.extractor = feature_extractor(kit)
         self.branches, self.notes = {}, []
@@ -186,7 +180,7 @@ class Study:
     def weighted(self, name: str, weights: dict[str, float]) -> Method:
         """The method that runs the ControlNets with these weights."""
         branches = weighted({net: self.branch(net) for net in weights}, weights)
-        return diffusion(name, self.kit, branches, self.settings)
+        return Method(name, by_hints(self.kit, branches, self.settings))
 
     def sweep(self, names: Sequence[str] = ("color", "structure")) -> list[Method]:
         """Method for each lambda, or for each pair of them as ``structure color``."""

@@ -8,15 +8,16 @@ from collections.abc import Callable
 from pathlib import Path
 
 import lightning
+import numpy as np
 import torch
 from lightning.fabric.plugins import TorchCheckpointIO
 from lightning.pytorch.callbacks import Callback
 
 from harmony.data.datamodule import LatentData
 from harmony.errors import UserError
-from harmony.images import from_model, grid, write_image
-from harmony.sampling.benchmark import load_bench, reconstruct
-from harmony.sampling.harmonize import Branch, Settings, hints
+from harmony.images import grid, write_image
+from harmony.sampling.benchmark import Bench, load_bench
+from harmony.sampling.harmonize import Settings
 
 
 class AtomicCheckpoints(TorchCheckpointIO):
@@ -141,14 +142,14 @@ class MetricsCSV(Callback):
 
 
 class SampleGrid(Callback):
-    """The same held-out pictures with the same noise: input, hint, hint-off baseline, output, truth."""
+    """The same held-out pictures with the same noise: input, what the task sees, its baseline, its output, truth."""
 
     def __init__(
         self, folder: str, count: int = 8, every: int = 500, steps: int = 20, guidance: float = 2.0, seed: int = 0
     ):
         self.folder, self.count, self.every = Path(folder) / "grids", count, every
         self.settings = Settings(steps=steps, guidance=guidance, seed=seed)
-        self.bench = self.off = self.drawn = None
+        self.bench = self.before = self.drawn = None
 
     def draw(self, trainer, module):
         if self.drawn == trainer.global_step:  # the step's further batches under accumulation, and the end of training
@@ -158,19 +159,14 @@ class SampleGrid(Callback):
         kit = module.kit
         if self.bench is None:
             self.bench = load_bench(data.manifest, "validation", kit.resolution, self.count)
-            self.off = reconstruct(kit, self.bench, [], self.settings)
         known = data.recipes["validation"].hints
-        branches = [Branch(name, net, 1.0, known.get(name, {})) for name, net in module.controls.items()]
+        (first, baseline), (last, method) = module.methods(self.settings, known).items()
         module.eval()
-        on = reconstruct(kit, self.bench, branches, self.settings)
+        if self.before is None or not module.frozen_baseline:
+            self.before = baseline(self.bench)
+        columns = {**module.seen(self.bench, known), first: self.before, last: method(self.bench)}
         module.train()
-        e = self.bench.examples
-        images, masks = [v.image for v in e], [v.mask for v in e]
-        seen = [from_model(2 * hints(branch, images, masks) - 1) for branch in branches]
-        holed = [v.image * ~v.hole[..., None] for v in e]
-        rows = [list(row) for row in zip(holed, *seen, self.off, on, images, strict=True)]
-        titles = [f"hint {name}" for name in module.controls] if len(branches) > 1 else ["hint"]
-        picture = grid(rows, ["input", *titles, "hint off", "output", "truth"])
+        picture = sample_grid(self.bench, columns)
         self.folder.mkdir(parents=True, exist_ok=True)
         path = self.folder / f"samples_{trainer.global_step:06d}.png"
         write_image(path, picture)
@@ -185,6 +181,13 @@ class SampleGrid(Callback):
     def on_train_end(self, trainer, module):
         if trainer.is_global_zero and not trainer.interrupted:
             self.draw(trainer, module)
+
+
+def sample_grid(bench: Bench, columns: dict[str, list[np.ndarray]]) -> np.ndarray:
+    """One row an item: the picture with its hole, the columns by title, the truth."""
+    holed = [e.image * ~e.hole[..., None] for e in bench.examples]
+    rows = [list(row) for row in zip(holed, *columns.values(), bench.truths(), strict=True)]
+    return grid(rows, ["input", *columns, "truth"])
 
 
 def trainer_callbacks(callbacks) -> list[lightning.Callback]:

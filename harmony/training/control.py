@@ -2,16 +2,20 @@
 
 from collections.abc import Sequence
 from functools import cached_property
+from pathlib import Path
 
 import lightning
+import numpy as np
 import torch
 import torch.nn.functional as F
 
-from harmony.conditions import check_hint
+from harmony.conditions import check_hint, hint
 from harmony.errors import UserError
-from harmony.models.controlnet import BRANCHES, from_unet, zero_convolutions
+from harmony.models.controlnet import BRANCHES, export_controlnet, from_unet, zero_convolutions
 from harmony.models.halves import Encoded, decode, encode
 from harmony.models.kit import Kit
+from harmony.sampling.benchmark import Bench, Fill, by_hints
+from harmony.sampling.harmonize import Branch, Settings
 from harmony.sampling.inpaint import control_residuals
 from harmony.training.objective import Objective, noised, target
 from harmony.training.schedule import constant, linear_decay, total_steps
@@ -19,7 +23,44 @@ from harmony.training.schedule import constant, linear_decay, total_steps
 LEVELS = 4  # equal ranges of t over which the loss is also reported
 
 
-class ControlTask(lightning.LightningModule):
+class Controls(lightning.LightningModule):
+    """What runs with ControlNets have in common once they are trained; ``controls`` and ``kit`` are the task's."""
+
+    frozen_baseline = True  # the baseline does not change with training
+
+    @property
+    def controls(self) -> dict[str, torch.nn.Module]:
+        """Branch -> ControlNet: what this run trains."""
+        raise NotImplementedError
+
+    def branches(self, hints: dict[str, dict]) -> list[Branch]:
+        """``hints``: branch -> parameters of its operator."""
+        return [Branch(name, net, 1.0, hints.get(name, {})) for name, net in self.controls.items()]
+
+    def methods(self, settings: Settings, hints: dict[str, dict]) -> dict[str, Fill]:
+        """What the run is measured by: (name of the baseline, of the result) -> how each fills a bench."""
+        return {
+            "hint off": by_hints(self.kit, [], settings),
+            "output": by_hints(self.kit, self.branches(hints), settings),
+        }
+
+    def seen(self, bench: Bench, hints: dict[str, dict]) -> dict[str, list[np.ndarray]]:
+        """Title -> what the networks see of each instance, uint8 R x R x 3."""
+        masks, branches = [e.mask for e in bench.examples], self.branches(hints)
+        titles = [f"hint {b.name}" for b in branches] if len(branches) > 1 else ["hint"]
+        pictures = [
+            [hint(b.name, x, m, **b.parameters) for x, m in zip(bench.given(), masks, strict=True)] for b in branches
+        ]
+        return dict(zip(titles, pictures, strict=True))
+
+    def export(self, folder: Path, hints: dict[str, dict]) -> None:
+        """Write each ControlNet in diffusers layout: into ``folder``, or one of several into a folder of its name."""
+        for b in self.branches(hints):
+            target = folder if len(self.controls) == 1 else folder / b.name
+            export_controlnet(b.net, target, b.name, b.parameters, self.kit)
+
+
+class ControlTask(Controls):
     """Fill the instance back into its own photograph, seeing only its hint: eq. 8 over the whole latent.
 
     Trained: the ControlNet, in float32. Frozen, in the kit's own dtype, and absent from checkpoints: VAE, text encoder
@@ -58,7 +99,6 @@ class ControlTask(lightning.LightningModule):
 
     @property
     def controls(self) -> dict[str, torch.nn.Module]:
-        """Branch -> ControlNet: what this run trains."""
         return {self.branch: self.net}
 
     @cached_property
@@ -127,8 +167,8 @@ class ControlTask(lightning.LightningModule):
         weight: float = 1.0,
     ) -> torch.Tensor:
         """Weighted squared error B x C x h x w with the ControlNet at ``weight``, behind the frozen first half."""
-        hint = batch[f"hint_{self.branch}"].to(u.dtype)
-        residuals = control_residuals([(self.net, hint, weight)], u, t, text) if weight else None
+        seen = batch[f"hint_{self.branch}"].to(u.dtype)
+        residuals = control_residuals([(self.net, seen, weight)], u, t, text) if weight else None
         e = decode(self.kit.unet, encoded, text, residuals)
         kind, a = self.kit.prediction_type, self.kit.alphas_cumprod[t]
         return self.objective.weight(a, batch["weight"], kind) * F.mse_loss(e.float(), wanted, reduction="none")
@@ -166,7 +206,7 @@ class ControlTask(lightning.LightningModule):
             self.log(name, error.mean(), batch_size=len(t), sync_dist=True)
 
 
-class JointTask(lightning.LightningModule):
+class JointTask(Controls):
     """Several ControlNets in one run, each with a loss of its own, behind one pass of the frozen UNet's first half.
 
     ``branch`` lists them; the other options of ``ControlTask`` hold for all. AdamW moves every weight by its own
@@ -177,18 +217,17 @@ class JointTask(lightning.LightningModule):
         super().__init__()
         if isinstance(branch, str) or len(set(branch)) < len(branch):
             raise UserError(f"module.branch={branch}: list each branch once, as in [color, structure]")
-        self.kit, self.branches = kit, list(branch)
+        self.kit, self.names = kit, list(branch)
         self.tasks = torch.nn.ModuleDict({name: ControlTask(kit, name, **options) for name in branch})
 
     @property
     def controls(self) -> dict[str, torch.nn.Module]:
-        """Branch -> ControlNet: what this run trains."""
         return {branch: task.net for branch, task in self.tasks.items()}
 
     @property
     def lead(self) -> ControlTask:
         """The task whose inputs all share."""
-        return self.tasks[self.branches[0]]
+        return self.tasks[self.names[0]]
 
     def configure_model(self):
         state = torch.get_rng_state()
@@ -222,7 +261,7 @@ class JointTask(lightning.LightningModule):
 
     def training_step(self, batch: dict, index: int) -> torch.Tensor:
         if self.global_step == 0:
-            for branch in self.branches:
+            for branch in self.names:
                 check_hint(batch[f"hint_{branch}"])
         losses = self.losses(batch)
         size = len(batch["noise"])

@@ -19,7 +19,7 @@ from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
 from diffusers.training_utils import EMAModel
 from torch import nn
 
-from harmony.images import from_model, grid, write_image
+from harmony.images import CLIP_MEAN, CLIP_STD, from_model, grid, to_clip, write_image
 from harmony.models.kit import Kit, kit_path, write_model_index
 from harmony.models.steady import steady_norms
 from harmony.training.muon import Muon
@@ -246,7 +246,7 @@ class CLIPTask(KitTask):
 
     def features(self, images: torch.Tensor, captions: list[str]) -> tuple[torch.Tensor, torch.Tensor]:
         """Unit vectors of both towers, B x P each. Pictures in [-1, 1]."""
-        out = self.net(input_ids=self.tokens(captions), pixel_values=clip_input(images))
+        out = self.net(input_ids=self.tokens(captions), pixel_values=to_clip((images + 1) / 2))
         return F.normalize(out.image_embeds, dim=-1), F.normalize(out.text_embeds, dim=-1)
 
     def training_step(self, batch, index):
@@ -282,16 +282,6 @@ class CLIPTask(KitTask):
             tower.load_state_dict({k: v for k, v in self.net.state_dict().items() if k in tower.state_dict()})
             write_part(self.folder, part, tower)
         write_part(self.folder, "tokenizer", self.tokenizer)
-
-
-CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
-CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
-
-
-def clip_input(images: torch.Tensor) -> torch.Tensor:
-    """[-1, 1] -> normalised by CLIP's mean and standard deviation; the pictures already have the tower's size."""
-    mean, std = (torch.tensor(v, device=images.device).view(1, 3, 1, 1) for v in (CLIP_MEAN, CLIP_STD))
-    return ((images + 1) / 2 - mean) / std
 
 
 # ---------------------------------------------------------------------------------------------------- captioner
@@ -342,7 +332,7 @@ class CaptionerTask(KitTask):
         ).to(self.device)
         labels = tokens.input_ids.masked_fill(tokens.attention_mask == 0, -100)
         out = self.net(
-            pixel_values=clip_input(batch["image"]),
+            pixel_values=to_clip((batch["image"] + 1) / 2),
             input_ids=tokens.input_ids,
             attention_mask=tokens.attention_mask,
             labels=labels,
@@ -354,7 +344,7 @@ class CaptionerTask(KitTask):
     def caption(self, images: torch.Tensor) -> list[str]:
         """B x 3 x H x W in [-1, 1] -> B captions, by beam search of width 3."""
         net = self.net.eval()
-        tokens = net.generate(clip_input(images), num_beams=3, max_length=self.hparams.length, min_length=5)
+        tokens = net.generate(to_clip((images + 1) / 2), num_beams=3, max_length=self.hparams.length, min_length=5)
         return self.processor.batch_decode(tokens, skip_special_tokens=True)
 
     def measure(self, data):

@@ -14,6 +14,11 @@ def constant(warmup: int = 0) -> Callable[[int], float]:
     return lambda n: min(1.0, (n + 1) / max(1, warmup))
 
 
+def warm_up(warmup: int, start: float = 1e-6) -> Callable[[int], float]:
+    """Linear from ``start`` to 1 over W steps, then constant (Paint by Example's schedule, W = 10,000)."""
+    return lambda n: min(1.0, start + (1 - start) * n / max(1, warmup))
+
+
 def linear_decay(total: int, warmup: int = 0) -> Callable[[int], float]:
     """Linear warm-up over W steps, then linear to 0 at ``total`` steps."""
     return lambda n: min(1.0, (n + 1) / max(1, warmup)) * max(0.0, (total - n) / max(1, total))

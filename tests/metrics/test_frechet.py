@@ -150,7 +150,7 @@ def test_kit_features_are_pooled_before_the_projection(kit_features):
 
 def test_normalise_clip_takes_255():
     white = frechet.normalise_clip(torch.full((1, 3, 4, 4), 255.0), 4)
-    expected = [(1 - mean) / std for mean, std in zip(frechet.CLIP_MEAN, frechet.CLIP_STD, strict=True)]
+    expected = [(1 - mean) / std for mean, std in zip(images.CLIP_MEAN, images.CLIP_STD, strict=True)]
     assert torch.allclose(white[0, :, 0, 0], torch.tensor(expected))
 
 

@@ -9,7 +9,7 @@ from harmony.images import Crop
 from harmony.masks import dilate
 from harmony.metrics.frechet import KitFeatures
 from harmony.models.kit import Kit
-from harmony.sampling.benchmark import Bench, feature_extractor, figures, load_bench, reconstruct
+from harmony.sampling.benchmark import Bench, by_hints, feature_extractor, figures, load_bench
 from harmony.sampling.harmonize import Branch, Settings
 
 NAMES = {"psnr", "mse", "fpsnr", "fmse", "bg_drift", "edge_f1", "color_de", "seam", "fid", "kid"}
@@ -51,10 +51,10 @@ def test_pasting_back_mends_the_background_and_nothing_else(kit, bench):
 
 def test_reconstruction_keeps_the_order(kit, bench, awake):
     branch = Branch("color", awake(kit))
-    outputs = reconstruct(kit, bench, [branch], Settings(2, 2.0, 0, batch=3))
+    outputs = by_hints(kit, [branch], Settings(2, 2.0, 0, batch=3))(bench)
     assert len(outputs) == 4 and {y.shape for y in outputs} == {(32, 32, 3)}
     first = Bench("test", bench.examples[:1], bench.prompts[:1])
-    alone = reconstruct(kit, first, [branch], Settings(2, 2.0))[0]
+    alone = by_hints(kit, [branch], Settings(2, 2.0))(first)[0]
     assert np.abs(outputs[0].astype(int) - alone).max() <= 1
 
 

@@ -12,7 +12,7 @@ from harmony.images import Crop
 from harmony.masks import dilate
 from harmony.models.kit import Kit
 from harmony.sampling import study
-from harmony.sampling.benchmark import Bench, degraded, pasted, reconstruct, relight_bench, scores
+from harmony.sampling.benchmark import Bench, by_hints, degraded, pasted, relight_bench, scores
 from harmony.sampling.harmonize import Branch, Settings
 
 
@@ -67,7 +67,10 @@ def test_two_processes_make_what_one_makes(random_kit, awake, bench, tmp_path, m
     """Guards the shares: disjoint, complete, and the pictures of two processes are those of one, bit for bit."""
     kit = Kit(str(random_kit))
     net = Branch("color", awake(kit))
-    methods = [study.diffusion("ours", kit, [net], Settings(1, 2.0)), study.baseline("reinhard")]
+    methods = [
+        study.Method("ours", by_hints(kit, [net], Settings(1, 2.0, batch=study.BLOCK))),
+        study.baseline("reinhard"),
+    ]
     study.run(bench, methods, tmp_path / "one", say=quiet)
     monkeypatch.setattr(study, "await_blocks", lambda files: None)  # the two take turns here
     study.run(bench, methods, tmp_path / "two", rank=1, world=2, say=quiet)
@@ -77,7 +80,7 @@ def test_two_processes_make_what_one_makes(random_kit, awake, bench, tmp_path, m
     for method in methods:
         pairs = zip(*(study.outputs(bench, method, tmp_path / name) for name in ("one", "two")), strict=True)
         assert all(np.array_equal(a, b) for a, b in pairs)
-    whole = reconstruct(kit, bench, [net], Settings(1, 2.0, batch=16))
+    whole = by_hints(kit, [net], Settings(1, 2.0, batch=16))(bench)
     assert all(
         np.array_equal(a, b) for a, b in zip(whole, study.outputs(bench, methods[0], tmp_path / "one"), strict=True)
     )

@@ -5,7 +5,7 @@ from types import SimpleNamespace
 import pytest
 
 from harmony.errors import UserError
-from harmony.training.schedule import constant, linear_decay, total_steps
+from harmony.training.schedule import constant, linear_decay, total_steps, warm_up
 
 
 @pytest.mark.parametrize(
@@ -21,6 +21,14 @@ from harmony.training.schedule import constant, linear_decay, total_steps
 )
 def test_the_papers_warm_up(n, factor):
     assert constant(10_000)(n) == pytest.approx(factor, rel=1e-12)
+
+
+@pytest.mark.parametrize(
+    "n, factor", [(0, 1e-6), (1, 1.01e-4), (5_000, 0.5000005), (9_999, 0.9999), (10_000, 1.0), (50_000, 1.0)]
+)
+def test_paint_by_examples_warm_up(n, factor):
+    """Guards method sheet 7.5 and invariant 14 of 3.13."""
+    assert warm_up(10_000)(n) == pytest.approx(factor, rel=1e-4)
 
 
 def test_without_warm_up_the_factor_is_one():
