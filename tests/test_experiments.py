@@ -80,12 +80,15 @@ def test_it_composes_and_says_why_it_exists(name):
 
 
 @pytest.mark.parametrize("name", TRAININGS)
-def test_it_runs(name, random_kit, prepared_work, tmp_path):
+def test_it_runs(name, random_kit, awake, prepared_work, tmp_path):
     """Guards the run: two steps of the experiment as it is written, with smaller networks and fewer pictures."""
     task = composed(name).module["_target_"].rpartition(".")[2]
     work, runs, kit = tmp_path / "work", tmp_path / "runs", tmp_path / "kit"
     shutil.copytree(random_kit, kit, ignore=shutil.ignore_patterns("unet") if task == "InpaintTask" else None)
     more = [f"paths.work={work}", f"paths.runs={runs}", f"model.path={kit}", *QUICK, *SMALL[task]]
+    if composed(name).module.get("companion"):
+        export_controlnet(awake(Kit(str(random_kit)), 0), tmp_path / "companion", "color", {}, Kit(str(random_kit)))
+        more.append(f"module.companion={tmp_path / 'companion'}")
     prepared_work(work, [f"experiment={name}", f"name={name}", *more])
     began = time.time_ns()
     main(composed(name, *more))

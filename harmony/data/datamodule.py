@@ -117,8 +117,9 @@ class Draws(torch.utils.data.Dataset):
     """Cached items with everything random that a training step needs, drawn from (seed, position) alone.
 
     Adds ``noise``, ``encode``, ``encode_masked`` (unit normal, C x h x w: diffusion noise and the two posterior
-    samples), ``time`` in [0, 1) (scaled to a timestep by the objective), ``drop`` in [0, 1) (prompt dropout) and
-    ``tokens``. ``augment``: exemplars are augmented (``exemplars.augment``), also by (seed, position).
+    samples), ``time`` in [0, 1) (scaled to a timestep by the objective), ``drop`` in [0, 1) (prompt dropout),
+    ``beside`` in [0, 1) (whether a companion runs) and ``tokens``. ``augment``: exemplars are augmented
+    (``exemplars.augment``), also by (seed, position).
     """
 
     def __init__(
@@ -137,7 +138,7 @@ class Draws(torch.utils.data.Dataset):
         rng = torch.Generator().manual_seed((self.seed * 1_000_003 + position) % 2**63)
         c, h, w = item["moments"].shape
         item["noise"], item["encode"], item["encode_masked"] = torch.randn(3, c // 2, h, w, generator=rng)
-        item["time"], item["drop"] = torch.rand(2, generator=rng)
+        item["time"], item["drop"], item["beside"] = torch.rand(3, generator=rng)
         if self.augment and "hint_exemplar" in item:
             picture = np.rint(255 * item["hint_exemplar"].numpy()).astype(np.uint8).transpose(1, 2, 0)
             item["hint_exemplar"] = to_hint(augment(picture, np.random.default_rng([self.seed, position])))

@@ -15,11 +15,12 @@ from harmony.models.controlnet import BRANCHES, export_controlnet, from_unet, ze
 from harmony.models.halves import Encoded, decode, encode
 from harmony.models.kit import Kit
 from harmony.sampling.benchmark import Bench, Fill, by_hints
-from harmony.sampling.harmonize import Branch, Settings
+from harmony.sampling.harmonize import Branch, Settings, load_branch
 from harmony.sampling.inpaint import control_residuals
 from harmony.training.objective import Objective, noised, target
 from harmony.training.schedule import constant, linear_decay, total_steps
 
+Residuals = tuple[tuple[torch.Tensor, ...], torch.Tensor]  # for the skips, for the middle block
 LEVELS = 4  # equal ranges of t over which the loss is also reported
 
 
@@ -70,6 +71,9 @@ class ControlTask(Controls):
     ``zero_lr``: learning rate of the zero convolutions and of the hint encoder's last layer, which start at 0 and hold
     everything else back; None = ``lr``. ``decay``: linear to 0 at the end instead of constant.
     ``prompt_dropout``: share of samples trained with the empty prompt.
+    ``companion``: a trained ControlNet (see ``controlnet_folder``) that runs beside this one, frozen, in ``share`` of
+    the samples; its hint must travel with the batch too. The paper trains each alone, and then both tell the UNet what
+    they have in common (where the object ends, say) twice: see the notes of ``experiment=structure_long``.
     """
 
     def __init__(
@@ -84,6 +88,8 @@ class ControlTask(Controls):
         prompt_dropout: float = 0.1,
         in_channels: int | None = 4,
         objective: dict | None = None,
+        companion: str | None = None,
+        share: float = 0.5,
     ):
         super().__init__()
         if branch not in BRANCHES:
@@ -91,6 +97,8 @@ class ControlTask(Controls):
         self.kit, self.branch, self.lr, self.zero_lr, self.warmup, self.decay = kit, branch, lr, zero_lr, warmup, decay
         self.weight_decay, self.prompt_dropout, self.in_channels = weight_decay, prompt_dropout, in_channels
         self.objective = Objective(**(objective or {}))
+        self.companion = companion and load_branch(companion, kit, dict.fromkeys(BRANCHES, 1.0))  # no submodule
+        self.share = share
         self.net: torch.nn.Module | None = None
 
     def configure_model(self):
@@ -119,6 +127,8 @@ class ControlTask(Controls):
     def on_fit_start(self):
         self.kit.to(self.device)
         self.empty = self.kit.prompt([""])
+        if self.companion:
+            self.companion.net.to(self.device)
 
     on_validation_start = on_fit_start
 
@@ -169,9 +179,20 @@ class ControlTask(Controls):
         """Weighted squared error B x C x h x w with the ControlNet at ``weight``, behind the frozen first half."""
         seen = batch[f"hint_{self.branch}"].to(u.dtype)
         residuals = control_residuals([(self.net, seen, weight)], u, t, text) if weight else None
+        if self.companion:
+            beside = self.beside(batch, u, t, text)
+            residuals = beside if residuals is None else together(residuals, beside)
         e = decode(self.kit.unet, encoded, text, residuals)
         kind, a = self.kit.prediction_type, self.kit.alphas_cumprod[t]
         return self.objective.weight(a, batch["weight"], kind) * F.mse_loss(e.float(), wanted, reduction="none")
+
+    @torch.no_grad()
+    def beside(self, batch: dict, u: torch.Tensor, t: torch.Tensor, text: torch.Tensor) -> Residuals:
+        """The companion's residuals, zero for the samples in which it does not run."""
+        seen = batch[f"hint_{self.companion.name}"].to(u.dtype)
+        down, middle = control_residuals([(self.companion.net, seen, 1.0)], u, t, text)
+        runs = (batch["beside"] < self.share).to(u.dtype)[:, None, None, None]
+        return tuple(runs * r for r in down), runs * middle
 
     def errors(self, batch: dict) -> tuple[torch.Tensor, torch.Tensor]:
         """(weighted squared error B x C x h x w, timesteps B)."""
@@ -204,6 +225,11 @@ class ControlTask(Controls):
         for name, weight in (("validation/loss", 1.0), ("validation/loss_hint_off", 0.0)):
             error = self.behind(batch, u, t, text, wanted, encoded, weight)
             self.log(name, error.mean(), batch_size=len(t), sync_dist=True)
+
+
+def together(a: Residuals, b: Residuals) -> Residuals:
+    """The sum of two ControlNets' residuals."""
+    return tuple(x + y for x, y in zip(a[0], b[0], strict=True)), a[1] + b[1]
 
 
 class JointTask(Controls):

@@ -10,7 +10,7 @@ import torch
 from lightning.pytorch.callbacks import Callback
 
 from harmony.errors import UserError
-from harmony.models.controlnet import zero_convolutions
+from harmony.models.controlnet import export_controlnet, zero_convolutions
 from harmony.models.kit import Kit
 from harmony.training.control import ControlTask
 
@@ -226,6 +226,28 @@ def test_joint_training_is_two_separate_ones(kit, latent_data, tmp_path):
             torch.testing.assert_close(tensor, alone[name], atol=1e-6, rtol=1e-5)
         fresh_net = fresh(kit, branch=branch).net.state_dict()
         assert any(not torch.equal(alone[name], fresh_net[name]) for name in alone)
+
+
+def test_a_companion_runs_in_its_share_and_stays_as_it_is(kit, awake, latent_data, tmp_path):
+    """Guards the companion: in samples beyond its share the output is that without it, in the others another one; its
+    weights neither move nor enter a checkpoint; a fresh net beside it is the companion alone.
+    """
+    data = latent_data(batch_size=4, branch=["structure", "color"])
+    data.setup()
+    net = awake(kit, 3)
+    folder = export_controlnet(net, tmp_path, "color", {}, kit)
+    batch = batch_of(data)
+    batch["beside"] = torch.tensor([0.1, 0.4, 0.6, 0.9])
+    alone, beside = fresh(kit, branch="structure"), fresh(kit, branch="structure", companion=str(folder.parent))
+    with torch.no_grad():
+        (a, _), (b, _) = alone.errors(batch), beside.errors(batch)
+        colour = fresh(kit, branch="color")
+        colour.net = net
+        c, _ = colour.errors(batch)
+    assert torch.equal(a[2:], b[2:]) and torch.allclose(b[:2], c[:2]) and not torch.allclose(a[:2], b[:2], rtol=1e-3)
+    assert set(beside.state_dict()) == set(alone.state_dict())
+    trainer(tmp_path, 2).fit(beside, data)
+    assert all(torch.equal(v, net.state_dict()[n]) for n, v in beside.companion.net.state_dict().items())
 
 
 def test_joint_training_wants_a_list_of_branches(kit):
