@@ -43,8 +43,12 @@ $(STUDIES:%=work/paper/%.done): work/paper/%.done: $(TRAININGS:%=work/paper/%)
 	$(RUN) -m harmony.evaluate experiment=$* $(NETS)
 	touch $@
 
+# structure is trained beside the colour ControlNet of this study, not beside the shipped one
+work/paper/structure_long: private BESIDE := module.companion=work/paper/color_long
+work/paper/structure_long: | work/paper/color_long
+
 $(TRAININGS:%=work/paper/%): work/paper/%: | install
-	$(RUN) -m harmony.fit experiment=$* dataset.photos=$(PHOTOS)
+	$(RUN) -m harmony.fit experiment=$* dataset.photos=$(PHOTOS) $(BESIDE)
 	$(RUN) -m harmony.export $$(ls -d runs/$*/* | tail -1) output=$@.partial
 	mv $@.partial $@
 
