@@ -50,7 +50,7 @@ def study(cfg: DictConfig, kit, manifest: Path, folder: Path):
 
     spec, nets = (OmegaConf.to_container(node, resolve=True) for node in (cfg.study, cfg.controlnets))
     settings, share = Settings(cfg.steps, cfg.guidance, cfg.seed), (rank(), int(os.environ.get("WORLD_SIZE") or 1))
-    return Study(cfg.name, spec, nets, kit, manifest, folder, settings, cfg.split, cfg.limit, *share)
+    return Study(cfg.name, spec, nets, kit, manifest, folder, settings, cfg.split, cfg.limit, *share, cfg.painter)
 
 
 @entry("evaluate")

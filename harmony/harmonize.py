@@ -5,10 +5,12 @@ Pixels outside the hole (the mask and a small rim) stay as they are, bit for bit
   background=B.jpg foreground=F.png box=x0,y0,x1,y1        a cut-out with alpha, placed in a box
   composite=C.jpg mask=M.png                               the object has been pasted already
   dir=FOLDER                                               many, from index.csv or composite/ and mask/
+  method=paint_by_example background=B.jpg reference=R.jpg mask=M.png    what R shows, painted where M is white
 """
 
 import csv
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -21,12 +23,15 @@ from harmony.composites import copy_paste, place, poisson, reinhard
 from harmony.config import entry, literal, make_folder, new_folder
 from harmony.data.captions import caption_images
 from harmony.errors import UserError
+from harmony.exemplars import exemplar
 from harmony.files import write_text
 from harmony.images import crop_resize, grid, open_image, paste_crop, read_image, resize, write_image
-from harmony.masks import OBJECT, read_mask
+from harmony.masks import OBJECT, TEST_RADIUS, read_mask
+from harmony.models.exemplar import load_painter
 from harmony.models.kit import Kit
 from harmony.sampling.ddim import timesteps
-from harmony.sampling.harmonize import Branch, Result, Settings, check_sizes, harmonize, load_branch
+from harmony.sampling.exemplar import fill_by_example
+from harmony.sampling.harmonize import Branch, Result, Settings, check_sizes, harmonize, insert, load_branch
 
 PATHS = (
     "dir",
@@ -35,23 +40,31 @@ PATHS = (
     "composite",
     "mask",
     "region",
+    "reference",
+    "painter",
     "controlnet",
     "structure",
     "output",
     "model.path",
 )
+PICTURES = ("background", "foreground", "composite", "mask", "box", "region", "reference")
 NUMBERS = {"steps": int, "seed": int, "guidance": float, "lambda_l": float, "lambda_h": float, "feather": float}
+GUIDANCE = {"controlnet": 1.0, "paint_by_example": 3.0}  # by method, where none is given
 SHEET_SIDE = 384  # pixels: the longer side of a picture on the contact sheet
 
 
 @dataclass(frozen=True)
 class Inputs:
-    """``background``, ``foreground`` uint8 H x W x 3, ``mask`` and (or None) ``region`` bool H x W, all of one size."""
+    """``background``, ``foreground`` uint8 H x W x 3, ``mask`` and (or None) ``region`` bool H x W, all of one size.
+
+    ``reference`` uint8 of any size: the exemplar, where it is a picture of its own.
+    """
 
     background: np.ndarray
     foreground: np.ndarray
     mask: np.ndarray
     region: np.ndarray | None
+    reference: np.ndarray | None = None
 
 
 def overrides(words: list[str]) -> list[str]:
@@ -86,6 +99,8 @@ def read_box(box: ListConfig | None) -> tuple[float, ...] | None:
 
 def read_inputs(cfg: DictConfig) -> Inputs:
     """Read, place and check what the command line names. UserError in one line for anything that does not fit."""
+    if cfg.reference is not None:
+        return read_reference(cfg)
     if (cfg.composite is None) == (cfg.background is None) or (cfg.background is None) != (cfg.foreground is None):
         raise UserError("give background=PATH and foreground=PATH, or composite=PATH alone, which has the object in it")
     box = read_box(cfg.box)
@@ -101,7 +116,24 @@ def read_inputs(cfg: DictConfig) -> Inputs:
     return Inputs(background, foreground, mask, region)
 
 
+def read_reference(cfg: DictConfig) -> Inputs:
+    """Background, where to paint, and what: the object of the exemplar is not cut out."""
+    if cfg.method != "paint_by_example":
+        raise UserError("reference= goes with method=paint_by_example; a ControlNet wants foreground= or composite=")
+    others = any(cfg[name] is not None for name in ("foreground", "composite", "box"))
+    if cfg.background is None or cfg.mask is None or others:
+        raise UserError("reference= wants background=PATH and mask=PATH, white where to paint, and nothing else")
+    background, reference = read_image(cfg.background), read_image(cfg.reference)
+    mask = read_mask(cfg.mask, size(background))
+    region = read_mask(cfg.region, size(background)) if cfg.region else None
+    return Inputs(background, background, mask, region, reference)
+
+
 def check_numbers(cfg: DictConfig) -> None:
+    if cfg.method not in GUIDANCE:
+        raise UserError(f"method={cfg.method}: choose one of {', '.join(GUIDANCE)}")
+    if cfg.guidance is None:
+        cfg.guidance = GUIDANCE[cfg.method]
     for name, kind in NUMBERS.items():
         if type(cfg[name]) not in (int, kind):
             raise UserError(f"{name}={cfg[name]}: give {'a whole number' if kind is int else 'a number'}")
@@ -148,18 +180,58 @@ def compare(inputs: Inputs, result: Result, image: np.ndarray) -> list[np.ndarra
     return [crop_resize(picture, result.crop, SHEET_SIDE // 2) for picture in pictures]
 
 
-def one(cfg: DictConfig, kit: Kit, branches: list[Branch], folder: Path) -> tuple[dict[str, Path], list[np.ndarray]]:
+Make = Callable[[DictConfig, Inputs, Path], Result]  # of one composite, which lies in the file
+
+
+def by_controlnets(cfg: DictConfig) -> Make:
+    """Load kit and ControlNets, say what they are, and give what harmonizes one composite."""
+    kit = instantiate(cfg.model).to("cuda" if torch.cuda.is_available() else "cpu")
+    branches = load_branches(cfg, kit)
+    seen = " and ".join(f"{b.name} (weight {b.weight:g})" for b in branches) or "no ControlNet, plain inpainting"
+    print(f"kit {kit.name} at {kit.resolution} px on {kit.device.type}, {seen}")
+
+    def make(cfg: DictConfig, inputs: Inputs, composite: Path) -> Result:
+        if cfg.prompt is None:
+            cfg.prompt = caption(kit, composite)
+        print(f"prompt {cfg.prompt!r}")
+        settings = Settings(cfg.steps, cfg.guidance, cfg.seed)
+        pictures = (inputs.background, inputs.foreground, inputs.mask)
+        return harmonize(kit, *pictures, cfg.prompt, branches, settings, inputs.region, cfg.feather)
+
+    return make
+
+
+def by_example(cfg: DictConfig) -> Make:
+    """Load Paint by Example and give what paints one exemplar: the reference, or the instance's own box."""
+    kit = instantiate(cfg.model).to("cuda" if torch.cuda.is_available() else "cpu")
+    painter = load_painter(cfg.painter, kit)
+    kit = painter.kit
+    print(f"Paint by Example on {kit.name} at {kit.resolution} px, {kit.device.type}, guidance {cfg.guidance:g}")
+
+    def make(cfg: DictConfig, inputs: Inputs, composite: Path) -> Result:
+        side, settings = painter.encoder.size, Settings(cfg.steps, cfg.guidance, cfg.seed)
+
+        def paint(image: np.ndarray, instance: np.ndarray, mask: np.ndarray, hole: np.ndarray) -> np.ndarray:
+            own = inputs.reference is None
+            shown = exemplar(instance, mask, side) if own else resize(inputs.reference, side, side)
+            return fill_by_example(painter, [image], [shown], [hole], settings)[0]
+
+        radius = TEST_RADIUS if inputs.reference is None else 0  # a mask that was painted by hand is the hole itself
+        pictures = (inputs.background, inputs.foreground, inputs.mask)
+        return insert(paint, kit.resolution, *pictures, inputs.region, cfg.feather, radius)
+
+    return make
+
+
+METHODS = {"controlnet": by_controlnets, "paint_by_example": by_example}
+
+
+def one(cfg: DictConfig, make: Make, folder: Path) -> tuple[dict[str, Path], list[np.ndarray]]:
     """Harmonize what ``cfg`` names into ``folder``; the files, and a row of the contact sheet of many."""
     inputs = read_inputs(cfg)
     files = {name: folder / f"{name}.png" for name in ("harmonized", "raw", "composite", "hole", "sheet")}
     write_image(files["composite"], copy_paste(inputs.background, inputs.foreground, inputs.mask))
-    if cfg.prompt is None:
-        cfg.prompt = caption(kit, files["composite"])
-    print(f"prompt {cfg.prompt!r}")
-    settings = Settings(cfg.steps, cfg.guidance, cfg.seed)
-    result = harmonize(
-        kit, **vars(inputs), prompt=cfg.prompt, branches=branches, settings=settings, feather=cfg.feather
-    )
+    result = make(cfg, inputs, files["composite"])
     image = paste_crop(inputs.background, result.raw, result.crop) if cfg.raw else result.image
     write_image(files["raw"], result.raw)
     write_image(files["hole"], result.hole)
@@ -202,12 +274,12 @@ def listed(folder: Path) -> list[tuple[str, dict]]:
     return items
 
 
-def many(cfg: DictConfig, kit: Kit, branches: list[Branch], folder: Path) -> dict[str, Path]:
+def many(cfg: DictConfig, make: Make, folder: Path) -> dict[str, Path]:
     """Harmonize every composite of ``cfg.dir``, each into a folder of its own, and draw them on one contact sheet."""
     rows, items, began = [], listed(Path(cfg.dir)), time.monotonic()
     for n, (name, settings) in enumerate(items, 1):
         try:
-            rows.append(one(OmegaConf.merge(cfg, settings), kit, branches, make_folder(folder / name))[1])
+            rows.append(one(OmegaConf.merge(cfg, settings), make, make_folder(folder / name))[1])
         except UserError as error:
             print(f"{name} left out: {error}")
         rate = n / (time.monotonic() - began)
@@ -224,16 +296,11 @@ def main(cfg: DictConfig) -> None:
     check_numbers(cfg)
     if cfg.dir is None:
         read_inputs(cfg)  # bad input is refused before any weights are loaded
-    elif any(cfg[name] is not None for name in ("background", "foreground", "composite", "mask", "box", "region")):
-        raise UserError(
-            "dir= brings pictures of its own: leave out background, foreground, composite, mask, box, region"
-        )
-    kit = instantiate(cfg.model).to("cuda" if torch.cuda.is_available() else "cpu")
-    branches = load_branches(cfg, kit)
+    elif own := [name for name in PICTURES if cfg[name] is not None]:
+        raise UserError(f"dir= brings pictures of its own: leave out {', '.join(own)}")
+    make = METHODS[cfg.method](cfg)
     folder = make_folder(cfg.output) if cfg.output else new_folder(Path(cfg.paths.runs).resolve() / "harmonize")
-    seen = " and ".join(f"{b.name} (weight {b.weight:g})" for b in branches) or "no ControlNet, plain inpainting"
-    print(f"kit {kit.name} at {kit.resolution} px on {kit.device.type}, {seen}")
-    files = one(cfg, kit, branches, folder)[0] if cfg.dir is None else many(cfg, kit, branches, folder)
+    files = one(cfg, make, folder)[0] if cfg.dir is None else many(cfg, make, folder)
     print(*files.values(), sep="\n")
 
 

@@ -13,6 +13,7 @@ from harmony.config import check_experiment, compose, load_yaml, options, why
 from harmony.errors import UserError
 from harmony.fit import main
 from harmony.models.controlnet import export_controlnet
+from harmony.models.exemplar import export_painter, fresh_encoder, painting_unet
 from harmony.models.kit import Kit, load_part
 
 FILES = {
@@ -115,7 +116,9 @@ def controlnets(random_kit, awake, tmp_path_factory):
     branches = {"color": "color", "color_relight": "color", "structure": "structure", "raw": "raw"}
     for seed, (name, branch) in enumerate(branches.items()):
         export_controlnet(awake(kit, seed), folder / name, branch, {}, kit)
-    return [f"controlnets.{name}={folder / name}" for name in branches]
+    encoder = fresh_encoder(kit.image_encoder, kit.unet.config.cross_attention_dim)
+    painter = export_painter(painting_unet(kit.unet), encoder, folder, kit)
+    return [*(f"controlnets.{name}={folder / name}" for name in branches), f"painter={painter}"]
 
 
 @pytest.mark.parametrize("name", STUDIES)

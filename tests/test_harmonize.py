@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from PIL import Image
 
@@ -13,6 +14,7 @@ from harmony import harmonize
 from harmony.composites import place
 from harmony.images import read_image, write_image
 from harmony.models.controlnet import export_controlnet
+from harmony.models.exemplar import export_painter, fresh_encoder, painting_unet
 from harmony.models.kit import Kit
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -105,6 +107,51 @@ def test_cut_out_in_a_box(desk, command):
     canvas, mask = place(cut[..., :3], cut[..., 3] > 0, (30, 5, 66, 40), 70, 48)
     assert np.array_equal(made["composite"], np.where(mask[..., None], canvas, b))
     assert outside_is_untouched(made, b)
+
+
+@pytest.fixture(scope="module")
+def painter(random_kit, tmp_path_factory):
+    """A Paint by Example that has learnt nothing."""
+    torch.manual_seed(0)
+    kit, folder = Kit(str(random_kit)), tmp_path_factory.mktemp("painter")
+    encoder = fresh_encoder(kit.image_encoder, kit.unet.config.cross_attention_dim)
+    return export_painter(painting_unet(kit.unet), encoder, folder, kit)
+
+
+def test_by_example(desk, command, painter):
+    """Guards the second method: a reference of any size goes where the mask is, which is the hole itself; the rest
+    stays; an object that is in the picture already is its own exemplar.
+    """
+    words = ["method=paint_by_example", f"painter={painter}", "background=b.png", "mask=m.png"]
+    code, out, err = command(*words, "reference=small, (1).png")
+    assert code == 0, err
+    made, b, mask = pictures(out), read_image(desk / "b.png"), read_image(desk / "m.png")
+    assert outside_is_untouched(made, b) and np.array_equal(made["hole"], mask)
+    assert (made["harmonized"] != b)[mask > 0].mean() > 0.5 and any("guidance 3" in line for line in out)
+    other = pictures(command(*words, "reference=f.png")[1])
+    stronger = pictures(command(*words, "reference=f.png", "guidance=7")[1])
+    assert not np.array_equal(other["raw"], made["raw"]) and not np.array_equal(other["raw"], stronger["raw"])
+    code, out, err = command("method=paint_by_example", f"painter={painter}", "composite=b.png", "mask=m.png")
+    assert code == 0 and outside_is_untouched(pictures(out), b), err
+
+
+@pytest.mark.parametrize(
+    "words, said",
+    [
+        (["reference=f.png", "background=b.png", "mask=m.png"], "goes with method=paint_by_example"),
+        (["method=paint_by_example", "reference=f.png", "background=b.png"], "wants background=PATH and mask=PATH"),
+        (["method=paint_by_example", "reference=f.png", "composite=b.png", "mask=m.png"], "wants background=PATH"),
+        (
+            ["method=paint_by_example", "composite=b.png", "mask=m.png", "painter=nowhere"],
+            "there is no Paint by Example",
+        ),
+        (["method=copy", "composite=b.png", "mask=m.png"], "choose one of controlnet, paint_by_example"),
+    ],
+)
+def test_mistakes_by_example_end_in_one_line(desk, command, words, said):
+    code, out, err = command(*words)
+    assert code == 2 and len(err) == 1 and said in err[0]
+    assert not (desk / "runs").exists()
 
 
 def test_raw_keeps_the_models_whole_square(desk, command):

@@ -203,24 +203,18 @@ def read_encoder(where: str) -> ExemplarEncoder:
     return encoder.requires_grad_(False).eval()
 
 
-def export_painter(
-    unet: UNet2DConditionModel,
-    encoder: ExemplarEncoder,
-    folder: Path,
-    kit: Kit,
-    dtype: torch.dtype = torch.float32,
-) -> Path:
+def export_painter(unet: UNet2DConditionModel, encoder: ExemplarEncoder, folder: Path, kit: Kit) -> Path:
     """Write ``folder/paint_by_example``: ``unet`` and ``image_encoder`` in diffusers layout, and ``kit.json``."""
     target, partial = Path(folder) / "paint_by_example", Path(folder) / ".paint_by_example.partial"
     shutil.rmtree(partial, ignore_errors=True)
     plain = UNet2DConditionModel.from_config(unet.config)
     plain.load_state_dict({name: value.detach().cpu() for name, value in unet.state_dict().items()})
-    plain.to(dtype).save_pretrained(partial / "unet")
+    plain.save_pretrained(partial / "unet")
     (partial / "image_encoder").mkdir()
     config = encoder.config.to_dict() | {"architectures": ["PaintByExampleImageEncoder"]}
     config |= {"all_tokens": True} if encoder.all_tokens else {}
     (partial / "image_encoder" / "config.json").write_text(json.dumps(config, indent=2, default=str) + "\n")
-    state = {name: value.detach().cpu().to(dtype).contiguous() for name, value in encoder.state_dict().items()}
+    state = {name: value.detach().cpu().contiguous() for name, value in encoder.state_dict().items()}
     save_file(state, partial / "image_encoder" / WEIGHTS, {"format": "pt"})
     facts = {"kit": kit.name, "vae": kit.hash("vae")}
     (partial / "kit.json").write_text(json.dumps(facts, indent=2) + "\n")

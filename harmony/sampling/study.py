@@ -14,10 +14,12 @@ import numpy as np
 
 from harmony.composites import copy_paste, poisson, reinhard
 from harmony.errors import UserError
+from harmony.models.exemplar import load_painter
 from harmony.models.kit import Kit
 from harmony.sampling.benchmark import (
     Bench,
     Fill,
+    by_example,
     by_hints,
     degraded,
     feature_extractor,
@@ -128,7 +130,8 @@ def outputs(bench: Bench, method: Method, folder: Path) -> list[np.ndarray]:
 class Study:
     """One study: its benches, its methods, their stored outputs, the table and the figure.
 
-    ``spec`` is the node ``study`` of configs/evaluate.yaml, ``controlnets`` what its rows may name. Of ``world``
+    ``spec`` is the node ``study`` of configs/evaluate.yaml, ``controlnets`` what its rows may name, ``painter`` its
+    Paint by Example. Of ``world``
     processes each makes its share of the outputs; the first makes the table.
     """
 
@@ -145,10 +148,11 @@ class Study:
         limit: int | None = None,
         rank: int = 0,
         world: int = 1,
+        painter: str | None = None,
     ):
         self.name, self.spec, self.controlnets, self.kit, self.manifest = name, spec, controlnets, kit, manifest
         self.folder, self.settings, self.split, self.limit = folder, replace(settings, batch=BLOCK), split, limit
-        self.rank, self.world = rank, world
+        self.rank, self.world, self.painter = rank, world, painter
         self.extractor = feature_extractor(kit)
         self.branches, self.notes = {}, []
 
@@ -173,9 +177,16 @@ class Study:
         return self.branches[name]
 
     def lacking(self, node: dict) -> list[str]:
-        """ControlNets of a row that are neither shipped nor given."""
+        """What a row needs and is neither shipped nor given, as options of the command."""
+        if "guidance" in node:
+            return [] if self.painter else ["painter=RUN"]
         nets = [] if "baseline" in node else node.get("best", node)
-        return [net for net in nets if self.controlnets.get(net, "") is None]
+        return [f"controlnets.{net}=RUN" for net in nets if self.controlnets.get(net, "") is None]
+
+    def by_example(self, name: str, guidance: float) -> Method:
+        """Paint by Example with each instance's own box as the exemplar."""
+        settings = replace(self.settings, guidance=float(guidance))
+        return Method(name, by_example(load_painter(self.painter, self.kit), settings))
 
     def weighted(self, name: str, weights: dict[str, float]) -> Method:
         """The method that runs the ControlNets with these weights."""
@@ -206,9 +217,12 @@ class Study:
             if node is None:
                 self.notes.append(f"{name}: not measured yet")
             elif lacking := self.lacking(node):
-                self.notes.append(f"{name}: left out, give {' and '.join(f'controlnets.{net}=RUN' for net in lacking)}")
+                self.notes.append(f"{name}: left out, give {' and '.join(lacking)}")
             elif "baseline" in node:
                 listed.append(baseline(node["baseline"], name))
+            elif "guidance" in node:
+                listed.append(self.by_example(name, node["guidance"]))
+                self.notes.append(f"{name}: guidance {node['guidance']:g}")
             elif "best" in node:
                 listed.append(self.best(name, node["best"]))
             else:
