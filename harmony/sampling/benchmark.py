@@ -6,6 +6,7 @@ the object under light A, with its shadow, is the truth. Sampling starts from pu
 output and after paste-back.
 """
 
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
@@ -27,6 +28,7 @@ from harmony.sample import Row
 from harmony.sampling.exemplar import fill_by_example
 from harmony.sampling.harmonize import Branch, Settings, fill
 
+REPORT = 32  # pictures between two lines of progress
 KID_BELOW = 2048  # with fewer images the covariance is singular: the kernel distance is reported too
 
 
@@ -178,6 +180,18 @@ def feature_extractor(kit: Kit) -> Callable:
     return inception_features() or KitFeatures(kit.image_encoder)
 
 
+def made(bench: Bench, fill: Fill, what: str) -> list[np.ndarray]:
+    """The outputs of a method, with a line of progress now and then."""
+    outputs, began, total = [], time.monotonic(), len(bench)
+    for i in range(0, total, REPORT):
+        part = list(range(i, min(i + REPORT, total)))
+        outputs += fill(bench.part(part), part)
+        rate = len(outputs) / (time.monotonic() - began)
+        left = (total - len(outputs)) / rate
+        print(f"{what}: {len(outputs)}/{total} pictures, {rate:.1f} a second, {left:.0f} s left", flush=True)
+    return outputs
+
+
 def before_and_after(
     kit: Kit,
     manifest: Path,
@@ -199,7 +213,8 @@ def before_and_after(
         f"steps, guidance {settings.guidance}, seed {settings.seed}; fid and kid on {extractor.protocol} features",
         flush=True,
     )
-    old, new = (figures(bench, make(bench), extractor) for make in (before, after))
+    old = figures(bench, made(bench, before, "before"), extractor)
+    new = figures(bench, made(bench, after, "after"), extractor)
     facts = {"protocol": extractor.protocol, "count": len(bench.examples)}
     return {f"baseline/{name}": value for name, value in old.items()} | new, facts
 
