@@ -12,6 +12,7 @@ from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
 import numpy as np
+import torch
 
 from harmony.composites import paste_back
 from harmony.data.latents import Example, Recipe, example
@@ -37,7 +38,8 @@ class Bench:
     """Examples of one split at the kit's resolution, whose pictures are the truth, and captions; ``name``: the split.
 
     ``backgrounds`` are the pictures that the instance is put into, ``instances`` those it is taken from, uint8
-    R x R x 3; None = the truth itself. ``shadows`` bool R x R: where the truth's cast shadow lies.
+    R x R x 3; None = the truth itself. ``shadows`` bool R x R: where the truth's cast shadow lies. ``exemplars`` uint8
+    S x S x 3: what Paint by Example is shown; None = the instance's own box.
     """
 
     name: str
@@ -46,6 +48,7 @@ class Bench:
     backgrounds: list[np.ndarray] | None = None
     instances: list[np.ndarray] | None = None
     shadows: list[np.ndarray] | None = None
+    exemplars: list[np.ndarray] | None = None
 
     def __len__(self) -> int:
         return len(self.examples)
@@ -141,7 +144,9 @@ def by_example(painter: Painter, settings: Settings) -> Fill:
 
 
 def exemplars(bench: Bench, size: int) -> list[np.ndarray]:
-    """What Paint by Example is shown of each instance, uint8 size x size x 3."""
+    """What Paint by Example is shown for each item, uint8 size x size x 3."""
+    if bench.exemplars is not None:
+        return [resize(picture, size, size) for picture in bench.exemplars]
     return [exemplar(image, e.mask, size) for image, e in zip(bench.given(), bench.examples, strict=True)]
 
 
@@ -167,12 +172,17 @@ def figures(bench: Bench, raw: Sequence[np.ndarray], extractor: Callable) -> dic
     results = {}
     for kind, outputs in (("raw", list(raw)), ("pasted", pasted(bench, raw))):
         numbers = aggregate(scores(bench, outputs))
-        made = extract(outputs, extractor, extractor.size)
-        numbers["fid"] = frechet_distance(*(Statistics(f.shape[1]).update(f) for f in (made, truth)))
-        if len(raw) < KID_BELOW:
-            numbers["kid"] = kid(made, truth, subset_size=min(1000, len(raw)))
+        numbers |= distances(extract(outputs, extractor, extractor.size), truth)
         results |= {f"{bench.name}/{kind}/{name}": float(value) for name, value in numbers.items()}
     return results
+
+
+def distances(made: torch.Tensor, real: torch.Tensor) -> dict[str, float]:
+    """``fid`` of features N x D and M x D, and with few images ``kid`` too."""
+    found = {"fid": frechet_distance(*(Statistics(f.shape[1]).update(f) for f in (made, real)))}
+    if len(made) < KID_BELOW:
+        found["kid"] = kid(made, real, subset_size=min(1000, len(made), len(real)))
+    return found
 
 
 def feature_extractor(kit: Kit) -> Callable:

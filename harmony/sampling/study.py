@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 
 from harmony.composites import copy_paste, poisson, reinhard
+from harmony.data.manifest import read_manifest
 from harmony.errors import UserError
 from harmony.models.exemplar import load_painter
 from harmony.models.kit import Kit
@@ -29,10 +30,12 @@ from harmony.sampling.benchmark import (
     relight_bench,
     spread,
 )
+from harmony.sampling.exemplar_bench import Likeness, exemplar_bench
 from harmony.sampling.harmonize import Branch, Settings, load_branch
 from harmony.sampling.tables import curves, heat, pictures, write_table
 
 BLOCK = 16
+REAL = 1024  # pictures of the train split that stand for real ones, at most
 WAIT = 3600  # seconds without any new block after which the other processes count as dead
 EXAMPLES = 8  # pictures on a study's figure
 CURVES = ("raw/fid", "pasted/fpsnr", "pasted/color_de", "pasted/edge_f1")
@@ -163,7 +166,18 @@ class Study:
                 return load_bench(*at)
             case "relight":
                 return relight_bench(*at, radius=self.spec["radius"])
-        raise UserError(f"study.bench={self.spec['bench']}: choose reconstruct or relight")
+            case "exemplar":
+                labels = [row.label for row in read_manifest(self.manifest, split)[1]]
+                whole = load_bench(self.manifest, split, self.kit.resolution)
+                return exemplar_bench(whole, labels, self.extractor, self.limit, self.notes.append)
+        raise UserError(f"study.bench={self.spec['bench']}: choose reconstruct, relight or exemplar")
+
+    def measures(self, bench: Bench) -> Callable[[Sequence[np.ndarray]], dict[str, float]]:
+        """What makes the figures of the raw outputs of a method."""
+        if bench.exemplars is None:
+            return lambda raw: figures(bench, raw, self.extractor)
+        real = load_bench(self.manifest, "train", self.kit.resolution, REAL).truths()
+        return Likeness(bench, self.extractor, real).figures
 
     def branch(self, name: str) -> Branch:
         """The ControlNet that ``controlnets`` calls ``name``, loaded once."""
@@ -239,14 +253,15 @@ class Study:
         methods, table, shown = self.methods(), {}, {}
         for factor in self.spec["degrade"]:
             bench = whole if factor == 1 else degraded(whole, factor)
-            folder = self.folder / "outputs" / f"x{factor}"
+            folder, measure = self.folder / "outputs" / f"x{factor}", None
             run(bench, methods, folder, self.rank, self.world)
             if self.rank > 0:
                 continue
             for method in methods:
                 row = method.name if len(self.spec["degrade"]) == 1 else f"{method.name} x{factor}"
                 shown[row] = outputs(bench, method, folder)
-                table[row] = figures(bench, shown[row], self.extractor)
+                measure = measure or self.measures(bench)
+                table[row] = measure(shown[row])
         if self.rank > 0:
             return {}, {}, "", self.folder
         for row, printed in self.spec["paper"].items():
@@ -274,8 +289,9 @@ class Study:
             values = {m: np.array([[table[f"{h:g} {v:g}"][m] for v in lambdas] for h in lambdas]) for m in metrics}
             heat(target, values, lambdas, lambdas, ("lambda_l (colour)", "lambda_h (structure)"))
         else:
-            rows = list(zip(given, part.given(), *columns.values(), part.truths(), strict=True))
-            pictures(beside, rows, ["input", "instance", *columns, "truth"])
+            seen, what = (part.given(), "instance") if part.exemplars is None else (part.exemplars, "exemplar")
+            rows = list(zip(given, seen, *columns.values(), part.truths(), strict=True))
+            pictures(beside, rows, ["input", what, *columns, "truth" if part.exemplars is None else "source"])
         if self.spec["figure"] == "curves":
             curves(target, table, [f"{bench.name}/{metric}" for metric in CURVES], "lambda")
         return target

@@ -15,7 +15,8 @@ Table = Mapping[str, Mapping[str, float]]  # row -> column -> figure
 # what the Markdown table shows; the CSV holds every figure
 SHOWN = (
     "pasted/fpsnr", "pasted/fmse", "pasted/color_de", "pasted/edge_f1", "pasted/shadow_mse", "pasted/seam",
-    "pasted/sharpness", "pasted/fid", "pasted/kid", "pasted/bg_drift", "raw/psnr", "raw/mse", "raw/fid",
+    "pasted/sharpness", "pasted/clip_i", "pasted/qs_own", "pasted/copying", "pasted/fid",
+    "pasted/kid", "pasted/bg_drift", "raw/psnr", "raw/mse", "raw/fid",
 )  # fmt: skip
 
 
