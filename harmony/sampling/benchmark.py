@@ -166,9 +166,19 @@ def pasted(bench: Bench, raw: Sequence[np.ndarray]) -> list[np.ndarray]:
     return [paste_back(y, b, e.hole) for y, b, e in zip(raw, bench.seen(), bench.examples, strict=True)]
 
 
-def figures(bench: Bench, raw: Sequence[np.ndarray], extractor: Callable) -> dict[str, float]:
-    """``<split>/raw/<metric>`` and ``<split>/pasted/<metric>`` for all metrics of the design; means over images."""
-    truth = extract(bench.truths(), extractor, extractor.size)
+def truth_features(bench: Bench, extractor: Callable) -> torch.Tensor:
+    """Features N x D of the truths: the other side of every fid on this bench."""
+    return extract(bench.truths(), extractor, extractor.size)
+
+
+def figures(
+    bench: Bench, raw: Sequence[np.ndarray], extractor: Callable, truth: torch.Tensor | None = None
+) -> dict[str, float]:
+    """``<split>/raw/<metric>`` and ``<split>/pasted/<metric>`` for all metrics of the design; means over images.
+
+    ``truth``: ``truth_features``, where they are known already.
+    """
+    truth = truth_features(bench, extractor) if truth is None else truth
     results = {}
     for kind, outputs in (("raw", list(raw)), ("pasted", pasted(bench, raw))):
         numbers = aggregate(scores(bench, outputs))

@@ -29,6 +29,7 @@ from harmony.sampling.benchmark import (
     pasted,
     relight_bench,
     spread,
+    truth_features,
 )
 from harmony.sampling.exemplar_bench import Likeness, exemplar_bench
 from harmony.sampling.harmonize import Branch, Settings, load_branch
@@ -175,7 +176,8 @@ class Study:
     def measures(self, bench: Bench) -> Callable[[Sequence[np.ndarray]], dict[str, float]]:
         """What makes the figures of the raw outputs of a method."""
         if bench.exemplars is None:
-            return lambda raw: figures(bench, raw, self.extractor)
+            truth = truth_features(bench, self.extractor)
+            return lambda raw: figures(bench, raw, self.extractor, truth)
         real = load_bench(self.manifest, "train", self.kit.resolution, REAL).truths()
         return Likeness(bench, self.extractor, real).figures
 
@@ -220,7 +222,8 @@ class Study:
         bench, folder = self.bench("validation"), self.folder / "outputs" / f"choice {name}"
         methods = self.sweep(nets)
         run(bench, methods, folder, self.rank, self.world)
-        found = {m.name: figures(bench, outputs(bench, m, folder), self.extractor) for m in methods}
+        measure = self.measures(bench)
+        found = {m.name: measure(outputs(bench, m, folder)) for m in methods}
         chosen = max(found, key=lambda lam: found[lam][f"validation/{CHOICE}"])
         self.notes.append(f"{name}: lambda {chosen} of {', '.join(found)}, best on validation in {CHOICE}")
         return self.weighted(name, dict.fromkeys(nets, float(chosen)))
