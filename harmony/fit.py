@@ -53,13 +53,14 @@ def main(cfg: DictConfig) -> None:
         return
     numbers = {k: float(v) for k, v in trainer.callback_metrics.items() if not k.endswith(("_step", "_epoch"))}
     measured, text = {}, ""
-    if cfg.evaluate is not None:
+    if hasattr(module, "export"):  # the parts of a kit write themselves into their kit
+        module.eval().requires_grad_(False).to(module.kit.device)  # Lightning has moved it to the CPU
+        known = OmegaConf.to_container(cfg.data.hints, resolve=True)
+        module.export(folder / "export", known)
+    if (e := cfg.evaluate) is not None:
         from harmony.sampling.benchmark import before_and_after, table
         from harmony.sampling.harmonize import Settings
 
-        module.eval().requires_grad_(False).to(module.kit.device)  # Lightning has moved it to the CPU
-        known, e = OmegaConf.to_container(cfg.data.hints, resolve=True), cfg.evaluate
-        module.export(folder / "export", known)
         settings = Settings(e.steps, e.guidance, e.seed)
         methods = module.methods(settings, known).values()
         figures, measured = before_and_after(module.kit, Path(cfg.data.manifest), *methods, settings, e.split, e.limit)

@@ -109,6 +109,18 @@ def test_it_runs(name, random_kit, awake, prepared_work, tmp_path):
         load_part(str(kit), part)
 
 
+def test_a_training_without_evaluation_exports_all_the_same(random_kit, prepared_work, tmp_path):
+    """Guards ``evaluate=null``: nothing is measured, grid and ControlNet are there."""
+    work, runs = tmp_path / "work", tmp_path / "runs"
+    more = [f"paths.work={work}", f"paths.runs={runs}", f"model.path={random_kit}", *QUICK, "data.batch_size=2"]
+    more += ["evaluate=null", "callbacks.samples.steps=2", "+callbacks.samples.count=2"]
+    prepared_work(work, ["experiment=color", "name=color", *more])
+    main(composed("color", *more))
+    (folder,) = (runs / "color").iterdir()
+    assert not any("test/" in name for name in json.loads((folder / "metrics.json").read_text()))
+    assert (folder / "export" / "controlnet" / "config.json").exists() and list((folder / "grids").iterdir())
+
+
 @pytest.fixture(scope="module")
 def controlnets(random_kit, awake, tmp_path_factory):
     """Overrides that give every study the ControlNets it names, none of which has learnt anything."""
