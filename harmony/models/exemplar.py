@@ -53,7 +53,7 @@ class ExemplarEncoder(torch.nn.Module):
     def __init__(self, config: CLIPVisionConfig, all_tokens: bool = False):
         super().__init__()
         self.config, self.all_tokens = config, all_tokens
-        self.model = CLIPVisionModel(config).requires_grad_(False)
+        self.model = CLIPVisionModel(config).requires_grad_(False).eval()
         self.mapper = Mapper(config.hidden_size, (config.num_hidden_layers + 1) // LAYERS_A_BLOCK)
         self.final_layer_norm = torch.nn.LayerNorm(config.hidden_size)
         self.proj_out = torch.nn.Linear(config.hidden_size, config.projection_dim)

@@ -86,7 +86,7 @@ class Quality:
 
 @dataclass(frozen=True)
 class Likeness:
-    """The figures of this bench: ``real`` are pictures of the same set that no method sees (train)."""
+    """The figures of this bench: ``real`` are pictures of the train split."""
 
     bench: Bench
     extractor: Callable

@@ -189,7 +189,12 @@ class ControlTask(Controls):
     @torch.no_grad()
     def beside(self, batch: dict, u: torch.Tensor, t: torch.Tensor, text: torch.Tensor) -> Residuals:
         """The companion's residuals, zero for the samples in which it does not run."""
-        seen = batch[f"hint_{self.companion.name}"].to(u.dtype)
+        name = f"hint_{self.companion.name}"
+        if name not in batch:
+            raise UserError(
+                f"the companion's hint is not in the batch: data.branch=[{self.branch},{self.companion.name}]"
+            )
+        seen = batch[name].to(u.dtype)
         down, middle = control_residuals([(self.companion.net, seen, 1.0)], u, t, text)
         runs = (batch["beside"] < self.share).to(u.dtype)[:, None, None, None]
         return tuple(runs * r for r in down), runs * middle
@@ -219,7 +224,10 @@ class ControlTask(Controls):
             self.log("train/lr", self.optimizers().param_groups[0]["lr"])
 
     def validation_step(self, batch: dict, index: int) -> None:
-        """Fixed noise and timesteps: the loss with the hint and, for comparison, without (weight 0)."""
+        """Fixed noise and timesteps: the loss with the hint and, for comparison, without (weight 0).
+
+        A companion runs in both, in its share of the samples.
+        """
         u, t, text, wanted = self.inputs(batch)
         encoded = encode(self.kit.unet, u, t, text)
         for name, weight in (("validation/loss", 1.0), ("validation/loss_hint_off", 0.0)):
@@ -243,6 +251,8 @@ class JointTask(Controls):
         super().__init__()
         if isinstance(branch, str) or len(set(branch)) < len(branch):
             raise UserError(f"module.branch={branch}: list each branch once, as in [color, structure]")
+        if options.get("companion"):
+            raise UserError("module.companion goes with one ControlNet a run; here they are trained side by side")
         self.kit, self.names = kit, list(branch)
         self.tasks = torch.nn.ModuleDict({name: ControlTask(kit, name, **options) for name in branch})
 

@@ -29,7 +29,7 @@ class ExemplarTask(lightning.LightningModule):
     """Paint the object back into its own photograph, seeing it through the bottleneck of one token.
 
     Trained in float32: UNet (from the kit's inpainting UNet), mapper, final layer norm, projection, and the vector
-    that stands for no exemplar. Frozen and absent from checkpoints: VAE (not even loaded) and CLIP's tower. Loss: mean
+    that stands for no exemplar. Frozen and absent from checkpoints: VAE and CLIP's tower. Loss: mean
     squared error of the whole latent. Defaults are the reference's (AdamW, lr 1e-5, warm-up 10,000).
 
     ``dropout``: share of samples, or with ``dropout_by="batch"`` (the reference) of batches, without exemplar.

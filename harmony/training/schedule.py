@@ -1,6 +1,7 @@
 """F4. Learning-rate factors as functions of the optimiser step n = 0, 1, 2, ...
 
 The warm-up factor is (n + 1) / W, not n / W: with the latter the first step would change nothing (method sheet, 1.4).
+Paint by Example's begins at 1e-6 instead.
 """
 
 import math
@@ -16,7 +17,7 @@ def constant(warmup: int = 0) -> Callable[[int], float]:
 
 def warm_up(warmup: int, start: float = 1e-6) -> Callable[[int], float]:
     """Linear from ``start`` to 1 over W steps, then constant (Paint by Example's schedule, W = 10,000)."""
-    return lambda n: min(1.0, start + (1 - start) * n / max(1, warmup))
+    return lambda n: min(1.0, start + (1 - start) * n / warmup) if warmup else 1.0
 
 
 def linear_decay(total: int, warmup: int = 0) -> Callable[[int], float]:

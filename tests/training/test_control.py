@@ -248,6 +248,9 @@ def test_a_companion_runs_in_its_share_and_stays_as_it_is(kit, awake, latent_dat
     assert set(beside.state_dict()) == set(alone.state_dict())
     trainer(tmp_path, 2).fit(beside, data)
     assert all(torch.equal(v, net.state_dict()[n]) for n, v in beside.companion.net.state_dict().items())
+    del batch["hint_color"]
+    with pytest.raises(UserError, match=r"data.branch=\[structure,color\]"):
+        beside.errors(batch)
 
 
 def test_joint_training_wants_a_list_of_branches(kit):

@@ -32,7 +32,7 @@ def test_paint_by_examples_warm_up(n, factor):
 
 
 def test_without_warm_up_the_factor_is_one():
-    assert [constant()(n) for n in (0, 1, 7)] == [1, 1, 1]
+    assert [constant()(n) for n in (0, 1, 7)] == [warm_up(0)(n) for n in (0, 1, 7)] == [1, 1, 1]
 
 
 @pytest.mark.parametrize("n, factor", [(0, 0.5), (1, 0.9), (2, 0.8), (5, 0.5), (9, 0.1), (10, 0.0), (11, 0.0)])
