@@ -20,9 +20,9 @@ from harmony.files import write_json, write_text
 
 def before_after(cfg: DictConfig, kit, manifest: Path, folder: Path) -> tuple[dict, dict, str, Path]:
     """(figures, facts, table, picture) of one ControlNet."""
-    from harmony.images import from_model, grid, write_image
+    from harmony.images import from_model, write_image
     from harmony.models.controlnet import load_controlnet, read_hint
-    from harmony.sampling.benchmark import before_and_after, by_hints, load_bench, table
+    from harmony.sampling.benchmark import before_and_after, by_hints, load_bench, sample_grid, table
     from harmony.sampling.harmonize import Branch, Settings, hints
 
     facts = {"branch": "color", "parameters": {}} | read_hint(cfg.controlnet)
@@ -31,13 +31,11 @@ def before_after(cfg: DictConfig, kit, manifest: Path, folder: Path) -> tuple[di
     methods = [by_hints(kit, branches, settings) for branches in ([], [branch])]
     metrics, measured = before_and_after(kit, manifest, *methods, settings, cfg.split, cfg.limit)
     shown = load_bench(manifest, cfg.split, kit.resolution, 16)
-    columns = [method(shown) for method in methods]
-    e = shown.examples
-    seen = [from_model(2 * hint - 1) for hint in hints(branch, shown.given(), [v.mask for v in e])]
-    rows = list(zip([v.image * ~v.hole[..., None] for v in e], seen, *columns, shown.truths(), strict=True))
+    seen = [from_model(2 * hint - 1) for hint in hints(branch, shown.given(), [e.mask for e in shown.examples])]
+    off, on = (method(shown) for method in methods)
     picture = folder / "grids" / "samples.png"
     picture.parent.mkdir(exist_ok=True)
-    write_image(picture, grid([list(row) for row in rows], ["input", "hint", "hint off", "output", "truth"]))
+    write_image(picture, sample_grid(shown, {"hint": seen, "hint off": off, "output": on}))
     text = f"{table(metrics, cfg.split, **measured)}\n"
     write_text(folder / "table.md", text)
     return metrics, measured, text, picture

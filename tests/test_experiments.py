@@ -163,7 +163,7 @@ def test_a_study_runs(name, random_kit, controlnets, small_manifest, prepared_wo
 def test_a_study_leaves_out_what_no_controlnet_was_given_for(
     random_kit, controlnets, small_manifest, prepared_work, tmp_path
 ):
-    """Guards a fresh clone, which ships two ControlNets: the other rows run, and the table says what is missing."""
+    """Guards a fresh clone, which ships one ControlNet: the other rows run, and the table says what is missing."""
     work, runs = tmp_path / "work", tmp_path / "runs"
     more = [f"paths.work={work}", f"paths.runs={runs}", f"model.path={random_kit}", "limit=2", "steps=1", *controlnets]
     more += ["controlnets.raw=null", "study.degrade=[1]"]

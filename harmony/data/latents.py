@@ -278,7 +278,7 @@ class Latents(torch.utils.data.Dataset):
     """The items of one cache. ``expected`` (a description) refuses a cache that was made for something else.
 
     Item: ``moments``, ``masked_moments`` float32 2C x h x w, ``hole``, ``weight`` float32 1 x h x w, ``hint_<branch>``
-    float32 3 x H x W in [0, 1], ``row`` and ``index`` int. Item i belongs to row i // variants.
+    float32 3 x H x W in [0, 1] (exemplars 3 x S x S), ``row`` and ``index`` int. Item i belongs to row i // variants.
     """
 
     def __init__(self, folder: Path, expected: dict | None = None):

@@ -19,7 +19,7 @@ from harmony.data.latents import Example, Recipe, example
 from harmony.data.manifest import read_manifest
 from harmony.errors import UserError
 from harmony.exemplars import exemplar
-from harmony.images import crop_resize, read_image, resize
+from harmony.images import crop_resize, grid, read_image, resize
 from harmony.masks import TEST_RADIUS, hole, read_mask
 from harmony.metrics.fidelity import aggregate, bg_drift, image_metrics, sharpness
 from harmony.metrics.frechet import KitFeatures, Statistics, extract, frechet_distance, inception_features, kid
@@ -134,7 +134,7 @@ def by_hints(kit: Kit, branches: Sequence[Branch], settings: Settings) -> Fill:
 
 
 def by_example(painter: Painter, settings: Settings) -> Fill:
-    """Paint by Example: the exemplar is the instance's own box (method sheet 2.10), no words."""
+    """Paint by Example, no words; what it is shown: see ``exemplars`` (method sheet 2.10)."""
 
     def make(bench: Bench, indices: Sequence[int] | None = None) -> list[np.ndarray]:
         holes = [e.hole for e in bench.examples]
@@ -144,10 +144,21 @@ def by_example(painter: Painter, settings: Settings) -> Fill:
 
 
 def exemplars(bench: Bench, size: int) -> list[np.ndarray]:
-    """What Paint by Example is shown for each item, uint8 size x size x 3."""
+    """What Paint by Example is shown for each item, uint8 size x size x 3: the bench's exemplar, or the own box."""
     if bench.exemplars is not None:
         return [resize(picture, size, size) for picture in bench.exemplars]
     return [exemplar(image, e.mask, size) for image, e in zip(bench.given(), bench.examples, strict=True)]
+
+
+def holed(bench: Bench) -> list[np.ndarray]:
+    """The backgrounds, black in the hole: what of them a method sees."""
+    return [np.where(e.hole[..., None], np.uint8(0), b) for e, b in zip(bench.examples, bench.seen(), strict=True)]
+
+
+def sample_grid(bench: Bench, columns: dict[str, list[np.ndarray]]) -> np.ndarray:
+    """Picture, uint8 H x W x 3: a row an item, with the hole, ``columns`` (title -> a picture an item), the truth."""
+    rows = [list(row) for row in zip(holed(bench), *columns.values(), bench.truths(), strict=True)]
+    return grid(rows, ["input", *columns, "truth"])
 
 
 def scores(bench: Bench, outputs: Sequence[np.ndarray]) -> list[dict[str, float]]:

@@ -8,6 +8,7 @@ import os
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +16,7 @@ import numpy as np
 from harmony.composites import copy_paste, poisson, reinhard
 from harmony.data.manifest import read_manifest
 from harmony.errors import UserError
-from harmony.models.exemplar import load_painter
+from harmony.models.exemplar import Painter, load_painter
 from harmony.models.kit import Kit
 from harmony.sampling.benchmark import (
     Bench,
@@ -25,6 +26,7 @@ from harmony.sampling.benchmark import (
     degraded,
     feature_extractor,
     figures,
+    holed,
     load_bench,
     pasted,
     relight_bench,
@@ -192,6 +194,10 @@ class Study:
             self.branches[name] = load_branch(self.controlnets[name], self.kit, every)
         return self.branches[name]
 
+    @cached_property
+    def loaded_painter(self) -> Painter:
+        return load_painter(self.painter, self.kit)
+
     def lacking(self, node: dict) -> list[str]:
         """What a row needs and is neither shipped nor given, as options of the command."""
         if "guidance" in node:
@@ -200,9 +206,9 @@ class Study:
         return [f"controlnets.{net}=RUN" for net in nets if self.controlnets.get(net, "") is None]
 
     def by_example(self, name: str, guidance: float) -> Method:
-        """Paint by Example with each instance's own box as the exemplar."""
+        """Paint by Example, loaded once, at this guidance."""
         settings = replace(self.settings, guidance=float(guidance))
-        return Method(name, by_example(load_painter(self.painter, self.kit), settings))
+        return Method(name, by_example(self.loaded_painter, settings))
 
     def weighted(self, name: str, weights: dict[str, float]) -> Method:
         """The method that runs the ControlNets with these weights."""
@@ -282,7 +288,6 @@ class Study:
         few = spread(list(range(len(bench))), EXAMPLES)
         part, lambdas = bench.part(few), self.spec["lambdas"]
         columns = {row: pasted(part, [images[i] for i in few]) for row, images in shown.items()}
-        given = [np.where(e.hole[..., None], 0, b) for e, b in zip(part.examples, part.seen(), strict=True)]
         target = self.folder / "figure.png"
         beside = target if self.spec["figure"] == "pictures" else self.folder / "pictures.png"
         if self.spec["figure"] == "heat":
@@ -293,7 +298,7 @@ class Study:
             heat(target, values, lambdas, lambdas, ("lambda_l (colour)", "lambda_h (structure)"))
         else:
             seen, what = (part.given(), "instance") if part.exemplars is None else (part.exemplars, "exemplar")
-            rows = list(zip(given, seen, *columns.values(), part.truths(), strict=True))
+            rows = list(zip(holed(part), seen, *columns.values(), part.truths(), strict=True))
             pictures(beside, rows, ["input", what, *columns, "truth" if part.exemplars is None else "source"])
         if self.spec["figure"] == "curves":
             curves(target, table, [f"{bench.name}/{metric}" for metric in CURVES], "lambda")

@@ -8,15 +8,14 @@ from collections.abc import Callable
 from pathlib import Path
 
 import lightning
-import numpy as np
 import torch
 from lightning.fabric.plugins import TorchCheckpointIO
 from lightning.pytorch.callbacks import Callback
 
 from harmony.data.datamodule import LatentData
 from harmony.errors import UserError
-from harmony.images import grid, write_image
-from harmony.sampling.benchmark import Bench, load_bench
+from harmony.images import write_image
+from harmony.sampling.benchmark import load_bench, sample_grid
 from harmony.sampling.harmonize import Settings
 
 
@@ -181,13 +180,6 @@ class SampleGrid(Callback):
     def on_train_end(self, trainer, module):
         if trainer.is_global_zero and not trainer.interrupted:
             self.draw(trainer, module)
-
-
-def sample_grid(bench: Bench, columns: dict[str, list[np.ndarray]]) -> np.ndarray:
-    """One row an item: the picture with its hole, the columns by title, the truth."""
-    holed = [e.image * ~e.hole[..., None] for e in bench.examples]
-    rows = [list(row) for row in zip(holed, *columns.values(), bench.truths(), strict=True)]
-    return grid(rows, ["input", *columns, "truth"])
 
 
 def trainer_callbacks(callbacks) -> list[lightning.Callback]:

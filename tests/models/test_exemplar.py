@@ -89,7 +89,7 @@ def test_only_the_class_token_gets_through(kit):
 
 
 def test_painting_unet_from_nine_channels_is_the_same_network(kit):
-    """Guards the change of order and polarity: inside, outputs equal the inpainting UNet's; the input is theirs."""
+    """Guards the change of order and polarity: away from the rim the first layer gives the same numbers."""
     z, hole, masked = latents(kit)
     text = torch.randn(2, 1, kit.unet.config.cross_attention_dim, generator=torch.Generator().manual_seed(2))
     t = torch.tensor([10, 700])
