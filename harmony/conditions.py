@@ -1,7 +1,7 @@
 """F1. Condition operators: what a network sees of the instance.
 
-Each makes a hint, uint8 H x W x 3, of an image and its instance mask M; Paint by Example's is S x S x 3. The
-operator and its parameters must be the same in training and at test time.
+Each makes a hint, uint8 H x W x 3, of an image and its instance mask M. The operator and its parameters must be the
+same in training and at test time. What Paint by Example sees is cut from the photograph: see ``exemplars``.
 """
 
 import math
@@ -11,7 +11,6 @@ import numpy as np
 import torch
 
 from harmony.errors import UserError
-from harmony.exemplars import exemplar
 from harmony.masks import scaled
 
 
@@ -63,7 +62,7 @@ def raw_hint(image: np.ndarray, mask: np.ndarray) -> np.ndarray:
     return instance_on_black(image, mask)
 
 
-HINTS = {"color": blur_hint, "structure": edge_hint, "raw": raw_hint, "exemplar": exemplar}
+HINTS = {"color": blur_hint, "structure": edge_hint, "raw": raw_hint}
 
 
 def hint(branch: str, image: np.ndarray, mask: np.ndarray, **params) -> np.ndarray:

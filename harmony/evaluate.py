@@ -9,6 +9,7 @@ import os
 import time
 from pathlib import Path
 
+import torch
 from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 
@@ -26,7 +27,8 @@ def before_after(cfg: DictConfig, kit, manifest: Path, folder: Path) -> tuple[di
     from harmony.sampling.harmonize import Branch, Settings, hints
 
     facts = {"branch": "color", "parameters": {}} | read_hint(cfg.controlnet)
-    branch = Branch(facts["branch"], load_controlnet(cfg.controlnet), cfg.weight, facts["parameters"])
+    net = load_controlnet(cfg.controlnet, kit.dtype).to(kit.device)
+    branch = Branch(facts["branch"], net, cfg.weight, facts["parameters"])
     settings = Settings(cfg.steps, cfg.guidance, cfg.seed)
     methods = [by_hints(kit, branches, settings) for branches in ([], [branch])]
     metrics, measured = before_and_after(kit, manifest, *methods, settings, cfg.split, cfg.limit)
@@ -48,7 +50,8 @@ def study(cfg: DictConfig, kit, manifest: Path, folder: Path):
 
     spec, nets = (OmegaConf.to_container(node, resolve=True) for node in (cfg.study, cfg.controlnets))
     settings, share = Settings(cfg.steps, cfg.guidance, cfg.seed), (rank(), int(os.environ.get("WORLD_SIZE") or 1))
-    return Study(cfg.name, spec, nets, kit, manifest, folder, settings, cfg.split, cfg.limit, *share, cfg.painter)
+    others = cfg.painter, cfg.clip
+    return Study(cfg.name, spec, nets, kit, manifest, folder, settings, cfg.split, cfg.limit, *share, *others)
 
 
 @entry("evaluate")
@@ -57,7 +60,7 @@ def main(cfg: DictConfig) -> None:
     began = time.monotonic()
     folder = run_folder(cfg)
     manifest = ensure(OmegaConf.to_container(cfg.dataset, resolve=True), cfg.model.path, cfg.paths.work)
-    kit = instantiate(cfg.model)
+    kit = instantiate(cfg.model).to("cuda" if torch.cuda.is_available() else "cpu")
     if cfg.study.bench is None:
         metrics, measured, text, picture = before_after(cfg, kit, manifest, folder)
     else:

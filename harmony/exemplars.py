@@ -27,7 +27,10 @@ TOWER = 224  # side at which the lengths of the augmentation are given
 
 
 def exemplar(image: np.ndarray, mask: np.ndarray, size: int = TOWER, pad: float = PAD) -> np.ndarray:
-    """The instance's box with up to ``pad`` px (at 512) around it, squashed to ``size`` x ``size``; no randomness."""
+    """The instance's box with up to ``pad`` px (at 512) around it, squashed to ``size`` x ``size``; no randomness.
+
+    ``image`` and ``mask`` are the photograph's own: cut from a small square, an exemplar would be blurred.
+    """
     height, width = mask.shape
     x0, y0, x1, y1 = bounding_box(mask)
     margin = round(scaled(pad, mask.shape))

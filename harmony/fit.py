@@ -21,6 +21,8 @@ def train(cfg: DictConfig, folder: Path) -> tuple[lightning.Trainer, lightning.L
     """Build data, module and trainer from the configuration and fit, going on from the last checkpoint."""
     lightning.seed_everything(cfg.seed, workers=True, verbose=False)
     data, module = (instantiate(node, _convert_="all") for node in (cfg.data, cfg.module))
+    if hasattr(module, "check"):
+        module.check(data)
     if rank() == 0 and hasattr(data, "prepare"):
         data.prepare()
     logger = instantiate(cfg.logger)

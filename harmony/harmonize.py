@@ -88,6 +88,12 @@ def alpha_mask(path: str) -> np.ndarray:
     return opaque
 
 
+def on_white(path: str) -> np.ndarray:
+    """A picture, uint8 H x W x 3, on white where it is transparent."""
+    pixels, opaque = read_image(path), np.asarray(open_image(path).convert("RGBA"))[..., 3:] / 255
+    return np.rint(opaque * pixels + (1 - opaque) * 255).astype(np.uint8)
+
+
 def read_box(box: ListConfig | None) -> tuple[float, ...] | None:
     if box is None:
         return None
@@ -123,7 +129,7 @@ def read_reference(cfg: DictConfig) -> Inputs:
     others = any(cfg[name] is not None for name in ("foreground", "composite", "box"))
     if cfg.background is None or cfg.mask is None or others:
         raise UserError("reference= wants background=PATH and mask=PATH, white where to paint, and nothing else")
-    background, reference = read_image(cfg.background), read_image(cfg.reference)
+    background, reference = read_image(cfg.background), on_white(cfg.reference)
     mask = read_mask(cfg.mask, size(background))
     region = read_mask(cfg.region, size(background)) if cfg.region else None
     return Inputs(background, background, mask, region, reference)
@@ -162,14 +168,20 @@ def caption(kit: Kit, path: Path) -> str:
     return next(caption_images([("composite", path)], captioner, processor, 1, kit.device))[1]
 
 
-def sheet(background: np.ndarray, result: Result, image: np.ndarray) -> np.ndarray:
-    """Contact sheet: the whole pictures above, the square that the model worked on below."""
+def sheet(inputs: Inputs, result: Result, image: np.ndarray) -> np.ndarray:
+    """Contact sheet: the whole pictures above, the square that the model worked on below.
+
+    Where an exemplar was painted there is no composite: the exemplar stands in its place.
+    """
+    background, reference = inputs.background, inputs.reference
     scale = min(1, SHEET_SIDE / max(background.shape[:2]))
     width, height = (max(1, round(scale * length)) for length in size(background))
     shown = [background, result.composite, image]
     whole = [resize(picture, width, height) for picture in shown]
     close = [crop_resize(picture, result.crop, min(width, height)) for picture in shown]
-    return grid([whole, close], ["background", "composite", "harmonized"])
+    if reference is not None:
+        whole[1] = close[1] = resize(reference, *(min(width, height),) * 2)
+    return grid([whole, close], ["background", "composite" if reference is None else "exemplar", "harmonized"])
 
 
 def compare(inputs: Inputs, result: Result, image: np.ndarray) -> list[np.ndarray]:
@@ -210,10 +222,12 @@ def by_example(cfg: DictConfig) -> Make:
 
     def make(cfg: DictConfig, inputs: Inputs, composite: Path) -> Result:
         side, settings = painter.encoder.size, Settings(cfg.steps, cfg.guidance, cfg.seed)
+        if inputs.reference is None:
+            shown = exemplar(inputs.foreground, inputs.mask, side)
+        else:
+            shown = resize(inputs.reference, side, side)
 
         def paint(image: np.ndarray, instance: np.ndarray, mask: np.ndarray, hole: np.ndarray) -> np.ndarray:
-            own = inputs.reference is None
-            shown = exemplar(instance, mask, side) if own else resize(inputs.reference, side, side)
             return fill_by_example(painter, [image], [shown], [hole], settings)[0]
 
         radius = TEST_RADIUS if inputs.reference is None else 0  # a mask that was painted by hand is the hole itself
@@ -235,7 +249,7 @@ def one(cfg: DictConfig, make: Make, folder: Path) -> tuple[dict[str, Path], lis
     image = paste_crop(inputs.background, result.raw, result.crop) if cfg.raw else result.image
     write_image(files["raw"], result.raw)
     write_image(files["hole"], result.hole)
-    write_image(files["sheet"], sheet(inputs.background, result, image))
+    write_image(files["sheet"], sheet(inputs, result, image))
     write_image(files["harmonized"], image)
     write_text(folder / "config.yaml", OmegaConf.to_yaml(cfg, resolve=True))
     return files, compare(inputs, result, image)

@@ -88,7 +88,8 @@ def test_it_runs(name, random_kit, awake, prepared_work, tmp_path):
     shutil.copytree(random_kit, kit, ignore=shutil.ignore_patterns("unet") if task == "InpaintTask" else None)
     more = [f"paths.work={work}", f"paths.runs={runs}", f"model.path={kit}", *QUICK, *SMALL[task]]
     if composed(name).module.get("companion"):
-        export_controlnet(awake(Kit(str(random_kit)), 0), tmp_path / "companion", "color", {}, Kit(str(random_kit)))
+        small, taught = Kit(str(random_kit)), {"sigma": 10, "normalize": True}
+        export_controlnet(awake(small, 0), tmp_path / "companion", "color", taught, small)
         more.append(f"module.companion={tmp_path / 'companion'}")
     prepared_work(work, [f"experiment={name}", f"name={name}", *more])
     began = time.time_ns()

@@ -13,7 +13,7 @@ import json
 import os
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Protocol
 
@@ -26,7 +26,7 @@ from harmony.composites import other_light
 from harmony.conditions import hint
 from harmony.data.manifest import read_manifest
 from harmony.errors import UserError
-from harmony.exemplars import SHAPED, extended_box, painted_mask, square_crop
+from harmony.exemplars import SHAPED, exemplar, extended_box, painted_mask, square_crop
 from harmony.files import write_json
 from harmony.images import Crop, crop_resize, read_image, resize, sha256, square_around, to_model
 from harmony.masks import bounding_box, coverage, hole, read_mask, resize_mask, to_latent
@@ -57,10 +57,12 @@ class Recipe:
     instance, mirrored half of the time) or ``extended`` (Paint by Example's, around the extended box). ``hole``: a rule
     of ``masks.hole``, or with the latter ``shape`` (half of the time of arbitrary shape) or ``box`` (the extended box
     always). ``variants``: items a row, each with a crop and a hole of its own. ``hints``: branch -> parameters of its
-    operator. Variant 0 of ``centre`` + ``dilate`` is the test protocol.
+    operator; for ``exemplar`` the ``size`` S at which it is stored. Variant 0 of ``centre`` + ``dilate`` is the test
+    protocol.
 
     ``mismatch``: share of items whose hints come from an instance under another light than the picture's: the render
     under its second light where the dataset has one, else a random change of exposure, contrast and white balance.
+    Exemplars stay in the picture's own light.
     """
 
     crop: str = "centre"
@@ -77,6 +79,8 @@ class Example:
     the whole of it, squashed).
 
     ``instance`` is the picture that hints are made from: ``image``, or the same object under another light.
+    ``exemplar``: the instance's box cut out of the photograph (``exemplars.exemplar``), uint8 S x S x 3, where one is
+    wanted.
     """
 
     image: np.ndarray
@@ -85,6 +89,7 @@ class Example:
     crop: Crop | None
     mirrored: bool = False
     relit: np.ndarray | None = None
+    exemplar: np.ndarray | None = None
 
     @property
     def instance(self) -> np.ndarray:
@@ -111,18 +116,21 @@ def example(row: Row, root: Path, recipe: Recipe, resolution: int, variant: int 
     height, width = image.shape[:2]
     mask = read_mask(root / row.mask, (width, height), resize=True)
     rng = np.random.default_rng([recipe.seed, variant, int(hashlib.sha256(row.id.encode()).hexdigest()[:8], 16)])
+    seen = exemplar(image, mask, **recipe.hints["exemplar"]) if "exemplar" in recipe.hints else None
     if recipe.crop == "extended":
-        return extended_example(image, mask, recipe, resolution, rng)
+        found = replace(extended_example(image, mask, recipe, resolution, rng), exemplar=seen)
+        if not (found.mask.any() and found.hole.any()):
+            raise vanished(row, resolution)
+        return found
     jitter = recipe.crop == "jitter"
     crop = jittered(row.box, width, height, rng) if jitter else square_around(row.box, width, height)
     mirrored = bool(jitter and rng.random() < 0.5)
     image, mask = crop_resize(image, crop, resolution), crop_resize(mask, crop, resolution)
     if mirrored:
         image, mask = np.ascontiguousarray(image[:, ::-1]), np.ascontiguousarray(mask[:, ::-1])
+        seen = None if seen is None else np.ascontiguousarray(seen[:, ::-1])
     if not mask.any():
-        raise UserError(
-            f"{row.mask}: the instance vanishes at {resolution} px; raise select.min_area and prepare again"
-        )
+        raise vanished(row, resolution)
     opened = hole(mask, recipe.hole, rng)
     relit = None
     if recipe.mismatch and rng.random() < recipe.mismatch:
@@ -131,7 +139,11 @@ def example(row: Row, root: Path, recipe: Recipe, resolution: int, variant: int 
             relit = np.ascontiguousarray(relit[:, ::-1]) if mirrored else relit
         else:
             relit = other_light(image, rng)
-    return Example(image, mask, opened, crop, mirrored, relit)
+    return Example(image, mask, opened, crop, mirrored, relit, seen)
+
+
+def vanished(row: Row, resolution: int) -> UserError:
+    return UserError(f"{row.mask}: the instance vanishes at {resolution} px; raise select.min_area and prepare again")
 
 
 def extended_example(
@@ -182,7 +194,10 @@ def encode(examples: list[Example], kit: Codec, recipe: Recipe) -> dict[str, tor
         "weight": (coverage(masks, kit.factor) * 255).round().to(torch.uint8),
     }
     for branch, parameters in recipe.hints.items():
-        hints = np.stack([hint(branch, e.instance, e.mask, **parameters) for e in examples])
+        if branch == "exemplar":
+            hints = np.stack([e.exemplar for e in examples])
+        else:
+            hints = np.stack([hint(branch, e.instance, e.mask, **parameters) for e in examples])
         tensors[f"hint_{branch}"] = torch.from_numpy(hints).permute(0, 3, 1, 2).contiguous()
     return tensors
 
@@ -226,7 +241,7 @@ def build(
     items = [(row, v) for row in rows for v in range(recipe.variants)]
     shards = [items[i : i + SHARD] for i in range(0, len(items), SHARD)]
     known: dict[str, str] = {}
-    began, done, todo = time.monotonic(), 0, 0
+    began, done, todo, squashed = time.monotonic(), 0, 0, 0
     for n, shard in enumerate(shards):
         path = folder / f"{n:05d}.safetensors"
         record = folder / f"{n:05d}.json"
@@ -240,6 +255,9 @@ def build(
         tensors: dict[str, list[torch.Tensor]] = {}
         for i in range(0, len(shard), batch):
             examples = [example(row, manifest.parent, recipe, kit.resolution, v) for row, v in shard[i : i + batch]]
+            if recipe.crop == "extended":
+                uneven = [row.width != row.height for row, _ in shard[i : i + batch]]
+                squashed += sum(u and e.crop is None for u, e in zip(uneven, examples, strict=True))
             for name, tensor in encode(examples, kit, recipe).items():
                 tensors.setdefault(name, []).append(tensor)
         known[path.name] = write_shard(path, {name: torch.cat(parts) for name, parts in tensors.items()})
@@ -248,6 +266,8 @@ def build(
         rate = done / (time.monotonic() - began)
         left = (todo - done) / rate
         say(f"latents {split}: shard {n + 1}/{len(shards)}, {rate:.0f} items a second, {left:.0f} s left")
+    if squashed:
+        say(f"latents {split}: {squashed} of {done} items are squashed pictures, no square holds their extended box")
     sizes = {f"{n:05d}.safetensors": len(shard) for n, shard in enumerate(shards)}
     write_json(
         folder / "index.json", {"key": key(description), "description": description, "sizes": sizes, "shards": known}

@@ -16,7 +16,7 @@ from diffusers import UNet2DConditionModel
 from diffusers.models.attention import BasicTransformerBlock
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
-from transformers import CLIPVisionConfig, CLIPVisionModel, CLIPVisionModelWithProjection
+from transformers import CLIPVisionConfig, CLIPVisionModel
 
 from harmony.errors import UserError
 from harmony.images import to_clip
@@ -94,12 +94,24 @@ def known_by_example(hole: torch.Tensor, masked: torch.Tensor) -> torch.Tensor:
 # ---------------------------------------------------------------------------------------------------- beginning
 
 
-def fresh_encoder(tower: CLIPVisionModelWithProjection, width: int, all_tokens: bool = False) -> ExemplarEncoder:
-    """An encoder around a kit's vision tower, everything behind it untrained; ``width`` is the UNet's D."""
+def fresh_encoder(tower: CLIPVisionModel, width: int, all_tokens: bool = False) -> ExemplarEncoder:
+    """An encoder around a CLIP vision tower, all behind it untrained; ``width`` is the UNet's D.
+
+    The tower may have a projection, which is left out.
+    """
     config = CLIPVisionConfig(**{**tower.config.to_dict(), "projection_dim": width})
     encoder = ExemplarEncoder(config, all_tokens)
-    encoder.model.load_state_dict(tower_keys(tower.state_dict(), "vision_model."))
+    state = tower.state_dict()
+    encoder.model.load_state_dict(tower_keys(state, "vision_model.") or state)
     return encoder
+
+
+def load_tower(path: str) -> CLIPVisionModel:
+    """The frozen CLIP vision tower in a folder or of a hub id. UserError where there is none; never unpickles."""
+    try:
+        return CLIPVisionModel.from_pretrained(path, use_safetensors=True).requires_grad_(False).eval()
+    except (OSError, ValueError) as error:
+        raise UserError(f"module.tower={path} is no CLIP vision tower: {str(error).splitlines()[0]}") from error
 
 
 def tower_keys(state: dict[str, torch.Tensor], prefix: str) -> dict[str, torch.Tensor]:
@@ -171,10 +183,18 @@ def load_painter(path: str | os.PathLike, kit: Kit) -> Painter:
         kit = Kit(where, dtype=kit.dtype, device=kit.device)
     elif unet.config.out_channels != kit.channels or unet.config.sample_size * kit.factor != kit.resolution:
         raise UserError(f"{path} does not fit kit {kit.name}: give the model.path that it was trained on")
+    elif (facts := kit_facts(folder)).get("vae", kit.hash("vae")) != kit.hash("vae"):
+        raise UserError(f"{path} was trained on another VAE than that of kit {kit.name}: model.path={facts['kit']}")
     encoder = read_encoder(where).to(kit.device, kit.dtype)
     if encoder.config.projection_dim != unet.config.cross_attention_dim:
         raise UserError(f"{path}: the encoder's width {encoder.config.projection_dim} is not the UNet's")
     return Painter(kit.with_unet(unet), encoder)
+
+
+def kit_facts(folder: Path) -> dict:
+    """Name and VAE of the kit that it was trained on; nothing for files of other origin."""
+    file = folder / "kit.json"
+    return json.loads(file.read_text()) if file.exists() else {}
 
 
 def fetch(where: str, name: str) -> Path:

@@ -81,6 +81,15 @@ def load_part(path: str, part: str, weights: str = "hub", dtype: torch.dtype = t
     return model.requires_grad_(False).eval()
 
 
+def weights_hash(module: torch.nn.Module) -> str:
+    """sha256 over names and values of a module's weights."""
+    digest = hashlib.sha256()
+    for name, value in sorted(module.state_dict().items()):
+        digest.update(name.encode())
+        digest.update(value.detach().float().cpu().contiguous().numpy())
+    return digest.hexdigest()
+
+
 @dataclass
 class Kit:
     """A loaded backbone. Parts are read when first asked for; all are frozen."""

@@ -18,11 +18,12 @@ from harmony.composites import paste_back
 from harmony.data.latents import Example, Recipe, example
 from harmony.data.manifest import read_manifest
 from harmony.errors import UserError
-from harmony.exemplars import exemplar
+from harmony.exemplars import TOWER, exemplar
 from harmony.images import crop_resize, grid, read_image, resize
 from harmony.masks import TEST_RADIUS, hole, read_mask
 from harmony.metrics.fidelity import aggregate, bg_drift, image_metrics, sharpness
 from harmony.metrics.frechet import KitFeatures, Statistics, extract, frechet_distance, inception_features, kid
+from harmony.metrics.similarity import KitClip
 from harmony.models.exemplar import Painter
 from harmony.models.kit import Kit
 from harmony.sample import Row
@@ -30,6 +31,7 @@ from harmony.sampling.exemplar import fill_by_example
 from harmony.sampling.harmonize import Branch, Settings, fill
 
 REPORT = 32  # pictures between two lines of progress
+SHOWN_TO = Recipe(hints={"exemplar": {"size": TOWER}})  # the test protocol, with what Paint by Example is shown
 KID_BELOW = 2048  # with fewer images the covariance is singular: the kernel distance is reported too
 
 
@@ -39,7 +41,7 @@ class Bench:
 
     ``backgrounds`` are the pictures that the instance is put into, ``instances`` those it is taken from, uint8
     R x R x 3; None = the truth itself. ``shadows`` bool R x R: where the truth's cast shadow lies. ``exemplars`` uint8
-    S x S x 3: what Paint by Example is shown; None = the instance's own box.
+    S x S x 3: what Paint by Example is shown; None = the instance's own box, as the examples hold it.
     """
 
     name: str
@@ -82,9 +84,8 @@ def spread(rows: list[Row], limit: int | None) -> list[Row]:
 def load_bench(manifest: Path, split: str, resolution: int, limit: int | None = None) -> Bench:
     """Reconstruction by the test protocol (centre crop, dilated hole) of up to ``limit`` rows of the split."""
     rows = spread(read_manifest(manifest, split)[1], limit)
-    return Bench(
-        split, [example(r, Path(manifest).parent, Recipe(), resolution) for r in rows], [r.caption for r in rows]
-    )
+    root = Path(manifest).parent
+    return Bench(split, [example(r, root, SHOWN_TO, resolution) for r in rows], [r.caption for r in rows])
 
 
 def relight_bench(
@@ -103,9 +104,11 @@ def relight_bench(
     examples, plates, relit, shadows = [], [], [], []
     for row in rows:
         e = example(row, root, Recipe(), resolution)
-        examples.append(replace(e, hole=hole(e.mask, "dilate", radius=radius)))
+        other = read_image(root / row.extras["relit"])
+        own = exemplar(other, read_mask(root / row.mask, (row.width, row.height), resize=True))
+        examples.append(replace(e, hole=hole(e.mask, "dilate", radius=radius), exemplar=own))
         plates.append(crop_resize(read_image(root / row.extras["plate"]), e.crop, resolution))
-        relit.append(crop_resize(read_image(root / row.extras["relit"]), e.crop, resolution))
+        relit.append(crop_resize(other, e.crop, resolution))
         shadow = read_mask(root / row.extras["shadow"], (row.width, row.height))
         shadows.append(crop_resize(shadow, e.crop, resolution))
     return Bench(split, examples, [r.caption for r in rows], plates, relit, shadows)
@@ -113,10 +116,13 @@ def relight_bench(
 
 def degraded(bench: Bench, factor: int) -> Bench:
     """The same bench with instances taken from pictures that were shrunk by ``factor`` and enlarged again (fig. 7)."""
-    given = bench.given()
-    sides = [(g.shape[1], g.shape[0]) for g in given]
-    poor = [resize(resize(g, w // factor, h // factor), w, h) for g, (w, h) in zip(given, sides, strict=True)]
-    return replace(bench, instances=poor)
+
+    def poor(picture: np.ndarray) -> np.ndarray:
+        height, width = picture.shape[:2]
+        return resize(resize(picture, width // factor, height // factor), width, height)
+
+    examples = [replace(e, exemplar=None if e.exemplar is None else poor(e.exemplar)) for e in bench.examples]
+    return replace(bench, examples=examples, instances=[poor(g) for g in bench.given()])
 
 
 # a method: bench -> raw outputs, uint8 R x R x 3, in its order; the indices choose the noise (default 0, 1, ...)
@@ -145,9 +151,8 @@ def by_example(painter: Painter, settings: Settings) -> Fill:
 
 def exemplars(bench: Bench, size: int) -> list[np.ndarray]:
     """What Paint by Example is shown for each item, uint8 size x size x 3: the bench's exemplar, or the own box."""
-    if bench.exemplars is not None:
-        return [resize(picture, size, size) for picture in bench.exemplars]
-    return [exemplar(image, e.mask, size) for image, e in zip(bench.given(), bench.examples, strict=True)]
+    shown = bench.exemplars or [e.exemplar for e in bench.examples]
+    return [resize(picture, size, size) for picture in shown]
 
 
 def holed(bench: Bench) -> list[np.ndarray]:
@@ -209,6 +214,11 @@ def distances(made: torch.Tensor, real: torch.Tensor) -> dict[str, float]:
 def feature_extractor(kit: Kit) -> Callable:
     """clean-fid's Inception where its weights lie on disk, else the kit's CLIP tower; ``.protocol`` names which."""
     return inception_features() or KitFeatures(kit.image_encoder)
+
+
+def kit_clip(kit: Kit) -> KitClip:
+    """CLIP as the kit itself has it."""
+    return KitClip(kit.image_encoder, kit.text_tower.text_model, kit.text_tower.text_projection, kit.tokenizer)
 
 
 def made(bench: Bench, fill: Fill, what: str) -> list[np.ndarray]:

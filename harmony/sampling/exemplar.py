@@ -1,4 +1,7 @@
-"""F3. Sampling Paint by Example: the exemplar's token in the place of words (method sheet 3.9)."""
+"""F3. Sampling Paint by Example: the exemplar's token in the place of words (method sheet 3.9).
+
+Sampled by DDIM as every method here, so that tables compare methods and not samplers; the released scripts use PLMS.
+"""
 
 from collections.abc import Sequence
 

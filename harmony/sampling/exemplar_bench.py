@@ -2,62 +2,91 @@
 
 Each source picture has one box, which is painted over; the exemplar is the crop of the most similar object of the same
 label in another picture of the split, by the cosine of CLIP image features. There is no truth: what counts is whether
-the box looks like the exemplar (``clip_i``), whether the picture looks like a picture (``fid``, ``qs_own``), and
-whether pixels were merely copied (``copying``).
+the box looks like the exemplar (``clip_i``), whether the picture looks like a picture (``clip_fid``, ``fid``,
+``qs_own``), and whether pixels were merely copied (``copying``). ``clip_i``, ``clip_fid`` and ``qs_own`` are made of
+CLIP's image embeddings, ``fid`` and ``kid`` of the features that the other tables use.
 """
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
+from typing import Protocol
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 
 from harmony.errors import UserError
-from harmony.exemplars import exemplar
 from harmony.images import resize
 from harmony.masks import bounding_box, box_mask
 from harmony.metrics.fidelity import aggregate, bg_drift
-from harmony.metrics.frechet import extract
+from harmony.metrics.frechet import Statistics, extract, frechet_distance
+from harmony.metrics.similarity import clip_i
 from harmony.sampling.benchmark import Bench, distances, pasted, spread
 
 COMPONENTS = 20  # of the Gaussian mixture behind qs_own
+LARGEST = 0.5  # share of the picture that a box may take
+
+
+class Clip(Protocol):
+    """One of ``metrics.similarity``: ``name``, and the embeddings N x P of uint8 pictures."""
+
+    name: str
+
+    def images(self, images: list[np.ndarray]) -> torch.Tensor: ...
+
+
+def embeddings(images: Sequence[np.ndarray], clip: Clip, batch: int = 32) -> torch.Tensor:
+    """N x P of unit length, on the CPU."""
+    parts = [clip.images(list(images[i : i + batch])).float().cpu() for i in range(0, len(images), batch)]
+    return F.normalize(torch.cat(parts), dim=1)
 
 
 def exemplar_bench(
-    bench: Bench, labels: Sequence[str], extractor: Callable, limit: int | None = None, say: Callable = print
+    bench: Bench,
+    crops: Sequence[np.ndarray],
+    labels: Sequence[str],
+    objects: Sequence[str],
+    clip: Clip,
+    limit: int | None = None,
+    say: Callable[[str], None] = print,
 ) -> Bench:
     """Up to ``limit`` pictures of ``bench`` whose label occurs in another one, and the most similar object there.
 
-    ``labels`` are those of the examples. UserError when no label occurs twice.
+    Of each example: ``crops``, uint8 of any size, the box of its object in the photograph; ``labels``; ``objects``, a
+    name that two pictures of one object (a scene under two lights) share. UserError when nothing can be paired.
     """
-    crops = [exemplar(e.image, e.mask, extractor.size) for e in bench.examples]
-    features = F.normalize(extract(crops, extractor, extractor.size), dim=1)
+    boxes = [box_mask(bounding_box(e.mask), *e.mask.shape[::-1]) for e in bench.examples]
+    features = embeddings(crops, clip)
     alike = (features @ features.T).numpy()
-    same = np.array(labels)[:, None] == np.array(labels)[None]
-    np.fill_diagonal(same, False)
-    kept = np.flatnonzero(same.any(1)).tolist()
+    labels, objects = np.array(labels), np.array(objects)
+    other = (labels[:, None] == labels[None]) & (objects[:, None] != objects[None])
+    small = np.array([box.mean() <= LARGEST for box in boxes])
+    kept = np.flatnonzero(other.any(1) & small).tolist()
+    alone, large = int((~other.any(1)).sum()), int((other.any(1) & ~small).sum())
     if not kept:
-        raise UserError(f"no label occurs twice among {len(labels)} {bench.name} pictures: take a larger dataset")
-    if len(kept) < len(labels):
-        say(f"{len(labels) - len(kept)} of {len(labels)} pictures left out: no other one shows their kind of object")
+        raise UserError(
+            f"{bench.name}: of {len(boxes)} pictures {alone} show a kind of object that no other one shows and {large} "
+            "have a box of more than half of the picture: nothing is left, take a larger dataset"
+        )
+    if alone or large:
+        say(f"of {len(boxes)} pictures {alone} have no other of their kind, {large} a box above half of the picture")
     kept = spread(kept, limit)
-    chosen = np.where(same, alike, -np.inf).argmax(1)
-    part = bench.part(kept)
-    examples = [replace(e, hole=box_mask(bounding_box(e.mask), *e.mask.shape[::-1])) for e in part.examples]
-    return replace(part, examples=examples, exemplars=[crops[chosen[i]] for i in kept])
+    chosen = np.where(other, alike, -np.inf).argmax(1)
+    examples = [replace(bench.examples[i], hole=boxes[i]) for i in kept]
+    return replace(bench.part(kept), examples=examples, exemplars=[crops[chosen[i]] for i in kept])
 
 
-def box_of(image: np.ndarray, hole: np.ndarray, size: int) -> np.ndarray:
-    """The painted box of a result, squashed to ``size`` x ``size`` like an exemplar."""
+def box_of(image: np.ndarray, hole: np.ndarray) -> np.ndarray:
+    """The painted box of a result."""
     x0, y0, x1, y1 = bounding_box(hole)
-    return resize(image[y0:y1, x0:x1], size, size)
+    return image[y0:y1, x0:x1]
 
 
-def copying(result: np.ndarray, shown: np.ndarray) -> float:
-    """Correlation in [-1, 1] of the pixels of two squares of one size; 1 = copied. 0 for a flat one."""
-    a, b = (x.astype(np.float64) - x.mean((0, 1)) for x in (result, shown))
+def copying(box: np.ndarray, shown: np.ndarray) -> float:
+    """Correlation in [-1, 1] of the pixels of a painted box and the exemplar in its size; 1 = copied. A flat one: 0."""
+    shown = resize(shown, box.shape[1], box.shape[0])
+    a, b = (x.astype(np.float64) - x.mean((0, 1)) for x in (box, shown))
     return float((a * b).sum() / max(np.sqrt((a**2).sum() * (b**2).sum()), 1e-9))
 
 
@@ -89,6 +118,7 @@ class Likeness:
     """The figures of this bench: ``real`` are pictures of the train split."""
 
     bench: Bench
+    clip: Clip
     extractor: Callable
     real: list[np.ndarray]
 
@@ -97,29 +127,33 @@ class Likeness:
         return extract(self.real, self.extractor, self.extractor.size)
 
     @cached_property
-    def quality(self) -> Quality:
-        return Quality(self.real_features)
+    def real_embeddings(self) -> torch.Tensor:
+        return embeddings(self.real, self.clip)
 
     @cached_property
-    def exemplar_features(self) -> torch.Tensor:
-        return extract(self.bench.exemplars, self.extractor, self.extractor.size)
+    def quality(self) -> Quality:
+        return Quality(self.real_embeddings)
+
+    @cached_property
+    def shown(self) -> torch.Tensor:
+        return embeddings(self.bench.exemplars, self.clip)
 
     def figures(self, raw: Sequence[np.ndarray]) -> dict[str, float]:
         """``<split>/raw/<metric>`` and ``<split>/pasted/<metric>``."""
-        bench, size, results = self.bench, self.extractor.size, {}
+        bench, results = self.bench, {}
         for kind, outputs in (("raw", list(raw)), ("pasted", pasted(bench, raw))):
             holes = [e.hole for e in bench.examples]
-            boxes = [box_of(y, h, size) for y, h in zip(outputs, holes, strict=True)]
-            shown = [resize(e, size, size) for e in bench.exemplars]
+            boxes = [box_of(y, h) for y, h in zip(outputs, holes, strict=True)]
             numbers = aggregate(
                 [
                     {"bg_drift": bg_drift(y, x, h), "copying": copying(b, s)}
-                    for y, x, h, b, s in zip(outputs, bench.seen(), holes, boxes, shown, strict=True)
+                    for y, x, h, b, s in zip(outputs, bench.seen(), holes, boxes, bench.exemplars, strict=True)
                 ]
             )
-            cosine = F.cosine_similarity(extract(boxes, self.extractor, size), self.exemplar_features)
-            features = extract(outputs, self.extractor, size)
-            numbers |= {"clip_i": 100 * float(cosine.mean()), "qs_own": self.quality(features)}
-            numbers |= distances(features, self.real_features)
+            whole = embeddings(outputs, self.clip)
+            sets = (Statistics(f.shape[1]).update(f) for f in (whole, self.real_embeddings))
+            numbers |= {"clip_i": 100 * clip_i(embeddings(boxes, self.clip), self.shown)}
+            numbers |= {"clip_fid": frechet_distance(*sets), "qs_own": self.quality(whole)}
+            numbers |= distances(extract(outputs, self.extractor, self.extractor.size), self.real_features)
             results |= {f"{bench.name}/{kind}/{name}": float(value) for name, value in numbers.items()}
         return results

@@ -16,8 +16,13 @@ import numpy as np
 from harmony.composites import copy_paste, poisson, reinhard
 from harmony.data.manifest import read_manifest
 from harmony.errors import UserError
+from harmony.exemplars import exemplar
+from harmony.images import read_image
+from harmony.masks import read_mask
+from harmony.metrics.similarity import KitClip, OpenClip
 from harmony.models.exemplar import Painter, load_painter
 from harmony.models.kit import Kit
+from harmony.sample import Row
 from harmony.sampling.benchmark import (
     Bench,
     Fill,
@@ -27,6 +32,7 @@ from harmony.sampling.benchmark import (
     feature_extractor,
     figures,
     holed,
+    kit_clip,
     load_bench,
     pasted,
     relight_bench,
@@ -133,12 +139,18 @@ def outputs(bench: Bench, method: Method, folder: Path) -> list[np.ndarray]:
     return [image for block in blocks(len(bench)) for image in np.load(block_file(folder, method, block))]
 
 
+def object_of(row: Row, root: Path) -> np.ndarray:
+    """The bare box of a row's object, cut out of the photograph."""
+    mask = read_mask(root / row.mask, (row.width, row.height), resize=True)
+    return exemplar(read_image(root / row.image), mask, pad=0)
+
+
 class Study:
     """One study: its benches, its methods, their stored outputs, the table and the figure.
 
     ``spec`` is the node ``study`` of configs/evaluate.yaml, ``controlnets`` what its rows may name, ``painter`` its
-    Paint by Example. Of ``world``
-    processes each makes its share of the outputs; the first makes the table.
+    Paint by Example, ``clip`` open_clip's NAME/WEIGHTS (None = the kit's towers). Of ``world`` processes each makes its
+    share of the outputs; the first makes the table.
     """
 
     def __init__(
@@ -155,10 +167,11 @@ class Study:
         rank: int = 0,
         world: int = 1,
         painter: str | None = None,
+        clip: str | None = None,
     ):
         self.name, self.spec, self.controlnets, self.kit, self.manifest = name, spec, controlnets, kit, manifest
         self.folder, self.settings, self.split, self.limit = folder, replace(settings, batch=BLOCK), split, limit
-        self.rank, self.world, self.painter = rank, world, painter
+        self.rank, self.world, self.painter, self.openclip = rank, world, painter, clip
         self.extractor = feature_extractor(kit)
         self.branches, self.notes = {}, []
 
@@ -170,9 +183,11 @@ class Study:
             case "relight":
                 return relight_bench(*at, radius=self.spec["radius"])
             case "exemplar":
-                labels = [row.label for row in read_manifest(self.manifest, split)[1]]
+                rows = read_manifest(self.manifest, split)[1]
                 whole = load_bench(self.manifest, split, self.kit.resolution)
-                return exemplar_bench(whole, labels, self.extractor, self.limit, self.notes.append)
+                named = [row.label for row in rows], [row.mask for row in rows]
+                crops = [object_of(row, self.manifest.parent) for row in rows]
+                return exemplar_bench(whole, crops, *named, self.clip, self.limit, self.notes.append)
         raise UserError(f"study.bench={self.spec['bench']}: choose reconstruct, relight or exemplar")
 
     def measures(self, bench: Bench) -> Callable[[Sequence[np.ndarray]], dict[str, float]]:
@@ -181,7 +196,14 @@ class Study:
             truth = truth_features(bench, self.extractor)
             return lambda raw: figures(bench, raw, self.extractor, truth)
         real = load_bench(self.manifest, "train", self.kit.resolution, REAL).truths()
-        return Likeness(bench, self.extractor, real).figures
+        self.notes.append(f"clip_i, clip_fid and qs_own on embeddings of {self.clip.name}")
+        return Likeness(bench, self.clip, self.extractor, real).figures
+
+    @cached_property
+    def clip(self) -> KitClip | OpenClip:
+        if self.openclip is None:
+            return kit_clip(self.kit)
+        return OpenClip(*self.openclip.split("/", 1), device=self.kit.device)
 
     def branch(self, name: str) -> Branch:
         """The ControlNet that ``controlnets`` calls ``name``, loaded once."""
@@ -196,7 +218,11 @@ class Study:
 
     @cached_property
     def loaded_painter(self) -> Painter:
-        return load_painter(self.painter, self.kit)
+        painter = load_painter(self.painter, self.kit)
+        if painter.kit.resolution != self.kit.resolution:
+            sizes = f"{painter.kit.resolution} px, the study's kit {self.kit.name} at {self.kit.resolution}"
+            raise UserError(f"painter={self.painter} works at {sizes}: give model.path={self.painter}")
+        return painter
 
     def lacking(self, node: dict) -> list[str]:
         """What a row needs and is neither shipped nor given, as options of the command."""

@@ -10,10 +10,11 @@ import torch
 import torch.nn.functional as F
 
 from harmony.conditions import check_hint, hint
+from harmony.data.datamodule import LatentData
 from harmony.errors import UserError
 from harmony.models.controlnet import BRANCHES, export_controlnet, from_unet, zero_convolutions
 from harmony.models.halves import Encoded, decode, encode
-from harmony.models.kit import Kit
+from harmony.models.kit import Kit, weights_hash
 from harmony.sampling.benchmark import Bench, Fill, by_hints
 from harmony.sampling.harmonize import Branch, Settings, load_branch
 from harmony.sampling.inpaint import control_residuals
@@ -109,10 +110,24 @@ class ControlTask(Controls):
     def controls(self) -> dict[str, torch.nn.Module]:
         return {self.branch: self.net}
 
+    def check(self, data: LatentData) -> None:
+        """UserError unless the companion's hints travel with the batch, made as it was taught."""
+        if self.companion is None:
+            return
+        name, taught = self.companion.name, self.companion.parameters
+        if name not in data.branches:
+            raise UserError(f"the companion's hint is not in the batch: data.branch=[{self.branch},{name}]")
+        given = data.recipes["train"].hints.get(name)
+        if taught is not None and given != taught:
+            raise UserError(
+                f"the companion was trained on {name} hints {taught}: data.hints.{name}={given} must equal them"
+            )
+
     @cached_property
     def frozen(self) -> dict[str, str]:
         """sha256 of each frozen part: what the ControlNet was trained on."""
-        return {part: self.kit.hash(part) for part in ("vae", "unet", "text_encoder")}
+        hashes = {part: self.kit.hash(part) for part in ("vae", "unet", "text_encoder")}
+        return hashes | ({"companion": weights_hash(self.companion.net)} if self.companion else {})
 
     def on_save_checkpoint(self, checkpoint):
         checkpoint["kit"] = self.frozen
@@ -120,8 +135,8 @@ class ControlTask(Controls):
     def on_load_checkpoint(self, checkpoint):
         if checkpoint["kit"] != self.frozen:
             raise UserError(
-                f"this run was trained on another state of kit {self.kit.name}: put that kit back, or begin anew"
-                " with resume=false"
+                f"this run was trained on another state of kit {self.kit.name} or of its companion: put it back, or"
+                " begin anew with resume=false"
             )
 
     def on_fit_start(self):
@@ -190,10 +205,6 @@ class ControlTask(Controls):
     def beside(self, batch: dict, u: torch.Tensor, t: torch.Tensor, text: torch.Tensor) -> Residuals:
         """The companion's residuals, zero for the samples in which it does not run."""
         name = f"hint_{self.companion.name}"
-        if name not in batch:
-            raise UserError(
-                f"the companion's hint is not in the batch: data.branch=[{self.branch},{self.companion.name}]"
-            )
         seen = batch[name].to(u.dtype)
         down, middle = control_residuals([(self.companion.net, seen, 1.0)], u, t, text)
         runs = (batch["beside"] < self.share).to(u.dtype)[:, None, None, None]

@@ -1,6 +1,7 @@
 """F4. Training Paint by Example on a kit (method sheet 3.2 to 3.8): the whole UNet and the exemplar encoder."""
 
 from dataclasses import replace
+from functools import cached_property
 from pathlib import Path
 
 import lightning
@@ -9,6 +10,7 @@ import torch
 import torch.nn.functional as F
 
 from harmony.conditions import check_hint
+from harmony.data.datamodule import LatentData
 from harmony.errors import UserError
 from harmony.models.exemplar import (
     ExemplarEncoder,
@@ -16,9 +18,10 @@ from harmony.models.exemplar import (
     export_painter,
     fresh_encoder,
     known_by_example,
+    load_tower,
     painting_unet,
 )
-from harmony.models.kit import Kit
+from harmony.models.kit import Kit, weights_hash
 from harmony.sampling.benchmark import Bench, Fill, by_example, exemplars
 from harmony.sampling.harmonize import Settings
 from harmony.training.objective import noised, target
@@ -34,7 +37,8 @@ class ExemplarTask(lightning.LightningModule):
 
     ``dropout``: share of samples, or with ``dropout_by="batch"`` (the reference) of batches, without exemplar.
     ``encoder_lr``: learning rate of what is untrained at the beginning; None = ``lr``. ``decay``: linear to 0.
-    ``all_tokens``: the ablation that keeps the patch tokens.
+    ``all_tokens``: the ablation that keeps the patch tokens. ``tower``: folder or hub id of the CLIP vision tower that
+    sees the exemplars, where it is not the kit's own (Stable Diffusion brings none).
     """
 
     frozen_baseline = False  # what is painted without an exemplar changes with training
@@ -50,13 +54,14 @@ class ExemplarTask(lightning.LightningModule):
         dropout: float = 0.2,
         dropout_by: str = "sample",
         all_tokens: bool = False,
+        tower: str | None = None,
     ):
         super().__init__()
         if dropout_by not in ("sample", "batch"):
             raise UserError(f"module.dropout_by={dropout_by}: choose sample or batch")
         self.kit, self.lr, self.encoder_lr, self.warmup, self.decay = kit, lr, encoder_lr, warmup, decay
         self.weight_decay, self.dropout, self.dropout_by = weight_decay, dropout, dropout_by
-        self.all_tokens = all_tokens
+        self.all_tokens, self.tower_path = all_tokens, tower
         self.unet: torch.nn.Module | None = None
         self.encoder: ExemplarEncoder | None = None
 
@@ -64,11 +69,25 @@ class ExemplarTask(lightning.LightningModule):
         if self.unet is None:
             self.unet = painting_unet(self.kit.unet)
             width = self.unet.config.cross_attention_dim
-            self.encoder = fresh_encoder(self.kit.image_encoder, width, self.all_tokens).float()
+            self.encoder = fresh_encoder(self.tower, width, self.all_tokens).float()
+            self.kit = self.kit.with_unet(self.unet)  # and what was copied takes no more room
+            del self.tower
+            vars(self.kit).pop("image_encoder", None)
+
+    @cached_property
+    def tower(self) -> torch.nn.Module:
+        """What sees the exemplars at first; no submodule."""
+        return load_tower(self.tower_path) if self.tower_path else self.kit.image_encoder
+
+    def check(self, data: LatentData) -> None:
+        """UserError unless the cache is to hold exemplars of the tower's side."""
+        stored, side = data.recipes["train"].hints.get("exemplar", {}).get("size"), self.tower.config.image_size
+        if stored != side:
+            raise UserError(f"data.hints.exemplar.size={stored}, but the CLIP tower takes {side} px: set it to {side}")
 
     @property
     def painter(self) -> Painter:
-        return Painter(self.kit.with_unet(self.unet), self.encoder)
+        return Painter(self.kit, self.encoder)
 
     def methods(self, settings: Settings, hints: dict[str, dict]) -> dict[str, Fill]:
         """What the run is measured by: without an exemplar (guidance 0), and with it."""
@@ -84,14 +103,22 @@ class ExemplarTask(lightning.LightningModule):
         """Write ``folder/paint_by_example`` in diffusers layout."""
         export_painter(self.unet, self.encoder, folder, self.kit)
 
+    @cached_property
+    def frozen(self) -> dict[str, str]:
+        """What it was trained on: the VAE's sha256, and one of the tower's weights."""
+        return {"vae": self.kit.hash("vae"), "tower": weights_hash(self.encoder.model)}
+
     def on_save_checkpoint(self, checkpoint):
         state = checkpoint["state_dict"]
         checkpoint["state_dict"] = {name: v for name, v in state.items() if not name.startswith("encoder.model.")}
-        checkpoint["kit"] = self.kit.hash("vae")
+        checkpoint["kit"] = self.frozen
 
     def on_load_checkpoint(self, checkpoint):
-        if checkpoint["kit"] != self.kit.hash("vae"):
-            raise UserError(f"this run was trained on another state of kit {self.kit.name}: begin anew, resume=false")
+        if checkpoint["kit"] != self.frozen:
+            raise UserError(
+                f"this run was trained on another state of kit {self.kit.name} or of the tower: begin anew,"
+                " resume=false"
+            )
         tower = {f"encoder.model.{name}": v for name, v in self.encoder.model.state_dict().items()}
         checkpoint["state_dict"] |= tower
 

@@ -235,7 +235,7 @@ def test_a_companion_runs_in_its_share_and_stays_as_it_is(kit, awake, latent_dat
     data = latent_data(batch_size=4, branch=["structure", "color"])
     data.setup()
     net = awake(kit, 3)
-    folder = export_controlnet(net, tmp_path, "color", {}, kit)
+    folder = export_controlnet(net, tmp_path, "color", {"sigma": 10, "normalize": True}, kit)
     batch = batch_of(data)
     batch["beside"] = torch.tensor([0.1, 0.4, 0.6, 0.9])
     alone, beside = fresh(kit, branch="structure"), fresh(kit, branch="structure", companion=str(folder.parent))
@@ -248,9 +248,12 @@ def test_a_companion_runs_in_its_share_and_stays_as_it_is(kit, awake, latent_dat
     assert set(beside.state_dict()) == set(alone.state_dict())
     trainer(tmp_path, 2).fit(beside, data)
     assert all(torch.equal(v, net.state_dict()[n]) for n, v in beside.companion.net.state_dict().items())
-    del batch["hint_color"]
+    beside.check(data)
     with pytest.raises(UserError, match=r"data.branch=\[structure,color\]"):
-        beside.errors(batch)
+        beside.check(latent_data(branch="structure"))
+    data.recipes["train"].hints["color"] = {"sigma": 32, "normalize": True}
+    with pytest.raises(UserError, match="the companion was trained on color hints .*data.hints.color="):
+        beside.check(data)
 
 
 def test_joint_training_wants_a_list_of_branches(kit):

@@ -118,6 +118,25 @@ def test_stopped_it_goes_on_exactly(kit, data, tmp_path):
         trainer(tmp_path / "third", 4, **options).fit(fresh(kit), data, ckpt_path=str(file))
 
 
+def test_exemplars_must_have_the_towers_side(kit, latent_data):
+    """Guards the run: refused before hours of caching, by the option to set."""
+    task = ExemplarTask(kit)
+    task.check(latent_data(hints={"exemplar": {"size": kit.image_encoder.config.image_size}}, branch="exemplar"))
+    with pytest.raises(UserError, match="data.hints.exemplar.size=16, but the CLIP tower takes 32 px"):
+        task.check(latent_data(hints={"exemplar": {"size": 16}}, branch="exemplar"))
+    with pytest.raises(UserError, match="module.tower=nowhere/at-all"):
+        ExemplarTask(kit, tower="nowhere/at-all").tower  # noqa: B018
+
+
+def test_a_tower_of_its_own(kit, tmp_path):
+    """Guards kits without one: any CLIP vision tower in a folder sees the exemplars, and none is kept twice."""
+    kit.image_encoder.save_pretrained(tmp_path)
+    own, theirs = fresh(kit, tower=str(tmp_path)), fresh(kit)
+    same = own.encoder.model.state_dict()
+    assert all(torch.equal(v, same[n]) for n, v in theirs.encoder.model.state_dict().items())
+    assert "tower" not in vars(own) and not any(name.startswith("tower") for name in own.state_dict())
+
+
 def test_exemplars_are_augmented_in_training_alone(data):
     """Guards 3.3: the same item at another position looks different; validation and augment=False do not change."""
     data.setup()
