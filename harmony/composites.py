@@ -29,13 +29,14 @@ def paste_back(generated: np.ndarray, background: np.ndarray, hole: np.ndarray, 
 def reinhard(foreground: np.ndarray, mask: np.ndarray, background: np.ndarray) -> np.ndarray:
     """Colour transfer: mean and deviation of the masked pixels become those of the background, per channel of CIE Lab.
 
-    After Reinhard et al., Color transfer between images (2001), in Lab instead of l-alpha-beta. Pixels outside ``mask``
-    are untouched.
+    The background is what lies outside ``mask`` (all of it where the mask is everything): under it there may be the
+    object itself. After Reinhard et al., Color transfer between images (2001), in Lab instead of l-alpha-beta. Pixels
+    outside ``mask`` are untouched.
     """
     if not mask.any():
         return foreground.copy()
     lab = _lab(foreground)
-    source, target = lab[mask], _lab(background).reshape(-1, 3)
+    source, target = lab[mask], _lab(background)[np.ones_like(mask) if mask.all() else ~mask]
     gain = target.std(axis=0) / np.maximum(source.std(axis=0), 1e-3)
     lab[mask] = (source - source.mean(axis=0)) * gain + target.mean(axis=0)
     rgb = np.rint(np.clip(cv2.cvtColor(lab, cv2.COLOR_Lab2RGB), 0, 1) * 255).astype(np.uint8)

@@ -19,8 +19,8 @@ from harmony.data.preparation import ensure
 from harmony.files import write_json, write_text
 
 
-def before_after(cfg: DictConfig, kit, manifest: Path, folder: Path) -> tuple[dict, dict, str, Path]:
-    """(figures, facts, table, picture) of one ControlNet."""
+def before_after(cfg: DictConfig, kit, manifest: Path, folder: Path) -> tuple[dict, dict, str, list[Path]]:
+    """(figures, facts, table, pictures) of one ControlNet."""
     from harmony.images import from_model, write_image
     from harmony.models.controlnet import load_controlnet, read_hint
     from harmony.sampling.benchmark import before_and_after, by_hints, load_bench, sample_grid, table
@@ -40,7 +40,7 @@ def before_after(cfg: DictConfig, kit, manifest: Path, folder: Path) -> tuple[di
     write_image(picture, sample_grid(shown, {"hint": seen, "hint off": off, "output": on}))
     text = f"{table(metrics, cfg.split, **measured)}\n"
     write_text(folder / "table.md", text)
-    return metrics, measured, text, picture
+    return metrics, measured, text, [picture]
 
 
 def study(cfg: DictConfig, kit, manifest: Path, folder: Path):
@@ -54,32 +54,41 @@ def study(cfg: DictConfig, kit, manifest: Path, folder: Path):
     return Study(cfg.name, spec, nets, kit, manifest, folder, settings, cfg.split, cfg.limit, *share, *others)
 
 
+def device() -> str:
+    """The GPU of this process where there is one."""
+    return f"cuda:{os.environ.get('LOCAL_RANK') or 0}" if torch.cuda.is_available() else "cpu"
+
+
 @entry("evaluate")
 def main(cfg: DictConfig) -> None:
     """Figures, table and picture of one ControlNet or of a study."""
     began = time.monotonic()
     folder = run_folder(cfg)
     manifest = ensure(OmegaConf.to_container(cfg.dataset, resolve=True), cfg.model.path, cfg.paths.work)
-    kit = instantiate(cfg.model).to("cuda" if torch.cuda.is_available() else "cpu")
+    kit = instantiate(cfg.model).to(device())
     if cfg.study.bench is None:
-        metrics, measured, text, picture = before_after(cfg, kit, manifest, folder)
+        metrics, measured, text, pictures = before_after(cfg, kit, manifest, folder)
     else:
-        metrics, measured, text, picture = study(cfg, kit, manifest, folder).measure()
+        metrics, measured, text, pictures = study(cfg, kit, manifest, folder).measure()
     if rank() > 0:
         return
     facts = provenance(
         cfg, **measured, wall_time_s=round(time.monotonic() - began, 1), manifest=manifest_hash(manifest)
     )
     write_json(folder / "provenance.json", facts)
-    log(cfg, folder, metrics, picture)
+    log(cfg, folder, metrics, pictures)
     write_json(folder / "metrics.json", metrics)
     print(f"\n{text}")
-    print(folder)
-    print(picture)
+    print(folder, *pictures, sep="\n")
 
 
-def log(cfg: DictConfig, folder: Path, metrics: dict, picture: Path) -> None:
-    """The same to W&B, where that is the logger: the table as a table, the figure as a picture."""
+def number(cell: str) -> float | None:
+    """A cell of table.csv; None for an empty one."""
+    return float(cell) if cell else None
+
+
+def log(cfg: DictConfig, folder: Path, metrics: dict, pictures: list[Path]) -> None:
+    """The same to W&B, where that is the logger: the table as a table of numbers, the figures as pictures."""
     logger = instantiate(cfg.logger)
     if not hasattr(logger, "log_table"):
         return
@@ -89,8 +98,9 @@ def log(cfg: DictConfig, folder: Path, metrics: dict, picture: Path) -> None:
     if (folder / "table.csv").exists():
         with open(folder / "table.csv", newline="") as file:
             head, *rows = csv.reader(file)
-        logger.log_table("table", columns=head, data=rows)
-    logger.log_image("figure", [str(picture)])
+        logger.log_table("table", columns=head, data=[[name, *map(number, cells)] for name, *cells in rows])
+    for picture in pictures:
+        logger.log_image(picture.stem, [str(picture)])
     logger.experiment.finish()
 
 

@@ -8,19 +8,15 @@ from pathlib import Path
 import pytest
 import torch
 
-from harmony import evaluate
 from harmony.config import check_experiment, compose, load_yaml, options, why
-from harmony.errors import UserError
 from harmony.fit import main
 from harmony.models.controlnet import export_controlnet
-from harmony.models.exemplar import export_painter, fresh_encoder, painting_unet
 from harmony.models.kit import Kit, load_part
 
 FILES = {
     name: path for name, path in options("experiment").items() if path.parents[1] == Path(__file__).resolve().parents[1]
 }
-STUDIES = {name: path for name, path in FILES.items() if "study" in load_yaml(path)}
-TRAININGS = {name: path for name, path in FILES.items() if name not in STUDIES}
+TRAININGS = {name: path for name, path in FILES.items() if "study" not in load_yaml(path)}
 QUICK = [
     "trainer.accelerator=cpu",
     "trainer.max_steps=2",
@@ -120,65 +116,3 @@ def test_a_training_without_evaluation_exports_all_the_same(random_kit, prepared
     (folder,) = (runs / "color").iterdir()
     assert not any("test/" in name for name in json.loads((folder / "metrics.json").read_text()))
     assert (folder / "export" / "controlnet" / "config.json").exists() and list((folder / "grids").iterdir())
-
-
-@pytest.fixture(scope="module")
-def controlnets(random_kit, awake, tmp_path_factory):
-    """Overrides that give every study the ControlNets it names, none of which has learnt anything."""
-    folder, kit = tmp_path_factory.mktemp("controlnets"), Kit(str(random_kit))
-    branches = {"color": "color", "color_relight": "color", "structure": "structure", "raw": "raw"}
-    for seed, (name, branch) in enumerate(branches.items()):
-        export_controlnet(awake(kit, seed), folder / name, branch, {}, kit)
-    encoder = fresh_encoder(kit.image_encoder, kit.unet.config.cross_attention_dim)
-    painter = export_painter(painting_unet(kit.unet), encoder, folder, kit)
-    return [*(f"controlnets.{name}={folder / name}" for name in branches), f"painter={painter}"]
-
-
-@pytest.mark.parametrize("name", STUDIES)
-def test_a_study_composes_and_says_why_it_exists(name):
-    """Guards the files: known keys only, a first line for ``--help``, a name of its own."""
-    check_experiment("evaluate", {"experiment": name})
-    assert len(why(STUDIES[name])) > 20
-    assert compose("evaluate", [f"experiment={name}"]).name == name
-
-
-@pytest.mark.parametrize("name", STUDIES)
-def test_a_study_runs(name, random_kit, controlnets, small_manifest, prepared_work, tmp_path):
-    """Guards the way of every study: table with all rows, figure, flat metrics; nothing changes outside the hole."""
-    work, runs = tmp_path / "work", tmp_path / "runs"
-    more = [f"paths.work={work}", f"paths.runs={runs}", f"model.path={random_kit}", "limit=2", "steps=1", *controlnets]
-    prepared_work(work, [f"experiment={name}", *more], "evaluate")
-    cfg = compose("evaluate", [f"experiment={name}", *more])
-    evaluate.main(cfg)
-    (folder,) = (runs / name).iterdir()
-    head, *rows = (folder / "table.csv").read_text().splitlines()
-    listed = [row for row, node in cfg.study.methods.items() if node is not None]
-    assert head.split(",")[0] == ("method" if listed else "lambda")
-    assert {row.split(",")[0].split(" x")[0] for row in rows} >= set(listed)
-    metrics = json.loads((folder / "metrics.json").read_text())
-    drifts = [value for key, value in metrics.items() if key.endswith("test/pasted/bg_drift")]
-    assert len(drifts) >= 2 and set(drifts) == {0.0}
-    assert "n = 2 test pictures" in (folder / "table.md").read_text() and (folder / "figure.png").stat().st_size > 5000
-
-
-def test_a_study_leaves_out_what_no_controlnet_was_given_for(
-    random_kit, controlnets, small_manifest, prepared_work, tmp_path
-):
-    """Guards a fresh clone, which ships one ControlNet: the other rows run, and the table says what is missing."""
-    work, runs = tmp_path / "work", tmp_path / "runs"
-    more = [f"paths.work={work}", f"paths.runs={runs}", f"model.path={random_kit}", "limit=2", "steps=1", *controlnets]
-    more += ["controlnets.raw=null", "study.degrade=[1]"]
-    prepared_work(work, ["experiment=fig7", *more], "evaluate")
-    evaluate.main(compose("evaluate", ["experiment=fig7", *more]))
-    (folder,) = (runs / "fig7").iterdir()
-    text = (folder / "table.md").read_text()
-    assert "| decomposed |" in text and "| raw |" not in text and "raw: left out, give controlnets.raw=RUN" in text
-
-
-def test_a_study_that_cannot_do_without_a_controlnet_says_so(random_kit, controlnets, prepared_work, tmp_path):
-    """Guards the curve over lambda, which is nothing without both."""
-    more = [f"paths.work={tmp_path / 'work'}", f"paths.runs={tmp_path / 'runs'}", f"model.path={random_kit}"]
-    more += ["limit=2", "steps=1", *controlnets, "controlnets.structure=null"]
-    prepared_work(tmp_path / "work", ["experiment=table2", *more], "evaluate")
-    with pytest.raises(UserError, match="controlnets.structure=RUN"):
-        evaluate.main(compose("evaluate", ["experiment=table2", *more]))

@@ -173,8 +173,9 @@ def image_metrics(
 ) -> dict[str, float]:
     """All figures of one output: psnr, mse, fpsnr, fmse, bg_drift, edge_f1, color_de, seam; shadow_mse with ``shadow``.
 
-    ``mask`` is M, ``hole`` M_e; ``seam`` is taken at the rim of the hole, where the generated pixels end. ``instance``
-    is the image that the identity figures edge_f1 and color_de compare with; by default the truth itself.
+    ``mask`` is M, ``hole`` M_e; ``seam`` is taken at the rim of the instance, ``seam_hole`` at that of the hole, where
+    generated pixels end. ``instance`` is the image that the identity figures edge_f1 and color_de compare with; by
+    default the truth itself.
     """
     given = truth if instance is None else instance
     error, foreground_error = mse(output, truth), fmse(output, truth, mask)
@@ -186,7 +187,8 @@ def image_metrics(
         "bg_drift": bg_drift(output, truth, hole),
         "edge_f1": edge_f1(output, given, mask),
         "color_de": color_de(output, given, mask),
-        "seam": seam(output, truth, hole),
+        "seam": seam(output, truth, mask),
+        "seam_hole": seam(output, truth, hole),
     }
     return metrics if shadow is None else metrics | {"shadow_mse": shadow_mse(output, truth, shadow, mask)}
 

@@ -1,13 +1,36 @@
-"""F1. Agreement in CLIP's space: of outputs with instances (CLIP-I) and with captions (CLIP-T).
+"""F1. Agreement in CLIP's space: of outputs with instances (CLIP-I) and with captions (CLIP-T)."""
 
-Both CLIP wrappers have one shape: ``images(list of uint8 H x W x 3)`` and ``texts(list of str)`` return N x P features.
-"""
+from collections.abc import Sequence
+from typing import Protocol
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 
+from harmony.masks import bounding_box
 from harmony.metrics.frechet import clean_resize, normalise_clip
+
+
+class Clip(Protocol):
+    """What both wrappers below are: ``name``, and embeddings N x P of uint8 H x W x 3 pictures and of texts."""
+
+    name: str
+
+    def images(self, images: list[np.ndarray]) -> torch.Tensor: ...
+
+    def texts(self, texts: list[str]) -> torch.Tensor: ...
+
+
+def embeddings(images: Sequence[np.ndarray], clip: Clip, batch: int = 32) -> torch.Tensor:
+    """N x P of unit length, on the CPU."""
+    parts = [clip.images(list(images[i : i + batch])).float().cpu() for i in range(0, len(images), batch)]
+    return F.normalize(torch.cat(parts), dim=1)
+
+
+def box_of(image: np.ndarray, mask: np.ndarray) -> np.ndarray:
+    """The box around ``mask``: what the likeness of an object is judged by."""
+    x0, y0, x1, y1 = bounding_box(mask)
+    return image[y0:y1, x0:x1]
 
 
 def clip_i(features_a: torch.Tensor, features_b: torch.Tensor) -> float:

@@ -15,6 +15,7 @@ from diffusers import ControlNetModel, UNet2DConditionModel
 from safetensors import SafetensorError
 
 from harmony.errors import UserError
+from harmony.images import sha256
 from harmony.models.kit import ASSETS, Kit
 
 HINT_CHANNELS = (16, 32, 96, 256)  # widths of the hint encoder; each after the first halves the side
@@ -72,6 +73,12 @@ def controlnet_folder(path: str | os.PathLike) -> Path | None:
     if str(path).count("/") != 1:
         raise UserError(f"there is no ControlNet {path}: give a run folder, diffusers folder or hub id (owner/name)")
     return None
+
+
+def net_hash(path: str | os.PathLike) -> str:
+    """sha256 of a ControlNet's weight files; of one on the hub its id."""
+    folder = controlnet_folder(path)
+    return "+".join(sha256(file) for file in sorted(folder.glob("*.safetensors"))) if folder else str(path)
 
 
 def load_controlnet(path: str | os.PathLike, dtype: torch.dtype = torch.float32) -> ControlNetModel:

@@ -19,7 +19,7 @@ from safetensors.torch import load_file, save_file
 from transformers import CLIPVisionConfig, CLIPVisionModel
 
 from harmony.errors import UserError
-from harmony.images import to_clip
+from harmony.images import sha256, to_clip
 from harmony.models.kit import ASSETS, Kit, load_part
 
 WEIGHTS = "model.safetensors"
@@ -189,6 +189,12 @@ def load_painter(path: str | os.PathLike, kit: Kit) -> Painter:
     if encoder.config.projection_dim != unet.config.cross_attention_dim:
         raise UserError(f"{path}: the encoder's width {encoder.config.projection_dim} is not the UNet's")
     return Painter(kit.with_unet(unet), encoder)
+
+
+def painter_hash(path: str | os.PathLike) -> str:
+    """sha256 over the weight files of a Paint by Example; of one on the hub its id."""
+    folder = painter_folder(path)
+    return "+".join(sha256(file) for file in sorted(folder.glob("*/*.safetensors"))) if folder else str(path)
 
 
 def kit_facts(folder: Path) -> dict:

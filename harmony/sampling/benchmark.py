@@ -9,6 +9,7 @@ output and after paste-back.
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, replace
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
@@ -23,7 +24,7 @@ from harmony.images import crop_resize, grid, read_image, resize
 from harmony.masks import TEST_RADIUS, hole, read_mask
 from harmony.metrics.fidelity import aggregate, bg_drift, image_metrics, sharpness
 from harmony.metrics.frechet import KitFeatures, Statistics, extract, frechet_distance, inception_features, kid
-from harmony.metrics.similarity import KitClip
+from harmony.metrics.similarity import Clip, KitClip, box_of, clip_i, clip_t, embeddings
 from harmony.models.exemplar import Painter
 from harmony.models.kit import Kit
 from harmony.sample import Row
@@ -182,25 +183,41 @@ def pasted(bench: Bench, raw: Sequence[np.ndarray]) -> list[np.ndarray]:
     return [paste_back(y, b, e.hole) for y, b, e in zip(raw, bench.seen(), bench.examples, strict=True)]
 
 
-def truth_features(bench: Bench, extractor: Callable) -> torch.Tensor:
-    """Features N x D of the truths: the other side of every fid on this bench."""
-    return extract(bench.truths(), extractor, extractor.size)
+@dataclass(frozen=True)
+class Fidelity:
+    """All figures of the design for outputs on ``bench``; without a ``clip`` there is no ``clip_i`` and ``clip_t``."""
 
+    bench: Bench
+    extractor: Callable
+    clip: Clip | None = None
 
-def figures(
-    bench: Bench, raw: Sequence[np.ndarray], extractor: Callable, truth: torch.Tensor | None = None
-) -> dict[str, float]:
-    """``<split>/raw/<metric>`` and ``<split>/pasted/<metric>`` for all metrics of the design; means over images.
+    @cached_property
+    def real(self) -> torch.Tensor:
+        """Features N x D of the truths: the other side of every fid on this bench."""
+        return extract(self.bench.truths(), self.extractor, self.extractor.size)
 
-    ``truth``: ``truth_features``, where they are known already.
-    """
-    truth = truth_features(bench, extractor) if truth is None else truth
-    results = {}
-    for kind, outputs in (("raw", list(raw)), ("pasted", pasted(bench, raw))):
-        numbers = aggregate(scores(bench, outputs))
-        numbers |= distances(extract(outputs, extractor, extractor.size), truth)
-        results |= {f"{bench.name}/{kind}/{name}": float(value) for name, value in numbers.items()}
-    return results
+    @cached_property
+    def objects(self) -> torch.Tensor:
+        return embeddings(self.boxes(self.bench.truths()), self.clip)
+
+    @cached_property
+    def words(self) -> torch.Tensor:
+        return self.clip.texts(self.bench.prompts).cpu()
+
+    def boxes(self, images: Sequence[np.ndarray]) -> list[np.ndarray]:
+        return [box_of(y, e.mask) for y, e in zip(images, self.bench.examples, strict=True)]
+
+    def figures(self, raw: Sequence[np.ndarray]) -> dict[str, float]:
+        """``<split>/raw/<metric>`` and ``<split>/pasted/<metric>``; means over images."""
+        bench, results = self.bench, {}
+        for kind, outputs in (("raw", list(raw)), ("pasted", pasted(bench, raw))):
+            numbers = aggregate(scores(bench, outputs))
+            numbers |= distances(extract(outputs, self.extractor, self.extractor.size), self.real)
+            if self.clip is not None:  # times 100, as the field prints them
+                numbers["clip_i"] = 100 * clip_i(embeddings(self.boxes(outputs), self.clip), self.objects)
+                numbers["clip_t"] = 100 * clip_t(embeddings(outputs, self.clip), self.words)
+            results |= {f"{bench.name}/{kind}/{name}": float(value) for name, value in numbers.items()}
+        return results
 
 
 def distances(made: torch.Tensor, real: torch.Tensor) -> dict[str, float]:
@@ -213,12 +230,27 @@ def distances(made: torch.Tensor, real: torch.Tensor) -> dict[str, float]:
 
 def feature_extractor(kit: Kit) -> Callable:
     """clean-fid's Inception where its weights lie on disk, else the kit's CLIP tower; ``.protocol`` names which."""
-    return inception_features() or KitFeatures(kit.image_encoder)
+    return inception_features(device=kit.device) or KitFeatures(kit.image_encoder)
 
 
 def kit_clip(kit: Kit) -> KitClip:
-    """CLIP as the kit itself has it."""
+    """CLIP as the kit itself has it. UserError for a kit without an image tower."""
     return KitClip(kit.image_encoder, kit.text_tower.text_model, kit.text_tower.text_projection, kit.tokenizer)
+
+
+def clip_of(kit: Kit) -> KitClip | None:
+    """The same, or None."""
+    try:
+        return kit_clip(kit)
+    except UserError:
+        return None
+
+
+def enough(bench: Bench) -> Bench:
+    """``bench`` itself. UserError for fewer pictures than a distance between two sets needs."""
+    if len(bench) < 2:
+        raise UserError(f"{len(bench)} {bench.name} picture: fid needs two at least, raise limit= or take more data")
+    return bench
 
 
 def made(bench: Bench, fill: Fill, what: str) -> list[np.ndarray]:
@@ -246,16 +278,17 @@ def before_and_after(
 
     ``protocol`` is the feature extractor of fid and kid, ``count`` the number of pictures.
     """
-    bench = load_bench(manifest, split, kit.resolution, limit)
+    bench = enough(load_bench(manifest, split, kit.resolution, limit))
     extractor = feature_extractor(kit)
+    fidelity = Fidelity(bench, extractor, clip_of(kit))
     name = Path(manifest).parent.name
     print(
         f"evaluating on {len(bench.examples)} {split} pictures of {name}, before and after: DDIM {settings.steps} "
         f"steps, guidance {settings.guidance}, seed {settings.seed}; fid and kid on {extractor.protocol} features",
         flush=True,
     )
-    old = figures(bench, made(bench, before, "before"), extractor)
-    new = figures(bench, made(bench, after, "after"), extractor)
+    old = fidelity.figures(made(bench, before, "before"))
+    new = fidelity.figures(made(bench, after, "after"))
     facts = {"protocol": extractor.protocol, "count": len(bench.examples)}
     return {f"baseline/{name}": value for name, value in old.items()} | new, facts
 

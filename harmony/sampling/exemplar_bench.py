@@ -10,36 +10,20 @@ CLIP's image embeddings, ``fid`` and ``kid`` of the features that the other tabl
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Protocol
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 
 from harmony.errors import UserError
 from harmony.images import resize
 from harmony.masks import bounding_box, box_mask
 from harmony.metrics.fidelity import aggregate, bg_drift
 from harmony.metrics.frechet import Statistics, extract, frechet_distance
-from harmony.metrics.similarity import clip_i
+from harmony.metrics.similarity import Clip, box_of, clip_i, embeddings
 from harmony.sampling.benchmark import Bench, distances, pasted, spread
 
 COMPONENTS = 20  # of the Gaussian mixture behind qs_own
 LARGEST = 0.5  # share of the picture that a box may take
-
-
-class Clip(Protocol):
-    """One of ``metrics.similarity``: ``name``, and the embeddings N x P of uint8 pictures."""
-
-    name: str
-
-    def images(self, images: list[np.ndarray]) -> torch.Tensor: ...
-
-
-def embeddings(images: Sequence[np.ndarray], clip: Clip, batch: int = 32) -> torch.Tensor:
-    """N x P of unit length, on the CPU."""
-    parts = [clip.images(list(images[i : i + batch])).float().cpu() for i in range(0, len(images), batch)]
-    return F.normalize(torch.cat(parts), dim=1)
 
 
 def exemplar_bench(
@@ -75,12 +59,6 @@ def exemplar_bench(
     chosen = np.where(other, alike, -np.inf).argmax(1)
     examples = [replace(bench.examples[i], hole=boxes[i]) for i in kept]
     return replace(bench.part(kept), examples=examples, exemplars=[crops[chosen[i]] for i in kept])
-
-
-def box_of(image: np.ndarray, hole: np.ndarray) -> np.ndarray:
-    """The painted box of a result."""
-    x0, y0, x1, y1 = bounding_box(hole)
-    return image[y0:y1, x0:x1]
 
 
 def copying(box: np.ndarray, shown: np.ndarray) -> float:

@@ -4,6 +4,7 @@ A block is ``BLOCK`` consecutive pictures of one method. It is computed as a who
 table is the same whether one process made it, several, or one that was killed and started again.
 """
 
+import json
 import os
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -14,41 +15,46 @@ from pathlib import Path
 import numpy as np
 
 from harmony.composites import copy_paste, poisson, reinhard
-from harmony.data.manifest import read_manifest
+from harmony.data.manifest import manifest_hash, read_manifest
 from harmony.errors import UserError
 from harmony.exemplars import exemplar
+from harmony.files import write_json
 from harmony.images import read_image
 from harmony.masks import read_mask
-from harmony.metrics.similarity import KitClip, OpenClip
-from harmony.models.exemplar import Painter, load_painter
-from harmony.models.kit import Kit
+from harmony.metrics.fidelity import aggregate
+from harmony.metrics.similarity import Clip, OpenClip
+from harmony.models.controlnet import net_hash
+from harmony.models.exemplar import Painter, load_painter, painter_hash
+from harmony.models.kit import DIFFUSION, Kit
 from harmony.sample import Row
 from harmony.sampling.benchmark import (
     Bench,
+    Fidelity,
     Fill,
     by_example,
     by_hints,
+    clip_of,
     degraded,
+    enough,
     feature_extractor,
-    figures,
     holed,
-    kit_clip,
     load_bench,
     pasted,
     relight_bench,
+    scores,
     spread,
-    truth_features,
 )
 from harmony.sampling.exemplar_bench import Likeness, exemplar_bench
 from harmony.sampling.harmonize import Branch, Settings, load_branch
-from harmony.sampling.tables import curves, heat, pictures, write_table
+from harmony.sampling.tables import curves, heat, mosaics, pictures, write_table
 
 BLOCK = 16
 REAL = 1024  # pictures of the train split that stand for real ones, at most
 WAIT = 3600  # seconds without any new block after which the other processes count as dead
 EXAMPLES = 8  # pictures on a study's figure
 CURVES = ("raw/fid", "pasted/fpsnr", "pasted/color_de", "pasted/edge_f1")
-CHOICE = "pasted/fpsnr"  # what the best lambda is best in, on validation
+SQUARES = 3  # of them on a figure of all pairs of lambdas
+CHOICE = "fpsnr"  # what the best lambda is best in, on validation
 
 
 @dataclass(frozen=True)
@@ -110,7 +116,7 @@ def run(
         rate = done / (time.monotonic() - began)
         left = (total - done) / rate
         say(f"{bench.name}: {method.name}, {done}/{total} pictures, {rate:.1f} a second, {left:.0f} s left")
-    await_blocks([block_file(folder, *job) for job in jobs])
+    await_blocks([block_file(folder, *job) for job in jobs], say)
 
 
 def store(path: Path, outputs: list[np.ndarray]) -> None:
@@ -122,9 +128,11 @@ def store(path: Path, outputs: list[np.ndarray]) -> None:
     os.replace(partial, path)
 
 
-def await_blocks(files: Sequence[Path]) -> None:
+def await_blocks(files: Sequence[Path], say: Callable[[str], None] = print) -> None:
     """Return when all ``files`` are there. UserError when none has come for ``WAIT`` seconds."""
-    missing, since = set(files), time.monotonic()
+    missing, since = {path for path in files if not path.exists()}, time.monotonic()
+    if missing:
+        say(f"waiting for {len(missing)} blocks of the other processes")
     while missing := {path for path in missing if not path.exists()}:
         left = len(missing)
         time.sleep(0.2)
@@ -173,7 +181,7 @@ class Study:
         self.folder, self.settings, self.split, self.limit = folder, replace(settings, batch=BLOCK), split, limit
         self.rank, self.world, self.painter, self.openclip = rank, world, painter, clip
         self.extractor = feature_extractor(kit)
-        self.branches, self.notes = {}, []
+        self.branches, self.notes, self.part, self.made = {}, [], 0, folder / "outputs"
 
     def bench(self, split: str) -> Bench:
         at = self.manifest, split, self.kit.resolution, self.limit
@@ -190,19 +198,19 @@ class Study:
                 return exemplar_bench(whole, crops, *named, self.clip, self.limit, self.notes.append)
         raise UserError(f"study.bench={self.spec['bench']}: choose reconstruct, relight or exemplar")
 
-    def measures(self, bench: Bench) -> Callable[[Sequence[np.ndarray]], dict[str, float]]:
+    def measures(self, bench: Bench) -> Fidelity | Likeness:
         """What makes the figures of the raw outputs of a method."""
         if bench.exemplars is None:
-            truth = truth_features(bench, self.extractor)
-            return lambda raw: figures(bench, raw, self.extractor, truth)
+            return Fidelity(bench, self.extractor, self.clip)
+        if self.clip is None:
+            raise UserError(f"kit {self.kit.name} has no CLIP image tower: give clip=NAME/WEIGHTS of open_clip")
         real = load_bench(self.manifest, "train", self.kit.resolution, REAL).truths()
-        self.notes.append(f"clip_i, clip_fid and qs_own on embeddings of {self.clip.name}")
-        return Likeness(bench, self.clip, self.extractor, real).figures
+        return Likeness(bench, self.clip, self.extractor, real)
 
     @cached_property
-    def clip(self) -> KitClip | OpenClip:
+    def clip(self) -> Clip | None:
         if self.openclip is None:
-            return kit_clip(self.kit)
+            return clip_of(self.kit)
         return OpenClip(*self.openclip.split("/", 1), device=self.kit.device)
 
     def branch(self, name: str) -> Branch:
@@ -241,24 +249,33 @@ class Study:
         branches = weighted({net: self.branch(net) for net in weights}, weights)
         return Method(name, by_hints(self.kit, branches, self.settings))
 
-    def sweep(self, names: Sequence[str] = ("color", "structure")) -> list[Method]:
-        """Method for each lambda, or for each pair of them as ``structure color``."""
-        lambdas = self.spec["lambdas"]
+    def alike(self, nets: Sequence[str]) -> dict[float, Method]:
+        """Lambda -> the method that gives it to all ``nets``."""
+        return {v: self.weighted(f"{v:g}", dict.fromkeys(nets, v)) for v in self.spec["lambdas"]}
+
+    def sweep(self, low: str = "color", high: str = "structure") -> list[Method]:
+        """The method of each lambda, or of each pair of them, named ``structure color``."""
         if self.spec["pairs"] == "same":
-            return [self.weighted(f"{v:g}", dict.fromkeys(names, v)) for v in lambdas]
-        low, high = names
+            return list(self.alike([low, high]).values())
+        lambdas = self.spec["lambdas"]
         return [self.weighted(f"{h:g} {v:g}", {low: v, high: h}) for h in lambdas for v in lambdas]
 
     def best(self, name: str, nets: list[str]) -> Method:
         """The method at the lambda that is best on the validation split; the test split has no say."""
-        bench, folder = self.bench("validation"), self.folder / "outputs" / f"choice {name}"
-        methods = self.sweep(nets)
-        run(bench, methods, folder, self.rank, self.world)
-        measure = self.measures(bench)
-        found = {m.name: measure(outputs(bench, m, folder)) for m in methods}
-        chosen = max(found, key=lambda lam: found[lam][f"validation/{CHOICE}"])
-        self.notes.append(f"{name}: lambda {chosen} of {', '.join(found)}, best on validation in {CHOICE}")
-        return self.weighted(name, dict.fromkeys(nets, float(chosen)))
+        if not self.spec["lambdas"]:
+            raise UserError(f"study.methods.{name} chooses among study.lambdas: list some")
+        bench, folder = self.bench("validation"), self.made / f"choice {name}"
+        methods = self.alike(nets)
+        self.run(bench, list(methods.values()), folder)
+        found = {}
+        for weight, method in methods.items():
+            scored = scores(bench, pasted(bench, outputs(bench, method, folder)))
+            found[weight] = aggregate(scored)[CHOICE]
+        chosen = max(found, key=found.get)
+        self.notes.append(
+            f"{name}: lambda {chosen:g} of {', '.join(f'{v:g}' for v in found)}, best in {CHOICE} on validation"
+        )
+        return self.weighted(name, dict.fromkeys(nets, chosen))
 
     def methods(self) -> list[Method]:
         listed = [] if self.spec["methods"] else self.sweep()
@@ -276,56 +293,97 @@ class Study:
                 listed.append(self.best(name, node["best"]))
             else:
                 listed.append(self.weighted(name, node))
+        if not listed:
+            raise UserError(f"{self.name} has nothing to compare: {'; '.join(self.notes)}")
         return listed
 
-    def measure(self) -> tuple[dict, dict, str, Path]:
-        """(figures, facts, table, picture); on other ranks than the first the share of outputs alone is made."""
-        whole = self.bench(self.split)
+    def run(self, bench: Bench, methods: Sequence[Method], folder: Path) -> None:
+        """``run`` of this module, each line saying which part of the study it belongs to."""
+        self.part += 1
+        run(bench, methods, folder, self.rank, self.world, lambda line: print(f"part {self.part}/{self.parts}, {line}"))
+
+    @property
+    def parts(self) -> int:
+        """How many times outputs are made: a choice of lambda each, and each degree of degradation."""
+        choices = [n for n in self.spec["methods"].values() if n and "best" in n and not self.lacking(n)]
+        return len(choices) + len(self.spec["degrade"])
+
+    def made_of(self) -> dict[str, str]:
+        """Hashes of all that decides the outputs and is not in the configuration."""
+        parts = {f"kit/{part}": self.kit.hash(part) for part in DIFFUSION}
+        nets = {f"controlnets/{name}": net_hash(path) for name, path in self.controlnets.items() if path}
+        painter = {"painter": painter_hash(self.painter)} if self.painter else {}
+        return {**parts, **nets, **painter, "manifest": manifest_hash(self.manifest)}
+
+    def check_outputs(self) -> None:
+        """UserError where the stored outputs were made with other weights or pictures; remember what these are."""
+        facts, file = self.made_of(), self.made / "made_of.json"
+        if not file.exists():
+            file.parent.mkdir(parents=True, exist_ok=True)
+            write_json(file, facts)
+        elif others := [name for name, value in json.loads(file.read_text()).items() if facts.get(name) != value]:
+            raise UserError(f"{self.folder} was begun with another {' and '.join(others)}: resume=false begins anew")
+
+    def measure(self) -> tuple[dict, dict, str, list[Path]]:
+        """(figures, facts, table, pictures); on other ranks than the first the share of outputs alone is made."""
+        whole = enough(self.bench(self.split))
         protocol = f"DDIM {self.settings.steps} steps, guidance {self.settings.guidance:g}, seed {self.settings.seed}"
         line = f"{self.name}: n = {len(whole)} {self.split} pictures of {self.manifest.parent.name}, {protocol}"
         if self.rank == 0:
             print(line, flush=True)
-        methods, table, shown = self.methods(), {}, {}
+        self.check_outputs()
+        methods, table, columns = self.methods(), {}, {}
+        few = spread(list(range(len(whole))), EXAMPLES)
         for factor in self.spec["degrade"]:
-            bench = whole if factor == 1 else degraded(whole, factor)
-            folder, measure = self.folder / "outputs" / f"x{factor}", None
-            run(bench, methods, folder, self.rank, self.world)
+            bench, several = whole if factor == 1 else degraded(whole, factor), len(self.spec["degrade"]) > 1
+            folder = self.made / f"x{factor}"
+            self.run(bench, methods, folder)
             if self.rank > 0:
                 continue
-            for method in methods:
-                row = method.name if len(self.spec["degrade"]) == 1 else f"{method.name} x{factor}"
-                shown[row] = outputs(bench, method, folder)
-                measure = measure or self.measures(bench)
-                table[row] = measure(shown[row])
+            ruler, part = self.measures(bench), bench.part(few)
+            what = "instance" if bench.exemplars is None else "exemplar"
+            columns[f"{what} x{factor}" if several else what] = part.exemplars or part.given()
+            for n, method in enumerate(methods, 1):
+                print(f"part {self.part}/{self.parts}, measuring {method.name}, {n}/{len(methods)}", flush=True)
+                row = f"{method.name} x{factor}" if several else method.name
+                raw = outputs(bench, method, folder)
+                table[row] = ruler.figures(raw)
+                columns[row] = pasted(part, [raw[i] for i in few])
         if self.rank > 0:
-            return {}, {}, "", self.folder
-        for row, printed in self.spec["paper"].items():
-            table.setdefault(row, {}).update({f"paper/{metric}": value for metric, value in printed.items()})
-        facts = {"protocol": self.extractor.protocol, "count": len(whole)}
-        notes = [f"{line}; fid and kid on {self.extractor.protocol} features", *self.notes]
+            return {}, {}, "", []
+        for row in table:
+            table[row] |= {f"paper/{metric}": value for metric, value in self.spec["paper"].get(row, {}).items()}
+        facts = {"protocol": self.extractor.protocol, "count": len(whole), "made_of": self.made_of()}
+        clip = f"; clip on {self.clip.name} embeddings" if self.clip else ""
+        notes = [f"{line}; fid and kid on {self.extractor.protocol} features{clip}", *self.notes]
+        if whole.backgrounds is None and whole.exemplars is None and {"copy_paste", "poisson"} & {*table}:
+            notes.append("copy_paste and poisson put the truth itself back here: they bound what can be reached")
         first = "lambda" if self.spec["lambdas"] and not self.spec["methods"] else "method"
         text = write_table(self.folder, table, first, notes)
-        picture = self.figure(whole, table, shown)
         flat = {f"{row}/{name}": value for row, numbers in table.items() for name, value in numbers.items()}
-        return flat, facts, text, picture
+        return flat, facts, text, self.draw(whole.part(few), table, columns)
 
-    def figure(self, bench: Bench, table: dict, shown: dict) -> Path:
-        """``figure.png``; curves and heat maps have the pictures beside them in ``pictures.png``."""
-        few = spread(list(range(len(bench))), EXAMPLES)
-        part, lambdas = bench.part(few), self.spec["lambdas"]
-        columns = {row: pasted(part, [images[i] for i in few]) for row, images in shown.items()}
-        target = self.folder / "figure.png"
-        beside = target if self.spec["figure"] == "pictures" else self.folder / "pictures.png"
-        if self.spec["figure"] == "heat":
-            squares = [[columns[f"{h:g} {v:g}"][0] for v in lambdas] for h in reversed(lambdas)]
-            pictures(beside, squares, [f"colour {v:g}" for v in lambdas])
-            metrics = [f"{bench.name}/{metric}" for metric in CURVES]
-            values = {m: np.array([[table[f"{h:g} {v:g}"][m] for v in lambdas] for h in lambdas]) for m in metrics}
-            heat(target, values, lambdas, lambdas, ("lambda_l (colour)", "lambda_h (structure)"))
-        else:
-            seen, what = (part.given(), "instance") if part.exemplars is None else (part.exemplars, "exemplar")
-            rows = list(zip(holed(part), seen, *columns.values(), part.truths(), strict=True))
-            pictures(beside, rows, ["input", what, *columns, "truth" if part.exemplars is None else "source"])
-        if self.spec["figure"] == "curves":
-            curves(target, table, [f"{bench.name}/{metric}" for metric in CURVES], "lambda")
-        return target
+    def draw(self, part: Bench, table: dict, columns: dict[str, list]) -> list[Path]:
+        """``figure.png``; curves and heat maps have the pictures beside them in ``pictures.png``.
+
+        ``columns``: title -> a picture for each item of ``part``.
+        """
+        lambdas, kind = self.spec["lambdas"], self.spec["figure"]
+        target, beside = self.folder / "figure.png", self.folder / "pictures.png"
+        labels = ("lambda_l (colour)", "lambda_h (structure)")
+        metrics = [f"{part.name}/{metric}" for metric in CURVES]
+        if kind == "heat":
+            names = [[f"{h:g} {v:g}" for v in lambdas] for h in lambdas]
+            values = {m: np.array([[table[name][m] for name in row] for row in names]) for m in metrics}
+            heat(target, values, lambdas, lambdas, labels)
+            squares = [[[columns[name][i] for name in row] for row in names] for i in range(min(SQUARES, len(part)))]
+            mosaics(beside, squares, lambdas, lambdas, labels)
+            return [target, beside]
+        shown = {title: column for title, column in columns.items() if title not in self.spec["hidden"]}
+        rows = list(zip(holed(part), *shown.values(), part.truths(), strict=True))
+        titles = ["input", *shown, "truth" if part.exemplars is None else "source"]
+        pictures(beside if kind == "curves" else target, rows, titles)
+        if kind != "curves":
+            return [target]
+        curves(target, table, metrics, "lambda")
+        return [target, beside]

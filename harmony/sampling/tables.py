@@ -14,9 +14,10 @@ Table = Mapping[str, Mapping[str, float]]  # row -> column -> figure
 
 # what the Markdown table shows; the CSV holds every figure
 SHOWN = (
-    "pasted/fpsnr", "pasted/fmse", "pasted/color_de", "pasted/edge_f1", "pasted/shadow_mse", "pasted/seam",
-    "pasted/sharpness", "pasted/clip_i", "pasted/qs_own", "pasted/copying", "pasted/fid",
-    "pasted/kid", "pasted/bg_drift", "raw/psnr", "raw/mse", "raw/fid",
+    "pasted/fpsnr", "pasted/fmse", "pasted/psnr", "pasted/mse", "pasted/color_de", "pasted/edge_f1",
+    "pasted/shadow_mse", "pasted/seam", "pasted/sharpness", "pasted/clip_i", "pasted/clip_t", "pasted/qs_own",
+    "pasted/copying", "pasted/clip_fid", "pasted/fid", "pasted/kid", "pasted/bg_drift",
+    "raw/fpsnr", "raw/fmse", "raw/psnr", "raw/mse", "raw/fid", "raw/kid",
 )  # fmt: skip
 
 
@@ -68,6 +69,22 @@ def curves(path: Path, table: Table, metrics: Sequence[str], label: str) -> None
         axis.set(title=metric, xlabel=label)
         axis.grid(alpha=0.3)
     figure.savefig(path, dpi=120)
+
+
+def mosaics(
+    path: Path, squares: Sequence[Sequence[Sequence[np.ndarray]]], x: Sequence[float], y: Sequence[float], labels: tuple
+) -> None:
+    """One panel for each of ``squares``, whose picture [i][j] belongs to y[i], x[j]; y grows upwards."""
+    from matplotlib.figure import Figure
+
+    side = len(squares[0][0][0])
+    figure = Figure(figsize=(3.6 * len(squares), 3.7), layout="constrained")
+    for axis, square in zip(np.atleast_1d(figure.subplots(1, len(squares))), squares, strict=True):
+        axis.imshow(np.concatenate([np.concatenate(list(row), axis=1) for row in reversed(square)]))
+        axis.set(xlabel=labels[0], ylabel=labels[1])
+        axis.set_xticks([side * (j + 0.5) for j in range(len(x))], [f"{v:g}" for v in x])
+        axis.set_yticks([side * (i + 0.5) for i in range(len(y))], [f"{v:g}" for v in reversed(y)])
+    figure.savefig(path, dpi=160)
 
 
 def _is_number(text: str) -> bool:

@@ -144,9 +144,12 @@ def test_image_metrics_has_the_agreed_names_and_values():
     hole = disc(radius=34)
     output = np.where(hole[..., None], noise(1), noise())
     metrics = fidelity.image_metrics(output, noise(), disc(), hole)
-    assert list(metrics) == ["psnr", "mse", "fpsnr", "fmse", "bg_drift", "edge_f1", "color_de", "seam"]
+    assert list(metrics) == ["psnr", "mse", "fpsnr", "fmse", "bg_drift", "edge_f1", "color_de", "seam", "seam_hole"]
     assert metrics["fpsnr"] == fidelity.fpsnr(output, noise(), disc()) and metrics["bg_drift"] == 0
     assert metrics["fmse"] > metrics["mse"] > 0
+    brighter = np.where(disc()[..., None], flat(160, 96), flat(100, 96))
+    rims = fidelity.image_metrics(brighter, flat(100, 96), disc(), hole)
+    assert rims["seam"] == 61 and rims["seam_hole"] == 1, "a composite's seam is at the rim of the instance"
     shadow = fidelity.image_metrics(output, noise(), disc(), hole, shadow=hole, instance=output)
     assert shadow["shadow_mse"] > 0 and shadow["color_de"] == 0 and shadow["edge_f1"] == 1
     assert all(isinstance(value, float) for value in shadow.values())

@@ -5,14 +5,15 @@ import pytest
 
 from harmony.data.latents import Example
 from harmony.data.manifest import read_manifest
+from harmony.errors import UserError
 from harmony.images import Crop
 from harmony.masks import dilate
 from harmony.metrics.frechet import KitFeatures
 from harmony.models.kit import Kit
-from harmony.sampling.benchmark import Bench, by_hints, feature_extractor, figures, load_bench
+from harmony.sampling.benchmark import Bench, Fidelity, by_hints, enough, feature_extractor, kit_clip, load_bench
 from harmony.sampling.harmonize import Branch, Settings
 
-NAMES = {"psnr", "mse", "fpsnr", "fmse", "bg_drift", "edge_f1", "color_de", "seam", "fid", "kid"}
+NAMES = {"psnr", "mse", "fpsnr", "fmse", "bg_drift", "edge_f1", "color_de", "seam", "fid", "kid", "clip_i", "clip_t"}
 
 
 @pytest.fixture(scope="module")
@@ -32,17 +33,19 @@ def bench():
 
 
 def test_a_perfect_reconstruction(kit, bench):
-    numbers = figures(bench, [e.image for e in bench.examples], KitFeatures(kit.image_encoder))
+    numbers = Fidelity(bench, KitFeatures(kit.image_encoder), kit_clip(kit)).figures(bench.truths())
     assert {name for name in numbers if name.startswith("test/raw/")} >= {f"test/raw/{name}" for name in NAMES}
     for kind in ("raw", "pasted"):
         assert numbers[f"test/{kind}/mse"] == numbers[f"test/{kind}/color_de"] == numbers[f"test/{kind}/bg_drift"] == 0
         assert numbers[f"test/{kind}/edge_f1"] == 1
         assert numbers[f"test/{kind}/fid"] == pytest.approx(0, abs=1e-6)
+        assert numbers[f"test/{kind}/clip_i"] == pytest.approx(100) and abs(numbers[f"test/{kind}/clip_t"]) < 100
 
 
 def test_pasting_back_mends_the_background_and_nothing_else(kit, bench):
     outputs = [np.roll(e.image, 1, axis=0) for e in bench.examples]
-    numbers = figures(bench, outputs, KitFeatures(kit.image_encoder))
+    numbers = Fidelity(bench, KitFeatures(kit.image_encoder)).figures(outputs)
+    assert "test/raw/clip_i" not in numbers, "a kit without an image tower has no CLIP score"
     assert numbers["test/raw/bg_drift"] > 100
     assert numbers["test/pasted/bg_drift"] == 0
     assert numbers["test/raw/fmse"] == numbers["test/pasted/fmse"] > 100
@@ -69,6 +72,12 @@ def test_pictures_are_spread_over_the_split(small_manifest, tmp_path):
         assert e.image.shape == (32, 32, 3) and e.hole[e.mask].all() and e.hole.sum() > e.mask.sum()
     again = load_bench(manifest, "train", 32, limit=3)
     assert all(np.array_equal(a.image, b.image) for a, b in zip(few.examples, again.examples, strict=True))
+
+
+def test_one_picture_is_refused_before_it_is_painted(bench):
+    """Guards limit=1: a distance between two sets wants two pictures."""
+    with pytest.raises(UserError, match="fid needs two at least"):
+        enough(bench.part([0]))
 
 
 def test_features_say_what_they_are(kit):

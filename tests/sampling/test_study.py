@@ -72,7 +72,7 @@ def test_two_processes_make_what_one_makes(random_kit, awake, bench, tmp_path, m
         study.baseline("reinhard"),
     ]
     study.run(bench, methods, tmp_path / "one", say=quiet)
-    monkeypatch.setattr(study, "await_blocks", lambda files: None)  # the two take turns here
+    monkeypatch.setattr(study, "await_blocks", lambda files, say: None)  # the two take turns here
     study.run(bench, methods, tmp_path / "two", rank=1, world=2, say=quiet)
     half = len(list((tmp_path / "two").rglob("*.npy")))
     study.run(bench, methods, tmp_path / "two", rank=0, world=2, say=quiet)

@@ -5,7 +5,7 @@ import csv
 import numpy as np
 
 from harmony.images import read_image
-from harmony.sampling.tables import curves, heat, pictures, write_table
+from harmony.sampling.tables import curves, heat, mosaics, pictures, write_table
 
 TABLE = {
     "inpainting": {"test/pasted/fpsnr": 12.3456, "test/raw/lpips": 1.0, "paper/fid": 18.93},
@@ -31,6 +31,10 @@ def test_figures_are_drawn(tmp_path):
     curves(tmp_path / "curves.png", table, ["a", "b"], "lambda")
     heat(tmp_path / "heat.png", {"a": np.arange(4.0).reshape(2, 2)}, [0, 1], [0, 1], ("x", "y"))
     image = np.full((32, 32, 3), 200, np.uint8)
+    colours = [[np.full((32, 32, 3), 40 * (2 * i + j), np.uint8) for j in range(2)] for i in range(2)]
+    mosaics(tmp_path / "mosaics.png", [colours, colours], [0, 1], [0, 1], ("x", "y"))
+    shown = {tuple(c) for c in read_image(tmp_path / "mosaics.png").reshape(-1, 3)}
+    assert {(40 * k,) * 3 for k in range(4)} <= shown
     pictures(tmp_path / "pictures.png", [[image, image, image]], ["a", "b", "c"])
     wide, square, row = (read_image(tmp_path / f"{name}.png").shape for name in ("curves", "heat", "pictures"))
     assert wide[1] > 2 * wide[0] and square[0] > 200 and row[1] > 2.5 * row[0] * 0.8

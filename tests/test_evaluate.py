@@ -1,0 +1,180 @@
+"""Studies by their command: what they leave behind, what they refuse, and the same table however it came about."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from harmony import evaluate
+from harmony.config import check_experiment, compose, load_yaml, options, why
+from harmony.errors import UserError
+from harmony.models.controlnet import export_controlnet
+from harmony.models.exemplar import export_painter, fresh_encoder, painting_unet
+from harmony.models.kit import Kit
+from harmony.sampling import study
+
+HERE = Path(__file__).resolve().parents[1]
+STUDIES = {
+    name: path for name, path in options("experiment").items() if path.parents[1] == HERE and "study" in load_yaml(path)
+}
+
+
+@pytest.fixture(scope="module")
+def controlnets(random_kit, awake, tmp_path_factory):
+    """Overrides that give every study the ControlNets it names, none of which has learnt anything."""
+    folder, kit = tmp_path_factory.mktemp("controlnets"), Kit(str(random_kit))
+    branches = {"color": "color", "color_relight": "color", "structure": "structure", "raw": "raw"}
+    for seed, (name, branch) in enumerate(branches.items()):
+        export_controlnet(awake(kit, seed), folder / name, branch, {}, kit)
+    encoder = fresh_encoder(kit.image_encoder, kit.unet.config.cross_attention_dim)
+    painter = export_painter(painting_unet(kit.unet), encoder, folder, kit)
+    return [*(f"controlnets.{name}={folder / name}" for name in branches), f"painter={painter}"]
+
+
+@pytest.mark.parametrize("name", STUDIES)
+def test_a_study_composes_and_says_why_it_exists(name):
+    """Guards the files: known keys only, a first line for ``--help``, a name of its own."""
+    check_experiment("evaluate", {"experiment": name})
+    assert len(why(STUDIES[name])) > 20
+    assert compose("evaluate", [f"experiment={name}"]).name == name
+
+
+@pytest.fixture
+def ready(random_kit, controlnets, prepared_work, tmp_path):
+    """``ready(name, *more)``: a small study's command line, its dataset prepared; it writes into ``runs``."""
+
+    def make(name: str, *more: str):
+        words = [f"experiment={name}", f"paths.work={tmp_path / 'work'}", f"paths.runs={tmp_path / 'runs'}"]
+        words += [f"model.path={random_kit}", "limit=2", "steps=1", "logger=none", *controlnets, *more]
+        if not (tmp_path / "work").exists():
+            prepared_work(tmp_path / "work", words, "evaluate")
+        return words
+
+    return make
+
+
+def study_of(words: list[str]):
+    return compose("evaluate", words)
+
+
+@pytest.mark.parametrize("name", STUDIES)
+def test_a_study_runs(name, ready, tmp_path, capsys):
+    """Guards the way of every study: table with all rows, figure, flat metrics; nothing changes outside the hole."""
+    cfg = study_of(ready(name))
+    evaluate.main(cfg)
+    (folder,) = (tmp_path / "runs" / name).iterdir()
+    head, *rows = (folder / "table.csv").read_text().splitlines()
+    listed = [row for row, node in cfg.study.methods.items() if node is not None]
+    assert head.split(",")[0] == ("method" if listed else "lambda")
+    assert {row.split(",")[0].split(" x")[0] for row in rows} >= set(listed)
+    metrics = json.loads((folder / "metrics.json").read_text())
+    drifts = [value for key, value in metrics.items() if key.endswith("test/pasted/bg_drift")]
+    assert len(drifts) >= 2 and set(drifts) == {0.0}
+    assert "n = 2 test pictures" in (folder / "table.md").read_text() and (folder / "figure.png").stat().st_size > 5000
+    said = capsys.readouterr().out
+    assert "part 1/" in said and str(folder / "figure.png") in said
+    made_of = json.loads((folder / "provenance.json").read_text())["made_of"]
+    assert {"kit/unet", "controlnets/color", "painter", "manifest"} <= set(made_of)
+
+
+def test_what_is_left_out_and_nothing_left(ready, tmp_path):
+    """Guards a clone without a ControlNet: the other rows run and the table says what is missing; a study of which
+    nothing is left, or that needs the missing one, ends in one line and does not count as finished.
+    """
+    evaluate.main(study_of(ready("fig7", "controlnets.raw=null", "study.degrade=[1]")))
+    (folder,) = (tmp_path / "runs" / "fig7").iterdir()
+    text = (folder / "table.md").read_text()
+    assert "| decomposed |" in text and "| raw |" not in text and "raw: left out, give controlnets.raw=RUN" in text
+    with pytest.raises(UserError, match="nothing to compare: raw: left out, .*decomposed: left out"):
+        evaluate.main(study_of(ready("fig7", "controlnets.raw=null", "controlnets.structure=null")))
+    with pytest.raises(UserError, match="controlnets.structure=RUN"):
+        evaluate.main(study_of(ready("table2", "controlnets.structure=null")))
+    with pytest.raises(UserError, match="study.methods.ours_best chooses among study.lambdas"):
+        evaluate.main(study_of(ready("table1", "study.lambdas=[]")))
+    assert len(list((tmp_path / "runs").glob("*/*/metrics.json"))) == 1
+
+
+def test_fewer_lambdas_than_the_paper(ready, tmp_path):
+    """Guards the paper's column: it stands beside rows that were measured, and makes none of its own."""
+    evaluate.main(study_of(ready("table2", "study.lambdas=[0.5,1]")))
+    (folder,) = (tmp_path / "runs" / "table2").iterdir()
+    rows = (folder / "table.csv").read_text().splitlines()[1:]
+    assert [row.split(",")[0] for row in rows] == ["0.5", "1"] and rows[0].endswith("12.35,31.19,54.15")
+
+
+def test_the_best_lambda_is_chosen_on_validation(ready, tmp_path, monkeypatch):
+    """Guards the choice: among validation pictures by their error, before any test picture is painted."""
+    seen, truth = [], study.scores
+
+    def spied(bench, outputs):
+        seen.append((bench.name, len(list((tmp_path / "runs").rglob("x1/*/*.npy")))))
+        return [row | {"fpsnr": [3.0, 9.0, 5.0][len(seen) - 1]} for row in truth(bench, outputs)]
+
+    monkeypatch.setattr(study, "scores", spied)
+    others = [f"~study.methods.{row}" for row in load_yaml(STUDIES["table1"]).study.methods if row != "ours_best"]
+    evaluate.main(study_of(ready("table1", "study.lambdas=[0.2,0.4,0.6]", *others)))
+    assert seen == [("validation", 0)] * 3
+    (folder,) = (tmp_path / "runs" / "table1").iterdir()
+    assert "ours_best: lambda 0.4 of 0.2, 0.4, 0.6, best in fpsnr on validation" in (folder / "table.md").read_text()
+
+
+def test_one_process_two_and_a_killed_one_make_the_same_table(ready, tmp_path, monkeypatch):
+    """Guards the contract, by the command itself: two processes, and one that is killed in the middle and started
+    again, write the table of one, byte for byte; only what was missing is painted again.
+    """
+    words = ready("relight", "limit=null", "study.methods.color_relight=null", "study.methods.ours_relight=null")
+
+    def command(name: str, *python: str):
+        more = [f"paths.runs={tmp_path / name}" if w.startswith("paths.runs") else w for w in words]
+        env = {**os.environ, "OMP_NUM_THREADS": "1"}
+        return subprocess.run([sys.executable, *python, *more], capture_output=True, text=True, env=env)
+
+    def table(name: str) -> bytes:
+        (folder,) = (tmp_path / name / "relight").iterdir()
+        return (folder / "table.csv").read_bytes()
+
+    plain = ("-m", "harmony.evaluate")
+    one = command("one", *plain)
+    assert one.returncode == 0, one.stderr
+    two = command("two", "-m", "torch.distributed.run", "--nproc-per-node", "2", *plain)
+    assert two.returncode == 0, two.stderr
+    kills = "import harmony.sampling.study as s, os, sys; w = s.store; k = []\n"
+    kills += "s.store = lambda *a: (w(*a), k.append(1), len(k) == 4 and os.kill(os.getpid(), 9))\n"
+    kills += "from harmony.evaluate import main; main()"
+    killed = command("killed", "-c", kills)
+    assert killed.returncode == -9, killed.stderr
+    before = {p: p.stat().st_mtime_ns for p in (tmp_path / "killed").rglob("*.npy")}
+    assert len(before) == 4 and command("killed", *plain).returncode == 0
+    assert all(p.stat().st_mtime_ns == when for p, when in before.items())
+    assert table("one") == table("two") == table("killed")
+
+
+def test_outputs_of_other_weights_are_not_taken(ready, random_kit, awake, tmp_path, monkeypatch):
+    """Guards resumption: a ControlNet that was trained anew at the same place makes a table of its own."""
+    kit, net = Kit(str(random_kit)), tmp_path / "net"
+    export_controlnet(awake(kit, 7), net, "color", {}, kit)
+    words = ready("fig7", f"controlnets.color={net}", "study.degrade=[1]")
+    monkeypatch.setattr(study, "write_table", lambda *a: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        evaluate.main(study_of(words))
+    monkeypatch.undo()
+    export_controlnet(awake(kit, 8), net, "color", {}, kit)
+    with pytest.raises(UserError, match="begun with another controlnets/color: resume=false begins anew"):
+        evaluate.main(study_of(words))
+    evaluate.main(study_of([*words, "resume=false"]))
+
+
+def test_a_study_on_wandb(ready, tmp_path):
+    """Guards the third copy: an offline run in the run folder, with a table of numbers and every picture."""
+    words = [w for w in ready("table2", "study.lambdas=[0.5,1]") if w != "logger=none"]
+    evaluate.main(study_of(words))
+    (folder,) = (tmp_path / "runs" / "table2").iterdir()
+    (run,) = folder.glob("wandb/offline-run-*")
+    (file,) = run.rglob("*.table.json")
+    table = json.loads(file.read_text())
+    assert table["columns"][0] == "lambda" and [row[0] for row in table["data"]] == ["0.5", "1"]
+    assert all(isinstance(cell, float | int) for row in table["data"] for cell in row[1:])
+    assert len(list(run.rglob("*.png"))) == 2
