@@ -44,12 +44,16 @@ $(STUDIES:%=work/paper/%.done): work/paper/%.done: $(TRAININGS:%=work/paper/%)
 	touch $@
 
 # structure is trained beside the colour ControlNet of this study, not beside the shipped one
-work/paper/structure_long: private BESIDE := module.companion=work/paper/color_long
-work/paper/structure_long: | work/paper/color_long
+work/paper/structure_long.fitted: private BESIDE := module.companion=work/paper/color_long
+work/paper/structure_long.fitted: | work/paper/color_long
 
-$(TRAININGS:%=work/paper/%): work/paper/%: | install
-	$(RUN) -m harmony.fit experiment=$* dataset.photos=$(PHOTOS) $(BESIDE)
-	$(RUN) -m harmony.export $$(ls -d runs/$*/* | tail -1) output=$@.partial
+$(TRAININGS:%=work/paper/%.fitted): work/paper/%.fitted: | install
+	$(RUN) -m harmony.fit experiment=$* dataset.photos=$(PHOTOS) paths.runs=work/paper/runs $(BESIDE)
+	touch $@
+
+$(TRAININGS:%=work/paper/%): work/paper/%: work/paper/%.fitted
+	$(RUN) -m harmony.export $$(dirname $$(ls -t work/paper/runs/$*/*/metrics.json | head -1)) output=$@.partial
+	rm -rf $@
 	mv $@.partial $@
 
 test: install  ## run the quick tests

@@ -10,6 +10,7 @@ Pixels outside the hole (the mask and a small rim) stay as they are, bit for bit
 
 import csv
 import time
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,7 +21,7 @@ from hydra.utils import instantiate
 from omegaconf import DictConfig, ListConfig, OmegaConf
 
 from harmony.composites import copy_paste, place, poisson, reinhard
-from harmony.config import entry, literal, make_folder, new_folder
+from harmony.config import entry, literal, load_yaml, make_folder, new_folder
 from harmony.data.captions import caption_images
 from harmony.errors import UserError
 from harmony.exemplars import exemplar
@@ -29,9 +30,19 @@ from harmony.images import crop_resize, grid, open_image, paste_crop, read_image
 from harmony.masks import OBJECT, TEST_RADIUS, read_mask
 from harmony.models.exemplar import load_painter
 from harmony.models.kit import Kit
+from harmony.models.timing import now, timed
 from harmony.sampling.ddim import timesteps
 from harmony.sampling.exemplar import fill_by_example
-from harmony.sampling.harmonize import Branch, Result, Settings, check_sizes, harmonize, insert, load_branch
+from harmony.sampling.harmonize import (
+    Branch,
+    Result,
+    Settings,
+    check_sizes,
+    harmonize,
+    insert,
+    load_branch,
+    working_square,
+)
 
 PATHS = (
     "dir",
@@ -184,18 +195,37 @@ def sheet(inputs: Inputs, result: Result, image: np.ndarray) -> np.ndarray:
     return grid([whole, close], ["background", "composite" if reference is None else "exemplar", "harmonized"])
 
 
-def compare(inputs: Inputs, result: Result, image: np.ndarray) -> list[np.ndarray]:
-    """Small pictures of the working square: composite, harmonized, and the composites without a network."""
+def compare(inputs: Inputs, image: np.ndarray) -> list[np.ndarray]:
+    """Small pictures of the working square: composite, harmonized, and the composites without a network.
+
+    Poisson blending wants the object's old surroundings or its new ones: a composite has neither, its place stays grey.
+    """
     background, foreground, mask = inputs.background, inputs.foreground, inputs.mask
     recoloured = copy_paste(background, reinhard(foreground, mask, background), mask)
-    pictures = [result.composite, image, recoloured, poisson(background, foreground, mask)]
-    return [crop_resize(picture, result.crop, SHEET_SIDE // 2) for picture in pictures]
+    whole = foreground is background
+    blended = np.full_like(background, 128) if whole else poisson(background, foreground, mask)
+    pictures = [copy_paste(background, foreground, mask), image, recoloured, blended]
+    crop = working_square(mask, inputs.region)
+    return [crop_resize(picture, crop, SHEET_SIDE // 2) for picture in pictures]
 
 
 Make = Callable[[DictConfig, Inputs, Path], Result]  # of one composite, which lies in the file
 
 
-def by_controlnets(cfg: DictConfig) -> Make:
+@dataclass(frozen=True)
+class Method:
+    """``make``, and the networks that it runs by what they are called when their time is told."""
+
+    make: Make
+    parts: dict[str, list[torch.nn.Module]]
+    device: torch.device
+
+
+def vae_halves(kit: Kit) -> list[torch.nn.Module]:
+    return [kit.vae.encoder, kit.vae.decoder]
+
+
+def by_controlnets(cfg: DictConfig) -> Method:
     """Load kit and ControlNets, say what they are, and give what harmonizes one composite."""
     kit = instantiate(cfg.model).to("cuda" if torch.cuda.is_available() else "cpu")
     branches = load_branches(cfg, kit)
@@ -210,10 +240,11 @@ def by_controlnets(cfg: DictConfig) -> Make:
         pictures = (inputs.background, inputs.foreground, inputs.mask)
         return harmonize(kit, *pictures, cfg.prompt, branches, settings, inputs.region, cfg.feather)
 
-    return make
+    nets = {f"{b.name} ControlNet": [b.net] for b in branches}
+    return Method(make, {"UNet": [kit.unet], **nets, "VAE": vae_halves(kit)}, kit.device)
 
 
-def by_example(cfg: DictConfig) -> Make:
+def by_example(cfg: DictConfig) -> Method:
     """Load Paint by Example and give what paints one exemplar: the reference, or the instance's own box."""
     kit = instantiate(cfg.model).to("cuda" if torch.cuda.is_available() else "cpu")
     painter = load_painter(cfg.painter, kit)
@@ -234,25 +265,42 @@ def by_example(cfg: DictConfig) -> Make:
         pictures = (inputs.background, inputs.foreground, inputs.mask)
         return insert(paint, kit.resolution, *pictures, inputs.region, cfg.feather, radius)
 
-    return make
+    return Method(make, {"UNet": [kit.unet], "encoder": [painter.encoder], "VAE": vae_halves(kit)}, kit.device)
 
 
 METHODS = {"controlnet": by_controlnets, "paint_by_example": by_example}
 
 
-def one(cfg: DictConfig, make: Make, folder: Path) -> tuple[dict[str, Path], list[np.ndarray]]:
-    """Harmonize what ``cfg`` names into ``folder``; the files, and a row of the contact sheet of many."""
+def shares(spent: Counter, total: float) -> str:
+    """Seconds, and what part of them each network took."""
+    parts = spent + Counter({"the rest": total - sum(spent.values())})
+    return f"{total:.2f} s: {', '.join(f'{name} {100 * s / total:.0f} %' for name, s in parts.most_common())}"
+
+
+def one(cfg: DictConfig, method: Method, folder: Path) -> dict[str, Path]:
+    """Harmonize what ``cfg`` names into ``folder``; the files. ``config.yaml`` is written last."""
     inputs = read_inputs(cfg)
     files = {name: folder / f"{name}.png" for name in ("harmonized", "raw", "composite", "hole", "sheet")}
     write_image(files["composite"], copy_paste(inputs.background, inputs.foreground, inputs.mask))
-    result = make(cfg, inputs, files["composite"])
+    began = now(method.device)
+    with timed(method.parts, method.device) as spent:
+        result = method.make(cfg, inputs, files["composite"])
+    print(shares(spent, now(method.device) - began))
     image = paste_crop(inputs.background, result.raw, result.crop) if cfg.raw else result.image
     write_image(files["raw"], result.raw)
     write_image(files["hole"], result.hole)
     write_image(files["sheet"], sheet(inputs, result, image))
     write_image(files["harmonized"], image)
     write_text(folder / "config.yaml", OmegaConf.to_yaml(cfg, resolve=True))
-    return files, compare(inputs, result, image)
+    return files
+
+
+def finished(cfg: DictConfig, folder: Path) -> bool:
+    """Whether ``folder`` holds what ``cfg`` asks for; the prompt may be one that the captioner gave."""
+    if not (folder / "config.yaml").exists():
+        return False
+    made = load_yaml(folder / "config.yaml")
+    return made == (cfg if cfg.prompt is not None else OmegaConf.merge(cfg, {"prompt": made.get("prompt")}))
 
 
 def listed(folder: Path) -> list[tuple[str, dict]]:
@@ -283,21 +331,38 @@ def listed(folder: Path) -> list[tuple[str, dict]]:
                 items.append((name, places | {"box": box}))
             else:
                 short.append(name)
+    names = [name for name, _ in items]
+    for name in names:
+        if names.count(name) > 1 or not name or Path(name).name != name:
+            raise UserError(f"{folder}/index.csv: id '{name}' must be a file name that no other row has")
     if short:
         print(f"{len(short)} rows name neither a composite with its mask nor a foreground with mask and box: {short}")
     return items
 
 
-def many(cfg: DictConfig, make: Make, folder: Path) -> dict[str, Path]:
-    """Harmonize every composite of ``cfg.dir``, each into a folder of its own, and draw them on one contact sheet."""
-    rows, items, began = [], listed(Path(cfg.dir)), time.monotonic()
-    for n, (name, settings) in enumerate(items, 1):
+def many(cfg: DictConfig, method: Method, folder: Path) -> dict[str, Path]:
+    """Harmonize every composite of ``cfg.dir``, each into a folder of its own, and draw them on one contact sheet.
+
+    What ``folder`` holds already is not made again.
+    """
+    rows, items = [], listed(Path(cfg.dir))
+    todo = {n for n, s in items if not finished(OmegaConf.merge(cfg, s), folder / n)}
+    began, done = time.monotonic(), 0
+    if len(todo) < len(items):
+        print(f"{len(items) - len(todo)} of {len(items)} composites are there already")
+    for name, settings in items:
+        own = OmegaConf.merge(cfg, settings)
         try:
-            rows.append(one(OmegaConf.merge(cfg, settings), make, make_folder(folder / name))[1])
+            if name in todo:
+                one(own.copy(), method, make_folder(folder / name))
+            rows.append(compare(read_inputs(own), read_image(folder / name / "harmonized.png")))
         except UserError as error:
             print(f"{name} left out: {error}")
-        rate = n / (time.monotonic() - began)
-        print(f"{name}: {n}/{len(items)}, {rate:.2f} a second, {(len(items) - n) / rate:.0f} s left", flush=True)
+        if name in todo:
+            done += 1
+            rate = done / (time.monotonic() - began)
+            left = (len(todo) - done) / rate
+            print(f"{name}: {done}/{len(todo)}, {rate:.2f} a second, {left:.0f} s left", flush=True)
     if not rows:
         raise UserError(f"none of the {len(items)} composites in {cfg.dir} could be harmonized: see the lines above")
     write_image(folder / "sheet.png", grid(rows, ["composite", "harmonized", "reinhard", "poisson"]))
@@ -312,9 +377,9 @@ def main(cfg: DictConfig) -> None:
         read_inputs(cfg)  # bad input is refused before any weights are loaded
     elif own := [name for name in PICTURES if cfg[name] is not None]:
         raise UserError(f"dir= brings pictures of its own: leave out {', '.join(own)}")
-    make = METHODS[cfg.method](cfg)
+    method = METHODS[cfg.method](cfg)
     folder = make_folder(cfg.output) if cfg.output else new_folder(Path(cfg.paths.runs).resolve() / "harmonize")
-    files = one(cfg, make, folder)[0] if cfg.dir is None else many(cfg, make, folder)
+    files = one(cfg, method, folder) if cfg.dir is None else many(cfg, method, folder)
     print(*files.values(), sep="\n")
 
 

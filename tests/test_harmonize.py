@@ -271,10 +271,32 @@ def test_a_folder_of_composites(desk, command):
     assert any("1 rows name neither" in line and "three" in line for line in lines)
     assert any(line.startswith("four left out") for line in lines) and any("2/3" in line for line in lines)
     assert Path(lines[-1]) == desk / "out" / "sheet.png" and read_image(lines[-1]).shape[0] > 2 * 150
+    assert sum("UNet " in line and " %, " in line and "the rest" in line for line in lines) == 2
+    tiles = read_image(lines[-1])[24:, -150:]
+    assert (tiles[40:150, 20:130] == 128).all() and tiles[240:].std() > 10, "no Poisson where nothing is known of it"
     for name in ("one", "two"):
         background, made = read_image(desk / "b.png"), read_image(desk / "out" / name / "harmonized.png")
         hole = read_image(desk / "out" / name / "hole.png")[..., 0] > 0
         assert np.array_equal(made[~hole], background[~hole]) and not np.array_equal(made[hole], background[hole])
+
+
+def test_a_folder_goes_on(desk, command):
+    """Guards resumption: what is there stays, what is asked otherwise or never ended is made; the sheet is whole."""
+    rows = ["id,composite,mask", "one,b.png,m.png", "two,f.png,m.png"]
+    (desk / "index.csv").write_text("\n".join(rows) + "\n")
+    command("dir=.", "output=out")
+    sheet, when = read_image(desk / "out" / "sheet.png"), (desk / "out/one/harmonized.png").stat().st_mtime_ns
+    (desk / "out" / "two" / "config.yaml").unlink()
+    (desk / "out" / "sheet.png").unlink()
+    lines = command("dir=.", "output=out")[1]
+    assert any("1 of 2 composites are there already" in line for line in lines) and any("two: 1/1" in x for x in lines)
+    assert (desk / "out/one/harmonized.png").stat().st_mtime_ns == when
+    assert np.array_equal(read_image(desk / "out" / "sheet.png"), sheet)
+    assert not any("already" in line for line in command("dir=.", "output=out", "seed=1")[1])
+    (desk / "index.csv").write_text("\n".join([*rows, "two,b.png,m.png"]) + "\n")
+    assert "id 'two' must be a file name that no other row has" in command("dir=.", "output=out")[2][0]
+    (desk / "index.csv").write_text("\n".join([*rows, "../two,b.png,m.png"]) + "\n")
+    assert command("dir=.", "output=out")[0] == 2
 
 
 def test_pairs_without_an_index(desk, command):

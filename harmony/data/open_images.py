@@ -342,6 +342,9 @@ def look_at_pixels(dataset, rules: Rules, work: Path) -> None:
             by_id = {sample["id"]: found for sample, found in zip(batch, facts, strict=True)}
             split_of = {sample["id"]: sample["key"].split("/")[0] for sample in batch}
             good = {i: f for i, f in by_id.items() if "reason" not in f}
+            before = {sample["id"]: sample["sha256"] for sample in batch}
+            other = {i: None for i, f in good.items() if before[i] not in (None, f["sha256"])}
+            dataset.set_values("caption_model", other, key_field="id")  # the caption was that of another picture
             bad = {i: f["reason"] for i, f in by_id.items() if "reason" in f}
             size = {i: fo.ImageMetadata(width=f["width"], height=f["height"]) for i, f in good.items()}
             dataset.set_values("metadata", size, key_field="id")
@@ -361,7 +364,7 @@ def changed_samples(dataset, rules: Rules) -> list[dict]:
     by_pixels = REASONS[REASONS.index("image undecodable") :]
     view = dataset.match(~F("rejected_because").exists() | F("rejected_because").is_in(by_pixels))
     names = {"id": "id", "key": "harmony_id", "image": "filepath", "mask": "mask_stored", "looked_at": "looked_at"}
-    names["mask_file"] = "mask_file"
+    names |= {"mask_file": "mask_file", "sha256": "sha256"}
     rows = [dict(zip(names, values, strict=True)) for values in zip(*view.values(list(names.values())), strict=True)]
     for row in rows:
         row["stamp"] = stamp(rules, row["image"], row["mask"])

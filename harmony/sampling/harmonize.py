@@ -182,8 +182,7 @@ def insert(
     check_sizes(background, foreground=foreground, mask=mask, region=region)
     height, width = background.shape[:2]
     composite = copy_paste(background, foreground, mask)
-    box = bounding_box(mask if region is None else mask | region)
-    crop = square_around(box, width, height, context=CONTEXT)
+    crop = working_square(mask, region)
     image, instance, small = (crop_resize(a, crop, side) for a in (background, composite, mask))
     if not small.any():
         raise UserError(f"the object is too small: it vanishes at the kit's {side} px; enlarge it or take a larger kit")
@@ -194,6 +193,12 @@ def insert(
     raw = paint(image, instance, small, crop_resize(opened, crop, side))
     pasted = paste_back(paste_crop(background, raw, crop), background, opened, feather)
     return Result(pasted, raw, composite, opened, crop)
+
+
+def working_square(mask: np.ndarray, region: np.ndarray | None = None) -> Crop:
+    """The square of the photograph that the model works on."""
+    height, width = mask.shape
+    return square_around(bounding_box(mask if region is None else mask | region), width, height, context=CONTEXT)
 
 
 def check_sizes(background: np.ndarray, **others: np.ndarray | None) -> None:

@@ -203,6 +203,9 @@ def test_blip_captions_the_rest_once_for_each_captioner(fo, recipe, folder, tmp_
     recipe["captions"] = {"given": False, "captioner": "hub/other"}  # named in the recipe, it comes before the kit's
     prepare_dataset(recipe, tmp_path / "work", captioner="hub/blip")
     assert asked == ["a1", "b2"] * 2 + ["a0"]
+    write_image(folder.folder / "data" / "a1.jpg", np.zeros((32, 40, 3), np.uint8))
+    prepare_dataset(recipe, tmp_path / "work", captioner="hub/blip")
+    assert asked == ["a1", "b2"] * 2 + ["a0", "a1"], "another picture under the same name wants a caption of its own"
 
 
 def test_studio_truths_go_to_extras(fo, recipe, folder, tmp_path):

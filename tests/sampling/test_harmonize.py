@@ -5,6 +5,7 @@ import pytest
 import torch
 
 from harmony.errors import UserError
+from harmony.images import to_model
 from harmony.masks import dilate
 from harmony.models.controlnet import export_controlnet
 from harmony.models.kit import Kit
@@ -105,6 +106,16 @@ def test_the_model_sees_the_instance_but_not_what_the_hole_covers(kit, color):
     assert np.array_equal(raw(background, other, []), raw(background, foreground, []))  # only the hints carry it
     outside = np.where(mask[..., None], foreground, 255 - foreground)
     assert np.array_equal(raw(background, outside, [color]), before)
+
+
+def test_the_hole_is_mid_grey_for_the_model(kit, monkeypatch):
+    """Guards the masked image: 0 in [-1, 1] under the hole, not black, and the picture itself elsewhere."""
+    seen, moments = [], Kit.moments
+    monkeypatch.setattr(Kit, "moments", lambda self, x: (seen.append(x), moments(self, x))[1])
+    image, mask = picture(32, 32), rectangle(32, 32, 8, 8, 20, 20)
+    fill(kit, [image], [image], [mask], [mask], ["x"], settings=FAST)
+    (x,) = seen
+    assert (x[0][:, mask] == 0).all() and torch.allclose(x[0][:, ~mask], to_model(image)[:, ~mask])
 
 
 def test_weights_fade_a_branch_out(kit, color):
