@@ -1,4 +1,4 @@
-"""F6. ``python -m harmony.export RUN``: write the ControlNet of a run for other tools, with a model card.
+"""F6. ``python -m harmony.export RUN``: write what a run trained for other tools, with a model card.
 
 ``format=diffusers`` makes a folder whose ``controlnet/`` the stock StableDiffusionControlNetInpaintPipeline loads, with
 the same output as ours; ``format=comfyui`` makes one file for ComfyUI's models/controlnet, under a name of its own.
@@ -23,6 +23,7 @@ from harmony.config import entry, literal, load_yaml, make_folder
 from harmony.errors import UserError
 from harmony.files import write_text
 from harmony.models.controlnet import controlnet_folder, export_controlnet, from_unet, read_hint
+from harmony.models.exemplar import Painter, export_painter, load_painter
 from harmony.models.kit import kit_path, ship
 
 FORMATS = ("diffusers", "comfyui")
@@ -58,6 +59,34 @@ In diffusers, on a square picture at the kit's resolution in which the object ha
 {snippet}
 ```
 
+## Training
+
+{training}
+
+## Figures
+
+{figures}
+
+## Licence
+
+{licence}
+"""
+PAINTER_CARD = """
+# {title}
+
+Paint by Example (Yang et al., 2023) on the kit `{kit}`: what an exemplar shows is painted where the mask is white, seen
+through {tokens} of CLIP's. Everything outside the mask keeps its value bit for bit.
+{grid}
+## Usage
+
+From the folder of this card:
+
+```bash
+python -m harmony.harmonize method=paint_by_example background=B.jpg reference=R.jpg mask=M.png painter=.{model}
+```
+
+`unet/` and `image_encoder/` are in diffusers' layout (`PaintByExampleImageEncoder`); VAE and scheduler are the kit's.
+{tower}
 ## Training
 
 {training}
@@ -204,8 +233,8 @@ def training_text(run: Path, facts: dict) -> str:
     return "\n".join(lines)
 
 
-def figures_text(run: Path) -> str:
-    """Final figures beside those of the hint-off baseline, and the protocol they were measured by."""
+def figures_text(run: Path, without: str = "without the ControlNet") -> str:
+    """Final figures beside those of the baseline, and the protocol they were measured by."""
     numbers = read_json(run / "metrics.json")
     rows = [name for name in sorted(numbers) if f"baseline/{name}" in numbers]
     if not rows:
@@ -217,7 +246,7 @@ def figures_text(run: Path) -> str:
         f"Reconstruction of {count} held-out pictures ({e.split}): DDIM, {e.steps} steps, guidance {e.guidance}, "
         f"seed {e.seed}{features}. `raw` is the model's output, `pasted` that after the hole is pasted back.",
         "",
-        "| metric | without the ControlNet | with it |",
+        f"| metric | {without} | with it |",
         "|---|---|---|",
     ]
     return "\n".join(lines + [f"| {name} | {numbers[f'baseline/{name}']:.4g} | {numbers[name]:.4g} |" for name in rows])
@@ -250,6 +279,37 @@ def model_card(run: Path, facts: dict, grid: Path | None, licence: str) -> str:
     return f"---\n{head.to_yaml()}\n---\n{body}"
 
 
+def painter_card(run: Path, painter: Painter, facts: dict, grid: Path | None, licence: str, tower: bool) -> str:
+    """The text of ``README.md`` of a Paint by Example; ``facts`` are those of ``kit.json``."""
+    kit = facts.get("kit", "unknown")
+    head = ModelCardData(license=licence, library_name="diffusers", tags=["inpainting", "paint-by-example"])
+    body = PAINTER_CARD.format(
+        title="harmony Paint by Example",
+        kit=kit,
+        tokens="all tokens" if painter.encoder.all_tokens else "one token",
+        grid="\n![input, exemplar, without it, with it, truth](grid.png)\n" if grid else "",
+        model="" if kit == "tiny" else f" model.path={kit}",
+        tower="" if tower else "CLIP's tower is not among the weights: harmony takes the kit's.\n",
+        training=training_text(run, facts),
+        figures=figures_text(run, "without an exemplar"),
+        licence=f"`{licence}`, that of the kit's weights, from which this network was copied before it was trained.",
+    )
+    return f"---\n{head.to_yaml()}\n---\n{body}"
+
+
+def write_painter(run: Path, output: Path, licence: str | None, half: bool, tower: bool) -> Path:
+    """Export the Paint by Example of ``run`` into the folder ``output``."""
+    cfg = load_yaml(run / "config.yaml")
+    if not (run / "metrics.json").exists():
+        raise UserError(f"{run} has not ended: the command of its training goes on with it")
+    painter = load_painter(run, instantiate(cfg.model))
+    folder = export_painter(painter.kit.unet, painter.encoder, output, painter.kit, half, tower)
+    facts = read_json(folder / "kit.json")
+    licence = licence or kit_licence(facts["kit"])
+    write_text(output / "README.md", painter_card(run, painter, facts, copy_grid(run, output), licence, tower))
+    return output
+
+
 def single_file(controlnet: Path, target: Path, facts: dict) -> Path:
     """The weights in one file, with diffusers' own keys; hint and configuration in its metadata."""
     with safe_open(controlnet / WEIGHTS, "pt") as file:
@@ -262,7 +322,7 @@ def single_file(controlnet: Path, target: Path, facts: dict) -> Path:
 
 
 def write(kind: str, path: Path, run: Path, output: Path, licence: str | None, half: bool = False) -> Path:
-    """Export ``path``, which belongs to ``run``, as ``kind``: the folder ``output``, or one file in it."""
+    """Export the ControlNet in ``path``, which belongs to ``run``, as ``kind``: the folder ``output``, or one file."""
     if kind == "comfyui":
         with TemporaryDirectory(dir=output) as scratch:
             controlnet = export_folder(path, Path(scratch))
@@ -277,6 +337,11 @@ def write(kind: str, path: Path, run: Path, output: Path, licence: str | None, h
     card = model_card(run, facts, copy_grid(run, output), licence or kit_licence(facts.get("kit", "unknown")))
     write_text(output / "README.md", card)
     return output
+
+
+def trains_painter(run: Path) -> bool:
+    file = run / "config.yaml"
+    return file.exists() and str(OmegaConf.select(load_yaml(file), "module._target_")).endswith("ExemplarTask")
 
 
 KIT_PARTS = ("vae", "clip", "captioner", "inpaint")
@@ -340,7 +405,7 @@ def export_kit(source: Path, output: Path, runs: Path) -> Path:
 
 @entry("export", read=overrides)
 def main(cfg: DictConfig) -> None:
-    """Write the ControlNet of a run in diffusers' or ComfyUI's format, or a trained kit in float16."""
+    """Write what a run trained in diffusers' or ComfyUI's format, or a trained kit in float16."""
     if cfg.kit is not None:
         if cfg.output is None:
             raise UserError("export kit=FOLDER needs output=FOLDER: where the kit is to be written")
@@ -359,6 +424,11 @@ def main(cfg: DictConfig) -> None:
     output = make_folder(cfg.output or run / "export")
     if cfg.half and output.resolve() == (run / "export").resolve():
         raise UserError("half=true would round the run's own weights: add output=FOLDER")
+    if trains_painter(run):
+        if cfg.format != "diffusers":
+            raise UserError(f"format={cfg.format} is for ControlNets; Paint by Example has its own nodes: leave it out")
+        print(write_painter(run, output, cfg.licence, cfg.half, cfg.tower))
+        return
     print(write(cfg.format, path, run, output, cfg.licence, cfg.half))
 
 

@@ -19,6 +19,7 @@ from harmony import export
 from harmony.images import read_image, write_image
 from harmony.masks import hole
 from harmony.models.controlnet import export_controlnet, load_controlnet, read_hint
+from harmony.models.exemplar import export_painter, fresh_encoder, load_painter, painting_unet
 from harmony.models.kit import Kit
 from harmony.sampling.inpaint import inpaint
 
@@ -182,6 +183,32 @@ def test_half_the_size(run, command, kit, tmp_path):
 
 def safetensors_of(folder: Path) -> dict:
     return load_file(next(folder.glob("*.safetensors")))
+
+
+def test_paint_by_example(command, kit, tmp_path):
+    """Guards the second kind of run: both networks and a card whose command can be typed; refused while it trains."""
+    torch.manual_seed(0)
+    folder = tmp_path / "runs" / "paint_by_example" / "now"
+    folder.mkdir(parents=True)
+    cfg = {
+        "model": {"_target_": "harmony.models.kit.Kit", "path": kit.path, "weights": "hub"},
+        "module": {"_target_": "harmony.training.exemplar.ExemplarTask"}, "data": {"batch_size": 32},
+        "dataset": {"name": "kit"}, "trainer": {"max_steps": 20}, "seed": 0,
+        "evaluate": {"split": "test", "limit": None, "steps": 20, "guidance": 3.0, "seed": 0},
+    }  # fmt: skip
+    OmegaConf.save(cfg, folder / "config.yaml")
+    code, _, err = command(folder)
+    assert code == 2 and "has not ended" in err[-1]
+    encoder = fresh_encoder(kit.image_encoder, kit.unet.config.cross_attention_dim)
+    export_painter(painting_unet(kit.unet), encoder, folder / "export", kit)
+    (folder / "metrics.json").write_text(json.dumps({"test/raw/fid": 1.5, "baseline/test/raw/fid": 2.5}))
+    code, out, err = command(folder, f"output={tmp_path / 'shipped'}", "half=true", "tower=false")
+    assert code == 0 and Path(out[-1]) == tmp_path / "shipped", err
+    card = (tmp_path / "shipped" / "README.md").read_text()
+    assert "method=paint_by_example" in card and "the kit's" in card and "| test/raw/fid | 2.5 | 1.5 |" in card
+    assert load_painter(tmp_path / "shipped", kit).encoder.size == 32
+    code, _, err = command(folder, "format=comfyui")
+    assert code == 2 and "format=comfyui is for ControlNets" in err[-1]
 
 
 def test_mistakes(run, command, tmp_path, kit, awake):

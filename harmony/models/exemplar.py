@@ -20,7 +20,7 @@ from transformers import CLIPVisionConfig, CLIPVisionModel
 
 from harmony.errors import UserError
 from harmony.images import sha256, to_clip
-from harmony.models.kit import ASSETS, Kit, load_part
+from harmony.models.kit import ASSETS, Kit, load_part, weights_hash
 
 WEIGHTS = "model.safetensors"
 LAYERS_A_BLOCK = 5  # the mapper has (layers of the tower + 1) // 5 blocks
@@ -185,7 +185,7 @@ def load_painter(path: str | os.PathLike, kit: Kit) -> Painter:
         raise UserError(f"{path} does not fit kit {kit.name}: give the model.path that it was trained on")
     elif (facts := kit_facts(folder)).get("vae", kit.hash("vae")) != kit.hash("vae"):
         raise UserError(f"{path} was trained on another VAE than that of kit {kit.name}: model.path={facts['kit']}")
-    encoder = read_encoder(where).to(kit.device, kit.dtype)
+    encoder = read_encoder(where, kit).to(kit.device, kit.dtype)
     if encoder.config.projection_dim != unet.config.cross_attention_dim:
         raise UserError(f"{path}: the encoder's width {encoder.config.projection_dim} is not the UNet's")
     return Painter(kit.with_unet(unet), encoder)
@@ -203,6 +203,19 @@ def kit_facts(folder: Path) -> dict:
     return json.loads(file.read_text()) if file.exists() else {}
 
 
+def kit_tower(kit: Kit, config: CLIPVisionConfig) -> CLIPVisionModel:
+    """The kit's vision tower in float32, of the architecture ``config``. UserError where it is of another."""
+    tower = CLIPVisionModel(config).requires_grad_(False).eval()
+    state = tower_keys(load_part(kit.path, "image_encoder").state_dict(), "vision_model.")
+    try:
+        tower.load_state_dict(state)
+    except RuntimeError:
+        raise UserError(
+            f"the CLIP tower of kit {kit.name} is of another architecture: give the kit it was trained on"
+        ) from None
+    return tower
+
+
 def fetch(where: str, name: str) -> Path:
     """A file of the encoder, from a folder or the hub."""
     if os.path.isdir(where):
@@ -212,8 +225,11 @@ def fetch(where: str, name: str) -> Path:
     return Path(hf_hub_download(where, f"image_encoder/{name}"))
 
 
-def read_encoder(where: str) -> ExemplarEncoder:
-    """The frozen encoder in ``where/image_encoder``; released files name the tower's weights in the older way."""
+def read_encoder(where: str, kit: Kit) -> ExemplarEncoder:
+    """The frozen encoder in ``where/image_encoder``; released files name the tower's weights in the older way.
+
+    Files without a tower get that of ``kit``, if it is the one that they were trained behind.
+    """
     try:
         config = json.loads(fetch(where, "config.json").read_text())
         encoder = ExemplarEncoder(CLIPVisionConfig(**config), config.get("all_tokens", False))
@@ -222,6 +238,13 @@ def read_encoder(where: str) -> ExemplarEncoder:
         raise UserError(f"cannot load image_encoder of {where}: {str(error).splitlines()[0]}") from error
     state = {name.replace("model.vision_model.", "model.", 1): value for name, value in state.items()}
     state.pop("model.embeddings.position_ids", None)  # a constant that older files carry
+    if not any(name.startswith("model.") for name in state):
+        tower = kit_tower(kit, encoder.config)
+        if weights_hash(tower) != kit_facts(Path(where)).get("tower"):
+            raise UserError(
+                f"{where} was trained behind another CLIP tower than that of kit {kit.name}: give its model.path"
+            )
+        state |= {f"model.{name}": value for name, value in tower.state_dict().items()}
     try:
         encoder.load_state_dict(state)
     except RuntimeError as error:
@@ -229,20 +252,36 @@ def read_encoder(where: str) -> ExemplarEncoder:
     return encoder.requires_grad_(False).eval()
 
 
-def export_painter(unet: UNet2DConditionModel, encoder: ExemplarEncoder, folder: Path, kit: Kit) -> Path:
-    """Write ``folder/paint_by_example``: ``unet`` and ``image_encoder`` in diffusers layout, and ``kit.json``."""
+def export_painter(
+    unet: UNet2DConditionModel,
+    encoder: ExemplarEncoder,
+    folder: Path,
+    kit: Kit,
+    half: bool = False,
+    tower: bool = True,
+) -> Path:
+    """Write ``folder/paint_by_example``: ``unet`` and ``image_encoder`` in diffusers layout, and ``kit.json``.
+
+    ``half``: weights in float16. ``tower=False`` leaves out CLIP's tower, which must then be the kit's own: diffusers
+    does not load that, harmony does.
+    """
     target, partial = Path(folder) / "paint_by_example", Path(folder) / ".paint_by_example.partial"
     shutil.rmtree(partial, ignore_errors=True)
+    facts = {"kit": kit.name, "vae": kit.hash("vae"), "tower": weights_hash(encoder.model)}
+    if not tower and facts["tower"] != weights_hash(kit_tower(kit, encoder.config)):
+        raise UserError(f"its CLIP tower is not that of kit {kit.name}, so it cannot be left out: tower=true")
+    dtype = torch.float16 if half else torch.float32
     plain = UNet2DConditionModel.from_config(unet.config)
     plain.load_state_dict({name: value.detach().cpu() for name, value in unet.state_dict().items()})
+    torch.nn.Module.to(plain, dtype)  # diffusers' own warns of modules to keep in float32, of which there are none
     plain.save_pretrained(partial / "unet")
     (partial / "image_encoder").mkdir()
     config = encoder.config.to_dict() | {"architectures": ["PaintByExampleImageEncoder"]}
     config |= {"all_tokens": True} if encoder.all_tokens else {}
     (partial / "image_encoder" / "config.json").write_text(json.dumps(config, indent=2, default=str) + "\n")
-    state = {name: value.detach().cpu().contiguous() for name, value in encoder.state_dict().items()}
+    state = {name: value for name, value in encoder.state_dict().items() if tower or not name.startswith("model.")}
+    state = {name: value.detach().cpu().to(dtype).contiguous() for name, value in state.items()}
     save_file(state, partial / "image_encoder" / WEIGHTS, {"format": "pt"})
-    facts = {"kit": kit.name, "vae": kit.hash("vae")}
     (partial / "kit.json").write_text(json.dumps(facts, indent=2) + "\n")
     shutil.rmtree(target, ignore_errors=True)
     os.replace(partial, target)

@@ -1,6 +1,7 @@
 """Method sheet 3.13: encoder, painting UNet, files of Paint by Example."""
 
 import json
+import shutil
 
 import pytest
 import torch
@@ -162,6 +163,41 @@ def test_export_comes_back(kit, tmp_path):
     assert load_painter(tmp_path / "all", kit).encoder.all_tokens
 
 
+def other_kit(kit, folder, part: str) -> Kit:
+    """A copy of the kit in which one weight of ``part`` is another."""
+    shutil.copytree(kit.path, folder)
+    (file,) = (folder / part).glob("*.safetensors")
+    state = load_file(file)
+    name = min(state)
+    save_file(state | {name: state[name] + 1}, file, {"format": "pt"})
+    return Kit(str(folder))
+
+
+def test_shipped_without_a_tower_it_takes_the_kits(kit, tmp_path):
+    """Guards what is shipped: float16, no tower, which is that of the kit to the last bit; of no other kit."""
+    torch.manual_seed(0)
+    ours, painting = encoder(kit), painting_unet(kit.unet)
+    folder = export_painter(painting, ours, tmp_path, kit, half=True, tower=False)
+    state = load_file(folder / "image_encoder" / "model.safetensors")
+    assert not any(name.startswith("model.") for name in state) and {v.dtype for v in state.values()} == {torch.float16}
+    again = load_painter(tmp_path, kit)
+    same = again.encoder.model.state_dict()
+    assert all(torch.equal(v, same[n]) for n, v in ours.model.state_dict().items())
+    assert torch.allclose(again.encoder(pictures()), ours(pictures()), atol=1e-2)
+    with pytest.raises(UserError, match="behind another CLIP tower"):
+        load_painter(tmp_path, other_kit(kit, tmp_path / "tower", "image_encoder"))
+    ours.model.embeddings.class_embedding += 1
+    with pytest.raises(UserError, match="so it cannot be left out: tower=true"):
+        export_painter(painting, ours, tmp_path / "foreign", kit, tower=False)
+
+
+def test_another_vae_is_refused(kit, tmp_path):
+    """Guards the latents: those of another VAE mean something else."""
+    export_painter(painting_unet(kit.unet), encoder(kit), tmp_path, kit)
+    with pytest.raises(UserError, match="trained on another VAE"):
+        load_painter(tmp_path, other_kit(kit, tmp_path / "vae", "vae"))
+
+
 def test_released_files_with_older_names_load(kit, tmp_path):
     """Guards Fantasy-Studio's files: the tower under model.vision_model., with position ids."""
     ours = encoder(kit)
@@ -170,7 +206,7 @@ def test_released_files_with_older_names_load(kit, tmp_path):
     older = {("model.vision_" + n) if n.startswith("model.") else n: v for n, v in state.items()}
     older["model.vision_model.embeddings.position_ids"] = torch.arange(17)[None]
     save_file(older, folder / "model.safetensors")
-    again = read_encoder(str(folder.parent))
+    again = read_encoder(str(folder.parent), kit)
     assert torch.equal(again(pictures()), ours(pictures()))
 
 
