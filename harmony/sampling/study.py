@@ -52,7 +52,6 @@ BLOCK = 16
 REAL = 1024  # pictures of the train split that stand for real ones, at most
 WAIT = 3600  # seconds without any new block after which the other processes count as dead
 EXAMPLES = 8  # pictures on a study's figure
-CURVES = ("raw/fid", "pasted/fpsnr", "pasted/color_de", "pasted/edge_f1")
 SQUARES = 3  # of them on a figure of all pairs of lambdas
 CHOICE = "fpsnr"  # what the best lambda is best in, on validation
 
@@ -371,7 +370,7 @@ class Study:
         lambdas, kind = self.spec["lambdas"], self.spec["figure"]
         target, beside = self.folder / "figure.png", self.folder / "pictures.png"
         labels = ("lambda_l (colour)", "lambda_h (structure)")
-        metrics = [f"{part.name}/{metric}" for metric in CURVES]
+        metrics = [f"{part.name}/{metric}" for metric in self.spec["drawn"]]
         if kind == "heat":
             names = [[f"{h:g} {v:g}" for v in lambdas] for h in lambdas]
             values = {m: np.array([[table[name][m] for name in row] for row in names]) for m in metrics}
@@ -385,5 +384,9 @@ class Study:
         pictures(beside if kind == "curves" else target, rows, titles)
         if kind != "curves":
             return [target]
-        curves(target, table, metrics, "lambda")
+        guided = {
+            row: n["guidance"] for row, n in self.spec["methods"].items() if n and "guidance" in n and row in table
+        }
+        points = guided or {f"{v:g}": v for v in lambdas}
+        curves(target, table, points, metrics, "guidance" if guided else "lambda")
         return [target, beside]

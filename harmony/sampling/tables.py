@@ -58,14 +58,13 @@ def pictures(path: Path, rows: Sequence[Sequence[np.ndarray]], titles: Sequence[
     write_image(path, grid([list(row) for row in rows], list(titles)))
 
 
-def curves(path: Path, table: Table, metrics: Sequence[str], label: str) -> None:
-    """One panel a metric over rows whose names are numbers."""
+def curves(path: Path, table: Table, points: Mapping[str, float], metrics: Sequence[str], label: str) -> None:
+    """One panel a metric; ``points``: row -> where it lies on the axis ``label``."""
     from matplotlib.figure import Figure
 
-    names = [name for name in table if _is_number(name)]
     figure = Figure(figsize=(3.2 * len(metrics), 2.8), layout="constrained")
     for axis, metric in zip(np.atleast_1d(figure.subplots(1, len(metrics))), metrics, strict=True):
-        axis.plot([float(name) for name in names], [table[name][metric] for name in names], "o-", color="#1f6f8b")
+        axis.plot(list(points.values()), [table[row][metric] for row in points], "o-", color="#1f6f8b")
         axis.set(title=metric, xlabel=label)
         axis.grid(alpha=0.3)
     figure.savefig(path, dpi=120)
@@ -85,14 +84,6 @@ def mosaics(
         axis.set_xticks([side * (j + 0.5) for j in range(len(x))], [f"{v:g}" for v in x])
         axis.set_yticks([side * (i + 0.5) for i in range(len(y))], [f"{v:g}" for v in reversed(y)])
     figure.savefig(path, dpi=160)
-
-
-def _is_number(text: str) -> bool:
-    try:
-        float(text)
-        return True
-    except ValueError:
-        return False
 
 
 def heat(path: Path, values: Mapping[str, np.ndarray], x: Sequence[float], y: Sequence[float], labels: tuple) -> None:

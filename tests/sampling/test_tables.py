@@ -28,7 +28,7 @@ def test_csv_holds_all_and_markdown_what_matters(tmp_path):
 def test_figures_are_drawn(tmp_path):
     """Guards the three kinds: a panel a metric, a cell a pair of weights, a column a method."""
     table = {f"{v:g}": {"a": v, "b": v**2} for v in (0.1, 0.5, 1)} | {"inpainting": {"a": 0.0, "b": 0.0}}
-    curves(tmp_path / "curves.png", table, ["a", "b"], "lambda")
+    curves(tmp_path / "curves.png", table, {"0.1": 0.1, "0.5": 0.5, "1": 1}, ["a", "b"], "lambda")
     heat(tmp_path / "heat.png", {"a": np.arange(4.0).reshape(2, 2)}, [0, 1], [0, 1], ("x", "y"))
     image = np.full((32, 32, 3), 200, np.uint8)
     colours = [[np.full((32, 32, 3), 40 * (2 * i + j), np.uint8) for j in range(2)] for i in range(2)]
