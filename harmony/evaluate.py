@@ -48,10 +48,11 @@ def study(cfg: DictConfig, kit, manifest: Path, folder: Path):
     from harmony.sampling.harmonize import Settings
     from harmony.sampling.study import Study
 
-    spec, nets = (OmegaConf.to_container(node, resolve=True) for node in (cfg.study, cfg.controlnets))
+    nodes = (cfg.study, cfg.controlnets, cfg.painters)
+    spec, nets, painters = (OmegaConf.to_container(node, resolve=True) for node in nodes)
     settings, share = Settings(cfg.steps, cfg.guidance, cfg.seed), (rank(), int(os.environ.get("WORLD_SIZE") or 1))
-    others = cfg.painter, cfg.clip
-    return Study(cfg.name, spec, nets, kit, manifest, folder, settings, cfg.split, cfg.limit, *share, *others)
+    at = kit, manifest, folder, settings, cfg.split, cfg.limit
+    return Study(cfg.name, spec, nets, painters, *at, *share, cfg.clip)
 
 
 def device() -> str:

@@ -31,7 +31,8 @@ def controlnets(random_kit, awake, tmp_path_factory):
         export_controlnet(awake(kit, seed), folder / name, branch, {}, kit)
     encoder = fresh_encoder(kit.image_encoder, kit.unet.config.cross_attention_dim)
     painter = export_painter(painting_unet(kit.unet), encoder, folder, kit)
-    return [*(f"controlnets.{name}={folder / name}" for name in branches), f"painter={painter}"]
+    painters = ("paint_by_example", "all_tokens", "no_augmentation", "box")
+    return [*(f"controlnets.{n}={folder / n}" for n in branches), *(f"painters.{n}={painter}" for n in painters)]
 
 
 @pytest.mark.parametrize("name", STUDIES)
@@ -77,7 +78,7 @@ def test_a_study_runs(name, ready, tmp_path, capsys):
     said = capsys.readouterr().out
     assert "part 1/" in said and str(folder / "figure.png") in said
     made_of = json.loads((folder / "provenance.json").read_text())["made_of"]
-    assert {"kit/unet", "controlnets/color", "painter", "manifest"} <= set(made_of)
+    assert {"kit/unet", "controlnets/color", "painters/box", "manifest"} <= set(made_of)
 
 
 def test_what_is_left_out_and_nothing_left(ready, tmp_path):

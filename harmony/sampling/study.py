@@ -53,6 +53,7 @@ REAL = 1024  # pictures of the train split that stand for real ones, at most
 WAIT = 3600  # seconds without any new block after which the other processes count as dead
 EXAMPLES = 8  # pictures on a study's figure
 SQUARES = 3  # of them on a figure of all pairs of lambdas
+PAINTER = "paint_by_example"  # which of the painters a row means that names none
 CHOICE = "fpsnr"  # what the best lambda is best in, on validation
 
 
@@ -155,16 +156,17 @@ def object_of(row: Row, root: Path) -> np.ndarray:
 class Study:
     """One study: its benches, its methods, their stored outputs, the table and the figure.
 
-    ``spec`` is the node ``study`` of configs/evaluate.yaml, ``controlnets`` what its rows may name, ``painter`` its
-    Paint by Example, ``clip`` open_clip's NAME/WEIGHTS (None = the kit's towers). Of ``world`` processes each makes its
-    share of the outputs; the first makes the table.
+    ``spec`` is the node ``study`` of configs/evaluate.yaml, ``controlnets`` and ``painters`` (Paint by Example) what
+    its rows may name, ``clip`` is open_clip's NAME/WEIGHTS (None = the kit's towers). Of ``world`` processes each makes
+    its share of the outputs; the first makes the table.
     """
 
     def __init__(
         self,
         name: str,
         spec: dict,
-        controlnets: dict[str, str],
+        controlnets: dict[str, str | None],
+        painters: dict[str, str | None],
         kit: Kit,
         manifest: Path,
         folder: Path,
@@ -173,14 +175,13 @@ class Study:
         limit: int | None = None,
         rank: int = 0,
         world: int = 1,
-        painter: str | None = None,
         clip: str | None = None,
     ):
         self.name, self.spec, self.controlnets, self.kit, self.manifest = name, spec, controlnets, kit, manifest
         self.folder, self.settings, self.split, self.limit = folder, replace(settings, batch=BLOCK), split, limit
-        self.rank, self.world, self.painter, self.openclip = rank, world, painter, clip
+        self.rank, self.world, self.painters, self.openclip = rank, world, painters, clip
         self.extractor = feature_extractor(kit)
-        self.branches, self.notes, self.part, self.made = {}, [], 0, folder / "outputs"
+        self.branches, self.loaded, self.notes, self.part, self.made = {}, {}, [], 0, folder / "outputs"
 
     def bench(self, split: str) -> Bench:
         at = self.manifest, split, self.kit.resolution, self.limit
@@ -190,6 +191,8 @@ class Study:
             case "relight":
                 return relight_bench(*at, radius=self.spec["radius"])
             case "exemplar":
+                if self.clip is None:
+                    raise UserError(f"kit {self.kit.name} has no CLIP image tower: give clip=NAME/WEIGHTS of open_clip")
                 rows = read_manifest(self.manifest, split)[1]
                 whole = load_bench(self.manifest, split, self.kit.resolution)
                 named = [row.label for row in rows], [row.mask for row in rows]
@@ -201,8 +204,6 @@ class Study:
         """What makes the figures of the raw outputs of a method."""
         if bench.exemplars is None:
             return Fidelity(bench, self.extractor, self.clip)
-        if self.clip is None:
-            raise UserError(f"kit {self.kit.name} has no CLIP image tower: give clip=NAME/WEIGHTS of open_clip")
         real = load_bench(self.manifest, "train", self.kit.resolution, REAL).truths()
         return Likeness(bench, self.clip, self.extractor, real)
 
@@ -223,25 +224,29 @@ class Study:
             self.branches[name] = load_branch(self.controlnets[name], self.kit, every)
         return self.branches[name]
 
-    @cached_property
-    def loaded_painter(self) -> Painter:
-        painter = load_painter(self.painter, self.kit)
-        if painter.kit.resolution != self.kit.resolution:
-            sizes = f"{painter.kit.resolution} px, the study's kit {self.kit.name} at {self.kit.resolution}"
-            raise UserError(f"painter={self.painter} works at {sizes}: give model.path={self.painter}")
-        return painter
+    def painter(self, name: str) -> Painter:
+        """The Paint by Example that ``painters`` calls ``name``, loaded once."""
+        if name not in self.loaded:
+            painter = load_painter(self.painters[name], self.kit)
+            if painter.kit.resolution != self.kit.resolution:
+                sizes = f"{painter.kit.resolution} px, the study's kit {self.kit.name} at {self.kit.resolution}"
+                raise UserError(f"painters.{name} works at {sizes}: give model.path={self.painters[name]}")
+            self.loaded[name] = painter
+        return self.loaded[name]
 
     def lacking(self, node: dict) -> list[str]:
         """What a row needs and is neither shipped nor given, as options of the command."""
         if "guidance" in node:
-            return [] if self.painter else ["painter=RUN"]
+            painter = node.get("painter", PAINTER)
+            if painter not in self.painters:
+                raise UserError(f"there is no painters.{painter}; there are: {', '.join(self.painters)}")
+            return [] if self.painters[painter] else [f"painters.{painter}=RUN"]
         nets = [] if "baseline" in node else node.get("best", node)
         return [f"controlnets.{net}=RUN" for net in nets if self.controlnets.get(net, "") is None]
 
-    def by_example(self, name: str, guidance: float) -> Method:
-        """Paint by Example, loaded once, at this guidance."""
-        settings = replace(self.settings, guidance=float(guidance))
-        return Method(name, by_example(self.loaded_painter, settings))
+    def by_example(self, name: str, guidance: float, painter: str = PAINTER) -> Method:
+        """Paint by Example at this guidance."""
+        return Method(name, by_example(self.painter(painter), replace(self.settings, guidance=float(guidance))))
 
     def weighted(self, name: str, weights: dict[str, float]) -> Method:
         """The method that runs the ControlNets with these weights."""
@@ -286,7 +291,7 @@ class Study:
             elif "baseline" in node:
                 listed.append(baseline(node["baseline"], name))
             elif "guidance" in node:
-                listed.append(self.by_example(name, node["guidance"]))
+                listed.append(self.by_example(name, **node))
                 self.notes.append(f"{name}: guidance {node['guidance']:g}")
             elif "best" in node:
                 listed.append(self.best(name, node["best"]))
@@ -311,8 +316,8 @@ class Study:
         """Hashes of all that decides the outputs and is not in the configuration."""
         parts = {f"kit/{part}": self.kit.hash(part) for part in DIFFUSION}
         nets = {f"controlnets/{name}": net_hash(path) for name, path in self.controlnets.items() if path}
-        painter = {"painter": painter_hash(self.painter)} if self.painter else {}
-        return {**parts, **nets, **painter, "manifest": manifest_hash(self.manifest)}
+        painters = {f"painters/{name}": painter_hash(path) for name, path in self.painters.items() if path}
+        return {**parts, **nets, **painters, "manifest": manifest_hash(self.manifest)}
 
     def check_outputs(self) -> None:
         """UserError where the stored outputs were made with other weights or pictures; remember what these are."""
