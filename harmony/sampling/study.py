@@ -241,7 +241,7 @@ class Study:
             if painter not in self.painters:
                 raise UserError(f"there is no painters.{painter}; there are: {', '.join(self.painters)}")
             return [] if self.painters[painter] else [f"painters.{painter}=RUN"]
-        nets = [] if "baseline" in node else node.get("best", node)
+        nets = [] if "baseline" in node else [*node.get("best", []), *(net for net in node if net != "best")]
         return [f"controlnets.{net}=RUN" for net in nets if self.controlnets.get(net, "") is None]
 
     def by_example(self, name: str, guidance: float, painter: str = PAINTER) -> Method:
@@ -253,9 +253,9 @@ class Study:
         branches = weighted({net: self.branch(net) for net in weights}, weights)
         return Method(name, by_hints(self.kit, branches, self.settings))
 
-    def alike(self, nets: Sequence[str]) -> dict[float, Method]:
-        """Lambda -> the method that gives it to all ``nets``."""
-        return {v: self.weighted(f"{v:g}", dict.fromkeys(nets, v)) for v in self.spec["lambdas"]}
+    def alike(self, nets: Sequence[str], **others: float) -> dict[float, Method]:
+        """Lambda -> the method that gives it to all ``nets``, and to ``others`` the weights that they have."""
+        return {v: self.weighted(f"{v:g}", dict.fromkeys(nets, v) | others) for v in self.spec["lambdas"]}
 
     def sweep(self, low: str = "color", high: str = "structure") -> list[Method]:
         """The method of each lambda, or of each pair of them, named ``structure color``."""
@@ -264,12 +264,14 @@ class Study:
         lambdas = self.spec["lambdas"]
         return [self.weighted(f"{h:g} {v:g}", {low: v, high: h}) for h in lambdas for v in lambdas]
 
-    def best(self, name: str, nets: list[str]) -> Method:
-        """The method at the lambda that is best on the validation split; the test split has no say."""
+    def best(self, name: str, nets: list[str], **others: float) -> Method:
+        """The method of ``alike`` at the lambda that is best on the validation split; the test split has no say."""
         if not self.spec["lambdas"]:
             raise UserError(f"study.methods.{name} chooses among study.lambdas: list some")
         bench, folder = self.bench("validation"), self.made / f"choice {name}"
-        methods = self.alike(nets)
+        if not len(bench):
+            raise UserError(f"study.methods.{name} chooses on validation pictures, of which {self.manifest} has none")
+        methods = self.alike(nets, **others)
         self.run(bench, list(methods.values()), folder)
         found = {}
         for weight, method in methods.items():
@@ -279,7 +281,7 @@ class Study:
         self.notes.append(
             f"{name}: lambda {chosen:g} of {', '.join(f'{v:g}' for v in found)}, best in {CHOICE} on validation"
         )
-        return self.weighted(name, dict.fromkeys(nets, chosen))
+        return replace(methods[chosen], name=name)
 
     def methods(self) -> list[Method]:
         listed = [] if self.spec["methods"] else self.sweep()
@@ -294,7 +296,8 @@ class Study:
                 listed.append(self.by_example(name, **node))
                 self.notes.append(f"{name}: guidance {node['guidance']:g}")
             elif "best" in node:
-                listed.append(self.best(name, node["best"]))
+                others = {net: weight for net, weight in node.items() if net != "best"}
+                listed.append(self.best(name, node["best"], **others))
             else:
                 listed.append(self.weighted(name, node))
         if not listed:
