@@ -45,7 +45,7 @@ $(STUDIES:%=work/paper/%.done): work/paper/%.done: $(TRAININGS:%=work/paper/%)
 
 # structure is trained beside the colour ControlNet of this study, not beside the shipped one
 work/paper/structure_long.fitted: private BESIDE := module.companion=work/paper/color_long
-work/paper/structure_long.fitted: | work/paper/color_long
+work/paper/structure_long.fitted: work/paper/color_long
 
 $(TRAININGS:%=work/paper/%.fitted): work/paper/%.fitted: | install
 	$(RUN) -m harmony.fit experiment=$* dataset.photos=$(PHOTOS) paths.runs=work/paper/runs $(BESIDE)

@@ -31,7 +31,7 @@ def before_after(cfg: DictConfig, kit, manifest: Path, folder: Path) -> tuple[di
     branch = Branch(facts["branch"], net, cfg.weight, facts["parameters"])
     settings = Settings(cfg.steps, cfg.guidance, cfg.seed)
     methods = [by_hints(kit, branches, settings) for branches in ([], [branch])]
-    metrics, measured = before_and_after(kit, manifest, *methods, settings, cfg.split, cfg.limit)
+    metrics, measured = before_and_after(kit, manifest, *methods, settings, cfg.split, cfg.limit, cfg.clip)
     shown = load_bench(manifest, cfg.split, kit.resolution, 16)
     seen = [from_model(2 * hint - 1) for hint in hints(branch, shown.given(), [e.mask for e in shown.examples])]
     off, on = (method(shown) for method in methods)
@@ -50,14 +50,20 @@ def study(cfg: DictConfig, kit, manifest: Path, folder: Path):
 
     nodes = (cfg.study, cfg.controlnets, cfg.painters)
     spec, nets, painters = (OmegaConf.to_container(node, resolve=True) for node in nodes)
-    settings, share = Settings(cfg.steps, cfg.guidance, cfg.seed), (rank(), int(os.environ.get("WORLD_SIZE") or 1))
+    settings, share = Settings(cfg.steps, cfg.guidance, cfg.seed), (rank(), world())
     at = kit, manifest, folder, settings, cfg.split, cfg.limit
     return Study(cfg.name, spec, nets, painters, *at, *share, cfg.clip)
 
 
+def world() -> int:
+    """How many processes torchrun or srun started."""
+    return int(os.environ.get("WORLD_SIZE") or os.environ.get("SLURM_STEP_NUM_TASKS") or 1)
+
+
 def device() -> str:
     """The GPU of this process where there is one."""
-    return f"cuda:{os.environ.get('LOCAL_RANK') or 0}" if torch.cuda.is_available() else "cpu"
+    local = int(os.environ.get("LOCAL_RANK") or os.environ.get("SLURM_LOCALID") or 0)
+    return f"cuda:{local % torch.cuda.device_count()}" if torch.cuda.is_available() else "cpu"
 
 
 @entry("evaluate")

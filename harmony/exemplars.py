@@ -26,15 +26,19 @@ TOWER = 224  # side at which the lengths of the augmentation are given
 # --- the exemplar
 
 
-def exemplar(image: np.ndarray, mask: np.ndarray, size: int = TOWER, pad: float = PAD) -> np.ndarray:
-    """The instance's box with up to ``pad`` px (at 512) around it, squashed to ``size`` x ``size``; no randomness.
+def cut_out(image: np.ndarray, mask: np.ndarray, pad: float = PAD) -> np.ndarray:
+    """The instance's box with up to ``pad`` px (at 512) around it; no randomness.
 
     ``image`` and ``mask`` are the photograph's own: cut from a small square, an exemplar would be blurred.
     """
     height, width = mask.shape
     x0, y0, x1, y1 = bounding_box(mask)
     margin = round(scaled(pad, mask.shape))
-    part = image[max(0, y0 - margin) : min(height, y1 + margin), max(0, x0 - margin) : min(width, x1 + margin)]
+    return image[max(0, y0 - margin) : min(height, y1 + margin), max(0, x0 - margin) : min(width, x1 + margin)].copy()
+
+
+def exemplar(part: np.ndarray, size: int = TOWER) -> np.ndarray:
+    """What was cut out, squashed to ``size`` x ``size``: what the encoder sees, in training and at test time."""
     return resize(part, size, size)
 
 

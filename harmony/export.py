@@ -85,8 +85,8 @@ From the folder of this card:
 python -m harmony.harmonize method=paint_by_example background=B.jpg reference=R.jpg mask=M.png painter=.{model}
 ```
 
-`unet/` and `image_encoder/` are in diffusers' layout (`PaintByExampleImageEncoder`); VAE and scheduler are the kit's.
-{tower}
+`paint_by_example/` holds `unet/` and `image_encoder/` in diffusers' layout; VAE and scheduler are the kit's.
+{diffusers}
 ## Training
 
 {training}
@@ -241,7 +241,7 @@ def figures_text(run: Path, without: str = "without the ControlNet") -> str:
         return "None were measured."
     told, e = read_json(run / "provenance.json"), load_yaml(run / "config.yaml").evaluate
     count = told.get("count", e.limit or "all")
-    features = f", fid and kid of {told['protocol']} features" if told.get("protocol") else ""
+    features = f", fid and kid on {told['protocol']}" if told.get("protocol") else ""
     lines = [
         f"Reconstruction of {count} held-out pictures ({e.split}): DDIM, {e.steps} steps, guidance {e.guidance}, "
         f"seed {e.seed}{features}. `raw` is the model's output, `pasted` that after the hole is pasted back.",
@@ -279,6 +279,15 @@ def model_card(run: Path, facts: dict, grid: Path | None, licence: str) -> str:
     return f"---\n{head.to_yaml()}\n---\n{body}"
 
 
+def for_diffusers(all_tokens: bool, tower: bool) -> str:
+    """Whether diffusers can read the encoder."""
+    if all_tokens:
+        return "diffusers' PaintByExampleImageEncoder would read it, but takes the class token alone: use harmony."
+    if not tower:
+        return "CLIP's tower is not among the weights: harmony takes the kit's, diffusers cannot load the encoder so."
+    return "diffusers' PaintByExampleImageEncoder reads the encoder."
+
+
 def painter_card(run: Path, painter: Painter, facts: dict, grid: Path | None, licence: str, tower: bool) -> str:
     """The text of ``README.md`` of a Paint by Example; ``facts`` are those of ``kit.json``."""
     kit = facts.get("kit", "unknown")
@@ -289,7 +298,7 @@ def painter_card(run: Path, painter: Painter, facts: dict, grid: Path | None, li
         tokens="all tokens" if painter.encoder.all_tokens else "one token",
         grid="\n![input, exemplar, without it, with it, truth](grid.png)\n" if grid else "",
         model="" if kit == "tiny" else f" model.path={kit}",
-        tower="" if tower else "CLIP's tower is not among the weights: harmony takes the kit's.\n",
+        diffusers=for_diffusers(painter.encoder.all_tokens, tower),
         training=training_text(run, facts),
         figures=figures_text(run, "without an exemplar"),
         licence=f"`{licence}`, that of the kit's weights, from which this network was copied before it was trained.",
@@ -422,8 +431,8 @@ def main(cfg: DictConfig) -> None:
     if cfg.output is None and not (run / "config.yaml").exists():
         raise UserError(f"{path} belongs to no run; add output=FOLDER")
     output = make_folder(cfg.output or run / "export")
-    if cfg.half and output.resolve() == (run / "export").resolve():
-        raise UserError("half=true would round the run's own weights: add output=FOLDER")
+    if (cfg.half or not cfg.tower) and output.resolve() == (run / "export").resolve():
+        raise UserError("half=true and tower=false would change the run's own weights: add output=FOLDER")
     if trains_painter(run):
         if cfg.format != "diffusers":
             raise UserError(f"format={cfg.format} is for ControlNets; Paint by Example has its own nodes: leave it out")

@@ -9,6 +9,7 @@ Pixels outside the hole (the mask and a small rim) stay as they are, bit for bit
 """
 
 import csv
+import json
 import time
 from collections import Counter
 from collections.abc import Callable
@@ -21,14 +22,15 @@ from hydra.utils import instantiate
 from omegaconf import DictConfig, ListConfig, OmegaConf
 
 from harmony.composites import copy_paste, place, poisson, reinhard
-from harmony.config import entry, literal, load_yaml, make_folder, new_folder
+from harmony.config import entry, literal, make_folder, new_folder, unfinished
 from harmony.data.captions import caption_images
 from harmony.errors import UserError
-from harmony.exemplars import exemplar
-from harmony.files import write_text
-from harmony.images import crop_resize, grid, open_image, paste_crop, read_image, resize, write_image
+from harmony.exemplars import cut_out, exemplar
+from harmony.files import write_json, write_text
+from harmony.images import crop_resize, grid, open_image, paste_crop, read_image, resize, sha256, write_image
 from harmony.masks import OBJECT, TEST_RADIUS, read_mask
-from harmony.models.exemplar import load_painter
+from harmony.models.controlnet import net_hash
+from harmony.models.exemplar import load_painter, painter_hash
 from harmony.models.kit import Kit
 from harmony.models.timing import now, timed
 from harmony.sampling.ddim import timesteps
@@ -61,6 +63,7 @@ PATHS = (
 PICTURES = ("background", "foreground", "composite", "mask", "box", "region", "reference")
 NUMBERS = {"steps": int, "seed": int, "guidance": float, "lambda_l": float, "lambda_h": float, "feather": float}
 GUIDANCE = {"controlnet": 1.0, "paint_by_example": 3.0}  # by method, where none is given
+MADE_OF = "made_of.json"  # beside the pictures: that they are all there, and of what
 SHEET_SIDE = 384  # pixels: the longer side of a picture on the contact sheet
 
 
@@ -209,20 +212,26 @@ def compare(inputs: Inputs, image: np.ndarray) -> list[np.ndarray]:
     return [crop_resize(picture, crop, SHEET_SIDE // 2) for picture in pictures]
 
 
-Make = Callable[[DictConfig, Inputs, Path], Result]  # of one composite, which lies in the file
+Make = Callable[[DictConfig, Inputs], Result]
 
 
 @dataclass(frozen=True)
 class Method:
-    """``make``, and the networks that it runs by what they are called when their time is told."""
+    """``make`` harmonizes one composite by ``kit``; ``parts`` are the networks that it runs, by the names under which
+    their time is told; ``words``: whether it wants a prompt.
+    """
 
     make: Make
-    parts: dict[str, list[torch.nn.Module]]
-    device: torch.device
+    kit: Kit
+    parts: dict[str, torch.nn.Module]
+    words: bool = False
 
-
-def vae_halves(kit: Kit) -> list[torch.nn.Module]:
-    return [kit.vae.encoder, kit.vae.decoder]
+    def modules(self) -> dict[str, list[torch.nn.Module]]:
+        """All parts, loaded."""
+        kit = self.kit
+        text = {"text encoder": [kit.text_encoder]} if self.words else {}
+        parts = {name: [part] for name, part in self.parts.items()}
+        return {"UNet": [kit.unet], **parts, "VAE": [kit.vae.encoder, kit.vae.decoder], **text}
 
 
 def by_controlnets(cfg: DictConfig) -> Method:
@@ -232,16 +241,12 @@ def by_controlnets(cfg: DictConfig) -> Method:
     seen = " and ".join(f"{b.name} (weight {b.weight:g})" for b in branches) or "no ControlNet, plain inpainting"
     print(f"kit {kit.name} at {kit.resolution} px on {kit.device.type}, {seen}")
 
-    def make(cfg: DictConfig, inputs: Inputs, composite: Path) -> Result:
-        if cfg.prompt is None:
-            cfg.prompt = caption(kit, composite)
-        print(f"prompt {cfg.prompt!r}")
+    def make(cfg: DictConfig, inputs: Inputs) -> Result:
         settings = Settings(cfg.steps, cfg.guidance, cfg.seed)
         pictures = (inputs.background, inputs.foreground, inputs.mask)
         return harmonize(kit, *pictures, cfg.prompt, branches, settings, inputs.region, cfg.feather)
 
-    nets = {f"{b.name} ControlNet": [b.net] for b in branches}
-    return Method(make, {"UNet": [kit.unet], **nets, "VAE": vae_halves(kit)}, kit.device)
+    return Method(make, kit, {f"{b.name} ControlNet": b.net for b in branches}, words=True)
 
 
 def by_example(cfg: DictConfig) -> Method:
@@ -251,12 +256,12 @@ def by_example(cfg: DictConfig) -> Method:
     kit = painter.kit
     print(f"Paint by Example on {kit.name} at {kit.resolution} px, {kit.device.type}, guidance {cfg.guidance:g}")
 
-    def make(cfg: DictConfig, inputs: Inputs, composite: Path) -> Result:
+    def make(cfg: DictConfig, inputs: Inputs) -> Result:
         side, settings = painter.encoder.size, Settings(cfg.steps, cfg.guidance, cfg.seed)
         if inputs.reference is None:
-            shown = exemplar(inputs.foreground, inputs.mask, side)
+            shown = exemplar(cut_out(inputs.foreground, inputs.mask), side)
         else:
-            shown = resize(inputs.reference, side, side)
+            shown = exemplar(inputs.reference, side)
 
         def paint(image: np.ndarray, instance: np.ndarray, mask: np.ndarray, hole: np.ndarray) -> np.ndarray:
             return fill_by_example(painter, [image], [shown], [hole], settings)[0]
@@ -265,7 +270,7 @@ def by_example(cfg: DictConfig) -> Method:
         pictures = (inputs.background, inputs.foreground, inputs.mask)
         return insert(paint, kit.resolution, *pictures, inputs.region, cfg.feather, radius)
 
-    return Method(make, {"UNet": [kit.unet], "encoder": [painter.encoder], "VAE": vae_halves(kit)}, kit.device)
+    return Method(make, kit, {"exemplar encoder": painter.encoder})
 
 
 METHODS = {"controlnet": by_controlnets, "paint_by_example": by_example}
@@ -278,29 +283,45 @@ def shares(spent: Counter, total: float) -> str:
 
 
 def one(cfg: DictConfig, method: Method, folder: Path) -> dict[str, Path]:
-    """Harmonize what ``cfg`` names into ``folder``; the files. ``config.yaml`` is written last."""
-    inputs = read_inputs(cfg)
+    """Harmonize what ``cfg`` names into ``folder``; the files. ``made_of.json`` is written last."""
+    inputs, asked = read_inputs(cfg), made_of(cfg)
+    (folder / MADE_OF).unlink(missing_ok=True)
     files = {name: folder / f"{name}.png" for name in ("harmonized", "raw", "composite", "hole", "sheet")}
     write_image(files["composite"], copy_paste(inputs.background, inputs.foreground, inputs.mask))
-    began = now(method.device)
-    with timed(method.parts, method.device) as spent:
-        result = method.make(cfg, inputs, files["composite"])
-    print(shares(spent, now(method.device) - began))
+    if method.words:
+        if cfg.prompt is None:
+            cfg.prompt = caption(method.kit, files["composite"])
+        print(f"prompt {cfg.prompt!r}")
+    modules, device = method.modules(), method.kit.device
+    began = now(device)
+    with timed(modules, device) as spent:
+        result = method.make(cfg, inputs)
+    print(shares(spent, now(device) - began))
     image = paste_crop(inputs.background, result.raw, result.crop) if cfg.raw else result.image
     write_image(files["raw"], result.raw)
     write_image(files["hole"], result.hole)
     write_image(files["sheet"], sheet(inputs, result, image))
     write_image(files["harmonized"], image)
     write_text(folder / "config.yaml", OmegaConf.to_yaml(cfg, resolve=True))
+    write_json(folder / MADE_OF, asked)
     return files
 
 
+def made_of(cfg: DictConfig) -> dict:
+    """What was asked, and the sha256 of the pictures and the weights that it names."""
+    hashes = {name: sha256(cfg[name]) for name in PICTURES if isinstance(cfg[name], str) and Path(cfg[name]).is_file()}
+    if cfg.method == "paint_by_example":
+        hashes["painter"] = painter_hash(cfg.painter)
+    else:
+        hashes |= {name: net_hash(cfg[name]) for name in ("controlnet", "structure") if cfg[name]}
+    asked = OmegaConf.to_container(cfg, resolve=True)
+    return {"asked": {k: v for k, v in asked.items() if k not in ("output", "paths", "dir")}, "sha256": hashes}
+
+
 def finished(cfg: DictConfig, folder: Path) -> bool:
-    """Whether ``folder`` holds what ``cfg`` asks for; the prompt may be one that the captioner gave."""
-    if not (folder / "config.yaml").exists():
-        return False
-    made = load_yaml(folder / "config.yaml")
-    return made == (cfg if cfg.prompt is not None else OmegaConf.merge(cfg, {"prompt": made.get("prompt")}))
+    """Whether ``folder`` holds what ``cfg`` asks for, of the same pictures and weights."""
+    file = folder / MADE_OF
+    return file.exists() and json.loads(file.read_text()) == made_of(cfg)
 
 
 def listed(folder: Path) -> list[tuple[str, dict]]:
@@ -315,7 +336,7 @@ def listed(folder: Path) -> list[tuple[str, dict]]:
         pairs = [(p, q) for p in sorted(folder.glob("composite/*")) for q in folder.glob(f"mask/{p.stem}.*")]
         if not pairs:
             raise UserError(f"{folder} has neither index.csv nor composite/NAME with mask/NAME: nothing to harmonize")
-        return [(p.stem, {"composite": str(p), "mask": str(q)}) for p, q in pairs]
+        return distinct(folder, [(p.stem, {"composite": str(p), "mask": str(q)}) for p, q in pairs])
     items, short = [], []
     with open(folder / "index.csv", newline="", encoding="utf-8") as file:
         for i, row in enumerate(csv.DictReader(file)):
@@ -331,13 +352,31 @@ def listed(folder: Path) -> list[tuple[str, dict]]:
                 items.append((name, places | {"box": box}))
             else:
                 short.append(name)
-    names = [name for name, _ in items]
-    for name in names:
-        if names.count(name) > 1 or not name or Path(name).name != name:
-            raise UserError(f"{folder}/index.csv: id '{name}' must be a file name that no other row has")
     if short:
         print(f"{len(short)} rows name neither a composite with its mask nor a foreground with mask and box: {short}")
+    return distinct(folder, items)
+
+
+def distinct(folder: Path, items: list[tuple[str, dict]]) -> list[tuple[str, dict]]:
+    """``items`` themselves. UserError unless each id is a name of a folder that no other has."""
+    names = Counter(name for name, _ in items)
+    for name, count in names.items():
+        if count > 1 or name in ("", "..") or Path(name).name != name:
+            raise UserError(f"{folder}: '{name}' must be a file name that no other composite has")
     return items
+
+
+def folder_of(cfg: DictConfig) -> Path:
+    """Where the results go: ``output``, the newest unfinished folder of the same ``dir=`` command, or a new one."""
+    if cfg.output:
+        return make_folder(cfg.output)
+    parent = Path(cfg.paths.runs).resolve() / "harmonize"
+    if cfg.dir is None:
+        return new_folder(parent)
+    text = OmegaConf.to_yaml(cfg, resolve=True)
+    folder = unfinished(parent, text) or new_folder(parent)
+    write_text(folder / "config.yaml", text)
+    return folder
 
 
 def many(cfg: DictConfig, method: Method, folder: Path) -> dict[str, Path]:
@@ -366,6 +405,7 @@ def many(cfg: DictConfig, method: Method, folder: Path) -> dict[str, Path]:
     if not rows:
         raise UserError(f"none of the {len(items)} composites in {cfg.dir} could be harmonized: see the lines above")
     write_image(folder / "sheet.png", grid(rows, ["composite", "harmonized", "reinhard", "poisson"]))
+    write_json(folder / "metrics.json", {"composites": len(rows), "left_out": len(items) - len(rows)})
     return {"sheet": folder / "sheet.png"}
 
 
@@ -378,7 +418,7 @@ def main(cfg: DictConfig) -> None:
     elif own := [name for name in PICTURES if cfg[name] is not None]:
         raise UserError(f"dir= brings pictures of its own: leave out {', '.join(own)}")
     method = METHODS[cfg.method](cfg)
-    folder = make_folder(cfg.output) if cfg.output else new_folder(Path(cfg.paths.runs).resolve() / "harmonize")
+    folder = folder_of(cfg)
     files = one(cfg, method, folder) if cfg.dir is None else many(cfg, method, folder)
     print(*files.values(), sep="\n")
 

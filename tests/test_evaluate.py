@@ -11,6 +11,7 @@ import pytest
 from harmony import evaluate
 from harmony.config import check_experiment, compose, load_yaml, options, why
 from harmony.errors import UserError
+from harmony.images import read_image
 from harmony.models.controlnet import export_controlnet
 from harmony.models.exemplar import export_painter, fresh_encoder, painting_unet
 from harmony.models.kit import Kit
@@ -78,7 +79,8 @@ def test_a_study_runs(name, ready, tmp_path, capsys):
     said = capsys.readouterr().out
     assert "part 1/" in said and str(folder / "figure.png") in said
     made_of = json.loads((folder / "provenance.json").read_text())["made_of"]
-    assert {"kit/unet", "controlnets/color", "painters/box", "manifest"} <= set(made_of)
+    own = {"exemplar_bench": "painters/paint_by_example", "exemplar_ablation": "painters/box"}.get(name)
+    assert {"kit/unet", own or "controlnets/color", "manifest"} <= set(made_of)
 
 
 def test_what_is_left_out_and_nothing_left(ready, tmp_path):
@@ -154,18 +156,45 @@ def test_one_process_two_and_a_killed_one_make_the_same_table(ready, tmp_path, m
 
 
 def test_outputs_of_other_weights_are_not_taken(ready, random_kit, awake, tmp_path, monkeypatch):
-    """Guards resumption: a ControlNet that was trained anew at the same place makes a table of its own."""
-    kit, net = Kit(str(random_kit)), tmp_path / "net"
+    """Guards resumption: with a ControlNet that was trained anew at the same place the same command paints anew, with
+    the same one, or when another that no row names has changed, it does not.
+    """
+    kit, net, raw = Kit(str(random_kit)), tmp_path / "net", tmp_path / "raw"
     export_controlnet(awake(kit, 7), net, "color", {}, kit)
-    words = ready("fig7", f"controlnets.color={net}", "study.degrade=[1]")
-    monkeypatch.setattr(study, "write_table", lambda *a: 1 / 0)
-    with pytest.raises(ZeroDivisionError):
-        evaluate.main(study_of(words))
-    monkeypatch.undo()
+    export_controlnet(awake(kit, 7), raw, "raw", {}, kit)
+    words = ready("table2", f"controlnets.color={net}", f"controlnets.raw={raw}", "study.lambdas=[1]")
+
+    def painted() -> int:
+        monkeypatch.setattr(study, "write_table", lambda *a: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            evaluate.main(study_of(words))
+        monkeypatch.undo()
+        return len(list((tmp_path / "runs" / "table2").rglob("*.npy")))
+
+    assert painted() == 1
+    export_controlnet(awake(kit, 8), raw, "raw", {}, kit)
+    assert painted() == 1
     export_controlnet(awake(kit, 8), net, "color", {}, kit)
-    with pytest.raises(UserError, match="begun with another controlnets/color: resume=false begins anew"):
-        evaluate.main(study_of(words))
-    evaluate.main(study_of([*words, "resume=false"]))
+    assert painted() == 2
+    evaluate.main(study_of(words))
+    (folder,) = (tmp_path / "runs" / "table2").iterdir()
+    assert len(list(folder.rglob("*.npy"))) == 2 and (folder / "table.csv").exists()
+
+
+def test_a_clip_that_there_is_not(ready):
+    """Guards bad input: one line before anything is painted."""
+    for name, said in (("ViT-B-32", "give open_clip's NAME/WEIGHTS"), ("no-such/weights", "cannot be loaded")):
+        with pytest.raises(UserError, match=said):
+            evaluate.main(study_of(ready("table2", f"clip={name}")))
+
+
+def test_guidance_without_a_painter_draws_no_curve(ready, tmp_path):
+    """Guards a clone: no empty panels where there is nothing to draw, pictures of one size side by side."""
+    evaluate.main(study_of(ready("exemplar_bench", "painters.paint_by_example=null")))
+    (folder,) = (tmp_path / "runs" / "exemplar_bench").iterdir()
+    height, width = read_image(folder / "figure.png").shape[:2]
+    assert width > height / 2 and not (folder / "pictures.png").exists()
+    assert (read_image(folder / "figure.png") == 255).all(2).mean() < 0.3
 
 
 def test_a_study_on_wandb(ready, tmp_path):

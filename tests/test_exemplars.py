@@ -8,6 +8,7 @@ from harmony.exemplars import (
     augment,
     bezier,
     control_points,
+    cut_out,
     exemplar,
     extended_box,
     painted_mask,
@@ -122,11 +123,11 @@ def test_the_exemplar_is_the_padded_box():
     """Guards invariant 11: at most 10 px at 512 around the box, clipped at the border, deterministic."""
     image = rng().integers(0, 256, (512, 512, 3), dtype=np.uint8)
     mask = box_mask((100, 50, 230, 200), 512, 512)
-    assert (exemplar(image, mask) == exemplar(image, mask)).all() and exemplar(image, mask).shape == (224, 224, 3)
-    square = box_mask((100, 50, 230, 180), 512, 512)
-    assert (exemplar(image, square, size=150) == image[40:190, 90:240]).all()
-    corner = box_mask((0, 0, 140, 140), 512, 512)
-    assert (exemplar(image, corner, size=150) == image[:150, :150]).all()
+    part = cut_out(image, mask)
+    assert (part == image[40:210, 90:240]).all() and exemplar(part).shape == (224, 224, 3)
+    assert (cut_out(image, mask, pad=0) == image[50:200, 100:230]).all()
+    corner = cut_out(image, box_mask((0, 0, 140, 140), 512, 512))
+    assert (corner == image[:150, :150]).all() and (exemplar(corner, 150) == corner).all()
 
 
 def test_the_augmentation_varies_and_repeats():

@@ -67,7 +67,7 @@ def finish(folder: Path, net, kit) -> None:
         "wall_time_s": 12.5,
         "versions": {"torch": "2.15"},
         "git": {"commit": "f00d"},
-        "protocol": "kit-clip",
+        "protocol": "kit-clip features",
         "count": 64,
     }
     (folder / "provenance.json").write_text(json.dumps(told))
@@ -139,7 +139,7 @@ def test_the_card_says_what_it_is(run, command, kit):
         "python -m harmony.fit experiment=color 'dataset.name=my set'",
         'hint("color", image, mask, sigma=10, normalize=True)',
         "| test/pasted/color_de | 20.5 | 5.25 |",
-        "64 held-out pictures (test): DDIM, 20 steps, guidance 2.0, seed 0, fid and kid of kit-clip features",
+        "64 held-out pictures (test): DDIM, 20 steps, guidance 2.0, seed 0, fid and kid on kit-clip features",
         "Outside the mask nothing changes",
         "](grid.png)",
         "manifest sha256 `abc123`",

@@ -135,7 +135,7 @@ def test_it_ends_with_a_table_and_absolute_paths(finished):
     assert lines[-2] == str(folder) and Path(lines[-1]).is_absolute() and Path(lines[-1]).suffix == ".png"
     assert Path(lines[-1]).exists()
     assert any(line.startswith("| test/pasted/color_de |") for line in lines)
-    assert "n = 2" in lines[-3] and "fid and kid on features of" in lines[-3]
+    assert "n = 2" in lines[-3] and "fid and kid on kit-clip features, clip on kit-clip" in lines[-3]
 
 
 def test_interrupted_it_goes_on_exactly(finished, command, tmp_path, monkeypatch):

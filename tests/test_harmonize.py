@@ -281,22 +281,55 @@ def test_a_folder_of_composites(desk, command):
 
 
 def test_a_folder_goes_on(desk, command):
-    """Guards resumption: what is there stays, what is asked otherwise or never ended is made; the sheet is whole."""
+    """Guards resumption: what is there stays, what is asked otherwise, changed, or never ended is made; the sheet is
+    whole.
+    """
     rows = ["id,composite,mask", "one,b.png,m.png", "two,f.png,m.png"]
     (desk / "index.csv").write_text("\n".join(rows) + "\n")
     command("dir=.", "output=out")
     sheet, when = read_image(desk / "out" / "sheet.png"), (desk / "out/one/harmonized.png").stat().st_mtime_ns
-    (desk / "out" / "two" / "config.yaml").unlink()
+
+    def there(*more) -> int:
+        said = [line for line in command("dir=.", "output=out", *more)[1] if "are there already" in line]
+        return int(said[0].split()[0]) if said else 0
+
+    (desk / "out" / "two" / "made_of.json").unlink()
     (desk / "out" / "sheet.png").unlink()
-    lines = command("dir=.", "output=out")[1]
-    assert any("1 of 2 composites are there already" in line for line in lines) and any("two: 1/1" in x for x in lines)
+    assert there() == 1 and there() == 2
     assert (desk / "out/one/harmonized.png").stat().st_mtime_ns == when
     assert np.array_equal(read_image(desk / "out" / "sheet.png"), sheet)
-    assert not any("already" in line for line in command("dir=.", "output=out", "seed=1")[1])
-    (desk / "index.csv").write_text("\n".join([*rows, "two,b.png,m.png"]) + "\n")
-    assert "id 'two' must be a file name that no other row has" in command("dir=.", "output=out")[2][0]
-    (desk / "index.csv").write_text("\n".join([*rows, "../two,b.png,m.png"]) + "\n")
-    assert command("dir=.", "output=out")[0] == 2
+    assert there("seed=1") == 0 and there("seed=1", "prompt=a cup") == 0 and there("seed=1") == 0
+    write_image(desk / "f.png", read_image(desk / "b.png")[:, ::-1])
+    assert there("seed=1") == 1
+
+
+def test_a_folder_goes_on_without_being_named(desk, command, monkeypatch):
+    """Guards the plain command: killed between two composites it goes on in its folder; ended, it begins a new one."""
+    (desk / "index.csv").write_text("id,composite,mask\none,b.png,m.png\ntwo,f.png,m.png\n")
+    monkeypatch.setattr(harmonize, "compare", lambda *a: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        command("dir=.")
+    monkeypatch.undo()
+    monkeypatch.chdir(desk)
+    lines = command("dir=.")[1]
+    assert any("1 of 2 composites are there already" in line for line in lines)
+    assert len(list((desk / "runs" / "harmonize").iterdir())) == 1
+    assert not any("already" in line for line in command("dir=.")[1])
+
+
+@pytest.mark.parametrize("name", ["../two", "..", "one"])
+def test_an_id_must_be_a_name_of_its_own(desk, command, name):
+    """Guards what lies there: no row writes into another's folder, or outside."""
+    (desk / "index.csv").write_text(f"id,composite,mask\none,b.png,m.png\n{name},f.png,m.png\n")
+    code, _, errors = command("dir=.", "output=out")
+    assert code == 2 and f"'{name}' must be a file name that no other composite has" in errors[0]
+
+
+def test_a_transparent_reference_lies_on_white(desk):
+    """Guards the exemplar: what is hidden behind the alpha is not shown to the encoder."""
+    shown, cut = harmonize.on_white("cut.png"), np.asarray(Image.open(desk / "cut.png"))
+    opaque = cut[..., 3] > 0
+    assert (shown[~opaque] == 255).all() and np.array_equal(shown[opaque], cut[..., :3][opaque])
 
 
 def test_pairs_without_an_index(desk, command):

@@ -26,7 +26,7 @@ from harmony.composites import other_light
 from harmony.conditions import hint
 from harmony.data.manifest import read_manifest
 from harmony.errors import UserError
-from harmony.exemplars import SHAPED, exemplar, extended_box, painted_mask, square_crop
+from harmony.exemplars import SHAPED, cut_out, exemplar, extended_box, painted_mask, square_crop
 from harmony.files import write_json
 from harmony.images import Crop, crop_resize, read_image, resize, sha256, square_around, to_model
 from harmony.masks import bounding_box, coverage, hole, read_mask, resize_mask, to_latent
@@ -79,8 +79,8 @@ class Example:
     the whole of it, squashed).
 
     ``instance`` is the picture that hints are made from: ``image``, or the same object under another light.
-    ``exemplar``: the instance's box cut out of the photograph (``exemplars.exemplar``), uint8 S x S x 3, where one is
-    wanted.
+    ``exemplar``: the instance's box cut out of the photograph (``exemplars.cut_out``), uint8 in its own size, where one
+    is wanted.
     """
 
     image: np.ndarray
@@ -116,7 +116,7 @@ def example(row: Row, root: Path, recipe: Recipe, resolution: int, variant: int 
     height, width = image.shape[:2]
     mask = read_mask(root / row.mask, (width, height), resize=True)
     rng = np.random.default_rng([recipe.seed, variant, int(hashlib.sha256(row.id.encode()).hexdigest()[:8], 16)])
-    seen = exemplar(image, mask, **recipe.hints["exemplar"]) if "exemplar" in recipe.hints else None
+    seen = cut_out(image, mask) if "exemplar" in recipe.hints else None
     if recipe.crop == "extended":
         found = replace(extended_example(image, mask, recipe, resolution, rng), exemplar=seen)
         if not (found.mask.any() and found.hole.any()):
@@ -195,7 +195,7 @@ def encode(examples: list[Example], kit: Codec, recipe: Recipe) -> dict[str, tor
     }
     for branch, parameters in recipe.hints.items():
         if branch == "exemplar":
-            hints = np.stack([e.exemplar for e in examples])
+            hints = np.stack([exemplar(e.exemplar, **parameters) for e in examples])
         else:
             hints = np.stack([hint(branch, e.instance, e.mask, **parameters) for e in examples])
         tensors[f"hint_{branch}"] = torch.from_numpy(hints).permute(0, 3, 1, 2).contiguous()

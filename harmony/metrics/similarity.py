@@ -7,6 +7,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
+from harmony.errors import UserError
 from harmony.masks import bounding_box
 from harmony.metrics.frechet import clean_resize, normalise_clip
 
@@ -83,14 +84,20 @@ class KitClip:
 
 
 class OpenClip:
-    """Any model of open_clip, by its name and the name or path of its weights."""
+    """Any model of open_clip: NAME/WEIGHTS, the latter its name for them or a path. UserError where there is none."""
 
-    def __init__(self, name: str, pretrained: str | None, device: str | torch.device = "cpu"):
+    def __init__(self, name: str, device: str | torch.device = "cpu"):
         import open_clip
 
-        self.name, self.device = f"{name}/{pretrained}", device
-        model, _, self.preprocess = open_clip.create_model_and_transforms(name, pretrained=pretrained, device=device)
-        self.model, self.tokenizer = model.eval(), open_clip.get_tokenizer(name)
+        self.name, self.device = name, device
+        model, _, weights = name.partition("/")
+        if not weights:
+            raise UserError(f"clip={name}: give open_clip's NAME/WEIGHTS, ViT-B-32/laion2b_s34b_b79k for instance")
+        try:
+            made = open_clip.create_model_and_transforms(model, pretrained=weights, device=device)
+        except Exception as error:  # an unknown name, a hub that is not reached, a torn file: each raises its own
+            raise UserError(f"clip={name} cannot be loaded: {(str(error) or repr(error)).splitlines()[0]}") from error
+        self.preprocess, self.model, self.tokenizer = made[2], made[0].eval(), open_clip.get_tokenizer(model)
 
     @torch.no_grad()
     def images(self, images: list[np.ndarray]) -> torch.Tensor:

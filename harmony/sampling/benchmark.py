@@ -19,12 +19,12 @@ from harmony.composites import paste_back
 from harmony.data.latents import Example, Recipe, example
 from harmony.data.manifest import read_manifest
 from harmony.errors import UserError
-from harmony.exemplars import TOWER, exemplar
+from harmony.exemplars import cut_out, exemplar
 from harmony.images import crop_resize, grid, read_image, resize
-from harmony.masks import TEST_RADIUS, hole, read_mask
+from harmony.masks import TEST_RADIUS, bounding_box, hole, read_mask
 from harmony.metrics.fidelity import aggregate, bg_drift, image_metrics, sharpness
 from harmony.metrics.frechet import KitFeatures, Statistics, extract, frechet_distance, inception_features, kid
-from harmony.metrics.similarity import Clip, KitClip, box_of, clip_i, clip_t, embeddings
+from harmony.metrics.similarity import Clip, KitClip, OpenClip, box_of, clip_i, clip_t, embeddings
 from harmony.models.exemplar import Painter
 from harmony.models.kit import Kit
 from harmony.sample import Row
@@ -32,7 +32,7 @@ from harmony.sampling.exemplar import fill_by_example
 from harmony.sampling.harmonize import Branch, Settings, fill
 
 REPORT = 32  # pictures between two lines of progress
-SHOWN_TO = Recipe(hints={"exemplar": {"size": TOWER}})  # the test protocol, with what Paint by Example is shown
+SHOWN_TO = Recipe(hints={"exemplar": {}})  # the test protocol, with what Paint by Example is shown
 KID_BELOW = 2048  # with fewer images the covariance is singular: the kernel distance is reported too
 
 
@@ -106,7 +106,7 @@ def relight_bench(
     for row in rows:
         e = example(row, root, Recipe(), resolution)
         other = read_image(root / row.extras["relit"])
-        own = exemplar(other, read_mask(root / row.mask, (row.width, row.height), resize=True))
+        own = cut_out(other, read_mask(root / row.mask, (row.width, row.height), resize=True))
         examples.append(replace(e, hole=hole(e.mask, "dilate", radius=radius), exemplar=own))
         plates.append(crop_resize(read_image(root / row.extras["plate"]), e.crop, resolution))
         relit.append(crop_resize(other, e.crop, resolution))
@@ -118,12 +118,17 @@ def relight_bench(
 def degraded(bench: Bench, factor: int) -> Bench:
     """The same bench with instances taken from pictures that were shrunk by ``factor`` and enlarged again (fig. 7)."""
 
-    def poor(picture: np.ndarray) -> np.ndarray:
-        height, width = picture.shape[:2]
-        return resize(resize(picture, width // factor, height // factor), width, height)
+    def poor(picture: np.ndarray, width: int, height: int) -> np.ndarray:
+        """Shrunk to what is left of ``width`` x ``height``, and enlarged again."""
+        small = resize(picture, max(1, width // factor), max(1, height // factor))
+        return resize(small, picture.shape[1], picture.shape[0])
 
-    examples = [replace(e, exemplar=None if e.exemplar is None else poor(e.exemplar)) for e in bench.examples]
-    return replace(bench, examples=examples, instances=[poor(g) for g in bench.given()])
+    examples = []
+    for e in bench.examples:
+        x0, y0, x1, y1 = bounding_box(e.mask)  # an exemplar loses what the instance loses at the bench's resolution
+        examples.append(replace(e, exemplar=None if e.exemplar is None else poor(e.exemplar, x1 - x0, y1 - y0)))
+    given = [poor(g, g.shape[1], g.shape[0]) for g in bench.given()]
+    return replace(bench, examples=examples, instances=given)
 
 
 # a method: bench -> raw outputs, uint8 R x R x 3, in its order; the indices choose the noise (default 0, 1, ...)
@@ -153,7 +158,7 @@ def by_example(painter: Painter, settings: Settings) -> Fill:
 def exemplars(bench: Bench, size: int) -> list[np.ndarray]:
     """What Paint by Example is shown for each item, uint8 size x size x 3: the bench's exemplar, or the own box."""
     shown = bench.exemplars or [e.exemplar for e in bench.examples]
-    return [resize(picture, size, size) for picture in shown]
+    return [exemplar(picture, size) for picture in shown]
 
 
 def holed(bench: Bench) -> list[np.ndarray]:
@@ -190,6 +195,11 @@ class Fidelity:
     bench: Bench
     extractor: Callable
     clip: Clip | None = None
+
+    @property
+    def protocol(self) -> str:
+        """What features fid, kid and the CLIP scores are made of."""
+        return f"{self.extractor.protocol} features{f', clip on {self.clip.name} embeddings' if self.clip else ''}"
 
     @cached_property
     def real(self) -> torch.Tensor:
@@ -238,8 +248,10 @@ def kit_clip(kit: Kit) -> KitClip:
     return KitClip(kit.image_encoder, kit.text_tower.text_model, kit.text_tower.text_projection, kit.tokenizer)
 
 
-def clip_of(kit: Kit) -> KitClip | None:
-    """The same, or None."""
+def clip_of(kit: Kit, name: str | None = None) -> Clip | None:
+    """open_clip's NAME/WEIGHTS, or the kit's own CLIP; None for a kit without an image tower."""
+    if name is not None:
+        return OpenClip(name, kit.device)
     try:
         return kit_clip(kit)
     except UserError:
@@ -273,23 +285,25 @@ def before_and_after(
     settings: Settings,
     split: str = "test",
     limit: int | None = None,
+    clip: str | None = None,
 ) -> tuple[dict[str, float], dict]:
     """(figures of ``after`` and, under ``baseline/``, of ``before``; ``protocol`` and ``count`` behind them).
 
-    ``protocol`` is the feature extractor of fid and kid, ``count`` the number of pictures.
+    ``protocol`` names the features of fid and kid and the CLIP (``clip``, see ``clip_of``), ``count`` is the number of
+    pictures.
     """
     bench = enough(load_bench(manifest, split, kit.resolution, limit))
     extractor = feature_extractor(kit)
-    fidelity = Fidelity(bench, extractor, clip_of(kit))
+    fidelity = Fidelity(bench, extractor, clip_of(kit, clip))
     name = Path(manifest).parent.name
     print(
         f"evaluating on {len(bench.examples)} {split} pictures of {name}, before and after: DDIM {settings.steps} "
-        f"steps, guidance {settings.guidance}, seed {settings.seed}; fid and kid on {extractor.protocol} features",
+        f"steps, guidance {settings.guidance}, seed {settings.seed}; fid and kid on {fidelity.protocol}",
         flush=True,
     )
     old = fidelity.figures(made(bench, before, "before"))
     new = fidelity.figures(made(bench, after, "after"))
-    facts = {"protocol": extractor.protocol, "count": len(bench.examples)}
+    facts = {"protocol": fidelity.protocol, "count": len(bench.examples)}
     return {f"baseline/{name}": value for name, value in old.items()} | new, facts
 
 
@@ -304,4 +318,4 @@ def table(metrics: dict[str, float], split: str, protocol: str, count: int) -> s
             old, new = metrics[f"baseline/{name}"], metrics[name]
             change = "" if old <= 0 or name.endswith("kid") else f"{100 * (new - old) / old:+.1f} %"  # kid is about 0
             lines.append(f"| {name} | {old:.4g} | {new:.4g} | {change} |")
-    return "\n".join([*lines, "", f"n = {count}; fid and kid on features of {protocol}"])
+    return "\n".join([*lines, "", f"n = {count}; fid and kid on {protocol}"])

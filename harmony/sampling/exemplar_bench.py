@@ -100,6 +100,12 @@ class Likeness:
     extractor: Callable
     real: list[np.ndarray]
 
+    @property
+    def protocol(self) -> str:
+        """What each figure is made of."""
+        clip = f"clip_i, clip_fid and qs_own on {self.clip.name} embeddings"
+        return f"{self.extractor.protocol} features, {clip}"
+
     @cached_property
     def real_features(self) -> torch.Tensor:
         return extract(self.real, self.extractor, self.extractor.size)

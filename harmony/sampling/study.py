@@ -4,6 +4,7 @@ A block is ``BLOCK`` consecutive pictures of one method. It is computed as a who
 table is the same whether one process made it, several, or one that was killed and started again.
 """
 
+import hashlib
 import json
 import os
 import time
@@ -17,12 +18,10 @@ import numpy as np
 from harmony.composites import copy_paste, poisson, reinhard
 from harmony.data.manifest import manifest_hash, read_manifest
 from harmony.errors import UserError
-from harmony.exemplars import exemplar
-from harmony.files import write_json
+from harmony.exemplars import cut_out
 from harmony.images import read_image
 from harmony.masks import read_mask
 from harmony.metrics.fidelity import aggregate
-from harmony.metrics.similarity import Clip, OpenClip
 from harmony.models.controlnet import net_hash
 from harmony.models.exemplar import Painter, load_painter, painter_hash
 from harmony.models.kit import DIFFUSION, Kit
@@ -36,6 +35,7 @@ from harmony.sampling.benchmark import (
     clip_of,
     degraded,
     enough,
+    exemplars,
     feature_extractor,
     holed,
     load_bench,
@@ -150,7 +150,13 @@ def outputs(bench: Bench, method: Method, folder: Path) -> list[np.ndarray]:
 def object_of(row: Row, root: Path) -> np.ndarray:
     """The bare box of a row's object, cut out of the photograph."""
     mask = read_mask(root / row.mask, (row.width, row.height), resize=True)
-    return exemplar(read_image(root / row.image), mask, pad=0)
+    return cut_out(read_image(root / row.image), mask, pad=0)
+
+
+def nets_of(node: dict) -> list[str]:
+    """The ControlNets that a row runs."""
+    named = () if {"baseline", "guidance"} & {*node} else (net for net in node if net != "best")
+    return [*node.get("best", ()), *named]
 
 
 class Study:
@@ -180,8 +186,8 @@ class Study:
         self.name, self.spec, self.controlnets, self.kit, self.manifest = name, spec, controlnets, kit, manifest
         self.folder, self.settings, self.split, self.limit = folder, replace(settings, batch=BLOCK), split, limit
         self.rank, self.world, self.painters, self.openclip = rank, world, painters, clip
-        self.extractor = feature_extractor(kit)
-        self.branches, self.loaded, self.notes, self.part, self.made = {}, {}, [], 0, folder / "outputs"
+        self.extractor, self.clip = feature_extractor(kit), clip_of(kit, clip)
+        self.branches, self.loaded, self.notes, self.part = {}, {}, [], 0
 
     def bench(self, split: str) -> Bench:
         at = self.manifest, split, self.kit.resolution, self.limit
@@ -206,12 +212,6 @@ class Study:
             return Fidelity(bench, self.extractor, self.clip)
         real = load_bench(self.manifest, "train", self.kit.resolution, REAL).truths()
         return Likeness(bench, self.clip, self.extractor, real)
-
-    @cached_property
-    def clip(self) -> Clip | None:
-        if self.openclip is None:
-            return clip_of(self.kit)
-        return OpenClip(*self.openclip.split("/", 1), device=self.kit.device)
 
     def branch(self, name: str) -> Branch:
         """The ControlNet that ``controlnets`` calls ``name``, loaded once."""
@@ -241,8 +241,7 @@ class Study:
             if painter not in self.painters:
                 raise UserError(f"there is no painters.{painter}; there are: {', '.join(self.painters)}")
             return [] if self.painters[painter] else [f"painters.{painter}=RUN"]
-        nets = [] if "baseline" in node else [*node.get("best", []), *(net for net in node if net != "best")]
-        return [f"controlnets.{net}=RUN" for net in nets if self.controlnets.get(net, "") is None]
+        return [f"controlnets.{net}=RUN" for net in nets_of(node) if self.controlnets.get(net, "") is None]
 
     def by_example(self, name: str, guidance: float, painter: str = PAINTER) -> Method:
         """Paint by Example at this guidance."""
@@ -315,21 +314,27 @@ class Study:
         choices = [n for n in self.spec["methods"].values() if n and "best" in n and not self.lacking(n)]
         return len(choices) + len(self.spec["degrade"])
 
+    @cached_property
     def made_of(self) -> dict[str, str]:
         """Hashes of all that decides the outputs and is not in the configuration."""
-        parts = {f"kit/{part}": self.kit.hash(part) for part in DIFFUSION}
-        nets = {f"controlnets/{name}": net_hash(path) for name, path in self.controlnets.items() if path}
-        painters = {f"painters/{name}": painter_hash(path) for name, path in self.painters.items() if path}
-        return {**parts, **nets, **painters, "manifest": manifest_hash(self.manifest)}
+        chooses = ("image_encoder",) if self.spec["bench"] == "exemplar" and self.openclip is None else ()
+        facts = {f"kit/{part}": self.kit.hash(part) for part in (*DIFFUSION, *chooses)}
+        nodes = [node for node in self.spec["methods"].values() if node] or [{"best": ["color", "structure"]}]
+        for node in nodes:
+            if "guidance" in node:
+                name = node.get("painter", PAINTER)
+                path = self.painters.get(name)
+                facts |= {f"painters/{name}": painter_hash(path)} if path else {}
+            for net in nets_of(node):
+                path = self.controlnets.get(net)
+                facts |= {f"controlnets/{net}": net_hash(path)} if path else {}
+        return facts | {"manifest": manifest_hash(self.manifest)}
 
-    def check_outputs(self) -> None:
-        """UserError where the stored outputs were made with other weights or pictures; remember what these are."""
-        facts, file = self.made_of(), self.made / "made_of.json"
-        if not file.exists():
-            file.parent.mkdir(parents=True, exist_ok=True)
-            write_json(file, facts)
-        elif others := [name for name, value in json.loads(file.read_text()).items() if facts.get(name) != value]:
-            raise UserError(f"{self.folder} was begun with another {' and '.join(others)}: resume=false begins anew")
+    @property
+    def made(self) -> Path:
+        """Where outputs lie: with other weights, or other pictures, somewhere else."""
+        text = json.dumps(self.made_of, sort_keys=True)
+        return self.folder / "outputs" / hashlib.sha256(text.encode()).hexdigest()[:16]
 
     def measure(self) -> tuple[dict, dict, str, list[Path]]:
         """(figures, facts, table, pictures); on other ranks than the first the share of outputs alone is made."""
@@ -338,7 +343,6 @@ class Study:
         line = f"{self.name}: n = {len(whole)} {self.split} pictures of {self.manifest.parent.name}, {protocol}"
         if self.rank == 0:
             print(line, flush=True)
-        self.check_outputs()
         methods, table, columns = self.methods(), {}, {}
         few = spread(list(range(len(whole))), EXAMPLES)
         for factor in self.spec["degrade"]:
@@ -349,7 +353,8 @@ class Study:
                 continue
             ruler, part = self.measures(bench), bench.part(few)
             what = "instance" if bench.exemplars is None else "exemplar"
-            columns[f"{what} x{factor}" if several else what] = part.exemplars or part.given()
+            seen = part.given() if part.exemplars is None else exemplars(part, self.kit.resolution)
+            columns[f"{what} x{factor}" if several else what] = seen
             for n, method in enumerate(methods, 1):
                 print(f"part {self.part}/{self.parts}, measuring {method.name}, {n}/{len(methods)}", flush=True)
                 row = f"{method.name} x{factor}" if several else method.name
@@ -360,9 +365,8 @@ class Study:
             return {}, {}, "", []
         for row in table:
             table[row] |= {f"paper/{metric}": value for metric, value in self.spec["paper"].get(row, {}).items()}
-        facts = {"protocol": self.extractor.protocol, "count": len(whole), "made_of": self.made_of()}
-        clip = f"; clip on {self.clip.name} embeddings" if self.clip else ""
-        notes = [f"{line}; fid and kid on {self.extractor.protocol} features{clip}", *self.notes]
+        facts = {"protocol": ruler.protocol, "count": len(whole), "made_of": self.made_of}
+        notes = [f"{line}; fid and kid on {ruler.protocol}", *self.notes]
         if whole.backgrounds is None and whole.exemplars is None and {"copy_paste", "poisson"} & {*table}:
             notes.append("copy_paste and poisson put the truth itself back here: they bound what can be reached")
         first = "lambda" if self.spec["lambdas"] and not self.spec["methods"] else "method"
@@ -389,12 +393,13 @@ class Study:
         shown = {title: column for title, column in columns.items() if title not in self.spec["hidden"]}
         rows = list(zip(holed(part), *shown.values(), part.truths(), strict=True))
         titles = ["input", *shown, "truth" if part.exemplars is None else "source"]
-        pictures(beside if kind == "curves" else target, rows, titles)
-        if kind != "curves":
-            return [target]
         guided = {
             row: n["guidance"] for row, n in self.spec["methods"].items() if n and "guidance" in n and row in table
         }
-        points = guided or {f"{v:g}": v for v in lambdas}
+        points = guided or {f"{v:g}": v for v in lambdas if f"{v:g}" in table}
+        if kind != "curves" or not points:
+            pictures(target, rows, titles)
+            return [target]
+        pictures(beside, rows, titles)
         curves(target, table, points, metrics, "guidance" if guided else "lambda")
         return [target, beside]

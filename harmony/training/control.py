@@ -133,7 +133,7 @@ class ControlTask(Controls):
         checkpoint["kit"] = self.frozen
 
     def on_load_checkpoint(self, checkpoint):
-        if checkpoint["kit"] != self.frozen:
+        if any(self.frozen.get(part) != known for part, known in checkpoint["kit"].items()):
             raise UserError(
                 f"this run was trained on another state of kit {self.kit.name} or of its companion: put it back, or"
                 " begin anew with resume=false"

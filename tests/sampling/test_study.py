@@ -121,7 +121,11 @@ def test_scores_compare_with_the_truth_and_drift_with_what_was_given(bench):
 
 def test_degraded_instances_lose_detail_alone(bench):
     """Guards figure 7: what the instance is taken from is blurred, the truth and the background stay."""
+    cuts = [np.repeat(np.repeat(e.image[8:20, 10:22], 9, 0), 9, 1) for e in bench.examples]
+    bench = replace(bench, examples=[replace(e, exemplar=c) for e, c in zip(bench.examples, cuts, strict=True)])
     poor = degraded(bench, 4)
+    assert all(p.exemplar.shape == c.shape for p, c in zip(poor.examples, cuts, strict=True))
+    assert all(p.exemplar.std() < 0.5 * c.std() for p, c in zip(poor.examples, cuts, strict=True)), "exemplars alike"
     assert all(np.array_equal(a, b) for a, b in zip(poor.truths(), bench.truths(), strict=True))
     assert all(np.array_equal(a, b) for a, b in zip(poor.seen(), bench.seen(), strict=True))
     fine, coarse = (np.abs(np.diff(np.stack(b.given()).astype(int), axis=1)).mean() for b in (bench, poor))
