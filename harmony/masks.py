@@ -27,11 +27,12 @@ def scaled(length: float, shape: Sequence[int]) -> float:
 # --- files
 
 
-def read_mask(path: str | Path, size: tuple[int, int], resize: bool = False) -> np.ndarray:
+def read_mask(path: str | Path, size: tuple[int, int], resize: bool = False, empty: bool = False) -> np.ndarray:
     """Mask file as bool H x W of ``size`` = (width, height).
 
     Open Images stores masks at a size of their own: ``resize`` brings them to ``size`` by nearest. Otherwise another
-    size is refused. Raises UserError for a mask that is missing, undecodable, of another size, or empty.
+    size is refused. Raises UserError for a mask that is missing, undecodable, of another size, or empty, unless it may
+    be ``empty`` (a shadow may fall outside of the picture).
     """
     image = open_image(path, "mask")
     if image.size != size and not resize:
@@ -40,7 +41,7 @@ def read_mask(path: str | Path, size: tuple[int, int], resize: bool = False) -> 
     values = np.asarray(image) if image.mode == "1" else np.asarray(image.convert("L")) > OBJECT
     if values.shape != (size[1], size[0]):
         values = resize_mask(values, *size)
-    if not values.any():
+    if not (values.any() or empty):
         raise UserError(f"mask {path} is empty; paint the object white (above {OBJECT} of 255)")
     return values
 

@@ -110,7 +110,7 @@ def relight_bench(
         examples.append(replace(e, hole=hole(e.mask, "dilate", radius=radius), exemplar=own))
         plates.append(crop_resize(read_image(root / row.extras["plate"]), e.crop, resolution))
         relit.append(crop_resize(other, e.crop, resolution))
-        shadow = read_mask(root / row.extras["shadow"], (row.width, row.height))
+        shadow = read_mask(root / row.extras["shadow"], (row.width, row.height), empty=True)
         shadows.append(crop_resize(shadow, e.crop, resolution))
     return Bench(split, examples, [r.caption for r in rows], plates, relit, shadows)
 

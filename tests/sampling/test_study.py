@@ -7,8 +7,9 @@ import pytest
 
 from harmony.composites import reinhard
 from harmony.data.latents import Example
+from harmony.data.manifest import read_manifest
 from harmony.errors import UserError
-from harmony.images import Crop
+from harmony.images import Crop, write_image
 from harmony.masks import dilate
 from harmony.models.kit import Kit
 from harmony.sampling import study
@@ -143,6 +144,16 @@ def test_relighting_takes_its_truth_from_the_studio(small_manifest, tmp_path):
         difference = np.abs(near.seen()[i].astype(int) - a.image)
         assert difference[a.mask].mean() > 2 * difference[far].mean(), "the plate is the truth without the object"
         assert np.abs(near.given()[i].astype(int) - a.image)[a.mask].mean() > 1
+
+
+def test_a_shadow_may_fall_outside_of_the_picture(small_manifest, tmp_path):
+    """Guards the bench: such a scene has no shadow to compare, and everything else."""
+    manifest = small_manifest(tmp_path)
+    row = next(r for r in read_manifest(manifest, "test")[1] if "shadow" in r.extras)
+    write_image(manifest.parent / row.extras["shadow"], np.zeros((row.height, row.width), bool))
+    bench = relight_bench(manifest, "test", 32)
+    first = scores(bench, bench.truths())[0]
+    assert not bench.shadows[0].any() and np.isnan(first["shadow_mse"]) and first["fmse"] == 0
 
 
 def test_a_dataset_without_truth_is_refused(tmp_path, small_manifest):
