@@ -13,7 +13,7 @@ from harmony.config import entry, provenance, rank, run_folder
 from harmony.data.manifest import manifest_hash
 from harmony.data.preparation import ensure
 from harmony.files import write_json
-from harmony.models.kit import DIFFUSION, Kit
+from harmony.models.kit import DIFFUSION
 from harmony.training.callbacks import AtomicCheckpoints, trainer_callbacks
 
 
@@ -68,7 +68,7 @@ def main(cfg: DictConfig) -> None:
         figures, measured = before_and_after(module.kit, Path(cfg.data.manifest), *methods, settings, e.split, e.limit)
         numbers |= figures
         text = f"\n{table(figures, e.split, **measured)}\n"
-    kit = Kit(cfg.model.path, cfg.model.get("weights", "hub"))
+    kit = instantiate(cfg.model)
     facts = provenance(
         cfg,
         **measured,

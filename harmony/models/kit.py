@@ -18,6 +18,7 @@ import torch
 from harmony.errors import UserError
 
 ASSETS = Path(__file__).resolve().parents[1] / "assets"
+GEOMETRY = ASSETS / "geometry"  # true sizes without weights: the configurations that diffusers and transformers read
 DIFFUSION = ("vae", "unet", "text_encoder", "tokenizer", "scheduler")  # the parts that sampling and training need
 CLASSES = {
     "vae": ("diffusers", "AutoencoderKL"),
@@ -92,15 +93,23 @@ def weights_hash(module: torch.nn.Module) -> str:
 
 @dataclass
 class Kit:
-    """A loaded backbone. Parts are read when first asked for; all are frozen."""
+    """A loaded backbone. Parts are read when first asked for; all are frozen.
+
+    ``geometry`` names a folder of configurations that come with the package: what ``weights="random"`` is built from
+    where those of ``path`` are on a hub.
+    """
 
     path: str
     weights: str = "hub"
     dtype: torch.dtype = torch.float32
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
+    geometry: str | None = None
 
     def __post_init__(self):
-        self.path = kit_path(self.path)
+        if self.weights not in ("hub", "random"):
+            raise UserError(f"model.weights={self.weights}: choose hub or random")
+        shapes = self.weights == "random" and self.geometry
+        self.path = str(GEOMETRY / self.geometry) if shapes else kit_path(self.path)
         if os.path.isdir(self.path):
             return
         if self.path == "tiny":
@@ -138,7 +147,9 @@ class Kit:
 
     @cached_property
     def tokenizer(self):
-        return self._part("tokenizer")
+        """The kit's own; random weights understand no words, so that any does where a geometry has none."""
+        bare = Path(self.path).parent == GEOMETRY
+        return load_part(str(ASSETS / "tiny"), "tokenizer") if bare else self._part("tokenizer")
 
     @cached_property
     def scheduler(self):
@@ -159,7 +170,7 @@ class Kit:
     @property
     def name(self) -> str:
         """What to call this kit in a file that may travel: the shipped kit's name, else the folder or hub id."""
-        return Path(self.path).name if Path(self.path).parent == ASSETS else self.path
+        return Path(self.path).name if Path(self.path).parent in (ASSETS, GEOMETRY) else self.path
 
     @property
     def factor(self) -> int:

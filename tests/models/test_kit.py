@@ -4,7 +4,10 @@ import shutil
 
 import pytest
 import torch
+from diffusers import UNet2DConditionModel
+from hydra.utils import instantiate
 
+from harmony.config import compose
 from harmony.errors import UserError
 from harmony.models.kit import ASSETS, Kit, kit_path, scaled_latent
 
@@ -84,3 +87,27 @@ def test_names(random_kit, monkeypatch):
     assert kit_path(random_kit.name) == str(random_kit)
     assert Kit(random_kit.name).name == random_kit.name  # a shipped kit goes by its name, never by a machine's path
     assert ASSETS.name == "assets"
+
+
+COUNTS = {
+    "sd1": 859_520_964,
+    "sd2": 865_925_124,
+    "sd2_base": 865_910_724,
+}  # method sheet 7.6
+
+
+@pytest.mark.parametrize("name", COUNTS)
+def test_true_sizes_come_with_the_package(name):
+    """Guards model=NAME model.weights=random without a network: the parameters of the real thing, to the last one."""
+    cfg = compose("fit", ["experiment=color", f"model={name}", "model.weights=random"]).model
+    kit = instantiate(cfg)
+    assert kit.name == name and kit.hash("unet") == "random" and kit.scheduler.config.prediction_type == "epsilon"
+    with torch.device("meta"):
+        unet = UNet2DConditionModel.from_config(UNet2DConditionModel.load_config(kit.path, subfolder="unet"))
+    assert sum(p.numel() for p in unet.parameters()) == COUNTS[name] and unet.config.sample_size == 64
+    assert kit.tokens(["a red mushroom"]).shape[0] == 1
+
+
+def test_weights_are_of_the_hub_or_random(random_kit):
+    with pytest.raises(UserError, match="choose hub or random"):
+        Kit(str(random_kit), weights="pretrained")
