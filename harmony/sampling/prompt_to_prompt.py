@@ -1,0 +1,136 @@
+"""F3. Prompt-to-prompt: how the attention of a source prompt goes over to a target prompt (method sheet 5.5).
+
+After Hertz et al., Prompt-to-Prompt Image Editing with Cross Attention Control (2022). Positions count tokens, the
+beginning token included; a word may be several of them.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from harmony.errors import UserError
+
+Span = tuple[int, int]  # first position of a word, and the one behind its last
+
+
+def spans(prompt: str, encode: Callable[[str], Sequence[int]], length: int) -> dict[int, Span]:
+    """Number of each word (as white space separates them) -> where its tokens are; ``encode`` gives a word's tokens.
+
+    UserError for a prompt of more than ``length`` - 2 tokens: its end would not be seen.
+    """
+    found, at = {}, 1
+    for number, word in enumerate(prompt.split()):
+        found[number] = (at, at + len(encode(word)))
+        at = found[number][1]
+    if at > length - 1:
+        raise UserError(f"the prompt {prompt!r} has {at - 1} tokens, the model reads {length - 2}: shorten it")
+    return found
+
+
+def replacement(source: Sequence[Span], target: Sequence[Span], length: int) -> torch.Tensor:
+    """A, length x length: target attention = source attention @ A. Word n of one prompt stands for word n of the other.
+
+    Words of as many tokens go over one to one; otherwise each source token spreads evenly over the target's. What
+    follows the last word (end, padding) moves along. Every row sums to 1: no attention is lost. UserError when the
+    prompts differ in the number of words.
+    """
+    if len(source) != len(target):
+        raise UserError(f"replacing wants as many words: the source has {len(source)}, the target {len(target)}")
+    matrix = torch.zeros(length, length)
+    matrix[0, 0] = 1
+    for (a, b), (c, d) in zip(source, target, strict=True):
+        if b - a == d - c:
+            matrix[range(a, b), range(c, d)] = 1
+        else:
+            matrix[a:b, c:d] = 1 / (d - c)
+    end, shift = (source[-1][1], target[-1][1] - source[-1][1]) if source else (1, 0)
+    for i in range(end, length):
+        matrix[i, min(i + shift, length - 1)] = 1
+    return matrix
+
+
+def alignment(source: Sequence[int], target: Sequence[int], length: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """(source position of each target position, int64; whether it has one, bool), ``length`` each.
+
+    A global alignment of the tokens (match 1, mismatch -1, gap 0; Needleman and Wunsch, 1970), so that words that were
+    added keep an attention of their own. Positions past the end belong to themselves.
+    """
+    n, m = len(source), len(target)
+    score = [[0] * (m + 1) for _ in range(n + 1)]
+    for i in range(1, n + 1):
+        for j in range(1, m + 1):
+            match = 1 if source[i - 1] == target[j - 1] else -1
+            score[i][j] = max(score[i - 1][j - 1] + match, score[i - 1][j], score[i][j - 1])
+    index, known = torch.arange(length), torch.ones(length, dtype=torch.bool)
+    i, j = n, m
+    while j > 0:
+        if i > 0 and source[i - 1] == target[j - 1] and score[i][j] == score[i - 1][j - 1] + 1:
+            i, j = i - 1, j - 1
+            index[j] = i
+        elif i > 0 and score[i][j] == score[i - 1][j]:
+            i -= 1
+        else:
+            j -= 1
+            known[j] = False
+    return index, known
+
+
+@dataclass(frozen=True)
+class Edit:
+    """What becomes of the source's cross-attention P (heads x N x T) in a target prompt.
+
+    ``matrix`` T x T (replace), or ``index`` and ``known`` (refine); ``factors`` T: what each target position's
+    attention is multiplied by in the end (reweight). Not normalised again.
+    """
+
+    factors: torch.Tensor
+    matrix: torch.Tensor | None = None
+    index: torch.Tensor | None = None
+    known: torch.Tensor | None = None
+
+    def __call__(self, source: torch.Tensor, own: torch.Tensor) -> torch.Tensor:
+        """Probabilities of the target row, from those of the source and its own."""
+        if self.matrix is not None:
+            made = source @ self.matrix.to(source)
+        else:
+            known = self.known.to(source.device)
+            made = torch.where(known, source[..., self.index.to(source.device)], own)
+        return made * self.factors.to(source)
+
+
+def kind_of(source: str, target: str) -> str:
+    """``replace`` when the prompts have as many words and differ, ``refine`` when words were added or left out,
+    ``reweight`` when they are the same.
+    """
+    a, b = source.split(), target.split()
+    if a == b:
+        return "reweight"
+    return "replace" if len(a) == len(b) else "refine"
+
+
+def edit_between(
+    source: str,
+    target: str,
+    encode: Callable[[str], Sequence[int]],
+    length: int,
+    factors: dict[str, float] | None = None,
+) -> Edit:
+    """The edit from ``source`` to ``target``; ``factors``: word of the target -> what multiplies its attention.
+
+    UserError for a factor of a word that is not there.
+    """
+    words = {prompt: spans(prompt, encode, length) for prompt in (source, target)}
+    weights = torch.ones(length)
+    for word, factor in (factors or {}).items():
+        places = [n for n, other in enumerate(target.split()) if other == word]
+        if not places:
+            raise UserError(f"reweight.{word}: the target {target!r} has no such word")
+        for n in places:
+            weights[slice(*words[target][n])] = factor
+    if kind_of(source, target) == "replace":
+        return Edit(weights, matrix=replacement([*words[source].values()], [*words[target].values()], length))
+    begin, end = [-1], [-2]  # stand for the tokens around the words
+    ids = [begin + [i for word in prompt.split() for i in encode(word)] + end for prompt in (source, target)]
+    index, known = alignment(*ids, length)
+    return Edit(weights, index=index, known=known)

@@ -1,0 +1,77 @@
+"""Method sheet 5.5 and 7.4: how attention goes over from one prompt to another."""
+
+import pytest
+import torch
+
+from harmony.errors import UserError
+from harmony.sampling.prompt_to_prompt import alignment, edit_between, kind_of, replacement, spans
+
+IDS: dict[str, list[int]] = {"sculpture": [70, 71]}
+
+
+def encode(word: str) -> list[int]:
+    """A tokenizer with one token a word, two for ``sculpture``."""
+    return IDS.setdefault(word, [100 + len(IDS)])
+
+
+def test_golden_replacement():
+    """Guards 7.4: a word of one token becomes one of two; what follows moves along (the reference: row 3 empty)."""
+    a, b = (spans(p, encode, 10) for p in ("a cat on the mat", "a sculpture on the mat"))
+    matrix = replacement([*a.values()], [*b.values()], 10)
+    wanted = {(0, 0): 1, (1, 1): 1, (2, 2): 0.5, (2, 3): 0.5, (3, 4): 1, (4, 5): 1, (5, 6): 1, (6, 7): 1}
+    found = {(i, j): v for (i, j), v in ((tuple(p), matrix[tuple(p)].item()) for p in matrix.nonzero().tolist())}
+    assert {place: v for place, v in found.items() if place[0] < 7} == wanted
+    assert torch.equal(matrix.sum(1), torch.ones(10))
+
+
+def test_replacement_of_the_same_is_the_identity_and_loses_nothing():
+    """Guards invariant 13: identity for identical prompts; rows sum to 1 both ways; other word counts are refused."""
+    words = [*spans("a sculpture on the mat", encode, 10).values()]
+    assert torch.equal(replacement(words, words, 10), torch.eye(10))
+    shorter = [*spans("a cat on the mat", encode, 10).values()]
+    assert torch.equal(replacement(words, shorter, 10).sum(1), torch.ones(10))
+    with pytest.raises(UserError, match="as many words: the source has 5, the target 4"):
+        replacement(words, shorter[:-1], 10)
+
+
+def test_golden_refinement():
+    """Guards 7.4: an added word keeps its own attention, the others take that of their fellows."""
+    a, b = (["<", *p.split(), ">"] for p in ("a cat on the mat", "a big cat on the mat"))
+    index, known = alignment(a, b, 10)
+    assert index[known].tolist() == [0, 1, 2, 3, 4, 5, 6, 8, 9] and known.tolist().index(False) == 2
+    assert known.sum() == 9
+
+
+def test_refinement_takes_columns_of_the_source():
+    """Guards invariant 14: aligned columns are the source's, new ones the target's own; a factor comes last."""
+    source, own = torch.rand(2, 2, 4, 10, generator=torch.Generator().manual_seed(0)).softmax(-1)
+    edit = edit_between("a cat on the mat", "a big cat on the mat", encode, 10, {"cat": 2.0})
+    made = edit(source, own)
+    assert torch.equal(made[..., 2], own[..., 2]) and torch.equal(made[..., 3], 2 * source[..., 2])
+    assert torch.equal(made[..., 4], source[..., 3])
+
+
+def test_replaced_attention_still_sums_to_one():
+    """Guards invariant 14: after Replace it is a distribution over the keys, after Reweight it need not be."""
+    source, own = torch.rand(2, 2, 4, 10, generator=torch.Generator().manual_seed(0)).softmax(-1)
+    prompts = "a cat on the mat", "a sculpture on the mat"
+    made = edit_between(*prompts, encode, 10)(source, own)
+    assert torch.allclose(made.sum(-1), torch.ones(2, 4), atol=1e-6)
+    heavier = edit_between(*prompts, encode, 10, {"sculpture": 3.0})(source, own)
+    assert torch.allclose(heavier[..., 2:4], 3 * made[..., 2:4]) and (heavier.sum(-1) > 1).all()
+
+
+def test_the_edit_is_inferred_from_the_prompts():
+    assert kind_of("a cat", "a dog") == "replace" and kind_of("a cat", "a cat") == "reweight"
+    assert kind_of("a cat", "a big cat") == "refine"
+    own = torch.rand(1, 4, 10)
+    same = edit_between("a cat", "a cat", encode, 10)
+    assert torch.equal(same(own, torch.zeros_like(own)), own), "nothing changes between identical prompts"
+
+
+def test_prompts_that_cannot_be_edited():
+    """Guards bad input: too long a prompt, a factor for a word that is not there."""
+    with pytest.raises(UserError, match="has 9 tokens, the model reads 8"):
+        spans("a b c d e f g h i", encode, 10)
+    with pytest.raises(UserError, match="reweight.dog: the target 'a cat' has no such word"):
+        edit_between("a cat", "a cat", encode, 10, {"dog": 2.0})
