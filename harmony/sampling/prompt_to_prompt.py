@@ -10,6 +10,7 @@ from dataclasses import dataclass
 import torch
 
 from harmony.errors import UserError
+from harmony.models.attention import Layer, conditional
 
 Span = tuple[int, int]  # first position of a word, and the one behind its last
 
@@ -134,3 +135,40 @@ def edit_between(
     ids = [begin + [i for word in prompt.split() for i in encode(word)] + end for prompt in (source, target)]
     index, known = alignment(*ids, length)
     return Edit(weights, index=index, known=known)
+
+
+# --- at work
+
+
+class PromptToPrompt:
+    """The control that leads ``edits``, one for each target prompt; row 0 is the source, which is never changed.
+
+    Cross-attention is edited in the first ``cross`` steps. Self-attention of layers with at most ``tokens`` positions
+    is the source's in the first ``own``: it holds the layout. ``maps``: cross-attention over so many positions, of the
+    down and up blocks, is kept in ``seen`` (K x positions x T, summed over layers, heads and steps).
+    """
+
+    def __init__(self, edits: Sequence[Edit], cross: int, own: int, tokens: int = 32 * 32, maps: int | None = None):
+        self.edits, self.cross, self.own, self.tokens, self.maps = list(edits), cross, own, tokens, maps
+        self.seen: torch.Tensor | float = 0.0
+
+    def keeps(self, layer: Layer, tokens: int) -> bool:
+        """Whether this layer's maps are collected."""
+        return layer.cross and tokens == self.maps and layer.place != "mid"
+
+    def wants(self, layer: Layer, tokens: int, step: int) -> bool:
+        if layer.cross:
+            return step < self.cross or self.keeps(layer, tokens)
+        return step < self.own and tokens <= self.tokens
+
+    def __call__(self, probabilities: torch.Tensor, layer: Layer, step: int) -> torch.Tensor:
+        prompts = len(self.edits) + 1
+        rows = conditional(probabilities, prompts)
+        if step < (self.cross if layer.cross else self.own):
+            source = rows[0]
+            edited = (e(source, row) for e, row in zip(self.edits, rows[1:], strict=True))
+            rows = torch.stack([source, *(edited if layer.cross else [source] * len(self.edits))])
+            probabilities = torch.cat([probabilities[:-prompts], rows])
+        if self.keeps(layer, rows.shape[2]):
+            self.seen = self.seen + rows.detach().sum(1)
+        return probabilities

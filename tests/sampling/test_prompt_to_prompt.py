@@ -4,7 +4,11 @@ import pytest
 import torch
 
 from harmony.errors import UserError
-from harmony.sampling.prompt_to_prompt import alignment, edit_between, kind_of, replacement, spans
+from harmony.models.attention import controlled
+from harmony.models.kit import Kit
+from harmony.sampling.ddim import sample
+from harmony.sampling.inpaint import guided
+from harmony.sampling.prompt_to_prompt import PromptToPrompt, alignment, edit_between, kind_of, replacement, spans
 
 IDS: dict[str, list[int]] = {"sculpture": [70, 71]}
 
@@ -75,3 +79,81 @@ def test_prompts_that_cannot_be_edited():
         spans("a b c d e f g h i", encode, 10)
     with pytest.raises(UserError, match="reweight.dog: the target 'a cat' has no such word"):
         edit_between("a cat", "a cat", encode, 10, {"dog": 2.0})
+
+
+STEPS, SOURCE, TARGET = 4, "a red mushroom on snow", "a red car on snow"
+
+
+@pytest.fixture(scope="module")
+def kit(random_kit):
+    return Kit(str(random_kit))
+
+
+def edited(kit, control=None, prompts=(SOURCE, TARGET), w: float = 3.0) -> torch.Tensor:
+    """Latents of the prompts, all from the same noise, in an empty picture."""
+    side = kit.unet.config.sample_size
+    noise = torch.randn(1, 4, side, side, generator=torch.Generator().manual_seed(1)).repeat(len(prompts), 1, 1, 1)
+    known = torch.zeros(len(prompts), 5, side, side)
+    known[:, 0] = 1
+    eps = guided(kit, known, kit.prompt(list(prompts)), kit.prompt([""]), w)
+    with torch.no_grad():
+        if control is None:
+            return sample(eps, noise, STEPS, kit.alphas_cumprod)
+        with controlled(kit.unet, control):
+            return sample(eps, noise, STEPS, kit.alphas_cumprod)
+
+
+def edit_of(kit, source=SOURCE, target=TARGET, **more):
+    tokens = lambda word: kit.tokenizer(word, add_special_tokens=False).input_ids  # noqa: E731
+    return edit_between(source, target, tokens, kit.tokenizer.model_max_length, **more)
+
+
+@pytest.mark.parametrize("w", [1.0, 3.0])
+def test_identical_prompts_stay_identical(kit, w):
+    """Guards invariant 9: whatever is injected, the edited branch is the source branch exactly."""
+    control = PromptToPrompt([edit_of(kit, target=SOURCE)], cross=3, own=2)
+    source, target = edited(kit, control, (SOURCE, SOURCE), w)
+    assert torch.equal(source, target)
+
+
+def test_nothing_injected_is_uncontrolled_sampling(kit):
+    """Guards invariant 10: with 0 and 0 steps the output is the plain one, and the control is never called."""
+    control, calls = PromptToPrompt([edit_of(kit)], 0, 0), []
+    control.__class__ = type("Counting", (PromptToPrompt,), {"__call__": lambda self, *a: calls.append(a)})
+    assert torch.equal(edited(kit, control), edited(kit)) and not calls
+
+
+def test_the_control_is_asked_in_its_steps_alone(kit):
+    """Guards invariant 10: words in the first ``cross`` steps, layout in the first ``own``, small layers only."""
+
+    class Counting(PromptToPrompt):
+        calls = []
+
+        def __call__(self, probabilities, layer, step):
+            self.calls.append((layer.cross, step, probabilities.shape[2]))
+            return super().__call__(probabilities, layer, step)
+
+    edited(kit, Counting([edit_of(kit)], cross=3, own=1, tokens=16))
+    assert {step for cross, step, _ in Counting.calls if cross} == {0, 1, 2}
+    assert {(step, n <= 16) for cross, step, n in Counting.calls if not cross} == {(0, True)}
+
+
+def test_the_source_row_is_not_touched(kit):
+    """Guards invariant 11: it is bit for bit that of a control which looks at the same layers and changes nothing."""
+
+    class Watching(PromptToPrompt):
+        def __call__(self, probabilities, layer, step):
+            return probabilities
+
+    strong = PromptToPrompt([edit_of(kit, factors={"car": 5.0})], STEPS, STEPS, maps=64)
+    plain, changed = edited(kit, Watching([edit_of(kit)], STEPS, STEPS, maps=64)), edited(kit, strong)
+    assert torch.equal(plain[0], changed[0]) and not torch.allclose(plain[1], changed[1], atol=1e-3)
+    assert strong.seen.shape == (2, 64, kit.tokenizer.model_max_length)
+
+
+def test_injected_attention_brings_the_edit_nearer_to_the_source(kit):
+    """Guards invariant 12: against two prompts on their own, from the same noise."""
+    apart = edited(kit)
+    near = edited(kit, PromptToPrompt([edit_of(kit)], STEPS, STEPS))
+    distances = [(pair[0] - pair[1]).square().mean() for pair in (near, apart)]
+    assert distances[0] < distances[1]
