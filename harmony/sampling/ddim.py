@@ -58,6 +58,19 @@ def sample(eps: Eps, z: torch.Tensor, steps: int, abar: torch.Tensor, offset: in
     return z
 
 
+def invert(eps: Eps, z: torch.Tensor, steps: int, abar: torch.Tensor, offset: int = 1) -> list[torch.Tensor]:
+    """Clean latent -> the trajectory z_0 .. z_N whose end is the noise that ``sample`` would have begun from.
+
+    Exact for a constant eps; otherwise it is evaluated at the latent before the step, which is close for an eps without
+    guidance (method sheet 5.3). Wants float32.
+    """
+    trajectory = [z]
+    for t in reversed(timesteps(steps, offset, len(abar))):
+        z = step(z, eps(z, t), t - len(abar) // steps, t, abar)
+        trajectory.append(z)
+    return trajectory
+
+
 def noise_for(seed: int, indices: torch.Tensor | list[int], shape: tuple[int, ...], device="cpu") -> torch.Tensor:
     """Unit noise B x shape; that of sample i depends on (seed, i) only: a grid is the same on one process and eight."""
     draws = []

@@ -1,0 +1,124 @@
+"""F3. Null-text inversion: empty-prompt embeddings, one a step, under which guided sampling gives an image back.
+
+After Mokady et al., Null-text Inversion for Editing Real Images using Guided Diffusion Models (2022); method sheet 5.4.
+"""
+
+from collections.abc import Callable, Sequence
+
+import torch
+import torch.nn.functional as F
+
+from harmony.models.kit import Kit
+from harmony.sampling.ddim import level, step, timesteps, to_eps
+from harmony.sampling.inpaint import predict
+
+Denoiser = Callable[[torch.Tensor, int, torch.Tensor], torch.Tensor]  # (z_t, t, text B x T x D) -> eps
+
+
+def rate(i: int) -> float:
+    """Adam's learning rate at step i, 0 = the noisiest."""
+    return 1e-2 * (1 - i / 100)
+
+
+def enough(i: int) -> float:
+    """The squared distance that ends step i early."""
+    return 1e-5 + 2e-5 * i
+
+
+def whole_picture(kit: Kit, count: int = 1) -> torch.Tensor:
+    """What an inpainting UNet knows when all is hole, count x (1 + C) x h x w; no channels for one without a mask."""
+    side = kit.resolution // kit.factor
+    if kit.unet.config.in_channels == kit.channels:
+        return torch.zeros(count, 0, side, side, device=kit.device, dtype=kit.dtype)
+    grey = torch.zeros(1, 3, kit.resolution, kit.resolution, device=kit.device)
+    known = torch.cat([torch.ones(1, 1, side, side, device=kit.device), kit.latent(kit.moments(grey))], 1)
+    return known.to(kit.dtype).expand(count, -1, -1, -1)
+
+
+def denoiser(kit: Kit) -> Denoiser:
+    """The kit as a text-to-image model without guidance; gradients flow to the text."""
+    known = whole_picture(kit)
+
+    def eps(z: torch.Tensor, t: int, text: torch.Tensor) -> torch.Tensor:
+        time = torch.full((len(z),), t, device=z.device, dtype=torch.long)
+        output = predict(kit.unet, z, known.expand(len(z), -1, -1, -1), time, text)
+        return to_eps(kit.prediction_type, output, z, level(kit.alphas_cumprod, t).to(z.dtype))
+
+    return eps
+
+
+def null_texts(
+    eps: Denoiser,
+    trajectory: Sequence[torch.Tensor],
+    text: torch.Tensor,
+    empty: torch.Tensor,
+    w: float,
+    abar: torch.Tensor,
+    offset: int = 1,
+    inner: int = 10,
+    say: Callable[[str], None] = lambda line: None,
+) -> list[torch.Tensor]:
+    """N embeddings 1 x T x D, noisiest step first, each begun from the one before and improved up to ``inner`` times.
+
+    ``trajectory`` z_0 .. z_N is that of ``ddim.invert`` with ``text`` (1 x T x D) and no guidance; ``empty`` 1 x T x D
+    is the empty prompt's. At step i they minimise the squared distance of the guided step to the trajectory by Adam, at
+    ``rate(i)``, until it is ``enough(i)``. ``say`` is told the distance after each step.
+    """
+    steps, z, null, found = len(trajectory) - 1, trajectory[-1], empty.detach(), []
+    gap = len(abar) // steps
+    for i, t in enumerate(timesteps(steps, offset, len(abar))):
+        aim = trajectory[steps - 1 - i]
+        with torch.no_grad():
+            conditional = eps(z, t, text)
+        null = null.clone().requires_grad_(True)
+        optimiser = torch.optim.Adam([null], lr=rate(i))
+        for _ in range(inner):
+            loss = F.mse_loss(guided_step(eps, z, t, null, conditional, w, gap, abar), aim)
+            optimiser.zero_grad()
+            loss.backward()
+            optimiser.step()
+            if loss.item() < enough(i):
+                break
+        null = null.detach()
+        found.append(null)
+        with torch.no_grad():
+            z = guided_step(eps, z, t, null, conditional, w, gap, abar)
+        say(f"null text: step {i + 1}/{steps}, distance {F.mse_loss(z, aim).item():.2e}")
+    return found
+
+
+def guided_step(
+    eps: Denoiser,
+    z: torch.Tensor,
+    t: int,
+    null: torch.Tensor,
+    conditional: torch.Tensor,
+    w: float,
+    gap: int,
+    abar: torch.Tensor,
+) -> torch.Tensor:
+    """One DDIM step under e_u + w (e_c - e_u), e_c given."""
+    unconditional = eps(z, t, null)
+    return step(z, unconditional + w * (conditional - unconditional), t, t - gap, abar)
+
+
+@torch.no_grad()
+def replay(
+    eps: Denoiser,
+    z: torch.Tensor,
+    text: torch.Tensor,
+    nulls: Sequence[torch.Tensor],
+    w: float,
+    abar: torch.Tensor,
+    offset: int = 1,
+) -> list[torch.Tensor]:
+    """The latents of guided sampling from ``z`` with an empty prompt of its own at each step, clean one last.
+
+    One embedding N times is one shared by all steps; the condition itself makes guidance inert, so that any w gives
+    what w = 1 gives (negative-prompt inversion, the fast mode).
+    """
+    latents, gap = [], len(abar) // len(nulls)
+    for null, t in zip(nulls, timesteps(len(nulls), offset, len(abar)), strict=True):
+        z = guided_step(eps, z, t, null.expand(len(z), -1, -1), eps(z, t, text), w, gap, abar)
+        latents.append(z)
+    return latents

@@ -1,0 +1,79 @@
+"""Null-text inversion: the invariants of method sheet 5.10 on a random kit, in float64 where they are exact."""
+
+import pytest
+import torch
+
+from harmony.models.kit import Kit
+from harmony.sampling.ddim import invert, sample, step, timesteps
+from harmony.sampling.null_text import denoiser, enough, null_texts, rate, replay, whole_picture
+
+STEPS, W = 10, 7.5
+
+
+@pytest.fixture(scope="module")
+def world(random_kit):
+    """(eps, abar, text, empty, trajectory) of a kit in float64, and a latent that was inverted."""
+    torch.manual_seed(0)
+    kit = Kit(str(random_kit), dtype=torch.float64)
+    eps, abar = denoiser(kit), kit.alphas_cumprod.double()
+    text, empty = kit.prompt(["a red mushroom on snow"]), kit.prompt([""])
+    z = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
+    with torch.no_grad():
+        trajectory = invert(lambda z, t: eps(z, t, text), z, STEPS, abar)
+    return eps, abar, text, empty, trajectory
+
+
+def miss(latents: list[torch.Tensor], trajectory: list[torch.Tensor]) -> float:
+    return (latents[-1] - trajectory[0]).square().mean().item()
+
+
+def test_golden_schedules():
+    """Guards 7.5: learning rate and early stop."""
+    assert [round(rate(i), 4) for i in (0, 10, 49)] == [0.01, 0.009, 0.0051]
+    assert [enough(i) for i in (0, 10, 49)] == pytest.approx([1e-5, 2.1e-4, 9.9e-4])
+
+
+def test_constant_eps_comes_back_exactly():
+    """Guards invariants 4 and 5: the ladder up is the mirror image of the ladder down, a constant eps is undone."""
+    abar = torch.linspace(0.999, 0.01, 1000, dtype=torch.float64)
+    z, e = torch.randn(2, 3, dtype=torch.float64), torch.randn(2, 3, dtype=torch.float64)
+    asked = []
+    trajectory = invert(lambda z, t: (asked.append(t), e)[1], z, 20, abar)
+    assert asked == timesteps(20)[::-1] and len(trajectory) == 21
+    assert torch.allclose(sample(lambda z, t: e, trajectory[-1], 20, abar), z, atol=1e-12)
+    assert torch.allclose(step(step(z, e, 100, 150, abar), e, 150, 100, abar), z, atol=1e-12)
+
+
+def test_null_texts_bring_the_image_back(world):
+    """Guards invariants 6 and 8: nearer than guidance alone and than fewer improvements; what is stored replays it."""
+    eps, abar, text, empty, trajectory = world
+    lines = []
+    nulls = null_texts(eps, trajectory, text, empty, W, abar, say=lines.append)
+    assert len(nulls) == STEPS == len(lines) and all(null.shape == empty.shape for null in nulls)
+    guided = replay(eps, trajectory[-1], text, [empty] * STEPS, W, abar)
+    fewer = replay(eps, trajectory[-1], text, null_texts(eps, trajectory, text, empty, W, abar, inner=1), W, abar)
+    ours = replay(eps, trajectory[-1], text, nulls, W, abar)
+    summed = [
+        sum((a - b).square().mean().item() for a, b in zip(latents, trajectory[-2::-1], strict=True))
+        for latents in (ours, fewer, guided)
+    ]
+    assert summed[0] <= summed[1] <= summed[2] and miss(ours, trajectory) < miss(guided, trajectory)
+    again = replay(eps, trajectory[-1], text, nulls, W, abar)
+    assert all(torch.allclose(a, b, atol=1e-10) for a, b in zip(ours, again, strict=True))
+    last = float(lines[-1].split()[-1])
+    assert last == pytest.approx(miss(ours, trajectory), rel=0.01), "the replay is the optimisation's own trajectory"
+
+
+def test_without_guidance_nothing_moves(world):
+    """Guards invariant 7: at w = 1 the embeddings have no gradient; the condition in their place makes w inert."""
+    eps, abar, text, empty, trajectory = world
+    assert all(torch.equal(null, empty) for null in null_texts(eps, trajectory, text, empty, 1.0, abar, inner=2))
+    one, many = (replay(eps, trajectory[-1], text, [text] * STEPS, w, abar)[-1] for w in (1.0, 7.5))
+    assert torch.allclose(one, many, atol=1e-10)
+
+
+def test_what_a_kit_knows_of_an_empty_picture(random_kit):
+    """Guards both kinds of UNet: all hole and mid-grey for inpainting; nothing for text to image."""
+    kit = Kit(str(random_kit))
+    known = whole_picture(kit, 2)
+    assert known.shape == (2, 5, 8, 8) and (known[:, 0] == 1).all() and known[:, 1:].abs().max() > 0
