@@ -4,13 +4,18 @@ After Hertz et al., Prompt-to-Prompt Image Editing with Cross Attention Control 
 beginning token included; a word may be several of them.
 """
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 
 from harmony.errors import UserError
-from harmony.models.attention import Layer, conditional
+from harmony.models.attention import Layer, conditional, controlled
+from harmony.models.kit import Kit
+from harmony.sampling.ddim import step, timesteps
+from harmony.sampling.null_text import denoiser
 
 Span = tuple[int, int]  # first position of a word, and the one behind its last
 
@@ -172,3 +177,59 @@ class PromptToPrompt:
         if self.keeps(layer, rows.shape[2]):
             self.seen = self.seen + rows.detach().sum(1)
         return probabilities
+
+
+@dataclass(frozen=True)
+class LocalBlend:
+    """Keeps the source wherever neither prompt's chosen words look: the edit stays local.
+
+    ``words`` K x T: 1 in the columns of each prompt's words. From step ``start`` on, latents outside the mask are the
+    source's; the mask is where the maps so far, relative to their largest, exceed ``threshold`` in the source or in the
+    target.
+    """
+
+    words: torch.Tensor
+    start: int
+    threshold: float = 0.3
+
+    def masks(self, seen: torch.Tensor, height: int, width: int) -> torch.Tensor:
+        """K x height x width, bool, from maps K x positions x T: that of each prompt on its own."""
+        heat = (seen * self.words.to(seen)[:, None]).sum(-1)
+        side = math.isqrt(heat.shape[1])
+        heat = F.max_pool2d(heat.view(-1, 1, side, side), 3, stride=1, padding=1)
+        heat = F.interpolate(heat, (height, width), mode="nearest")[:, 0]
+        return heat > self.threshold * heat.amax((1, 2), keepdim=True)
+
+    def __call__(self, z: torch.Tensor, seen: torch.Tensor, step: int) -> torch.Tensor:
+        """Latents K x C x h x w after ``step``, with the source's outside the masks."""
+        if step < self.start:
+            return z
+        masks = self.masks(seen, *z.shape[-2:])
+        return torch.where((masks[:1] | masks)[:, None], z, z[:1])
+
+
+@torch.no_grad()
+def edit_latents(
+    kit: Kit,
+    z: torch.Tensor,
+    texts: torch.Tensor,
+    nulls: Sequence[torch.Tensor],
+    w: float,
+    control: PromptToPrompt,
+    blend: LocalBlend | None = None,
+) -> torch.Tensor:
+    """Clean latents K x C x h x w of source and targets, all from the noise ``z`` 1 x C x h x w.
+
+    ``texts`` K x T x D, the source's first; ``nulls`` an empty prompt 1 x T x D for each step. Both halves of the
+    guidance are one call of the UNet, so that a call is a step.
+    """
+    eps, abar, offset = denoiser(kit), kit.alphas_cumprod, kit.scheduler.config.steps_offset
+    gap, z = len(abar) // len(nulls), z.expand(len(texts), -1, -1, -1)
+    with controlled(kit.unet, control) as steps:
+        for null, t in zip(nulls, timesteps(len(nulls), offset, len(abar)), strict=True):
+            at = steps.taken
+            e_u, e_c = eps(torch.cat([z, z]), t, torch.cat([null.expand_as(texts), texts])).chunk(2)
+            z = step(z, e_u + w * (e_c - e_u), t, t - gap, abar)
+            if blend is not None:
+                z = blend(z, control.seen, at)
+    return z

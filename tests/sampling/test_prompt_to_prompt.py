@@ -8,7 +8,17 @@ from harmony.models.attention import controlled
 from harmony.models.kit import Kit
 from harmony.sampling.ddim import sample
 from harmony.sampling.inpaint import guided
-from harmony.sampling.prompt_to_prompt import PromptToPrompt, alignment, edit_between, kind_of, replacement, spans
+from harmony.sampling.null_text import whole_picture
+from harmony.sampling.prompt_to_prompt import (
+    LocalBlend,
+    PromptToPrompt,
+    alignment,
+    edit_between,
+    edit_latents,
+    kind_of,
+    replacement,
+    spans,
+)
 
 IDS: dict[str, list[int]] = {"sculpture": [70, 71]}
 
@@ -157,3 +167,42 @@ def test_injected_attention_brings_the_edit_nearer_to_the_source(kit):
     near = edited(kit, PromptToPrompt([edit_of(kit)], STEPS, STEPS))
     distances = [(pair[0] - pair[1]).square().mean() for pair in (near, apart)]
     assert distances[0] < distances[1]
+
+
+def test_the_mask_is_where_the_words_look():
+    """Guards the blend: the chosen column alone, grown by one cell, each prompt by its own largest value; source and
+    target together decide, and before its start nothing is held back.
+    """
+    seen = torch.zeros(2, 16, 5)
+    seen[0, 5, 2], seen[0, 15, 3], seen[1, 0, 1], seen[1, 1, 1] = 8.0, 100.0, 0.5, 0.1
+    words = torch.zeros(2, 5)
+    words[0, 2] = words[1, 1] = 1
+    blend = LocalBlend(words, start=2)
+    masks = blend.masks(seen, 8, 8)
+    assert masks[0].nonzero().amax().item() == 5 and masks[0].sum() == 36 and not masks[0, 6:, 6:].any()
+    assert masks[1].sum() == 16 and masks[1, :4, :4].all()
+    z = torch.stack([torch.zeros(4, 8, 8), torch.ones(4, 8, 8)])
+    assert torch.equal(blend(z, seen, 1), z)
+    assert torch.equal(blend(z, seen, 2)[1], (masks[0] | masks[1]).float().expand(4, 8, 8))
+    everywhere = LocalBlend(torch.ones(2, 5), 0, threshold=-1.0)
+    assert torch.equal(everywhere(z, seen, 3), z)
+
+
+def test_a_local_edit(kit):
+    """Guards invariant 15 and the loop: outside the mask the target is the source; without edits and blend the loop is
+    guided sampling with the empty prompt.
+    """
+    texts, null = kit.prompt([SOURCE, TARGET]), kit.prompt([""])
+    side = kit.unet.config.sample_size
+    z = torch.randn(1, 4, side, side, generator=torch.Generator().manual_seed(1))
+    control = PromptToPrompt([edit_of(kit)], cross=3, own=2, maps=64)
+    nothing = torch.zeros(2, kit.tokenizer.model_max_length)
+    source, target = edit_latents(kit, z, texts, [null] * STEPS, 3.0, control, LocalBlend(nothing, 0))
+    assert torch.equal(source, target), "no word looks anywhere: all is kept"
+    before = kit.unet.attn_processors
+    plain = edit_latents(kit, z, texts, [null] * STEPS, 3.0, PromptToPrompt([edit_of(kit)], 0, 0))
+    eps = guided(kit, whole_picture(kit, 2), texts, null, 3.0)
+    with torch.no_grad():
+        expected = sample(eps, z.repeat(2, 1, 1, 1), STEPS, kit.alphas_cumprod)
+    assert torch.allclose(plain, expected, atol=1e-5)
+    assert all(kit.unet.attn_processors[name] is own for name, own in before.items())
