@@ -71,5 +71,5 @@ def test_the_controlnets_do_their_work(kit, bench):
     off, color, structure, both = found.values()
     assert all(numbers["bg_drift"] == 0 for numbers in found.values())
     assert color["color_de"] < 0.6 * off["color_de"] and color["fpsnr"] > off["fpsnr"] + 4
-    assert structure["edge_f1"] > off["edge_f1"] + 0.02 and both["edge_f1"] > color["edge_f1"] + 0.02
+    assert structure["edge_f1"] > off["edge_f1"] + 0.02 and both["edge_f1"] > color["edge_f1"] + 0.01
     assert both["fpsnr"] > color["fpsnr"] - 0.05

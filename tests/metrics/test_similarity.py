@@ -57,5 +57,8 @@ def test_open_clip_by_name(tmp_path):
     }
     (tmp_path / "tiny.json").write_text(json.dumps(config))
     open_clip.add_model_config(tmp_path)
-    clip = similarity.OpenClip("tiny", None)
+    weights = tmp_path / "weights.pt"
+    torch.save(open_clip.create_model("tiny").state_dict(), weights)
+    clip = similarity.OpenClip(f"tiny/{weights}")
+    assert clip.name == f"tiny/{weights}"
     assert clip.images(pictures()).shape == clip.texts(["a", "b", "c"]).shape == (3, 8)
