@@ -44,6 +44,16 @@ COLOURS = {
     "white": (0.82, 0.82, 0.82),
     "black": (0.025, 0.025, 0.028),
 }
+NOVEL = {  # no scene of the dataset has them: what an object looks like that words must be learnt for
+    "teal": (0.02, 0.32, 0.30),
+    "pink": (0.85, 0.28, 0.42),
+    "brown": (0.22, 0.09, 0.03),
+    "lime": (0.42, 0.75, 0.05),
+    "gold": (0.70, 0.45, 0.10),
+    "azure": (0.20, 0.50, 0.85),
+    "maroon": (0.25, 0.02, 0.06),
+    "mint": (0.45, 0.80, 0.58),
+}
 FINISHES = {  # roughness, metallic, clearcoat of Mitsuba's principled BSDF
     "matte": (0.9, 0.0, 0.0),
     "glossy": (0.25, 0.0, 0.8),
@@ -419,10 +429,10 @@ def principled(rgb, finish: str = "matte") -> dict:
 
 def instance(kind: str, colour: str, finish: str, x: float, y: float, yaw: float, prefix: str) -> dict:
     """Named shapes of one object standing at (x, y)."""
-    shapes = {}
+    shapes, paint = {}, (COLOURS | NOVEL)[colour]
     for i, part in enumerate(KINDS[kind]()):
         part = move(turn(part, "z", yaw), x, y)
-        bsdf = principled(COLOURS[colour], finish) if part[3] == BODY else principled(part[3])
+        bsdf = principled(paint, finish) if part[3] == BODY else principled(part[3])
         shapes[f"{prefix}_{i}"] = mesh(part, f"{prefix}_{i}", bsdf)
     return shapes
 
