@@ -6,7 +6,7 @@ STAMP  := $(VENV)/.installed
 PHOTOS ?= null
 
 .DEFAULT_GOAL := help
-.PHONY: help install kit fit paper test test-slow lint clean
+.PHONY: help install kit fit paper words test test-slow lint clean
 
 help:  ## show these targets
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 12
@@ -31,6 +31,16 @@ kit: install  ## train the tiny kit, part by part (PHOTOS=folder in Open Images 
 
 fit: install  ## train the colour ControlNet on the bundled dataset and the tiny kit, then print the table
 	$(RUN) -m harmony.fit experiment=color
+
+CONCEPTS := $(notdir $(wildcard datasets/editing/concepts/*))
+
+words: $(CONCEPTS:%=harmony/assets/words/%/learned_embeds.safetensors)  ## learn the words of the editing bench
+
+harmony/assets/words/%/learned_embeds.safetensors: | install
+	$(RUN) -m harmony.fit experiment=textual_inversion dataset.dir=datasets/editing/concepts/$* \
+	  token='<$*>' init=$(lastword $(subst _, ,$*)) name=word_$*
+	mkdir -p $(@D)
+	cp $$(dirname $$(ls -t runs/word_$*/*/metrics.json | head -1))/export/learned_embeds.safetensors $@
 
 # Trainings and studies leave a mark in work/paper when they are finished, so that the same command goes on behind them.
 TRAININGS := color_long structure_long raw_long color_relight

@@ -9,7 +9,7 @@ import torch
 from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 
-from harmony.config import entry, provenance, rank, run_folder
+from harmony.config import entry, literal, provenance, rank, run_folder
 from harmony.data.manifest import manifest_hash
 from harmony.data.preparation import ensure
 from harmony.files import write_json
@@ -42,7 +42,12 @@ def train(cfg: DictConfig, folder: Path) -> tuple[lightning.Trainer, lightning.L
     return trainer, module
 
 
-@entry("fit")
+def overrides(words: list[str]) -> list[str]:
+    """The command line for Hydra, whose grammar knows no angle brackets: token=<mug>."""
+    return [literal(word, ("token",)) for word in words]
+
+
+@entry("fit", read=overrides)
 def main(cfg: DictConfig) -> None:
     """Train what the experiment names; the same command goes on with an interrupted run."""
     began = time.monotonic()
@@ -57,7 +62,7 @@ def main(cfg: DictConfig) -> None:
     measured, text = {}, ""
     if hasattr(module, "export"):  # the parts of a kit write themselves into their kit
         module.eval().requires_grad_(False).to(module.kit.device)  # Lightning has moved it to the CPU
-        known = OmegaConf.to_container(cfg.data.hints, resolve=True)
+        known = OmegaConf.to_container(cfg.data.get("hints") or OmegaConf.create(), resolve=True)
         module.export(folder / "export", known)
     if (e := cfg.evaluate) is not None:
         from harmony.sampling.benchmark import before_and_after, table
@@ -68,12 +73,13 @@ def main(cfg: DictConfig) -> None:
         figures, measured = before_and_after(module.kit, Path(cfg.data.manifest), *methods, settings, e.split, e.limit)
         numbers |= figures
         text = f"\n{table(figures, e.split, **measured)}\n"
-    kit = instantiate(cfg.model)
+    kit, data = instantiate(cfg.model), trainer.datamodule
+    seen = {"pictures": data.hashes()} if hasattr(data, "hashes") else {"manifest": manifest_hash(cfg.data.manifest)}
     facts = provenance(
         cfg,
         **measured,
+        **seen,
         kit={part: kit.hash(part) for part in DIFFUSION},
-        manifest=manifest_hash(cfg.data.manifest),
         wall_time_s=round(time.monotonic() - began, 1),
     )
     write_json(folder / "provenance.json", facts)

@@ -12,6 +12,7 @@ from harmony.config import check_experiment, compose, load_yaml, options, why
 from harmony.fit import main
 from harmony.models.controlnet import export_controlnet
 from harmony.models.kit import Kit, load_part
+from harmony.models.textual_inversion import read_word
 
 FILES = {
     name: path for name, path in options("experiment").items() if path.parents[1] == Path(__file__).resolve().parents[1]
@@ -25,6 +26,7 @@ QUICK = [
     "logger=none",
 ]
 TOWER = "{hidden_size: 16, intermediate_size: 32, num_hidden_layers: 1, num_attention_heads: 2, projection_dim: 16"
+CONCEPT = Path(__file__).resolve().parents[1] / "datasets" / "editing" / "concepts" / "teal_mug"
 PIXELS = ["data.size=16", "data.batch_size=4", "trainer.val_check_interval=1"]
 CONTROL = [
     "data.batch_size=2", "evaluate.limit=2", "evaluate.steps=2", "callbacks.samples.steps=2",
@@ -49,6 +51,10 @@ SMALL = {
         "data.batch_size=2", "data.variants=1", "trainer.val_check_interval=2", "module.config.sample_size=8",
         "module.config.block_out_channels=[8,16,16]", "module.config.norm_num_groups=4",
         "module.config.attention_head_dim=2",
+    ],
+    "TextualInversionTask": [
+        "token='<mug>'", "init=car", "vectors=2", f"dataset.dir={CONCEPT}", "data.batch_size=2", "data.previews=2",
+        "module.steps=2", "trainer.val_check_interval=2",
     ],
 }  # fmt: skip
 WRITES = {"VAETask": ["vae"], "CLIPTask": ["text_encoder", "image_encoder", "tokenizer"],
@@ -101,6 +107,10 @@ def test_it_runs(name, random_kit, awake, prepared_work, tmp_path):
         assert "test/pasted/color_de" in metrics
     if task == "ExemplarTask":
         assert (folder / "export" / "paint_by_example" / "image_encoder" / "config.json").exists()
+    if task == "TextualInversionTask":
+        assert (folder / "export" / "learned_embeds.safetensors").exists() and read_word(folder).tokens[0] == "<mug>"
+        assert set(json.loads((folder / "provenance.json").read_text())["pictures"]) == {f"{n}.jpg" for n in range(5)}
+        assert {"concept/clip_i", "baseline/concept/clip_i"} <= set(metrics)
     for part in WRITES.get(task, []):
         assert max(path.stat().st_mtime_ns for path in (kit / part).iterdir()) > began
         load_part(str(kit), part)

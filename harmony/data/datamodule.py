@@ -1,7 +1,10 @@
-"""F3. LightningDataModules: pixels for the kit's encoders, cached latents for everything that trains a UNet."""
+"""F3. LightningDataModules: pixels for the kit's encoders, cached latents for everything that trains a UNet, and the
+few pictures of one thing that textual inversion learns from.
+"""
 
 import itertools
 from collections.abc import Sequence
+from functools import cached_property
 from pathlib import Path
 
 import lightning
@@ -9,11 +12,13 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, Sampler, WeightedRandomSampler
 
+from harmony.data.folder import folder_captions, pictures_in
 from harmony.data.latents import Latents, Recipe, build, describe, example, key
 from harmony.data.manifest import read_manifest
 from harmony.data.pool import PixelPool
+from harmony.errors import UserError
 from harmony.exemplars import augment
-from harmony.images import to_hint, to_model
+from harmony.images import crop_resize, read_image, resize, sha256, square_around, to_hint, to_model
 from harmony.masks import to_latent
 from harmony.models.kit import Kit
 
@@ -221,3 +226,87 @@ class LatentData(lightning.LightningDataModule):
             "pixel_hole": holes,
             "tokens": self.kit.tokens([row.caption for row in rows]),
         }
+
+
+class Views(torch.utils.data.Dataset):
+    """Latent moments N x 2 x 2C x h x w of pictures and their mirror images, with what a step draws.
+
+    An item is ``moments`` 2C x h x w, ``noise`` and ``encode`` (unit normal, C x h x w), ``time`` and ``template`` in
+    [0, 1), all drawn from (seed, position) alone, and the number of the ``picture``.
+    """
+
+    def __init__(self, moments: torch.Tensor, seed: int):
+        self.moments, self.seed = moments, seed
+
+    def __len__(self) -> int:
+        return len(self.moments)
+
+    def __getitem__(self, key: tuple[int, int]) -> dict[str, torch.Tensor]:
+        position, i = key
+        rng = torch.Generator().manual_seed((self.seed * 1_000_003 + position) % 2**63)
+        _, _, c, h, w = self.moments.shape
+        noise, encode = torch.randn(2, c // 2, h, w, generator=rng)
+        mirrored, time, template = torch.rand(3, generator=rng)
+        moments = self.moments[i, int(mirrored < 0.5)]
+        return {"moments": moments, "noise": noise, "encode": encode, "time": time, "template": template, "picture": i}
+
+
+class PicturesData(lightning.LightningDataModule):
+    """The few pictures of a concept, in ``folder`` itself; encoded once, in memory. Method sheet 5.2.
+
+    A ``captions.json`` beside them may say what else they show, with {} where the word belongs: ``{"1.jpg": "a {} on
+    grass"}``. ``center_crop``: the central square of each; otherwise it is squashed to one. Validation has one batch of
+    ``previews`` indices, the noise of the pictures that are looked at.
+    """
+
+    def __init__(
+        self, folder: str, kit: Kit, batch_size: int = 4, center_crop: bool = True, previews: int = 8, seed: int = 0
+    ):
+        super().__init__()
+        self.folder, self.kit, self.batch_size, self.seed = Path(folder), kit, batch_size, seed
+        self.center_crop, self.previews = center_crop, previews
+
+    @cached_property
+    def files(self) -> list[Path]:
+        """The pictures, by name. UserError where there are none."""
+        return pictures_in(self.folder)
+
+    @cached_property
+    def pictures(self) -> list[np.ndarray]:
+        """Uint8 R x R x 3, upright."""
+        side, squares = self.kit.resolution, []
+        for image in map(read_image, self.files):
+            height, width = image.shape[:2]
+            middle = square_around((width // 2, height // 2, width // 2 + 1, height // 2 + 1), width, height)
+            squares.append(crop_resize(image, middle, side) if self.center_crop else resize(image, side, side))
+        return squares
+
+    @cached_property
+    def captions(self) -> list[str | None]:
+        """What is said of each picture; None where nothing is. UserError for one that has no place for the word."""
+        given = folder_captions(self.folder)
+        found = [next(iter(given.get(file.stem, given.get(file.name, []))), None) for file in self.files]
+        if wrong := [text for text in found if text is not None and "{}" not in text]:
+            raise UserError(
+                f"{self.folder}/captions.json: {wrong[0]!r} has no {{}}, the place of the word to be learnt"
+            )
+        return found
+
+    def hashes(self) -> dict[str, str]:
+        """Name and sha256 of each picture."""
+        return {file.name: sha256(file) for file in self.files}
+
+    def setup(self, stage=None):
+        pixels = to_model(np.stack(self.pictures))
+        both = torch.stack([pixels, pixels.flip(-1)], 1)
+        moments = torch.stack([self.kit.moments(pair.to(self.kit.device)).float().cpu() for pair in both])
+        self.views = Views(moments, self.seed)
+
+    def train_dataloader(self):
+        trainer = self.trainer
+        start = trainer.global_step * trainer.accumulate_grad_batches
+        stream = Stream(len(self.views), self.batch_size, self.seed, trainer.global_rank, trainer.world_size, start)
+        return DataLoader(self.views, self.batch_size, sampler=stream)
+
+    def val_dataloader(self):
+        return DataLoader(range(self.previews), self.previews)

@@ -35,6 +35,16 @@ def select_folder(root: Path, splits: Sequence[str], rules: Rules) -> Selection:
     return Selection(root, table.sort("split", "id"), rules)
 
 
+def pictures_in(folder: Path) -> list[Path]:
+    """The picture files of a folder by name, without looking into folders. UserError where there are none."""
+    if not folder.is_dir():
+        raise UserError(f"{folder}: no such folder; give one with three to five pictures")
+    found = sorted(p for p in folder.iterdir() if p.suffix.lower() in SUFFIXES)
+    if not found:
+        raise UserError(f"{folder}: no pictures ({', '.join(SUFFIXES)}) in it; put three to five there")
+    return found
+
+
 def split_folders(root: Path, splits: Sequence[str]) -> Iterator[tuple[str | None, Path]]:
     """(split, folder) for each split folder; (None, root) where the hash of the name decides."""
     if (root / "images").is_dir():

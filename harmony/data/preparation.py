@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 from filelock import FileLock
 
+from harmony.data import editing
 from harmony.data.open_images import locate, prepare_dataset
 from harmony.data.pool import prepare_kit
 from harmony.data.studio import generate
@@ -16,7 +17,12 @@ from harmony.models.kit import kit_path
 
 
 def prepare(recipe: dict, kit: str, work: str) -> Path:
-    """Prepare the dataset of a recipe under ``work``; returns the manifest. ``kit`` is where the captioner lies."""
+    """Prepare the dataset of a recipe under ``work``; returns the manifest (or see ``as_it_is``).
+
+    ``kit`` is where the captioner lies.
+    """
+    if found := as_it_is(recipe, work):
+        return found
     (Path(work) / recipe["name"] / "recipe.json").unlink(missing_ok=True)  # nothing is prepared until all is done
     asked, recipe, work = recipe, dict(recipe), Path(work).resolve()
     if recipe["layout"] == "kit":
@@ -32,6 +38,23 @@ def prepare(recipe: dict, kit: str, work: str) -> Path:
     return manifest
 
 
+def as_it_is(recipe: dict, work: str) -> Path | None:
+    """What a dataset without masks is read from, with no manifest between: its folder, or its list of edits.
+
+    None for a dataset that is prepared.
+    """
+    if recipe["layout"] == "pictures":
+        return locate(recipe)
+    if recipe["layout"] != "editing":
+        return None
+    if not recipe["count"]:
+        return locate(recipe) / "edits.jsonl"
+    folder = Path(work).resolve() / recipe["name"] / f"renders-{recipe['count']}"
+    folder.mkdir(parents=True, exist_ok=True)
+    with FileLock(folder / ".rendering"):  # of several processes one renders
+        return editing.generate(folder, recipe["count"]) / "edits.jsonl"
+
+
 def ensure(recipe: dict, kit: str, work: str) -> Path:
     """Prepare unless the same recipe has been prepared already.
 
@@ -40,6 +63,8 @@ def ensure(recipe: dict, kit: str, work: str) -> Path:
     """
     folder = Path(work).resolve() / recipe["name"]
     manifest = folder / "manifest.jsonl"
+    if found := as_it_is(recipe, work):
+        return found
     if is_prepared(folder, recipe):
         return manifest
     folder.mkdir(parents=True, exist_ok=True)

@@ -96,7 +96,7 @@ class Kit:
     """A loaded backbone. Parts are read when first asked for; all are frozen.
 
     ``geometry`` names a folder of configurations that come with the package: what ``weights="random"`` is built from
-    where those of ``path`` are on a hub.
+    where those of ``path`` are on a hub. ``words``: learnt words and the tokens of each (``textual_inversion.learn``).
     """
 
     path: str
@@ -104,6 +104,7 @@ class Kit:
     dtype: torch.dtype = torch.float32
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
     geometry: str | None = None
+    words: dict[str, list[str]] = field(default_factory=dict)
 
     def __post_init__(self):
         if self.weights not in ("hub", "random"):
@@ -240,9 +241,19 @@ class Kit:
 
     def tokens(self, prompts: list[str]) -> torch.Tensor:
         """B x T int64, padded and truncated to the tokenizer's length."""
-        length = self.tokenizer.model_max_length
+        length, prompts = self.tokenizer.model_max_length, [self.spelled(prompt) for prompt in prompts]
         encoded = self.tokenizer(prompts, padding="max_length", max_length=length, truncation=True, return_tensors="pt")
         return encoded.input_ids
+
+    def encode(self, text: str) -> list[int]:
+        """The ids of a few words, without beginning and end."""
+        return self.tokenizer(self.spelled(text), add_special_tokens=False).input_ids
+
+    def spelled(self, text: str) -> str:
+        """``text`` with each learnt word of several vectors written out as its tokens."""
+        for word, tokens in self.words.items():
+            text = text.replace(word, " ".join(tokens))
+        return text
 
     @torch.no_grad()
     def text(self, tokens: torch.Tensor) -> torch.Tensor:

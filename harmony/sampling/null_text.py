@@ -6,11 +6,11 @@ After Mokady et al., Null-text Inversion for Editing Real Images using Guided Di
 from collections.abc import Callable, Sequence
 
 import torch
-import torch.nn.functional as F
 
 from harmony.models.kit import Kit
 from harmony.sampling.ddim import level, step, timesteps, to_eps
 from harmony.sampling.inpaint import predict
+from harmony.sampling.text_to_image import whole_picture
 
 Denoiser = Callable[[torch.Tensor, int, torch.Tensor], torch.Tensor]  # (z_t, t, text B x T x D) -> eps
 
@@ -23,16 +23,6 @@ def rate(i: int) -> float:
 def enough(i: int) -> float:
     """The squared distance that ends step i early."""
     return 1e-5 + 2e-5 * i
-
-
-def whole_picture(kit: Kit, count: int = 1) -> torch.Tensor:
-    """What an inpainting UNet knows when all is hole, count x (1 + C) x h x w; no channels for one without a mask."""
-    side = kit.resolution // kit.factor
-    if kit.unet.config.in_channels == kit.channels:
-        return torch.zeros(count, 0, side, side, device=kit.device, dtype=kit.dtype)
-    grey = torch.zeros(1, 3, kit.resolution, kit.resolution, device=kit.device)
-    known = torch.cat([torch.ones(1, 1, side, side, device=kit.device), kit.latent(kit.moments(grey))], 1)
-    return known.to(kit.dtype).expand(count, -1, -1, -1)
 
 
 def denoiser(kit: Kit) -> Denoiser:
@@ -58,13 +48,14 @@ def null_texts(
     inner: int = 10,
     say: Callable[[str], None] = lambda line: None,
 ) -> list[torch.Tensor]:
-    """N embeddings 1 x T x D, noisiest step first, each begun from the one before and improved up to ``inner`` times.
+    """N embeddings B x T x D, noisiest step first, each begun from the one before and improved up to ``inner`` times.
 
-    ``trajectory`` z_0 .. z_N is that of ``ddim.invert`` with ``text`` (1 x T x D) and no guidance; ``empty`` 1 x T x D
-    is the empty prompt's. At step i they minimise the squared distance of the guided step to the trajectory by Adam, at
-    ``rate(i)``, until it is ``enough(i)``. ``say`` is told the distance after each step.
+    ``trajectory`` z_0 .. z_N (B x C x h x w each) is that of ``ddim.invert`` with ``text`` (B x T x D) and no guidance;
+    ``empty`` 1 x T x D is the empty prompt's. At step i they minimise the squared distance of the guided step to the
+    trajectory by Adam, at ``rate(i)``, until it is ``enough(i)``, each picture by itself. ``say`` is told the mean
+    distance after each step.
     """
-    steps, z, null, found = len(trajectory) - 1, trajectory[-1], empty.detach(), []
+    steps, z, null, found = len(trajectory) - 1, trajectory[-1], empty.detach().expand_as(text), []
     gap = len(abar) // steps
     for i, t in enumerate(timesteps(steps, offset, len(abar))):
         aim = trajectory[steps - 1 - i]
@@ -72,19 +63,59 @@ def null_texts(
             conditional = eps(z, t, text)
         null = null.clone().requires_grad_(True)
         optimiser = torch.optim.Adam([null], lr=rate(i))
+        active = torch.ones(len(z), 1, 1, dtype=torch.bool, device=z.device)
         for _ in range(inner):
-            loss = F.mse_loss(guided_step(eps, z, t, null, conditional, w, gap, abar), aim)
+            loss = distance(guided_step(eps, z, t, null, conditional, w, gap, abar), aim)
             optimiser.zero_grad()
-            loss.backward()
+            loss.sum().backward()  # of a sum, so that no picture feels how many others there are
+            before = null.detach().clone()
             optimiser.step()
-            if loss.item() < enough(i):
+            with torch.no_grad():
+                null.copy_(torch.where(active, null, before))
+            active &= (loss >= enough(i)).view(-1, 1, 1)
+            if not active.any():
                 break
         null = null.detach()
         found.append(null)
         with torch.no_grad():
             z = guided_step(eps, z, t, null, conditional, w, gap, abar)
-        say(f"null text: step {i + 1}/{steps}, distance {F.mse_loss(z, aim).item():.2e}")
+        say(f"null text: step {i + 1}/{steps}, distance {distance(z, aim).mean().item():.2e}")
     return found
+
+
+def shared_null_text(
+    eps: Denoiser,
+    trajectory: Sequence[torch.Tensor],
+    text: torch.Tensor,
+    empty: torch.Tensor,
+    w: float,
+    abar: torch.Tensor,
+    offset: int = 1,
+    inner: int = 10,
+) -> torch.Tensor:
+    """One embedding B x T x D for all steps, by as many Adam steps as ``null_texts`` may take: its simpler rival.
+
+    Each goes through the trajectory from its noisy end, aiming at the next latent from the trajectory's own.
+    """
+    steps = len(trajectory) - 1
+    gap = len(abar) // steps
+    null = empty.detach().expand_as(text).clone().requires_grad_(True)
+    optimiser = torch.optim.Adam([null], lr=rate(0))
+    for _ in range(inner):
+        for i, t in enumerate(timesteps(steps, offset, len(abar))):
+            z, aim = trajectory[steps - i], trajectory[steps - 1 - i]
+            with torch.no_grad():
+                conditional = eps(z, t, text)
+            loss = distance(guided_step(eps, z, t, null, conditional, w, gap, abar), aim)
+            optimiser.zero_grad()
+            loss.sum().backward()
+            optimiser.step()
+    return null.detach()
+
+
+def distance(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    """Mean squared distance of each of B latents, B."""
+    return (a - b).square().mean((1, 2, 3))
 
 
 def guided_step(

@@ -5,7 +5,8 @@ import torch
 
 from harmony.models.kit import Kit
 from harmony.sampling.ddim import invert, sample, step, timesteps
-from harmony.sampling.null_text import denoiser, enough, null_texts, rate, replay, whole_picture
+from harmony.sampling.null_text import denoiser, enough, null_texts, rate, replay
+from harmony.sampling.text_to_image import whole_picture
 
 STEPS, W = 10, 7.5
 

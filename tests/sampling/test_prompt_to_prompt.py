@@ -8,7 +8,7 @@ from harmony.models.attention import controlled
 from harmony.models.kit import Kit
 from harmony.sampling.ddim import sample
 from harmony.sampling.inpaint import guided
-from harmony.sampling.null_text import whole_picture
+from harmony.sampling.text_to_image import whole_picture
 from harmony.sampling.prompt_to_prompt import (
     LocalBlend,
     PromptToPrompt,

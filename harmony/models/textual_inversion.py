@@ -1,0 +1,133 @@
+"""F2. Textual inversion's word: a token of its own, one or several vectors in the text encoder's table, its file.
+
+Gal et al., An Image is Worth One Word (2022); method sheet 5.2. Names and file are those of diffusers: the vectors of
+``<mug>`` are the tokens ``<mug>``, ``<mug>_1``, ..., and ``load_textual_inversion`` of its pipelines reads the file.
+"""
+
+import os
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+
+from harmony.errors import UserError
+from harmony.models.kit import ASSETS, Kit
+
+SHIPPED = ASSETS / "words"  # those of the editing bench, learnt on the tiny kit
+WEIGHTS = "learned_embeds.safetensors"  # diffusers' name for the file
+
+
+@dataclass(frozen=True)
+class Word:
+    """``token``, as it stands in a prompt, and its ``vectors`` n x D."""
+
+    token: str
+    vectors: torch.Tensor
+
+    @property
+    def tokens(self) -> list[str]:
+        """One for each vector."""
+        return [self.token, *(f"{self.token}_{n}" for n in range(1, len(self.vectors)))]
+
+
+def word_file(path: str | os.PathLike) -> Path:
+    """The file of a learnt word: ``path``, what a run or its export keeps, or a shipped name. UserError for none."""
+    path = Path(path)
+    for candidate in (path / "export" / WEIGHTS, path / WEIGHTS, path, SHIPPED / path / WEIGHTS):
+        if candidate.is_file():
+            return candidate
+    raise UserError(f"there is no learnt word in {path}: give a run of experiment=textual_inversion, or its {WEIGHTS}")
+
+
+def read_word(path: str | os.PathLike) -> Word:
+    """A learnt word from ``{token: vectors}`` in safetensors. UserError for anything else; nothing is unpickled."""
+    file = word_file(path)
+    if file.suffix != ".safetensors":
+        raise UserError(f"{file}: learnt words are read from safetensors alone, other formats can run code; convert it")
+    try:
+        state = load_file(file)
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"{file} cannot be read: {str(error).splitlines()[0]}") from None
+    if len(state) != 1 or next(iter(state.values())).ndim > 2:
+        raise UserError(f"{file} holds {len(state)} tensors: a learnt word is one, named by its token, n x width")
+    ((token, vectors),) = state.items()
+    return Word(token, vectors.reshape(-1, vectors.shape[-1]).float())
+
+
+def save_word(word: Word, folder: Path) -> Path:
+    """Write ``folder/learned_embeds.safetensors``, whole or not at all."""
+    folder.mkdir(parents=True, exist_ok=True)
+    partial, target = folder / f".{WEIGHTS}.partial", folder / WEIGHTS
+    save_file({word.token: word.vectors.detach().float().cpu().contiguous()}, partial, {"format": "pt"})
+    os.replace(partial, target)
+    return target
+
+
+def add_tokens(kit: Kit, token: str, count: int) -> int:
+    """Make ``token`` and what stands for its further vectors tokens of the kit; the id of the first.
+
+    UserError for a token that the kit knows already, or that is no single word.
+    """
+    tokens = Word(token, torch.empty(count, 0)).tokens
+    if not re.fullmatch(r"\S+", token):
+        raise UserError(f"token={token!r}: give one word without spaces, <mug> for instance")
+    known = kit.tokenizer.get_vocab()
+    if taken := [t for t in tokens if t in known or f"{t}</w>" in known]:
+        raise UserError(
+            f"token={taken[0]}: kit {kit.name} knows this word already, choose another, <{token}> for instance"
+        )
+    first = len(kit.tokenizer)
+    kit.tokenizer.add_tokens(tokens)
+    kit.words[token] = tokens
+    return first
+
+
+def learn(kit: Kit, word: Word) -> Kit:
+    """``kit`` itself, whose tokenizer and text encoder know ``word`` from now on.
+
+    UserError for a word of another width, or one that the kit knows already.
+    """
+    table = kit.text_encoder.get_input_embeddings()
+    if word.vectors.shape[1] != table.embedding_dim:
+        raise UserError(
+            f"{word.token} has vectors of {word.vectors.shape[1]} numbers, kit {kit.name} wants {table.embedding_dim}:"
+            " it was learnt on another model"
+        )
+    first = add_tokens(kit, word.token, len(word.vectors))
+    rows = table.weight.new_zeros(max(table.num_embeddings, first + len(word.vectors)), table.embedding_dim)
+    rows[: table.num_embeddings] = table.weight.detach()
+    rows[first : first + len(word.vectors)] = word.vectors.to(rows)
+    kit.text_encoder.set_input_embeddings(torch.nn.Embedding.from_pretrained(rows, freeze=True))
+    kit.text_encoder.config.vocab_size = len(rows)
+    return kit
+
+
+def initial(kit: Kit, word: str, count: int) -> torch.Tensor:
+    """``count`` x D: the table's row of the kit's own ``word``, count times. UserError unless it is one token."""
+    ids = kit.encode(word)
+    if len(ids) != 1 or ids[0] == kit.tokenizer.unk_token_id:
+        raise UserError(f"init={word!r} is {len(ids)} tokens of kit {kit.name}: give a plain word that is a single one")
+    return kit.text_encoder.get_input_embeddings().weight[ids].detach().float().repeat(count, 1)
+
+
+def text_states(text_encoder: torch.nn.Module, ids: torch.Tensor, first: int, vectors: torch.Tensor) -> torch.Tensor:
+    """B x T ids -> B x T x D states; ``vectors`` n x D stand at the ids ``first`` .. ``first + n - 1``.
+
+    The encoder stays as it is: gradients flow to ``vectors`` and nothing else need be optimised, so that no decay or
+    momentum can move the rows of other words.
+    """
+    ours = ids >= first
+
+    def put(module, args, states):
+        states = states.clone()
+        states[ours] = vectors.to(states.dtype)[ids[ours] - first]
+        return states
+
+    hook = text_encoder.get_input_embeddings().register_forward_hook(put)
+    try:
+        return text_encoder(torch.where(ours, 0, ids))[0]
+    finally:
+        hook.remove()

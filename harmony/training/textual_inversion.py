@@ -1,0 +1,153 @@
+"""F4. Textual inversion: one word learnt from a few pictures, everything else as it was (method sheet 5.2).
+
+After Gal et al., An Image is Worth One Word (2022).
+"""
+
+from pathlib import Path
+
+import lightning
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+from harmony.errors import UserError
+from harmony.images import grid, write_image
+from harmony.metrics.similarity import clip_t, embeddings
+from harmony.models.kit import Kit, scaled_latent
+from harmony.models.textual_inversion import Word, add_tokens, initial, save_word, text_states
+from harmony.sampling.benchmark import clip_of
+from harmony.sampling.harmonize import Settings
+from harmony.sampling.inpaint import predict
+from harmony.sampling.text_to_image import text_to_image, whole_picture
+from harmony.training.objective import target
+
+TEMPLATES = {
+    "object": (
+        "a {}", "the {}", "one {}", "my {}", "this is a {}", "a photo of a {}", "a photo of the {}",
+        "a photo of one {}", "a photo of my {}", "a picture of a {}",
+        "a snapshot of the {}", "a good photo of a {}", "a close-up of a {}",
+        "a close-up photo of the {}", "a cropped photo of a {}", "a bright photo of the {}", "a dark photo of a {}",
+        "a clean photo of a {}", "a photo of a nice {}", "a photo of a small {}", "a photo of a large {}",
+        "a photo of the cool {}", "a photo of a clean {}", "a photo of a used {}", "a rendering of a {}",
+        "a rendering of the {}", "an illustration of a {}",
+    ),
+    "style": (
+        "a painting in the style of {}", "a picture in the style of {}", "a rendering in the style of {}",
+        "the painting in the style of {}", "a photo in the style of {}", "a drawing in the style of {}",
+        "a bright painting in the style of {}", "a dark painting in the style of {}",
+        "a close-up painting in the style of {}", "a cropped painting in the style of {}",
+        "a small painting in the style of {}", "a large painting in the style of {}",
+        "a calm painting in the style of {}", "a lively painting in the style of {}",
+        "a clean painting in the style of {}", "a rich painting in the style of {}",
+        "a good painting in the style of {}", "a nice painting in the style of {}", "one painting in the style of {}",
+    ),
+}  # fmt: skip
+
+
+class TextualInversionTask(lightning.LightningModule):
+    """Learn what ``token`` means: its vectors begin as the table's row of the word ``init``; nothing else is trained.
+
+    ``property``: ``object`` or ``style``, the templates of the prompts for pictures without a caption. ``vectors``: how
+    many the word has. ``lr`` is multiplied by batch, accumulation and processes. Loss: squared error of the network's
+    output over the whole latent. Previews are sampled by ``steps`` and ``guidance``, with the word and, from the same
+    noise, with ``init`` alone.
+    """
+
+    def __init__(
+        self,
+        kit: Kit,
+        token: str,
+        init: str,
+        property: str = "object",
+        vectors: int = 1,
+        lr: float = 5e-4,
+        weight_decay: float = 0.0,
+        steps: int = 50,
+        guidance: float = 7.5,
+        seed: int = 0,
+    ):
+        super().__init__()
+        if property not in TEMPLATES:
+            raise UserError(f"property={property}: choose one of {', '.join(TEMPLATES)}")
+        if vectors < 1:
+            raise UserError(f"vectors={vectors}: a word has one at least")
+        self.kit, self.token, self.init, self.lr, self.weight_decay = kit, token, init, lr, weight_decay
+        self.templates, self.settings = TEMPLATES[property], Settings(steps, guidance, seed)
+        self.vectors = torch.nn.Parameter(initial(kit, init, vectors))
+        self.first = add_tokens(kit, token, vectors)
+        self.clip = clip_of(kit)
+
+    def on_fit_start(self):
+        self.kit.to(self.device)
+        data, self.known = self.trainer.datamodule, whole_picture(self.kit)
+        self.prompts = [[text] if text else list(self.templates) for text in data.captions]
+        if self.clip is not None:
+            self.concept = embeddings(data.pictures, self.clip)
+
+    on_validation_start = on_fit_start
+
+    def configure_optimizers(self):
+        trainer = self.trainer
+        together = trainer.datamodule.batch_size * trainer.accumulate_grad_batches * trainer.world_size
+        return torch.optim.AdamW([self.vectors], lr=self.lr * together, weight_decay=self.weight_decay)
+
+    def text(self, prompts: list[str]) -> torch.Tensor:
+        """B prompts with {} for the word -> B x T x D, through its vectors as they stand."""
+        tokens = self.kit.tokens([prompt.format(self.token) for prompt in prompts]).to(self.device)
+        return text_states(self.kit.text_encoder, tokens, self.first, self.vectors)
+
+    def training_step(self, batch: dict, index: int) -> torch.Tensor:
+        kit, abar = self.kit, self.kit.alphas_cumprod
+        t = (batch["time"] * len(abar)).long()
+        a = abar[t].view(-1, 1, 1, 1)
+        z = scaled_latent(batch["moments"], kit.vae.config.scaling_factor, batch["encode"])
+        z = a.sqrt() * z + (1 - a).sqrt() * batch["noise"]
+        drawn = zip((self.prompts[i] for i in batch["picture"].tolist()), batch["template"].tolist(), strict=True)
+        text = self.text([prompts[int(share * len(prompts))] for prompts, share in drawn])
+        output = predict(kit.unet, z.to(kit.dtype), self.known.expand(len(z), -1, -1, -1), t, text)
+        loss = F.mse_loss(output.float(), target(kit.prediction_type, z, batch["noise"], abar[t]))
+        self.log("train/loss", loss, prog_bar=True, batch_size=len(z))
+        return loss
+
+    def validation_step(self, indices: torch.Tensor, index: int) -> None:
+        """Previews and, with CLIP, how much they look like the concept (all pairs) and follow their prompts."""
+        known = list(dict.fromkeys(prompt for prompts in self.prompts for prompt in prompts))
+        chosen = [known[i % len(known)] for i in indices.tolist()]
+        plain = [prompt.format(self.init) for prompt in chosen]
+        texts = {"baseline/": self.kit.prompt(plain), "": self.text(chosen)}
+        made = {name: text_to_image(self.kit, text, self.settings, indices.tolist()) for name, text in texts.items()}
+        figures = {}
+        if self.clip is not None:
+            words = torch.nn.functional.normalize(self.clip.texts(plain).float().cpu(), dim=1)
+            for name, pictures in made.items():
+                found = embeddings(pictures, self.clip)
+                figures[f"{name}concept/clip_i"] = 100 * float((found @ self.concept.T).mean())
+                figures[f"{name}concept/clip_t"] = 100 * clip_t(found, words)
+        self.log_dict(figures, sync_dist=True, batch_size=len(indices))
+        if self.trainer.is_global_zero:
+            self.draw(made)
+            names = [name for name in figures if not name.startswith("baseline/")]
+            said = ", ".join(f"{n} {figures[n]:.1f} ({self.init}: {figures[f'baseline/{n}']:.1f})" for n in names)
+            print(f"step {self.global_step}: {said or 'previews drawn'}", flush=True)
+
+    def draw(self, made: dict[str, list[np.ndarray]]) -> None:
+        """The concept, what ``init`` alone gives, and what the word gives, one below the other."""
+        rows = [self.trainer.datamodule.pictures, made["baseline/"], made[""]]
+        folder = Path(self.trainer.default_root_dir) / "grids"
+        folder.mkdir(parents=True, exist_ok=True)
+        path, picture = folder / f"samples_{self.global_step:06d}.png", grid(rows)
+        write_image(path, picture)
+        for logger in self.trainer.loggers:
+            if hasattr(logger, "log_image"):
+                logger.log_image("samples", [picture], caption=[path.name])
+
+    def on_save_checkpoint(self, checkpoint):
+        checkpoint["pictures"] = self.trainer.datamodule.hashes()
+
+    def on_load_checkpoint(self, checkpoint):
+        if checkpoint["pictures"] != self.trainer.datamodule.hashes():
+            raise UserError("this run began with other pictures: begin anew, resume=false")
+
+    def export(self, folder: Path, hints: dict[str, dict]) -> None:
+        """Write ``folder/learned_embeds.safetensors``, which diffusers' ``load_textual_inversion`` reads too."""
+        save_word(Word(self.token, self.vectors), folder)

@@ -1,0 +1,208 @@
+"""Method sheet 5.2: a learnt word's file, the kit that knows it, and text states through vectors that stand alone."""
+
+import os
+from pathlib import Path
+
+import pytest
+import torch
+from diffusers import StableDiffusionPipeline
+from safetensors.torch import save_file
+
+from harmony.errors import UserError
+from harmony.models.kit import Kit
+from harmony.models.textual_inversion import Word, add_tokens, initial, learn, read_word, save_word, text_states
+
+WIDTH = 32
+PLAIN = ["a red mushroom on snow", "a blue car on grass, warm sunset light", ""]  # prompts without the word
+PROMPTS = ["a <mug> on snow", "a red mushroom on grass", "<mug>, a blue car, a <mug>"]
+
+
+@pytest.fixture
+def kit(random_kit):
+    """One of its own for each test: learning changes it."""
+    return Kit(str(random_kit))
+
+
+def word(count: int = 1, token: str = "<mug>", width: int = WIDTH) -> Word:
+    return Word(token, torch.randn(count, width, generator=torch.Generator().manual_seed(count)))
+
+
+def state(kit: Kit) -> tuple:
+    """What of a kit a word may change."""
+    return len(kit.tokenizer), dict(kit.words), kit.text_encoder.get_input_embeddings().num_embeddings
+
+
+# --- the kit
+
+
+@pytest.mark.parametrize("count", [1, 2])
+def test_prompts_without_the_word_mean_what_they_meant(kit, count):
+    """Guards invariant 2: their states are identical before and after, and so is every tensor of the text encoder."""
+    before, weights = kit.prompt(PLAIN), {n: v.clone() for n, v in kit.text_encoder.state_dict().items()}
+    spoken = kit.prompt(PROMPTS)
+    assert learn(kit, word(count)) is kit
+    assert torch.equal(kit.prompt(PLAIN), before)
+    now = kit.text_encoder.state_dict()
+    assert set(now) == set(weights)
+    assert all(torch.equal(now[name][: len(value)], value) for name, value in weights.items())
+    grown = {name: len(now[name]) - len(value) for name, value in weights.items() if now[name].shape != value.shape}
+    assert list(grown.values()) == [count], "the table of words alone has grown"
+    assert not kit.text_encoder.get_input_embeddings().weight.requires_grad
+    means = kit.prompt(PROMPTS)
+    assert torch.equal(means[1], spoken[1]) and not torch.allclose(means[[0, 2]], spoken[[0, 2]], atol=1e-2)
+
+
+def test_a_word_stands_wherever_it_is_written(kit):
+    """Guards the vocabulary: one id for each vector, in order, inside punctuation too; two words live side by side."""
+    first = len(kit.tokenizer)
+    learn(learn(kit, word(2)), word(3, "<hat>"))
+    mug, hat = [first, first + 1], [first + 2, first + 3, first + 4]
+    assert kit.encode("<mug>") == mug and kit.encode("a <hat>, a <mug>") == [
+        *kit.encode("a"), *hat, *kit.encode(","), *kit.encode("a"), *mug,
+    ]  # fmt: skip
+    assert kit.words == {"<mug>": ["<mug>", "<mug>_1"], "<hat>": ["<hat>", "<hat>_1", "<hat>_2"]}
+    table = kit.text_encoder.get_input_embeddings().weight
+    assert torch.equal(table[mug], word(2).vectors) and torch.equal(table[hat], word(3).vectors)
+    assert kit.text_encoder.config.vocab_size == len(table) == first + 5
+
+
+def test_a_word_begins_as_init(kit):
+    """Guards invariant 2: the vectors are the row of the init word, so that a prompt with the one is a prompt with
+    the other; what is not one token of the kit is refused.
+    """
+    row = kit.text_encoder.get_input_embeddings().weight[kit.encode("mushroom")[0]].clone()
+    rows = initial(kit, "mushroom", 3)
+    assert rows.shape == (3, WIDTH) and all(torch.equal(vector, row) for vector in rows)
+    before = kit.prompt(["a red mushroom on snow"])
+    learn(kit, Word("<mug>", initial(kit, "mushroom", 1)))
+    assert torch.equal(kit.prompt(["a red <mug> on snow"]), before)
+    for several in ("red mushroom", "zebra", "", "<|endoftext|>"):
+        with pytest.raises(UserError, match=r"init='.*' is \d tokens of kit"):
+            initial(kit, several, 1)
+
+
+def test_words_that_do_not_fit_are_refused(kit):
+    """Guards invariant 3: a token of the vocabulary, learnt or not, a gap in it, another width; the kit stays as is."""
+    learn(kit, word(1, "<hat>_1"))
+    before, spoken = state(kit), kit.prompt(PLAIN)
+    for token, count in (("car", 1), ("mu", 1), ("<|endoftext|>", 1), ("<hat>_1", 1), ("<hat>", 2)):
+        with pytest.raises(UserError, match="knows this word already, choose another"):
+            learn(kit, word(count, token))
+    for token in ("my mug", " <mug>", "<mug>\n", ""):
+        with pytest.raises(UserError, match="give one word without spaces"):
+            learn(kit, word(1, token))
+    with pytest.raises(UserError, match="<mug> has vectors of 16 numbers, kit .* wants 32: it was learnt on another"):
+        learn(kit, word(width=16))
+    assert state(kit) == before and torch.equal(kit.prompt(PLAIN), spoken)
+
+
+# --- its file
+
+
+@pytest.mark.parametrize("count", [1, 2])
+def test_the_stock_pipeline_reads_the_file(kit, random_kit, tmp_path, count):
+    """Guards invariant 3: ``load_textual_inversion`` of diffusers gives the text states of ``learn``."""
+    file, stock = save_word(word(count), tmp_path), Kit(str(random_kit))
+    parts = {name: getattr(stock, name) for name in ("vae", "unet", "text_encoder", "tokenizer", "scheduler")}
+    pipeline = StableDiffusionPipeline(
+        **parts, safety_checker=None, feature_extractor=None, requires_safety_checker=False
+    )
+    pipeline.load_textual_inversion(str(file))
+    with torch.no_grad():
+        theirs = torch.cat([pipeline.encode_prompt(text, "cpu", 1, False)[0] for text in PROMPTS])
+    learn(kit, read_word(file))
+    torch.testing.assert_close(kit.prompt(PROMPTS), theirs)
+    spelled = [pipeline.maybe_convert_prompt(text, stock.tokenizer) for text in PROMPTS]
+    assert torch.equal(kit.tokens(PROMPTS), stock.tokens(spelled)), "the same ids"
+    other = learn(Kit(str(random_kit)), Word("<mug>", word(count).vectors.flip(-1)))
+    assert not torch.allclose(other.prompt(PROMPTS)[0], theirs[0], atol=1e-2), "the vectors do matter"
+
+
+def test_a_word_is_found_where_its_run_left_it(tmp_path):
+    """Guards the hand-over: a run, its export and the file itself; other shapes and types of the same thing."""
+    left, export = word(2), tmp_path / "run" / "export"
+    save_word(word(1), export)  # an earlier one, which the next replaces
+    file = save_word(Word(left.token, left.vectors.clone().requires_grad_()), export)
+    assert [path.name for path in export.iterdir()] == ["learned_embeds.safetensors"]
+    for place in (export.parent, export, file, str(file)):
+        found = read_word(place)
+        assert (found.token, found.tokens) == ("<mug>", ["<mug>", "<mug>_1"]) and torch.equal(
+            found.vectors, left.vectors
+        )
+    save_file({"<mug>": left.vectors[0].half()}, tmp_path / "flat.safetensors")
+    flat = read_word(tmp_path / "flat.safetensors").vectors
+    assert flat.shape == (1, WIDTH) and flat.dtype == torch.float32
+
+
+class Trap:
+    """Whoever unpickles it makes a folder."""
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+
+    def __reduce__(self):
+        return os.mkdir, (str(self.folder),)
+
+
+@pytest.mark.parametrize("name", ["learned_embeds.bin", "word.pt", "word.ckpt", "word.safetensors"])
+def test_nothing_is_unpickled(tmp_path, name):
+    """Guards the user: files of other formats run code when they are read, also under the name of a safe one."""
+    torch.save({"<mug>": Trap(tmp_path / "sprung")}, tmp_path / name)
+    message = "cannot be read" if name.endswith(".safetensors") else "from safetensors alone"
+    with pytest.raises(UserError, match=f"{name}.*{message}"):
+        read_word(tmp_path / name)
+    assert not (tmp_path / "sprung").exists()
+
+
+def test_files_that_hold_no_word_are_refused(tmp_path):
+    """Guards bad input: torn, empty, several tensors, too many dimensions, nothing there at all."""
+    file = save_word(word(), tmp_path / "torn")
+    whole = file.read_bytes()
+    for size in (0, 5, len(whole) // 2, len(whole) - 1):
+        file.write_bytes(whole[:size])
+        with pytest.raises(UserError, match="learned_embeds.safetensors cannot be read"):
+            read_word(tmp_path / "torn")
+    for tensors in ({}, {"<mug>": torch.zeros(1, 4), "<hat>": torch.zeros(1, 4)}, {"<mug>": torch.zeros(1, 1, 4)}):
+        save_file(tensors, file)
+        with pytest.raises(UserError, match=f"holds {len(tensors)} tensors: a learnt word is one"):
+            read_word(file)
+    (tmp_path / "run" / "export").mkdir(parents=True)
+    for nowhere in (tmp_path / "run", tmp_path / "missing"):
+        with pytest.raises(UserError, match=f"there is no learnt word in {nowhere}"):
+            read_word(nowhere)
+
+
+# --- text states through vectors that stand alone
+
+
+@pytest.mark.parametrize("count", [1, 2])
+def test_states_are_those_of_a_kit_that_has_learnt_the_word(kit, random_kit, count):
+    """Guards training: what the vectors are trained in is what the word means later; the encoder is left alone."""
+    first, vectors = add_tokens(kit, "<mug>", count), word(count).vectors
+    before = {name: value.clone() for name, value in kit.text_encoder.state_dict().items()}
+    with torch.no_grad():
+        states = text_states(kit.text_encoder, kit.tokens(PROMPTS), first, vectors)
+    assert torch.equal(states, learn(Kit(str(random_kit)), word(count)).prompt(PROMPTS))
+    assert all(torch.equal(value, before[name]) for name, value in kit.text_encoder.state_dict().items())
+    assert not kit.text_encoder.get_input_embeddings()._forward_hooks, "nothing stays hooked"
+
+
+def test_gradients_reach_the_rows_that_are_used_and_nothing_else(kit):
+    """Guards invariant 1: each vector learns from its own places; neither encoder nor unused vectors have gradients."""
+    first = add_tokens(kit, "<mug>", 3)
+    vectors = word(3).vectors.requires_grad_()
+
+    def gradient(ids: torch.Tensor) -> torch.Tensor | None:
+        weights = torch.randn(len(ids), 16, WIDTH, generator=torch.Generator().manual_seed(0))
+        vectors.grad = None
+        loss = (text_states(kit.text_encoder, ids, first, vectors) * weights).sum()
+        loss.backward() if loss.requires_grad else None
+        return vectors.grad
+
+    ids = kit.tokens(PROMPTS)
+    assert gradient(ids).abs().sum(1).min() > 0
+    assert not any(p.grad is not None or p.requires_grad for p in kit.text_encoder.parameters())
+    used = gradient(ids.where(ids != first + 1, kit.encode("car")[0])).abs().sum(1)
+    assert used[0] > 0 and used[1] == 0 and used[2] > 0
+    unused = gradient(kit.tokens(PLAIN))
+    assert unused is None or not unused.any()

@@ -1,0 +1,64 @@
+"""Text to image on a kit that was made for inpainting, and on one that was not."""
+
+import numpy as np
+import pytest
+import torch
+from diffusers import UNet2DConditionModel
+
+from harmony.models.kit import Kit
+from harmony.sampling.harmonize import Settings
+from harmony.sampling.text_to_image import text_to_image, whole_picture
+
+PROMPTS = ["a red mushroom on snow", "a blue car on grass", "a red car on snow"]
+SETTINGS = Settings(steps=3, guidance=3.0, seed=5)
+
+
+@pytest.fixture(scope="module")
+def kit(random_kit):
+    return Kit(str(random_kit))
+
+
+def pictures(kit: Kit, prompts: list[str], indices: list[int], settings: Settings = SETTINGS) -> np.ndarray:
+    """B x R x R x 3, in integers that can be subtracted."""
+    return np.stack(text_to_image(kit, kit.prompt(prompts), settings, indices)).astype(int)
+
+
+def test_a_picture_depends_on_seed_index_and_prompt(kit):
+    """Guards reproducibility: neither the batch nor its order matters; seed, index, prompt and guidance do."""
+    several = pictures(kit, PROMPTS, [4, 5, 6])
+    assert several.shape == (3, 32, 32, 3) and several.min() >= 0 and several.max() <= 255
+    assert np.array_equal(several, pictures(kit, PROMPTS, [4, 5, 6]))
+    (alone,) = pictures(kit, PROMPTS[2:], [6])
+    assert np.abs(several[2] - alone).max() <= 1, "a level of rounding for another batch"
+    others = [
+        pictures(kit, PROMPTS[2:], [4]),
+        pictures(kit, PROMPTS[:1], [6]),
+        pictures(kit, PROMPTS[2:], [6], Settings(steps=3, guidance=3.0, seed=6)),
+        pictures(kit, PROMPTS[2:], [6], Settings(steps=3, guidance=9.0, seed=5)),
+    ]
+    assert all(np.abs(other[0] - alone).max() > 5 for other in others)
+
+
+def test_a_kit_without_a_mask(kit):
+    """Guards plain text-to-image UNets, as of Stable Diffusion 1.4: nothing is known, no channels; they sample too."""
+    torch.manual_seed(0)
+    config = {**kit.unet.config, "in_channels": kit.channels}
+    plain = kit.with_unet(UNet2DConditionModel.from_config(config).requires_grad_(False).eval())
+    assert whole_picture(plain).shape == (1, 0, 8, 8) and whole_picture(plain, 3).shape == (3, 0, 8, 8)
+    asked, forward = [], plain.unet.forward
+    plain.unet.forward = lambda u, *more, **options: (asked.append(u.shape), forward(u, *more, **options))[1]
+    first, second = pictures(plain, PROMPTS[:1] * 2, [0, 1])
+    assert asked == [(4, 4, 8, 8)] * 3, "four channels, both halves of the guidance in one call"
+    assert first.shape == (32, 32, 3) and (first != second).any()
+
+
+def test_an_inpainting_kit_is_asked_to_fill_everything(kit, monkeypatch):
+    """Guards the nine channels: hole everywhere, then the latent of mid-grey, the same at every step."""
+    asked, forward = [], kit.unet.forward
+    monkeypatch.setattr(
+        kit.unet, "forward", lambda u, *more, **options: (asked.append(u), forward(u, *more, **options))[1]
+    )
+    pictures(kit, PROMPTS[:1], [0])
+    grey = kit.latent(kit.moments(torch.zeros(1, 3, 32, 32)))
+    assert len(asked) == 3 and all((u[:, 4] == 1).all() for u in asked)
+    assert all(torch.allclose(u[:, 5:], grey.expand(2, -1, -1, -1), atol=1e-6) for u in asked)
