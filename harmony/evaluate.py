@@ -48,9 +48,14 @@ def study(cfg: DictConfig, kit, manifest: Path, folder: Path):
     from harmony.sampling.harmonize import Settings
     from harmony.sampling.study import Study
 
+    settings, share = Settings(cfg.steps, cfg.guidance, cfg.seed), (rank(), world())
+    if cfg.study.bench == "editing":
+        from harmony.sampling.editing_bench import EditingStudy
+
+        spec = OmegaConf.to_container(cfg.study, resolve=True)
+        return EditingStudy(cfg.name, spec, cfg.words, kit, manifest, folder, settings, cfg.limit, *share, cfg.clip)
     nodes = (cfg.study, cfg.controlnets, cfg.painters)
     spec, nets, painters = (OmegaConf.to_container(node, resolve=True) for node in nodes)
-    settings, share = Settings(cfg.steps, cfg.guidance, cfg.seed), (rank(), world())
     at = kit, manifest, folder, settings, cfg.split, cfg.limit
     return Study(cfg.name, spec, nets, painters, *at, *share, cfg.clip)
 

@@ -36,9 +36,9 @@ def to_csv(table: Table, first: str) -> str:
     return text.getvalue()
 
 
-def to_markdown(table: Table, first: str, notes: Sequence[str]) -> str:
-    """The columns of SHOWN and the paper's, then ``notes``, a line each."""
-    wanted = [c for c in columns(table) if c.partition("/")[2] in SHOWN or c.startswith("paper/")]
+def to_markdown(table: Table, first: str, notes: Sequence[str], every: bool = False) -> str:
+    """The columns of SHOWN and the paper's (or ``every`` one), then ``notes``, a line each."""
+    wanted = [c for c in columns(table) if every or c.partition("/")[2] in SHOWN or c.startswith("paper/")]
     lines = [f"| {first} | {' | '.join(wanted)} |", "|" + "---|" * (len(wanted) + 1)]
     for name, row in table.items():
         lines.append(f"| {name} | {' | '.join(f'{row[c]:.4g}' if c in row else '' for c in wanted)} |")
