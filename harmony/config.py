@@ -275,9 +275,19 @@ def refuse_parallel_sweep(cfg: DictConfig) -> None:
         )
 
 
+def missing_keys(node: dict, prefix: str = "") -> Iterator[str]:
+    """Dotted paths of the values ``???``."""
+    for key, value in node.items():
+        if isinstance(value, dict):
+            yield from missing_keys(value, f"{prefix}{key}.")
+        elif value == "???":
+            yield f"{prefix}{key}"
+
+
 def refuse_missing(cfg: DictConfig) -> None:
     """Keys that have no default and were not given."""
-    missing = sorted(OmegaConf.missing_keys(cfg))
+    # unresolved: what refers to a missing key is not missing itself
+    missing = sorted(missing_keys(OmegaConf.to_container(cfg, resolve=False)))
     if missing:
         raise UserError(f"{' and '.join(missing)} not given; add {' '.join(f'{key}=...' for key in missing)}")
 

@@ -87,6 +87,7 @@ python -m harmony.harmonize method=paint_by_example background=B.jpg reference=R
 
 `paint_by_example/` holds `unet/` and `image_encoder/` in diffusers' layout; VAE and scheduler are the kit's.
 {diffusers}
+
 ## Training
 
 {training}

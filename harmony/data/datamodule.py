@@ -286,15 +286,16 @@ class PicturesData(lightning.LightningDataModule):
         """What is said of each picture; None where nothing is. UserError for one that has no place for the word."""
         given = folder_captions(self.folder)
         found = [next(iter(given.get(file.stem, given.get(file.name, []))), None) for file in self.files]
-        if wrong := [text for text in found if text is not None and "{}" not in text]:
+        if wrong := [text for text in found if text is not None and "{}" not in str(text)]:
             raise UserError(
                 f"{self.folder}/captions.json: {wrong[0]!r} has no {{}}, the place of the word to be learnt"
             )
         return found
 
     def hashes(self) -> dict[str, str]:
-        """Name and sha256 of each picture."""
-        return {file.name: sha256(file) for file in self.files}
+        """Name and sha256 of each picture, and of their captions."""
+        said = self.folder / "captions.json"
+        return {file.name: sha256(file) for file in (*self.files, *([said] if said.is_file() else ()))}
 
     def setup(self, stage=None):
         pixels = to_model(np.stack(self.pictures))

@@ -8,6 +8,7 @@ hints are in [0, 1], images in [-1, 1].
 import hashlib
 import json
 import os
+import re
 import warnings
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -96,7 +97,8 @@ class Kit:
     """A loaded backbone. Parts are read when first asked for; all are frozen.
 
     ``geometry`` names a folder of configurations that come with the package: what ``weights="random"`` is built from
-    where those of ``path`` are on a hub. ``words``: learnt words and the tokens of each (``textual_inversion.learn``).
+    where those of ``path`` are on a hub. ``words``: learnt words, lower case, and the tokens of each (see ``learn`` of
+    ``textual_inversion``).
     """
 
     path: str
@@ -250,10 +252,9 @@ class Kit:
         return self.tokenizer(self.spelled(text), add_special_tokens=False).input_ids
 
     def spelled(self, text: str) -> str:
-        """``text`` with each learnt word of several vectors written out as its tokens."""
-        for word, tokens in self.words.items():
-            text = text.replace(word, " ".join(tokens))
-        return text
+        """``text`` with each learnt word written out as its tokens, whatever its case, as tokenizers read it."""
+        names = "|".join(map(re.escape, self.words))
+        return re.sub(names, lambda m: " ".join(self.words[m[0].lower()]), text, flags=re.I) if names else text
 
     @torch.no_grad()
     def text(self, tokens: torch.Tensor) -> torch.Tensor:

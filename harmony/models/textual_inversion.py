@@ -51,9 +51,10 @@ def read_word(path: str | os.PathLike) -> Word:
         state = load_file(file)
     except (OSError, SafetensorError) as error:
         raise UserError(f"{file} cannot be read: {str(error).splitlines()[0]}") from None
-    if len(state) != 1 or next(iter(state.values())).ndim > 2:
-        raise UserError(f"{file} holds {len(state)} tensors: a learnt word is one, named by its token, n x width")
-    ((token, vectors),) = state.items()
+    token, vectors = next(iter(state.items()), ("", torch.empty(0)))
+    if len(state) != 1 or vectors.ndim not in (1, 2) or not len(vectors):
+        shapes = {name: tuple(value.shape) for name, value in state.items()}
+        raise UserError(f"{file} holds {shapes}: a learnt word is one tensor, named by its token, n x width")
     return Word(token, vectors.reshape(-1, vectors.shape[-1]).float())
 
 
@@ -69,19 +70,17 @@ def save_word(word: Word, folder: Path) -> Path:
 def add_tokens(kit: Kit, token: str, count: int) -> int:
     """Make ``token`` and what stands for its further vectors tokens of the kit; the id of the first.
 
-    UserError for a token that the kit knows already, or that is no single word.
+    UserError for a token without angle brackets, since a bare one would be found inside other words too, and for one
+    that the kit knows already. Tokenizers do not tell upper from lower case.
     """
-    tokens = Word(token, torch.empty(count, 0)).tokens
-    if not re.fullmatch(r"\S+", token):
-        raise UserError(f"token={token!r}: give one word without spaces, <mug> for instance")
-    known = kit.tokenizer.get_vocab()
-    if taken := [t for t in tokens if t in known or f"{t}</w>" in known]:
-        raise UserError(
-            f"token={taken[0]}: kit {kit.name} knows this word already, choose another, <{token}> for instance"
-        )
+    if not re.fullmatch(r"<[^<>\s]+>", token):
+        raise UserError(f"token={token}: give one word in angle brackets, <mug> for instance")
+    tokens = Word(token.lower(), torch.empty(count, 0)).tokens
+    if taken := [name for name in tokens if name in kit.tokenizer.get_vocab()]:
+        raise UserError(f"token={taken[0]}: kit {kit.name} knows this word already, choose another")
     first = len(kit.tokenizer)
     kit.tokenizer.add_tokens(tokens)
-    kit.words[token] = tokens
+    kit.words[token.lower()] = tokens
     return first
 
 

@@ -194,7 +194,7 @@ class EditingStudy:
         learnt = self.learnt()
         for name, (_, held_out) in concepts(root).items() if learnt else ():
             word = read_word(learnt[name])
-            if word.token not in self.kit.words:
+            if word.token.lower() not in self.kit.words:
                 learn(self.kit, word)
             captions = folder_captions(held_out[0].parent)
             views = [(resize(read_image(f), side, side), captions[f.stem][0]) for f in held_out for _ in range(DRAWS)]
@@ -202,7 +202,7 @@ class EditingStudy:
             indices = list(range(len(views)))
             found[name] = {"held out": [image for image, _ in views]}
             for row, spoken in (("plain word", name.partition("_")[2]), ("learnt word", word.token)):
-                text = self.kit.prompt([prompt.format(spoken) for prompt in prompts])
+                text = self.kit.prompt([prompt.replace("{}", spoken) for prompt in prompts])
                 found[name][row] = text_to_image(self.kit, text, self.settings, indices)
         return found
 
@@ -242,7 +242,7 @@ class EditingStudy:
             alike, said = [], []
             for name, views in spoken.items():
                 captions = folder_captions(concepts(self.file.parent)[name][1][0].parent).values()
-                plain = [texts[0].format(name.partition("_")[2]) for texts in captions for _ in range(DRAWS)]
+                plain = [texts[0].replace("{}", name.partition("_")[2]) for texts in captions for _ in range(DRAWS)]
                 looks, truths = (embeddings(views[which], self.clip) for which in (row, "held out"))
                 words = torch.nn.functional.normalize(self.clip.texts(plain).float().cpu(), dim=1)
                 alike += (looks * truths).sum(1).tolist()

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from harmony.errors import UserError
 from harmony.images import grid, write_image
 from harmony.metrics.similarity import clip_t, embeddings
-from harmony.models.kit import Kit, scaled_latent
+from harmony.models.kit import DIFFUSION, Kit, scaled_latent
 from harmony.models.textual_inversion import Word, add_tokens, initial, save_word, text_states
 from harmony.sampling.benchmark import clip_of
 from harmony.sampling.harmonize import Settings
@@ -80,7 +80,10 @@ class TextualInversionTask(lightning.LightningModule):
     def on_fit_start(self):
         self.kit.to(self.device)
         data, self.known = self.trainer.datamodule, whole_picture(self.kit)
-        self.prompts = [[text] if text else list(self.templates) for text in data.captions]
+        fit = [template for template in self.templates if self.is_read(template)]
+        self.prompts = [[text] if text else fit for text in data.captions]
+        if unread := [text for text in data.captions if text and not self.is_read(text)]:
+            raise UserError(f"captions.json: {unread[0]!r} is cut off before the word, the model reads less: shorten it")
         if self.clip is not None:
             self.concept = embeddings(data.pictures, self.clip)
 
@@ -91,9 +94,17 @@ class TextualInversionTask(lightning.LightningModule):
         together = trainer.datamodule.batch_size * trainer.accumulate_grad_batches * trainer.world_size
         return torch.optim.AdamW([self.vectors], lr=self.lr * together, weight_decay=self.weight_decay)
 
+    def said(self, prompt: str) -> str:
+        """The prompt with the new word in its place."""
+        return prompt.replace("{}", self.token)
+
+    def is_read(self, prompt: str) -> bool:
+        """Whether the whole word comes before the model stops reading."""
+        return self.first + len(self.vectors) - 1 in self.kit.tokens([self.said(prompt)])
+
     def text(self, prompts: list[str]) -> torch.Tensor:
         """B prompts with {} for the word -> B x T x D, through its vectors as they stand."""
-        tokens = self.kit.tokens([prompt.format(self.token) for prompt in prompts]).to(self.device)
+        tokens = self.kit.tokens([self.said(prompt) for prompt in prompts]).to(self.device)
         return text_states(self.kit.text_encoder, tokens, self.first, self.vectors)
 
     def training_step(self, batch: dict, index: int) -> torch.Tensor:
@@ -113,7 +124,7 @@ class TextualInversionTask(lightning.LightningModule):
         """Previews and, with CLIP, how much they look like the concept (all pairs) and follow their prompts."""
         known = list(dict.fromkeys(prompt for prompts in self.prompts for prompt in prompts))
         chosen = [known[i % len(known)] for i in indices.tolist()]
-        plain = [prompt.format(self.init) for prompt in chosen]
+        plain = [prompt.replace("{}", self.init) for prompt in chosen]
         texts = {"baseline/": self.kit.prompt(plain), "": self.text(chosen)}
         made = {name: text_to_image(self.kit, text, self.settings, indices.tolist()) for name, text in texts.items()}
         figures = {}
@@ -141,12 +152,16 @@ class TextualInversionTask(lightning.LightningModule):
             if hasattr(logger, "log_image"):
                 logger.log_image("samples", [picture], caption=[path.name])
 
+    def learnt_on(self) -> dict[str, str]:
+        """Hashes of the pictures, their captions, and the kit's networks."""
+        return self.trainer.datamodule.hashes() | {part: self.kit.hash(part) for part in DIFFUSION}
+
     def on_save_checkpoint(self, checkpoint):
-        checkpoint["pictures"] = self.trainer.datamodule.hashes()
+        checkpoint["learnt_on"] = self.learnt_on()
 
     def on_load_checkpoint(self, checkpoint):
-        if checkpoint["pictures"] != self.trainer.datamodule.hashes():
-            raise UserError("this run began with other pictures: begin anew, resume=false")
+        if checkpoint["learnt_on"] != self.learnt_on():
+            raise UserError("this run began with other pictures or another state of the kit: begin anew, resume=false")
 
     def export(self, folder: Path, hints: dict[str, dict]) -> None:
         """Write ``folder/learned_embeds.safetensors``, which diffusers' ``load_textual_inversion`` reads too."""

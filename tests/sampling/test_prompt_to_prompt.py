@@ -8,7 +8,6 @@ from harmony.models.attention import controlled
 from harmony.models.kit import Kit
 from harmony.sampling.ddim import sample
 from harmony.sampling.inpaint import guided
-from harmony.sampling.text_to_image import whole_picture
 from harmony.sampling.prompt_to_prompt import (
     LocalBlend,
     PromptToPrompt,
@@ -19,6 +18,7 @@ from harmony.sampling.prompt_to_prompt import (
     replacement,
     spans,
 )
+from harmony.sampling.text_to_image import whole_picture
 
 IDS: dict[str, list[int]] = {"sculpture": [70, 71]}
 

@@ -1,6 +1,7 @@
 """Method sheet 5.10, invariants 1 to 3: what textual inversion trains, what stays, what it leaves, and going on."""
 
 import json
+import shutil
 from types import SimpleNamespace
 
 import lightning
@@ -109,7 +110,7 @@ def test_the_loss_is_that_of_the_method_sheet(kit, random_kit, pictures, monkeyp
     word, drawn with the step.
     """
     kit.scheduler.register_to_config(prediction_type=prediction)
-    task, data = fresh(kit, vectors=2, property="style"), data_of(pictures, kit)
+    task, data = fresh(kit, vectors=2), data_of(pictures, kit)
     data.setup()
     task.trainer = SimpleNamespace(datamodule=data)
     monkeypatch.setattr(task, "log", lambda *args, **options: None)
@@ -120,7 +121,8 @@ def test_the_loss_is_that_of_the_method_sheet(kit, random_kit, pictures, monkeyp
     batch = torch.utils.data.default_collate([data.views[7 + n, n] for n in range(3)])
     batch["template"] = torch.tensor([0.999, 0.5, 0.0])
     loss = task.training_step(batch, 0)
-    prompts = [TEMPLATES["style"][-1].format("<mug>"), "a <mug> on snow", TEMPLATES["style"][0].format("<mug>")]
+    last = task.prompts[0][-1].format("<mug>")  # of those that are short enough for this kit
+    prompts = [last, "a <mug> on snow", TEMPLATES["object"][0].format("<mug>")]
     ours = learn(Kit(str(random_kit)), read_word(tmp_path))
     t = (batch["time"] * 1000).long()
     a = kit.scheduler.alphas_cumprod[t].view(-1, 1, 1, 1)
@@ -202,14 +204,22 @@ def test_templates_have_one_place_for_the_word():
     assert all("style of {}" in text for text in TEMPLATES["style"])
 
 
+def test_a_word_that_is_cut_off_is_refused(kit, pictures, tmp_path):
+    """Guards against a picture that teaches nothing: its caption ends, for this kit, before the word."""
+    folder = shutil.copytree(pictures, tmp_path / "pictures")
+    (folder / "captions.json").write_text('{"0": "a red mushroom on snow, a red mushroom on snow, and a {}"}')
+    with pytest.raises(UserError, match="captions.json: 'a red.*is cut off before the word"):
+        trainer(tmp_path, 1).fit(fresh(kit), data_of(folder, kit))
+
+
 def test_what_cannot_be_learnt_is_refused(kit):
     """Guards bad input, before anything is encoded."""
     for wrong, message in (
         ({"property": "mood"}, "property=mood: choose one of object, style"),
         ({"vectors": 0}, "vectors=0"),
         ({"init": "red mushroom"}, "init='red mushroom' is 2 tokens"),
-        ({"token": "car"}, "token=car: kit .* knows this word already"),
-        ({"token": "my mug"}, "without spaces"),
+        ({"token": "car"}, "token=car: give one word in angle brackets"),
+        ({"token": "<|endoftext|>"}, "knows this word already"),
     ):
         with pytest.raises(UserError, match=message):
             fresh(kit, **wrong)
