@@ -139,6 +139,8 @@ def read_cases(file: Path) -> list[Case]:
         head, *lines = (json.loads(line) for line in Path(file).read_text().splitlines())
         if head["schema"] != SCHEMA:
             raise UserError(f"{file} has schema {head['schema']}, this version reads {SCHEMA}: render it anew")
+        if head["count"] != len(lines):
+            raise UserError(f"{file} has {len(lines)} of its {head['count']} edits: render it anew")
         return [Case(**line) for line in lines]
     except FileNotFoundError:
         raise UserError(f"{file} does not exist: use dataset=editing") from None

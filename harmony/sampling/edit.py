@@ -15,7 +15,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save
 
 from harmony.errors import UserError
 from harmony.images import from_model, to_model
@@ -23,8 +23,10 @@ from harmony.models.kit import DIFFUSION, Kit
 from harmony.sampling.ddim import invert
 from harmony.sampling.null_text import denoiser, null_texts, replay
 from harmony.sampling.prompt_to_prompt import (
+    Edit,
     LocalBlend,
     PromptToPrompt,
+    Span,
     alignment,
     edit_between,
     edit_latents,
@@ -119,8 +121,11 @@ def kept_inversion(
     folder.mkdir(parents=True, exist_ok=True)
     state = {"latent": made.latent, "noise": made.noise, "nulls": torch.cat(made.nulls)}
     partial = folder / f".{file.name}.{os.getpid()}.partial"
-    save_file({name: value.float().cpu().contiguous() for name, value in state.items()}, partial)
-    os.replace(partial, file)
+    try:
+        partial.write_bytes(save({name: value.float().cpu().contiguous() for name, value in state.items()}))
+        os.replace(partial, file)
+    finally:
+        partial.unlink(missing_ok=True)
     return made
 
 
@@ -187,64 +192,80 @@ def changes(source: str, target: str) -> Changes:
 
 
 @dataclass(frozen=True)
+class Plan:
+    """An edit that is ready to be made: both prompts, the mode, what becomes of the attention, where the words are
+    (``places``, see ``spans``), and of a local one the columns that it is kept to, 2 x T.
+    """
+
+    prompts: tuple[str, str]
+    mode: Mode
+    edit: Edit
+    places: list[dict[int, Span]]
+    looked_at: torch.Tensor | None
+
+
+def plan(
+    kit: Kit,
+    source: str,
+    target: str,
+    mode: Mode,
+    factors: dict[str, float] | None = None,
+    look_at: Sequence[Sequence[int]] | None = None,
+) -> Plan:
+    """``factors``: word of the target -> what multiplies its attention, in the place of the mode's for words that come.
+    ``look_at``: numbers of the words of each prompt that a local edit is kept to; None = those that change.
+
+    UserError for a prompt that is too long, a word that is not there, a local edit with nothing to look at.
+    """
+    length, words = kit.tokenizer.model_max_length, target.split()
+    places = [spans(prompt, kit.encode, length) for prompt in (source, target)]
+    changed = changes(source, target)
+    usual = {words[n]: mode.factor for n in changed.come if mode.factor != 1}
+    edit = edit_between(source, target, kit.encode, length, usual if factors is None else factors)
+    if not mode.local:
+        return Plan((source, target), mode, edit, places, None)
+    columns = torch.zeros(2, length)
+    for row, numbers, at in zip(columns, look_at or (changed.gone, changed.come), places, strict=True):
+        for n in numbers:
+            row[slice(*at[n])] = 1
+    if not columns.any():
+        raise UserError("a local edit wants words to look at: prompts that differ, or local=false")
+    return Plan((source, target), mode, edit, places, columns)
+
+
+@dataclass(frozen=True)
 class Edited:
     """``pictures`` uint8 R x R x 3, source first, then target; ``masks`` bool R x R of each (None: not local), their
-    union being where the target may differ; ``maps``: for both prompts, word -> where it looks, h x w in [0, 1].
+    union being where the target may differ; ``maps``: for both prompts, each word and where it looks, h x w in [0, 1].
     """
 
     pictures: list[np.ndarray]
     masks: list[np.ndarray] | None
-    maps: list[dict[str, np.ndarray]] = field(default_factory=list)
+    maps: list[list[tuple[str, np.ndarray]]] = field(default_factory=list)
 
 
-def edit_picture(
-    kit: Kit,
-    inversion: Inversion,
-    source: str,
-    target: str,
-    w: float,
-    mode: Mode,
-    factors: dict[str, float] | None = None,
-    look_at: Sequence[Sequence[int]] | None = None,
-    threshold: float = 0.3,
-) -> Edited:
-    """The picture under its own prompt and under ``target``, attention led by the former.
+def edit_picture(kit: Kit, inversion: Inversion, planned: Plan, w: float, threshold: float = 0.3) -> Edited:
+    """The picture under its own prompt and under the target, whose attention is led by the former.
 
-    ``factors``: word of the target -> what multiplies its attention, instead of the mode's for the words that come.
-    ``look_at``: numbers of the words of each prompt that a local edit is kept to; None = those that change.
-    UserError for prompts that do not fit the mode.
+    ``threshold``: share of the largest attention above which a place belongs to a local edit.
     """
-    length, steps = kit.tokenizer.model_max_length, len(inversion.nulls)
-    prompts, words = (source, target), target.split()
-    places = [spans(prompt, kit.encode, length) for prompt in prompts]
-    changed = changes(source, target)
-    wanted = {words[n]: mode.factor for n in changed.come if mode.factor != 1} if factors is None else factors
-    edit = edit_between(source, target, kit.encode, length, wanted)
-    side = kit.resolution // kit.factor
-    control = PromptToPrompt([edit], int(mode.cross * steps), int(mode.own * steps), maps=min(MAPS, side) ** 2)
-    blend = None
-    if mode.local:
-        chosen = torch.zeros(2, length)
-        for row, numbers, at in zip(chosen, look_at or (changed.gone, changed.come), places, strict=True):
-            for n in numbers:
-                row[slice(*at[n])] = 1
-        if not chosen.any():
-            raise UserError("a local edit wants words to look at: prompts that differ, or local=false")
-        blend = LocalBlend(chosen, int(START * steps), threshold)
-    z = edit_latents(kit, inversion.noise, kit.prompt(list(prompts)), inversion.nulls, w, control, blend)
-    pictures = list(from_model(kit.decode(z)))
+    mode, steps, side = planned.mode, len(inversion.nulls), kit.resolution // kit.factor
+    control = PromptToPrompt([planned.edit], int(mode.cross * steps), int(mode.own * steps), maps=min(MAPS, side) ** 2)
+    blend = LocalBlend(planned.looked_at, int(START * steps), threshold) if mode.local else None
+    text = kit.prompt(list(planned.prompts))
+    z = edit_latents(kit, inversion.noise, text, inversion.nulls, w, control, blend)
     masks = None
     if blend is not None:
         small = F.interpolate(blend.masks(control.seen, side, side)[:, None].float(), kit.resolution, mode="nearest")
         masks = [mask.numpy() > 0 for mask in small[:, 0].cpu()]
-    maps = [looks(seen, prompt, at) for seen, prompt, at in zip(control.seen, prompts, places, strict=True)]
-    return Edited(pictures, masks, maps)
+    maps = [looks(*item) for item in zip(control.seen, planned.prompts, planned.places, strict=True)]
+    return Edited(list(from_model(kit.decode(z))), masks, maps)
 
 
-def looks(seen: torch.Tensor, prompt: str, places: dict[int, tuple[int, int]]) -> dict[str, np.ndarray]:
-    """Each word of ``prompt`` -> h x w in [0, 1]: its share of ``seen``, positions x T, relative to its largest."""
-    side, found = math.isqrt(len(seen)), {}
+def looks(seen: torch.Tensor, prompt: str, places: dict[int, Span]) -> list[tuple[str, np.ndarray]]:
+    """Each word of ``prompt`` and its share of ``seen``, positions x T, h x w in [0, 1] relative to its largest."""
+    side, found = math.isqrt(len(seen)), []
     for n, word in enumerate(prompt.split()):
         heat = seen[:, slice(*places[n])].sum(1).view(side, side).float().cpu()
-        found[word] = (heat / heat.max().clamp(min=1e-12)).numpy()
+        found.append((word, (heat / heat.max().clamp(min=1e-12)).numpy()))
     return found

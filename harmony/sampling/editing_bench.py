@@ -28,7 +28,7 @@ from harmony.metrics.similarity import embeddings
 from harmony.models.kit import DIFFUSION, Kit
 from harmony.models.textual_inversion import learn, read_word, word_file
 from harmony.sampling.benchmark import clip_of, spread
-from harmony.sampling.edit import MODES, Inversion, Mode, edit_picture, invert_pictures, reconstruct, trajectories
+from harmony.sampling.edit import MODES, Inversion, Mode, edit_picture, invert_pictures, plan, reconstruct, trajectories
 from harmony.sampling.harmonize import Settings
 from harmony.sampling.null_text import denoiser, shared_null_text
 from harmony.sampling.study import await_blocks, blocks
@@ -162,8 +162,8 @@ class EditingStudy:
                 }
                 rows.setdefault("source as it is", []).append(item.image)
                 for row, (start, how) in ways.items():
-                    made = edit_picture(kit, start, case.source, case.target, w, how).pictures[1]
-                    rows.setdefault(row, []).append(made)
+                    made = edit_picture(kit, start, plan(kit, case.source, case.target, how), w)
+                    rows.setdefault(row, []).append(made.pictures[1])
         return rows
 
     def run(self) -> dict[str, np.ndarray]:

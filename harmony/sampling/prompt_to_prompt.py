@@ -34,6 +34,11 @@ def spans(prompt: str, encode: Callable[[str], Sequence[int]], length: int) -> d
     return found
 
 
+def bare(word: str) -> str:
+    """A word without the punctuation around it."""
+    return word.strip(",.;:!?\"'") or word
+
+
 def replacement(source: Sequence[Span], target: Sequence[Span], length: int) -> torch.Tensor:
     """A, length x length: target attention = source attention @ A. Word n of one prompt stands for word n of the other.
 
@@ -129,7 +134,7 @@ def edit_between(
     words = {prompt: spans(prompt, encode, length) for prompt in (source, target)}
     weights = torch.ones(length)
     for word, factor in (factors or {}).items():
-        places = [n for n, other in enumerate(target.split()) if other == word]
+        places = [n for n, other in enumerate(target.split()) if bare(other) == bare(word)]
         if not places:
             raise UserError(f"reweight.{word}: the target {target!r} has no such word")
         for n in places:

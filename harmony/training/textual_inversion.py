@@ -83,7 +83,7 @@ class TextualInversionTask(lightning.LightningModule):
         fit = [template for template in self.templates if self.is_read(template)]
         self.prompts = [[text] if text else fit for text in data.captions]
         if unread := [text for text in data.captions if text and not self.is_read(text)]:
-            raise UserError(f"captions.json: {unread[0]!r} is cut off before the word, the model reads less: shorten it")
+            raise UserError(f"captions.json: {unread[0]!r} is cut off before the word: shorten it")
         if self.clip is not None:
             self.concept = embeddings(data.pictures, self.clip)
 
