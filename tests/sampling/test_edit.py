@@ -3,11 +3,13 @@
 import numpy as np
 import pytest
 import torch
+from hydra.utils import instantiate
 from safetensors.torch import save_file
 
+from harmony.config import compose
 from harmony.errors import UserError
 from harmony.models.kit import Kit
-from harmony.models.textual_inversion import Word, learn
+from harmony.models.textual_inversion import Word, initial, learn
 from harmony.sampling import edit
 from harmony.sampling.edit import (
     MODES,
@@ -338,3 +340,23 @@ def test_edits_that_cannot_be_perform(kit, inversion, source, target, factors, s
     """Guards bad input: nothing to look at, prompts that are too long, a factor of a word of the source alone."""
     with pytest.raises(UserError, match=said):
         plan(kit, source, target, MODES["replace"], factors)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("model", ["sd1", "sd2_base"])
+def test_it_runs_at_true_size(model, tmp_path):
+    """Guards the paths at the size of Stable Diffusion 1 and 2, with random weights: a word of two vectors, a null text
+    for each of two steps, an edit, every processor put back. About 10 GB and some minutes on a CPU.
+    """
+    kit = instantiate(compose("edit", ["image=x", "target=x", f"model={model}", "model.weights=random"]).model)
+    learn(kit, Word("<toy>", initial(kit, "car", 2)))
+    image = np.random.default_rng(0).integers(0, 256, (512, 512, 3), np.uint8)
+    prompts = "a red car on snow", "a red <toy> on snow"
+    before = dict(kit.unet.attn_processors)
+    (inversion,) = invert_pictures(kit, [image], prompts[:1], steps=2, w=7.5, inner=1)
+    assert inversion.noise.shape == (1, 4, 64, 64) and len(inversion.nulls) == 2
+    assert not torch.equal(*inversion.nulls) and inversion.nulls[0].shape == kit.prompt([""]).shape
+    edited = edit_picture(kit, inversion, plan(kit, *prompts, MODES["replace"]), 7.5)
+    assert [picture.shape for picture in edited.pictures] == [(512, 512, 3)] * 2
+    assert edited.maps[1][2][0] == "<toy>" and edited.maps[1][2][1].shape == (16, 16)
+    assert kit.unet.attn_processors == before
