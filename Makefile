@@ -43,11 +43,12 @@ harmony/assets/words/%/learned_embeds.safetensors: | install
 	cp $$(dirname $$(ls -t runs/word_$*/*/metrics.json | head -1))/export/learned_embeds.safetensors $@
 
 # Trainings and studies leave a mark in work/paper when they are finished, so that the same command goes on behind them.
-TRAININGS := color_long structure_long raw_long color_relight
-STUDIES   := table1 table2 fig6 fig7 relight
-NETS      := $(foreach n,color structure raw,controlnets.$(n)=work/paper/$(n)_long) controlnets.color_relight=work/paper/color_relight
+TRAININGS := color_long structure_long raw_long color_relight paint_by_example
+STUDIES   := table1 table2 fig6 fig7 relight exemplar_bench
+NETS      := $(foreach n,color structure raw,controlnets.$(n)=work/paper/$(n)_long) controlnets.color_relight=work/paper/color_relight \
+             painters.paint_by_example=work/paper/paint_by_example
 
-paper: $(STUDIES:%=work/paper/%.done)  ## the whole study: four ControlNets, then every table and figure (PHOTOS=folder)
+paper: $(STUDIES:%=work/paper/%.done)  ## the whole study: four ControlNets, Paint by Example, then every table and figure (PHOTOS=folder)
 
 $(STUDIES:%=work/paper/%.done): work/paper/%.done: $(TRAININGS:%=work/paper/%)
 	$(RUN) -m harmony.evaluate experiment=$* $(NETS)

@@ -109,7 +109,8 @@ def test_it_runs(name, random_kit, awake, prepared_work, tmp_path):
         assert (folder / "export" / "paint_by_example" / "image_encoder" / "config.json").exists()
     if task == "TextualInversionTask":
         assert (folder / "export" / "learned_embeds.safetensors").exists() and read_word(folder).tokens[0] == "<mug>"
-        assert set(json.loads((folder / "provenance.json").read_text())["pictures"]) == {f"{n}.jpg" for n in range(5)}
+        seen = json.loads((folder / "provenance.json").read_text())["pictures"]
+        assert set(seen) == {"captions.json", *(f"{n}.jpg" for n in range(5))}
         assert {"concept/clip_i", "baseline/concept/clip_i"} <= set(metrics)
     for part in WRITES.get(task, []):
         assert max(path.stat().st_mtime_ns for path in (kit / part).iterdir()) > began

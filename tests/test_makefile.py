@@ -30,7 +30,7 @@ def test_structure_is_trained_beside_the_colour_of_this_study(checkout):
     """Guards the order: every training is exported, structure begins behind colour's export, studies come last."""
     lines = planned(checkout)
     kinds = [line.split("-m harmony.")[1].split()[0] for line in lines]
-    assert kinds == ["fit", "export"] * 4 + ["evaluate"] * 5
+    assert kinds == ["fit", "export"] * 5 + ["evaluate"] * 6
     (beside,) = (n for n, line in enumerate(lines) if "module.companion=work/paper/color_long" in line)
     exported = next(n for n, line in enumerate(lines) if "output=work/paper/color_long.partial" in line)
     assert exported < beside and "experiment=structure_long" in lines[beside]
@@ -41,7 +41,7 @@ def test_what_is_there_is_not_made_again(checkout):
     """Guards resumption: a training whose export failed is exported, not trained; a finished study stays."""
     paper = checkout / "work" / "paper"
     paper.mkdir(parents=True)
-    for name in ("color_long", "structure_long", "raw_long", "color_relight"):
+    for name in ("color_long", "structure_long", "raw_long", "color_relight", "paint_by_example"):
         (paper / f"{name}.fitted").touch()
         if name != "raw_long":
             (paper / name).mkdir()
