@@ -19,10 +19,9 @@ from pathlib import Path
 
 import numpy as np
 
-from harmony.data.studio import COLOURS, GROUNDS, JPEG_QUALITY, KINDS, Scene, mitsuba, render, scene
+from harmony.data.studio import COLOURS, GROUNDS, KINDS, Scene, mitsuba, render, save, scene
 from harmony.errors import UserError
 from harmony.files import write_text
-from harmony.images import write_image
 
 SCHEMA = 1
 WORDS = ("colour", "kind", "light")
@@ -78,11 +77,6 @@ def concept_scene(colour: str, kind: str, n: int) -> Scene:
     light = DAYLIGHT[n % len(DAYLIGHT)]
     ground = GROUNDS[(n + len(kind)) % len(GROUNDS)]
     return replace(s, kind=kind, colour=colour, finish="matte", light=light, ground=ground, others=())
-
-
-def save(path: Path, picture: np.ndarray) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    write_image(path, picture, **({"quality": JPEG_QUALITY, "optimize": True} if path.suffix == ".jpg" else {}))
 
 
 def render_case(job: tuple[Scene, Path]) -> list[Case]:

@@ -35,11 +35,16 @@ def select_folder(root: Path, splits: Sequence[str], rules: Rules) -> Selection:
     return Selection(root, table.sort("split", "id"), rules)
 
 
+def image_files(folder: Path) -> list[Path]:
+    """The picture files that lie in ``folder`` itself, by name."""
+    return sorted(path for path in folder.iterdir() if path.suffix.lower() in SUFFIXES)
+
+
 def pictures_in(folder: Path) -> list[Path]:
     """The picture files of a folder by name, without looking into folders. UserError where there are none."""
     if not folder.is_dir():
         raise UserError(f"{folder}: no such folder; give one with three to five pictures")
-    found = sorted(p for p in folder.iterdir() if p.suffix.lower() in SUFFIXES)
+    found = image_files(folder)
     if not found:
         raise UserError(f"{folder}: no pictures ({', '.join(SUFFIXES)}) in it; put three to five there")
     return found
@@ -58,7 +63,7 @@ def split_folders(root: Path, splits: Sequence[str]) -> Iterator[tuple[str | Non
 
 def folder_rows(root: Path, folder: Path, split: str | None) -> Iterator[tuple]:
     """One row of ``COLUMNS`` an image file."""
-    for image in sorted(p for p in (folder / "images").iterdir() if p.suffix.lower() in SUFFIXES):
+    for image in image_files(folder / "images"):
         mask = folder / "masks" / f"{image.stem}.png"
         reason, box = mask_box(image, mask)
         paths = (str(image.relative_to(root)), str(mask.relative_to(root)))

@@ -571,9 +571,14 @@ def render_to(job: tuple[Scene, Path, int, int, bool]) -> Scene:
         picture = getattr(frames, name)
         if picture is None:
             continue
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write_image(path, picture, **({"quality": JPEG_QUALITY, "optimize": True} if path.suffix == ".jpg" else {}))
+        save(path, picture)
     return s
+
+
+def save(path: Path, picture: np.ndarray) -> None:
+    """Write a frame, uint8 H x W x 3 or a bool mask, into a folder that is made if need be."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_image(path, picture, **({"quality": JPEG_QUALITY, "optimize": True} if path.suffix == ".jpg" else {}))
 
 
 def write_table(path: Path, header: Iterable[str] | None, rows: Iterable[Iterable]) -> None:

@@ -154,7 +154,7 @@ class Mode:
     local: bool
 
 
-MODES = {  # settings of the papers' notebooks (method sheet 5.5)
+MODES = {  # shares as in the papers' notebooks, factors milder than theirs (method sheet 5.5)
     "replace": Mode(0.8, 0.5, 1.0, True),
     "insert": Mode(0.8, 0.6, 1.0, True),
     "style": Mode(0.8, 0.7, 2.0, False),

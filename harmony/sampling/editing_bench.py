@@ -5,8 +5,6 @@ guidance below. An edit is measured against the render of the scene so changed, 
 source and truth) against the source. A learnt word is measured by views that it was not learnt from.
 """
 
-import hashlib
-import json
 import os
 import time
 from collections.abc import Sequence
@@ -31,7 +29,7 @@ from harmony.sampling.benchmark import clip_of, spread
 from harmony.sampling.edit import MODES, Inversion, Mode, edit_picture, invert_pictures, plan, reconstruct, trajectories
 from harmony.sampling.harmonize import Settings
 from harmony.sampling.null_text import denoiser, shared_null_text
-from harmony.sampling.study import await_blocks, blocks
+from harmony.sampling.study import await_blocks, blocks, outputs_of
 from harmony.sampling.tables import pictures, to_csv, to_markdown
 from harmony.sampling.text_to_image import text_to_image
 
@@ -69,8 +67,8 @@ def load_items(file: Path, side: int, limit: int | None = None) -> list[Item]:
 class EditingStudy:
     """The study of ``experiment=editing``, with the interface of ``study.Study``.
 
-    ``spec``: the node ``study`` of configs/evaluate.yaml; ``words``: a folder with a learnt word for each concept, or a
-    name of shipped ones (None: their rows are left out). Pictures are made in blocks that are kept, so that the same
+    ``spec``: the node ``study`` of configs/evaluate.yaml; ``words``: a folder with a learnt word for each concept
+    (None: their rows are left out). Pictures are made in blocks that are kept, so that the same
     command goes on and several processes share them.
     """
 
@@ -102,14 +100,15 @@ class EditingStudy:
 
     @cached_property
     def made_of(self) -> dict[str, str]:
-        """Hashes of all that decides the pictures and is not in the configuration."""
+        """Hashes of all that decides the figures and is not in the configuration."""
         facts = {f"kit/{part}": self.kit.hash(part) for part in DIFFUSION} | {"edits": sha256(self.file)}
         return facts | {f"words/{name}": sha256(file) for name, file in self.learnt().items()}
 
     @property
     def made(self) -> Path:
-        text = json.dumps(self.made_of, sort_keys=True)
-        return self.folder / "outputs" / hashlib.sha256(text.encode()).hexdigest()[:16]
+        """Where reconstructions and edits lie; another word is no reason to make them again."""
+        decides = {name: value for name, value in self.made_of.items() if not name.startswith("words/")}
+        return outputs_of(self.folder, decides)
 
     def learnt(self) -> dict[str, Path]:
         """Name of each concept that a word was learnt for -> its file."""

@@ -142,6 +142,12 @@ def await_blocks(files: Sequence[Path], say: Callable[[str], None] = print) -> N
             raise UserError(f"{left} blocks never came from the other processes: start the same command again")
 
 
+def outputs_of(folder: Path, made_of: dict[str, str]) -> Path:
+    """Where a study's outputs lie: with other weights, or other pictures, somewhere else."""
+    text = json.dumps(made_of, sort_keys=True)
+    return folder / "outputs" / hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
 def outputs(bench: Bench, method: Method, folder: Path) -> list[np.ndarray]:
     """The stored outputs of a method, uint8 R x R x 3, in the order of the bench."""
     return [image for block in blocks(len(bench)) for image in np.load(block_file(folder, method, block))]
@@ -332,9 +338,7 @@ class Study:
 
     @property
     def made(self) -> Path:
-        """Where outputs lie: with other weights, or other pictures, somewhere else."""
-        text = json.dumps(self.made_of, sort_keys=True)
-        return self.folder / "outputs" / hashlib.sha256(text.encode()).hexdigest()[:16]
+        return outputs_of(self.folder, self.made_of)
 
     def measure(self) -> tuple[dict, dict, str, list[Path]]:
         """(figures, facts, table, pictures); on other ranks than the first the share of outputs alone is made."""
