@@ -191,14 +191,13 @@ def main(cfg: DictConfig) -> None:
         print(f"source {cfg.source!r}, by the captioner; its words are the handles: correct them with source=")
     factors = read_factors(cfg.reweight)
     name, mode = settings(cfg, factors)
-    edit = plan(
-        kit, cfg.source, cfg.target, mode, factors or None, chosen(cfg)
-    )  # refused before the inversion, not after
+    words = factors or None, chosen(cfg)
+    planned = plan(kit, cfg.source, cfg.target, mode, *words)  # what does not fit is refused before the inversion
     local = "local" if mode.local else "in the whole picture"
     print(f"{name}, {local}: {cfg.source!r} -> {cfg.target!r}; cross {mode.cross:g}, own {mode.own:g}; {LIMITS}")
     kept, options = Path(cfg.paths.work) / "inversions", (cfg.source, cfg.steps, cfg.guidance, cfg.inner)
     inversion = kept_inversion(kept, kit, square, *options, lambda line: print(line, flush=True))
-    edited = edit_picture(kit, inversion, edit, cfg.guidance, cfg.threshold)
+    edited = edit_picture(kit, inversion, planned, cfg.guidance, cfg.threshold)
     bound = from_model(kit.decode(inversion.latent))[0]
     figures = {"autoencoder/psnr": psnr(bound, square), "reconstruction/psnr": psnr(edited.pictures[0], square)}
     how = "fast mode, no null texts" if cfg.inner == 0 else "null texts"
