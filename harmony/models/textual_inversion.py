@@ -16,7 +16,6 @@ from safetensors.torch import load_file, save_file
 from harmony.errors import UserError
 from harmony.models.kit import ASSETS, Kit
 
-SHIPPED = ASSETS / "words"  # those of the editing bench, learnt on the tiny kit
 WEIGHTS = "learned_embeds.safetensors"  # diffusers' name for the file
 
 
@@ -34,9 +33,11 @@ class Word:
 
 
 def word_file(path: str | os.PathLike) -> Path:
-    """The file of a learnt word: ``path``, what a run or its export keeps, or a shipped name. UserError for none."""
+    """The file of a learnt word: ``path``, what a run or its export keeps, or one shipped with the
+    tiny kit, ``words/teal_mug`` for instance. UserError for none.
+    """
     path = Path(path)
-    for candidate in (path / "export" / WEIGHTS, path / WEIGHTS, path, SHIPPED / path / WEIGHTS):
+    for candidate in (path / "export" / WEIGHTS, path / WEIGHTS, path, ASSETS / path / WEIGHTS):
         if candidate.is_file():
             return candidate
     raise UserError(f"there is no learnt word in {path}: give a run of experiment=textual_inversion, or its {WEIGHTS}")

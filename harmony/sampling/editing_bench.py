@@ -15,6 +15,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from harmony.composites import paste_back
 from harmony.data.editing import Case, concepts, read_cases
 from harmony.data.folder import folder_captions
 from harmony.errors import UserError
@@ -26,7 +27,17 @@ from harmony.metrics.similarity import embeddings
 from harmony.models.kit import DIFFUSION, Kit
 from harmony.models.textual_inversion import learn, read_word, word_file
 from harmony.sampling.benchmark import clip_of, spread
-from harmony.sampling.edit import MODES, Inversion, Mode, edit_picture, invert_pictures, plan, reconstruct, trajectories
+from harmony.sampling.edit import (
+    MODES,
+    Edited,
+    Inversion,
+    Mode,
+    edit_picture,
+    invert_pictures,
+    plan,
+    reconstruct,
+    trajectories,
+)
 from harmony.sampling.harmonize import Settings
 from harmony.sampling.null_text import denoiser, shared_null_text
 from harmony.sampling.study import await_blocks, blocks, outputs_of
@@ -144,6 +155,11 @@ class EditingStudy:
             "fast (null = condition)": reconstruct(kit, fast, prompts, w),
         }
 
+    def mode(self, case: Case) -> Mode:
+        """What a user would ask for, local edits with the study's share of self-attention."""
+        mode = MODES[MODE_OF[case.word]]
+        return replace(mode, own=self.spec["own"]) if mode.local else mode
+
     def edits(self, items: Sequence[Item], inversions: Sequence[Inversion]) -> dict[str, list[np.ndarray]]:
         """Row -> the edited pictures, all cases of an item one after the other."""
         kit, w, n = self.kit, self.settings.guidance, self.settings.steps
@@ -152,7 +168,7 @@ class EditingStudy:
             plain = replace(inversion, nulls=[kit.prompt([""])] * n)
             fast = replace(inversion, nulls=[kit.prompt([item.prompt])] * n)
             for case in item.cases:
-                mode = MODES[MODE_OF[case.word]]
+                mode = self.mode(case)
                 ways = {
                     "prompt alone": (inversion, ALONE),
                     "ddim and prompt-to-prompt": (plain, mode),
@@ -161,8 +177,9 @@ class EditingStudy:
                 }
                 rows.setdefault("source as it is", []).append(item.image)
                 for row, (start, how) in ways.items():
-                    made = edit_picture(kit, start, plan(kit, case.source, case.target, how), w)
+                    made = edit_picture(kit, start, plan(kit, case.source, case.target, how), w, self.spec["threshold"])
                     rows.setdefault(row, []).append(made.pictures[1])
+                rows.setdefault(f"{row}, pasted", []).append(pasted(made, item.image))
         return rows
 
     def run(self) -> dict[str, np.ndarray]:
@@ -297,6 +314,13 @@ class EditingStudy:
             titles = ["learnt from"] * 2 + ["held out"] * 2 + ["plain word"] * 2 + ["learnt word"] * 2
             pictures(drawn[-1], rows, titles)
         return drawn
+
+
+def pasted(made: Edited, photograph: np.ndarray) -> np.ndarray:
+    """The edit as ``harmony.edit`` hands it out: outside a local one every pixel is the photograph's."""
+    if made.masks is None:
+        return made.pictures[1]
+    return paste_back(made.pictures[1], photograph, made.masks[0] | made.masks[1])
 
 
 def part_of(made: dict[str, np.ndarray], part: str) -> dict[str, np.ndarray]:

@@ -16,7 +16,7 @@ from harmony.sampling.editing_bench import EditingStudy, load_items
 from harmony.sampling.harmonize import Settings
 
 BENCH = Path(__file__).resolve().parents[2] / "datasets" / "editing"
-SPEC = {"inner": 1, "parts": ["reconstruction", "edits", "concepts"]}
+SPEC = {"inner": 1, "own": 0.5, "threshold": 0.3, "parts": ["reconstruction", "edits", "concepts"]}
 
 
 @pytest.fixture(scope="module")
@@ -37,12 +37,12 @@ def study(random_kit, folder, words, **more):
 
 
 def test_all_rows_and_figures(words, tmp_path, monkeypatch):
-    """Guards the tables: six ways back, five edits, two words; the source keeps its background exactly."""
+    """Guards the tables: six ways back, six edits, two words; the source keeps its background exactly."""
     monkeypatch.setattr(editing_bench, "DRAWS", 1)
     figures, facts, text, drawn = study("tiny", tmp_path, words, limit=1).measure()
     with open(tmp_path / "table.csv", newline="") as file:
         rows = {row["method"]: row for row in csv.DictReader(file)}
-    assert len(rows) == 13 and facts["count"] == 1 and all(path.exists() for path in drawn) and len(drawn) == 2
+    assert len(rows) == 14 and facts["count"] == 1 and all(path.exists() for path in drawn) and len(drawn) == 2
     assert float(rows["source as it is"]["colour/bg_mse"]) == 0 == figures["source as it is/kind/bg_mse"]
     assert rows["source as it is"]["light/psnr"] and "light/bg_mse" not in text.replace("kind/bg_mse", "")
     assert {"concept/clip_i", "concept/clip_t"} <= {name for name, v in rows["learnt word"].items() if v}
