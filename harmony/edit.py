@@ -11,7 +11,6 @@ What it cannot do: remove something, put something reliably where nothing is, mo
 
 from dataclasses import dataclass, replace
 from pathlib import Path
-from tempfile import TemporaryDirectory
 
 import numpy as np
 import torch
@@ -20,7 +19,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from harmony.composites import paste_back
 from harmony.config import entry, literal, make_folder, new_folder
-from harmony.data.captions import caption_images
+from harmony.data.captions import caption_picture
 from harmony.errors import UserError
 from harmony.files import write_json, write_text
 from harmony.images import (
@@ -35,7 +34,6 @@ from harmony.images import (
     write_image,
 )
 from harmony.metrics.fidelity import psnr
-from harmony.models.kit import Kit
 from harmony.models.textual_inversion import learn, read_word
 from harmony.sampling.ddim import timesteps
 from harmony.sampling.edit import MODES, Edited, Mode, edit_picture, kept_inversion, mode_of, plan
@@ -116,15 +114,6 @@ def read_asked(cfg: DictConfig) -> Asked:
     return Asked(image, Crop(x0, y0, side))
 
 
-def caption(kit: Kit, square: np.ndarray) -> str:
-    """What the kit's captioner says of the square. UserError for a kit without one."""
-    captioner, processor = kit.captioner, kit.processor
-    with TemporaryDirectory() as folder:
-        write_image(Path(folder) / "square.png", square)
-        pictures = [("square", Path(folder) / "square.png")]
-        return next(caption_images(pictures, captioner, processor, 1, kit.device))[1]
-
-
 def settings(cfg: DictConfig, factors: dict[str, float]) -> tuple[str, Mode]:
     """The name of the mode and its numbers, those of the command line before its own."""
     meant = mode_of(cfg.source, cfg.target)
@@ -187,7 +176,8 @@ def main(cfg: DictConfig) -> None:
         print(f"{word.token} is a word of {len(word.vectors)} vector{'s' * (len(word.vectors) > 1)}, from {path}")
     square = crop_resize(asked.image, asked.crop, kit.resolution)
     if cfg.source is None:
-        cfg.source = caption(kit, crop_resize(asked.image, asked.crop, asked.crop.side))
+        seen = crop_resize(asked.image, asked.crop, asked.crop.side)
+        cfg.source = caption_picture(seen, kit.captioner, kit.processor, kit.device)
         print(f"source {cfg.source!r}, by the captioner; its words are the handles: correct them with source=")
     factors = read_factors(cfg.reweight)
     name, mode = settings(cfg, factors)

@@ -6,6 +6,7 @@ Pixels outside the hole (the mask and a small rim) stay as they are, bit for bit
   composite=C.jpg mask=M.png                               the object has been pasted already
   dir=FOLDER                                               many, from index.csv or composite/ and mask/
   method=paint_by_example background=B.jpg reference=R.jpg mask=M.png    what R shows, painted where M is white
+  method=zero_shot composite=C.jpg mask=M.png              by words for two lights, with nothing trained
 """
 
 import csv
@@ -13,7 +14,7 @@ import json
 import time
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -23,7 +24,8 @@ from omegaconf import DictConfig, ListConfig, OmegaConf
 
 from harmony.composites import copy_paste, place, poisson, reinhard
 from harmony.config import entry, literal, make_folder, new_folder, unfinished
-from harmony.data.captions import caption_images
+from harmony.data.captions import caption_images, caption_picture
+from harmony.data.descriptions import Describer, VisionLanguageModel, WordScorer, parsed, read_descriptions
 from harmony.errors import UserError
 from harmony.exemplars import cut_out, exemplar
 from harmony.files import write_json, write_text
@@ -31,8 +33,10 @@ from harmony.images import crop_resize, grid, open_image, paste_crop, read_image
 from harmony.masks import OBJECT, TEST_RADIUS, read_mask
 from harmony.models.controlnet import net_hash
 from harmony.models.exemplar import load_painter, painter_hash
+from harmony.models.judge import WEIGHTS, evaluator, judge_folder
 from harmony.models.kit import Kit
 from harmony.models.timing import now, timed
+from harmony.sampling.benchmark import clip_of
 from harmony.sampling.ddim import timesteps
 from harmony.sampling.exemplar import fill_by_example
 from harmony.sampling.harmonize import (
@@ -45,6 +49,7 @@ from harmony.sampling.harmonize import (
     load_branch,
     working_square,
 )
+from harmony.sampling.zero_shot import Parts, Round, best, rounds, run_together
 
 PATHS = (
     "dir",
@@ -59,10 +64,23 @@ PATHS = (
     "structure",
     "output",
     "model.path",
+    "prompts",
+    "describer",
+    "evaluator",
+    "clip",
 )
 PICTURES = ("background", "foreground", "composite", "mask", "box", "region", "reference")
-NUMBERS = {"steps": int, "seed": int, "guidance": float, "lambda_l": float, "lambda_h": float, "feather": float}
-GUIDANCE = {"controlnet": 1.0, "paint_by_example": 3.0}  # by method, where none is given
+READ = (*PICTURES, "prompts")  # what may be a file
+NUMBERS = {
+    "steps": int,
+    "seed": int,
+    "rounds": int,
+    "guidance": float,
+    "lambda_l": float,
+    "lambda_h": float,
+    "feather": float,
+}
+GUIDANCE = {"controlnet": 1.0, "paint_by_example": 3.0, "zero_shot": 2.5}  # by method, where none is given
 MADE_OF = "made_of.json"  # beside the pictures: that they are all there, and of what
 SHEET_SIDE = 384  # pixels: the longer side of a picture on the contact sheet
 
@@ -157,6 +175,10 @@ def check_numbers(cfg: DictConfig) -> None:
     for name, kind in NUMBERS.items():
         if type(cfg[name]) not in (int, kind):
             raise UserError(f"{name}={cfg[name]}: give {'a whole number' if kind is int else 'a number'}")
+    if cfg.rounds < 1:
+        raise UserError(f"rounds={cfg.rounds}: there is one at least")
+    if cfg.method == "zero_shot" and cfg.region is not None:
+        raise UserError("region= goes with methods that paint anew; method=zero_shot changes the object alone")
     timesteps(cfg.steps)  # refuses a number of steps that there cannot be
 
 
@@ -273,7 +295,80 @@ def by_example(cfg: DictConfig) -> Method:
     return Method(make, kit, {"exemplar encoder": painter.encoder})
 
 
-METHODS = {"controlnet": by_controlnets, "paint_by_example": by_example}
+def described(cfg: DictConfig, kit: Kit) -> Describer:
+    """Where the words for the two lights come from: the command line, a file, or a model that looks."""
+    if cfg.prompts is None:
+        return (
+            word_scorer(kit, cfg.clip) if cfg.describer == "words" else VisionLanguageModel(cfg.describer, kit.device)
+        )
+    given = str(cfg.prompts)
+    if not given.endswith(".json"):
+        words = parsed(given)
+        return lambda composite, mask: words
+    name = Path(cfg.composite or cfg.foreground).stem
+    words = read_descriptions(Path(given), name)
+    return lambda composite, mask: words
+
+
+def word_scorer(kit: Kit, name: str | None) -> WordScorer:
+    """CLIP, the kit's own or open_clip's ``name``, scores the lists; the kit's captioner says what the object is."""
+    clip = clip_of(kit, name)
+    if clip is None:
+        raise UserError(f"kit {kit.name} has no CLIP image tower: give prompts=, clip=NAME/WEIGHTS or describer=MODEL")
+    captioner, processor = kit.captioner, kit.processor
+
+    def object_of(composite: np.ndarray) -> str:
+        said, comma, _ = caption_picture(composite, captioner, processor, kit.device).rpartition(",")
+        return said + comma if comma else _
+
+    return WordScorer(clip, object_of, lambda word: len(kit.encode(word)) == 1)
+
+
+def by_zero_shot(cfg: DictConfig) -> Method:
+    """Load kit, describer and evaluator, and give what harmonizes one composite in rounds."""
+    kit = instantiate(cfg.model).to("cuda" if torch.cuda.is_available() else "cpu")
+    score = evaluator(cfg.evaluator, kit.device)
+    parts = Parts(cfg.steps, cfg.guidance, **instantiate(cfg.zero_shot, _convert_="all"))
+    judged = "each round is made" if score is None else f"{cfg.evaluator} decides"
+    print(
+        f"zero-shot on kit {kit.name} at {kit.resolution} px, {kit.device.type}, {cfg.rounds} rounds at most, {judged}"
+    )
+
+    def make(cfg: DictConfig, inputs: Inputs) -> Result:
+        describe, made = described(cfg, kit), []
+
+        def paint(background: np.ndarray, composite: np.ndarray, mask: np.ndarray, hole: np.ndarray) -> np.ndarray:
+            words = describe(composite, mask)
+            for n, found in enumerate(words):
+                print(f"description {n}: {found.object!r}, from {found.foreground!r} to {found.background!r}")
+            asked = rounds(composite, mask, len(words), cfg.rounds, score, say_round)
+            made.extend(run_together(kit, [asked], [words], [mask], parts)[0])
+            return best(made).image
+
+        result = insert(paint, kit.resolution, inputs.background, inputs.foreground, inputs.mask, None, cfg.feather, 0)
+        return replace(result, rounds=made)
+
+    return Method(make, kit, {})
+
+
+def say_round(made: Round) -> None:
+    score = "" if made.score is None else f", score {made.score:.3f}"
+    print(f"round {made.number}, description {made.prompt}{score}: {made.decision}", flush=True)
+
+
+def write_rounds(result: Result, folder: Path) -> dict[str, Path]:
+    """The rounds of a result: their pictures, ``rounds.json`` (score and decision of each) and a film strip."""
+    facts = [{key: value for key, value in vars(r).items() if key != "image"} for r in result.rounds]
+    write_json(folder / "rounds.json", facts)
+    for r in result.rounds:
+        write_image(make_folder(folder / "rounds") / f"{r.number:02d}_{r.prompt}.png", r.image)
+    pictures = [crop_resize(result.composite, result.crop, len(result.raw)), *(r.image for r in result.rounds)]
+    titles = ["composite", *(f"{r.number}" + ("" if r.score is None else f": {r.score:.2f}") for r in result.rounds)]
+    write_image(folder / "film.png", grid([pictures], titles))
+    return {"rounds": folder / "rounds.json", "film": folder / "film.png"}
+
+
+METHODS = {"controlnet": by_controlnets, "paint_by_example": by_example, "zero_shot": by_zero_shot}
 
 
 def shares(spent: Counter, total: float) -> str:
@@ -302,6 +397,8 @@ def one(cfg: DictConfig, method: Method, folder: Path) -> dict[str, Path]:
     write_image(files["hole"], result.hole)
     write_image(files["sheet"], sheet(inputs, result, image))
     write_image(files["harmonized"], image)
+    if result.rounds:
+        files |= write_rounds(result, folder)
     write_text(folder / "config.yaml", OmegaConf.to_yaml(cfg, resolve=True))
     write_json(folder / MADE_OF, asked)
     return files
@@ -309,9 +406,12 @@ def one(cfg: DictConfig, method: Method, folder: Path) -> dict[str, Path]:
 
 def made_of(cfg: DictConfig) -> dict:
     """What was asked, and the sha256 of the pictures and the weights that it names."""
-    hashes = {name: sha256(cfg[name]) for name in PICTURES if isinstance(cfg[name], str) and Path(cfg[name]).is_file()}
+    hashes = {name: sha256(cfg[name]) for name in READ if isinstance(cfg[name], str) and Path(cfg[name]).is_file()}
     if cfg.method == "paint_by_example":
         hashes["painter"] = painter_hash(cfg.painter)
+    elif cfg.method == "zero_shot":
+        if cfg.evaluator not in (None, "statistic"):
+            hashes["evaluator"] = sha256(judge_folder(cfg.evaluator) / WEIGHTS)
     else:
         hashes |= {name: net_hash(cfg[name]) for name in ("controlnet", "structure") if cfg[name]}
     asked = OmegaConf.to_container(cfg, resolve=True)

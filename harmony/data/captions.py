@@ -9,11 +9,13 @@ import json
 from collections.abc import Iterable, Iterator
 from itertools import islice
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
+import numpy as np
 import torch
 
 from harmony.errors import UserError
-from harmony.images import read_image, sha256
+from harmony.images import read_image, sha256, write_image
 
 PREFIX, BEAMS, MIN_LENGTH, MAX_LENGTH = "a picture of", 3, 5, 20
 GIVEN = "given"
@@ -67,6 +69,13 @@ def caption_images(
             )
         texts = processor.tokenizer.batch_decode(words, skip_special_tokens=True)
         yield from zip((id_ for id_, _ in batch), (strip_prefix(text, prefix) for text in texts), strict=True)
+
+
+def caption_picture(image: np.ndarray, captioner: torch.nn.Module, processor: object, device: str) -> str:
+    """What the captioner says of one picture in memory, uint8 H x W x 3."""
+    with TemporaryDirectory() as folder:
+        write_image(Path(folder) / "picture.png", image)
+        return next(caption_images([("picture", Path(folder) / "picture.png")], captioner, processor, 1, device))[1]
 
 
 def strip_prefix(text: str, prefix: str) -> str:

@@ -1,17 +1,20 @@
-"""F3. LightningDataModules: pixels for the kit's encoders, cached latents for everything that trains a UNet, and the
-few pictures of one thing that textual inversion learns from.
+"""F3. LightningDataModules: pixels for the kit's encoders, cached latents for everything that trains a UNet, the few
+pictures of one thing that textual inversion learns from, and composites for the judge.
 """
 
 import itertools
+import time
 from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
 
+import cv2
 import lightning
 import numpy as np
 import torch
 from torch.utils.data import DataLoader, Sampler, WeightedRandomSampler
 
+from harmony.composites import copy_paste, other_light
 from harmony.data.folder import folder_captions, pictures_in
 from harmony.data.latents import Latents, Recipe, build, describe, example, key
 from harmony.data.manifest import read_manifest
@@ -19,7 +22,7 @@ from harmony.data.pool import PixelPool
 from harmony.errors import UserError
 from harmony.exemplars import augment
 from harmony.images import crop_resize, read_image, resize, sha256, square_around, to_hint, to_model
-from harmony.masks import to_latent
+from harmony.masks import scaled, to_latent
 from harmony.models.kit import Kit
 
 
@@ -311,3 +314,103 @@ class PicturesData(lightning.LightningDataModule):
 
     def val_dataloader(self):
         return DataLoader(range(self.previews), self.previews)
+
+
+VISIBLE = 8.0  # grey levels by which an object under another light differs at least, mean over its pixels
+SOFT = 10.0  # px at 512: the widest blur of an object
+DRAWS = 8  # lights that are tried until one is visible
+
+
+def under_other_light(image: np.ndarray, mask: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    """``image`` under a light whose difference is visible in ``mask``: the first of some draws, or the last."""
+    for _ in range(DRAWS):
+        lit = other_light(image, rng)
+        if np.abs(lit[mask].astype(np.float32) - image[mask]).mean() >= VISIBLE:
+            break
+    return lit
+
+
+def softened(composite: np.ndarray, mask: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    """The composite with its object blurred a little, half of the time: sharpness says nothing of light."""
+    if rng.random() < 0.5:
+        return composite
+    blurred = cv2.GaussianBlur(composite, (0, 0), max(0.1, scaled(rng.uniform(0, SOFT), mask.shape)))
+    return copy_paste(composite, blurred, mask)
+
+
+class Composites(torch.utils.data.Dataset):
+    """Photographs as they were taken (label 1), and with their object under another light (label 0).
+
+    Squares of ``side`` R of a manifest's split, held in memory. An item is ``image`` 3 x R x R in [-1, 1], ``mask``
+    1 x R x R and ``label``, drawn from (seed, position) alone. The other light is the render under its second light
+    where the dataset has one, in half of the draws, else a random change of exposure, white balance and contrast.
+    ``photos``: the share that pictures without a second light have, by repetition (None: each once).
+    """
+
+    def __init__(self, manifest: Path, split: str, side: int, crop: str, seed: int, photos: float | None = None):
+        self.seed, rows = seed, read_manifest(manifest, split)[1]
+        recipe, root, said = Recipe(crop=crop, mismatch=1.0, seed=seed), Path(manifest).parent, time.monotonic()
+        self.examples, self.render = [], []
+        for done, row in enumerate(rows, 1):
+            made = example(row, root, recipe, side)
+            self.examples.append((made.image, made.mask, made.instance))
+            self.render.append("relit" in row.extras)
+            if time.monotonic() - said > 10:
+                print(f"{split}: {done}/{len(rows)} pictures read", flush=True)
+                said = time.monotonic()
+        self.order = list(range(len(rows)))
+        taken, rendered = self.render.count(False), self.render.count(True)
+        if photos and taken and rendered:
+            times = max(1, round(photos / (1 - photos) * rendered / taken))
+            self.order += [i for i, render in enumerate(self.render) if not render] * (times - 1)
+
+    def __len__(self) -> int:
+        return len(self.order)
+
+    def __getitem__(self, key: tuple[int, int]) -> dict:
+        position, i = key[0], self.order[key[1]]
+        image, mask, relit = self.examples[i]
+        rng = np.random.default_rng([self.seed, position])
+        label = position % 2
+        if rng.random() < 0.5:
+            image, mask, relit = (np.ascontiguousarray(a[:, ::-1]) for a in (image, mask, relit))
+        if label == 0:
+            rendered = self.render[i] and rng.random() < 0.5
+            image = copy_paste(image, relit if rendered else under_other_light(image, mask, rng), mask)
+        if rng.random() < 0.25:  # the whole picture: no exposure is wrong in itself
+            image = other_light(image, rng)
+        image = softened(image, mask, rng)
+        return {"image": to_model(image), "mask": torch.from_numpy(mask[None]).float(), "label": label}
+
+
+class JudgeData(lightning.LightningDataModule):
+    """Composites of a manifest for the judge. ``photos``: the share of photographs in a batch, where it has both.
+
+    The validation loaders are the validation and the test split, each picture once with either label.
+    """
+
+    def __init__(self, manifest: str, side: int, batch_size: int, photos: float = 0.5, workers: int = 0, seed: int = 0):
+        super().__init__()
+        self.save_hyperparameters(logger=False)
+        self.sets: dict[str, Composites] = {}
+
+    def setup(self, stage=None):
+        h = self.hparams
+        for split in ("train", "validation", "test"):
+            if split not in self.sets:
+                crop, photos = ("jitter", h.photos) if split == "train" else ("centre", None)
+                self.sets[split] = Composites(Path(h.manifest), split, h.side, crop, h.seed, photos)
+
+    def train_dataloader(self):
+        h, trainer, composites = self.hparams, self.trainer, self.sets["train"]
+        start = trainer.global_step * trainer.accumulate_grad_batches
+        stream = Stream(len(composites), h.batch_size, h.seed, trainer.global_rank, trainer.world_size, start)
+        return DataLoader(composites, h.batch_size, sampler=stream, num_workers=h.workers)
+
+    def val_dataloader(self):
+        return [self.both(self.sets[split]) for split in ("validation", "test")]
+
+    def both(self, composites: Composites) -> DataLoader:
+        """Every picture as it was taken, and under another light."""
+        order = [(2 * i + label, i) for i in range(len(composites)) for label in (0, 1)]
+        return DataLoader(composites, self.hparams.batch_size, sampler=order)

@@ -234,9 +234,8 @@ class Kit:
         """Scaled latent B x C x h x w: a posterior sample with the given unit noise, the posterior mean without."""
         return scaled_latent(moments, self.vae.config.scaling_factor, noise)
 
-    @torch.no_grad()
     def decode(self, z: torch.Tensor) -> torch.Tensor:
-        """Scaled latent -> B x 3 x H x W in about [-1, 1], not clamped."""
+        """Scaled latent -> B x 3 x H x W in about [-1, 1], not clamped. Gradients flow to latents that want them."""
         return self.vae.decode(z.to(self.vae.dtype) / self.vae.config.scaling_factor).sample
 
     # ------------------------------------------------------------------------------------------------ text

@@ -6,6 +6,7 @@ Gal et al., An Image is Worth One Word (2022); method sheet 5.2. Names and file 
 
 import os
 import re
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -121,13 +122,20 @@ def text_states(text_encoder: torch.nn.Module, ids: torch.Tensor, first: int, ve
     """
     ours = ids >= first
 
-    def put(module, args, states):
-        states = states.clone()
-        states[ours] = vectors.to(states.dtype)[ids[ours] - first]
-        return states
+    def put(rows: torch.Tensor) -> torch.Tensor:
+        rows = rows.clone()
+        rows[ours] = vectors.to(rows.dtype)[ids[ours] - first]
+        return rows
 
-    hook = text_encoder.get_input_embeddings().register_forward_hook(put)
+    return states_of(text_encoder, torch.where(ours, 0, ids), put)
+
+
+def states_of(
+    text_encoder: torch.nn.Module, ids: torch.Tensor, change: Callable[[torch.Tensor], torch.Tensor]
+) -> torch.Tensor:
+    """B x T ids -> B x T x D states, the rows of the table B x T x D changed on their way in (positions come later)."""
+    hook = text_encoder.get_input_embeddings().register_forward_hook(lambda module, args, rows: change(rows))
     try:
-        return text_encoder(torch.where(ours, 0, ids))[0]
+        return text_encoder(ids)[0]
     finally:
         hook.remove()

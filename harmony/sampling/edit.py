@@ -21,7 +21,7 @@ from harmony.errors import UserError
 from harmony.images import from_model, to_model
 from harmony.models.kit import DIFFUSION, Kit
 from harmony.sampling.ddim import invert
-from harmony.sampling.null_text import denoiser, null_texts, replay
+from harmony.sampling.null_text import Search, denoiser, null_texts, replay
 from harmony.sampling.prompt_to_prompt import (
     Edit,
     LocalBlend,
@@ -75,7 +75,8 @@ def invert_pictures(
         nulls = [text] * steps
     else:
         abar, offset = kit.alphas_cumprod, kit.scheduler.config.steps_offset
-        nulls = null_texts(denoiser(kit), trajectory, text, kit.prompt([""]), w, abar, offset, inner, say)
+        search, empty = Search(lambda i, n: inner), kit.prompt([""])
+        nulls = null_texts(denoiser(kit), trajectory, [text] * steps, empty, w, abar, offset, search, say)
     ends = zip(trajectory[0].split(1), trajectory[-1].split(1), strict=True)
     return [Inversion(*pair, [null[i : i + 1] for null in nulls]) for i, pair in enumerate(ends)]
 
@@ -253,7 +254,7 @@ def edit_picture(kit: Kit, inversion: Inversion, planned: Plan, w: float, thresh
     control = PromptToPrompt([planned.edit], int(mode.cross * steps), int(mode.own * steps), maps=min(MAPS, side) ** 2)
     blend = LocalBlend(planned.looked_at, int(START * steps), threshold) if mode.local else None
     text = kit.prompt(list(planned.prompts))
-    z = edit_latents(kit, inversion.noise, text, inversion.nulls, w, control, blend)
+    z = edit_latents(kit, inversion.noise, [text] * steps, inversion.nulls, w, control, blend)
     masks = None
     if blend is not None:
         small = F.interpolate(blend.masks(control.seen, side, side)[:, None].float(), kit.resolution, mode="nearest")

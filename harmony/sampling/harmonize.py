@@ -130,13 +130,15 @@ def hints(branch: Branch, instances: Sequence[np.ndarray], masks: Sequence[np.nd
 @dataclass(frozen=True)
 class Result:
     """``image``: the photograph with the instance in it, bit-exact outside ``hole``; ``raw``: the model's square;
-    ``composite``: plain copy and paste; ``crop``: where the square lies."""
+    ``composite``: plain copy and paste; ``crop``: where the square lies; ``rounds``: those of zero-shot harmonization.
+    """
 
     image: np.ndarray
     raw: np.ndarray
     composite: np.ndarray
     hole: np.ndarray
     crop: Crop
+    rounds: Sequence = ()
 
 
 # (image, instance on it, its mask, the hole), all R x R -> raw output uint8 R x R x 3

@@ -4,6 +4,7 @@ After Mokady et al., Null-text Inversion for Editing Real Images using Guided Di
 """
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 import torch
 
@@ -25,6 +26,23 @@ def enough(i: int) -> float:
     return 1e-5 + 2e-5 * i
 
 
+def distance(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    """Mean squared distance of each of B latents, B."""
+    return (a - b).square().mean((1, 2, 3))
+
+
+@dataclass(frozen=True)
+class Search:
+    """How the embedding of step i of N is looked for: ``inner`` Adam steps (of i and N) at ``rate`` (of i), down on
+    ``loss`` (of the latent reached and that of the trajectory, B each), until it is ``enough`` (of i).
+    """
+
+    inner: Callable[[int, int], int] = lambda i, n: 10
+    rate: Callable[[int], float] = rate
+    loss: Callable[[torch.Tensor, torch.Tensor], torch.Tensor] = distance
+    enough: Callable[[int], float] = enough
+
+
 def denoiser(kit: Kit) -> Denoiser:
     """The kit as a text-to-image model without guidance; gradients flow to the text."""
     known = whole_picture(kit)
@@ -40,39 +58,39 @@ def denoiser(kit: Kit) -> Denoiser:
 def null_texts(
     eps: Denoiser,
     trajectory: Sequence[torch.Tensor],
-    text: torch.Tensor,
+    texts: Sequence[torch.Tensor],
     empty: torch.Tensor,
     w: float,
     abar: torch.Tensor,
     offset: int = 1,
-    inner: int = 10,
+    search: Search = Search(),
     say: Callable[[str], None] = lambda line: None,
 ) -> list[torch.Tensor]:
-    """N embeddings B x T x D, noisiest step first, each begun from the one before and improved up to ``inner`` times.
+    """N embeddings B x T x D, noisiest step first, each begun from the one before and improved by ``search``.
 
-    ``trajectory`` z_0 .. z_N (B x C x h x w each) is that of ``ddim.invert`` with ``text`` (B x T x D) and no guidance;
-    ``empty`` 1 x T x D is the empty prompt's. At step i they minimise the squared distance of the guided step to the
-    trajectory by Adam, at ``rate(i)``, until it is ``enough(i)``, each picture by itself. ``say`` is told the mean
-    distance after each step.
+    ``trajectory`` z_0 .. z_N (B x C x h x w each) is that of ``ddim.invert`` without guidance; ``texts``, B x T x D for
+    each step, are what the picture is described by; ``empty`` 1 x T x D is the empty prompt's. At step i they minimise
+    the loss between the guided step and the trajectory, each picture by itself. ``say`` is told the mean distance after
+    each step.
     """
-    steps, z, null, found = len(trajectory) - 1, trajectory[-1], empty.detach().expand_as(text), []
+    steps, z, null, found = len(trajectory) - 1, trajectory[-1], empty.detach().expand_as(texts[0]), []
     gap = len(abar) // steps
-    for i, t in enumerate(timesteps(steps, offset, len(abar))):
+    for i, (t, text) in enumerate(zip(timesteps(steps, offset, len(abar)), texts, strict=True)):
         aim = trajectory[steps - 1 - i]
         with torch.no_grad():
             conditional = eps(z, t, text)
         null = null.clone().requires_grad_(True)
-        optimiser = torch.optim.Adam([null], lr=rate(i))
+        optimiser = torch.optim.Adam([null], lr=search.rate(i))
         active = torch.ones(len(z), 1, 1, dtype=torch.bool, device=z.device)
-        for _ in range(inner):
-            loss = distance(guided_step(eps, z, t, null, conditional, w, gap, abar), aim)
+        for _ in range(search.inner(i, steps)):
+            loss = search.loss(guided_step(eps, z, t, null, conditional, w, gap, abar), aim)
             optimiser.zero_grad()
             loss.sum().backward()  # of a sum, so that no picture feels how many others there are
             before = null.detach().clone()
             optimiser.step()
             with torch.no_grad():
                 null.copy_(torch.where(active, null, before))
-            active &= (loss >= enough(i)).view(-1, 1, 1)
+            active &= (loss >= search.enough(i)).view(-1, 1, 1)
             if not active.any():
                 break
         null = null.detach()
@@ -111,11 +129,6 @@ def shared_null_text(
             loss.sum().backward()
             optimiser.step()
     return null.detach()
-
-
-def distance(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
-    """Mean squared distance of each of B latents, B."""
-    return (a - b).square().mean((1, 2, 3))
 
 
 def guided_step(

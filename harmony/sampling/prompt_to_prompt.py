@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 
 from harmony.errors import UserError
-from harmony.models.attention import Layer, conditional, controlled
+from harmony.models.attention import AttentionControl, Layer, conditional, controlled
 from harmony.models.kit import Kit
 from harmony.sampling.ddim import step, timesteps
 from harmony.sampling.null_text import denoiser
@@ -217,23 +217,23 @@ class LocalBlend:
 def edit_latents(
     kit: Kit,
     z: torch.Tensor,
-    texts: torch.Tensor,
+    texts: Sequence[torch.Tensor],
     nulls: Sequence[torch.Tensor],
     w: float,
-    control: PromptToPrompt,
+    control: AttentionControl,
     blend: LocalBlend | None = None,
 ) -> torch.Tensor:
-    """Clean latents K x C x h x w of source and targets, all from the noise ``z`` 1 x C x h x w.
+    """Clean latents K x C x h x w of source and targets; the noise ``z`` is 1 x or K x C x h x w.
 
-    ``texts`` K x T x D, the source's first; ``nulls`` an empty prompt 1 x T x D for each step. Both halves of the
-    guidance are one call of the UNet, so that a call is a step.
+    For each step ``texts`` K x T x D, the source's first, and ``nulls``, an empty prompt 1 x T x D (or K x T x D). Both
+    halves of the guidance are one call of the UNet, so that a call is a step.
     """
     eps, abar, offset = denoiser(kit), kit.alphas_cumprod, kit.scheduler.config.steps_offset
-    gap, z = len(abar) // len(nulls), z.expand(len(texts), -1, -1, -1)
+    gap, z = len(abar) // len(nulls), z.expand(len(texts[0]), -1, -1, -1)
     with controlled(kit.unet, control) as steps:
-        for null, t in zip(nulls, timesteps(len(nulls), offset, len(abar)), strict=True):
+        for text, null, t in zip(texts, nulls, timesteps(len(nulls), offset, len(abar)), strict=True):
             at = steps.taken
-            e_u, e_c = eps(torch.cat([z, z]), t, torch.cat([null.expand_as(texts), texts])).chunk(2)
+            e_u, e_c = eps(torch.cat([z, z]), t, torch.cat([null.expand_as(text), text])).chunk(2)
             z = step(z, e_u + w * (e_c - e_u), t, t - gap, abar)
             if blend is not None:
                 z = blend(z, control.seen, at)

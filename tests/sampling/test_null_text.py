@@ -5,7 +5,7 @@ import torch
 
 from harmony.models.kit import Kit
 from harmony.sampling.ddim import invert, sample, step, timesteps
-from harmony.sampling.null_text import denoiser, enough, null_texts, rate, replay
+from harmony.sampling.null_text import Search, denoiser, enough, null_texts, rate, replay
 from harmony.sampling.text_to_image import whole_picture
 
 STEPS, W = 10, 7.5
@@ -49,10 +49,11 @@ def test_null_texts_bring_the_image_back(world):
     """Guards invariants 6 and 8: nearer than guidance alone and than fewer improvements; what is stored replays it."""
     eps, abar, text, empty, trajectory = world
     lines = []
-    nulls = null_texts(eps, trajectory, text, empty, W, abar, say=lines.append)
+    nulls = null_texts(eps, trajectory, [text] * STEPS, empty, W, abar, say=lines.append)
     assert len(nulls) == STEPS == len(lines) and all(null.shape == empty.shape for null in nulls)
     guided = replay(eps, trajectory[-1], text, [empty] * STEPS, W, abar)
-    fewer = replay(eps, trajectory[-1], text, null_texts(eps, trajectory, text, empty, W, abar, inner=1), W, abar)
+    little = null_texts(eps, trajectory, [text] * STEPS, empty, W, abar, search=Search(lambda i, n: 1))
+    fewer = replay(eps, trajectory[-1], text, little, W, abar)
     ours = replay(eps, trajectory[-1], text, nulls, W, abar)
     summed = [
         sum((a - b).square().mean().item() for a, b in zip(latents, trajectory[-2::-1], strict=True))
@@ -68,7 +69,8 @@ def test_null_texts_bring_the_image_back(world):
 def test_without_guidance_nothing_moves(world):
     """Guards invariant 7: at w = 1 the embeddings have no gradient; the condition in their place makes w inert."""
     eps, abar, text, empty, trajectory = world
-    assert all(torch.equal(null, empty) for null in null_texts(eps, trajectory, text, empty, 1.0, abar, inner=2))
+    found = null_texts(eps, trajectory, [text] * STEPS, empty, 1.0, abar, search=Search(lambda i, n: 2))
+    assert all(torch.equal(null, empty) for null in found)
     one, many = (replay(eps, trajectory[-1], text, [text] * STEPS, w, abar)[-1] for w in (1.0, 7.5))
     assert torch.allclose(one, many, atol=1e-10)
 

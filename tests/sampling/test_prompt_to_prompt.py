@@ -197,10 +197,10 @@ def test_a_local_edit(kit):
     z = torch.randn(1, 4, side, side, generator=torch.Generator().manual_seed(1))
     control = PromptToPrompt([edit_of(kit)], cross=3, own=2, maps=64)
     nothing = torch.zeros(2, kit.tokenizer.model_max_length)
-    source, target = edit_latents(kit, z, texts, [null] * STEPS, 3.0, control, LocalBlend(nothing, 0))
+    source, target = edit_latents(kit, z, [texts] * STEPS, [null] * STEPS, 3.0, control, LocalBlend(nothing, 0))
     assert torch.equal(source, target), "no word looks anywhere: all is kept"
     before = kit.unet.attn_processors
-    plain = edit_latents(kit, z, texts, [null] * STEPS, 3.0, PromptToPrompt([edit_of(kit)], 0, 0))
+    plain = edit_latents(kit, z, [texts] * STEPS, [null] * STEPS, 3.0, PromptToPrompt([edit_of(kit)], 0, 0))
     eps = guided(kit, whole_picture(kit, 2), texts, null, 3.0)
     with torch.no_grad():
         expected = sample(eps, z.repeat(2, 1, 1, 1), STEPS, kit.alphas_cumprod)

@@ -1,0 +1,107 @@
+"""F2. The judge of composites: how natural an object looks in its photograph, from its colours and the mask.
+
+A residual network with four input channels (RGB and mask) and two classes (method sheet 4.7). The folder of a judge
+holds ``judge.safetensors`` and ``judge.json``: architecture, side in pixels, temperature, what it was trained on.
+"""
+
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import cv2
+import numpy as np
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+
+from harmony.errors import UserError
+from harmony.files import write_json
+from harmony.images import resize, to_model
+from harmony.models.kit import ASSETS
+
+WEIGHTS, FACTS = "judge.safetensors", "judge.json"
+NATURAL = 1  # the class of real photographs
+
+
+def judge_net(arch: str, options: dict | None = None) -> torch.nn.Module:
+    """timm's ``arch`` with four input channels and two classes. UserError for a name that timm does not know."""
+    import timm
+
+    if not timm.is_model(arch):
+        near = timm.list_models(f"*{arch}*")[:3]
+        raise UserError(f"arch={arch}: timm has no such model{f', it has {near}' if near else ''}")
+    return timm.create_model(arch, in_chans=4, num_classes=2, **(options or {}))
+
+
+def seen(images: torch.Tensor, masks: torch.Tensor) -> torch.Tensor:
+    """B x 3 x H x W in [-1, 1] and B x 1 x H x W in [0, 1] -> what the network sees, B x 4 x H x W."""
+    return torch.cat([images, masks], 1)
+
+
+@dataclass(frozen=True)
+class Judge:
+    """A trained judge: its network, the ``side`` of the squares it sees, and what its logits are divided by."""
+
+    net: torch.nn.Module
+    side: int
+    temperature: float = 1.0
+
+    @torch.no_grad()
+    def score(self, images: Sequence[np.ndarray], masks: Sequence[np.ndarray]) -> list[float]:
+        """The probability in [0, 1] that each uint8 H x W x 3 with its object (bool H x W) is as it was taken."""
+        device = next(self.net.parameters()).device
+        x = torch.stack([to_model(resize(image, self.side, self.side)) for image in images])
+        m = np.stack([resize(mask.astype(np.float32), self.side, self.side) for mask in masks])
+        logits = self.net(seen(x, torch.from_numpy(m)[:, None]).to(device)).float()
+        return (logits / self.temperature).softmax(1)[:, NATURAL].tolist()
+
+
+def save_judge(judge: Judge, folder: Path, **facts) -> Path:
+    """Write a judge in half precision; ``facts`` say ``arch``, ``options`` and where it comes from."""
+    folder.mkdir(parents=True, exist_ok=True)
+    state = {k: v.half() if v.is_floating_point() else v for k, v in judge.net.state_dict().items()}
+    partial = folder / f".{WEIGHTS}.partial"
+    save_file({k: v.cpu().contiguous() for k, v in state.items()}, partial, {"format": "pt"})
+    partial.replace(folder / WEIGHTS)
+    write_json(folder / FACTS, {"side": judge.side, "temperature": judge.temperature, **facts})
+    return folder
+
+
+def judge_folder(path: str | Path) -> Path:
+    """The folder of a judge: ``path``, its export, or a shipped name. UserError where there is none."""
+    for folder in (Path(path) / "export", Path(path), ASSETS / str(path)):
+        if (folder / WEIGHTS).is_file() and (folder / FACTS).is_file():
+            return folder
+    raise UserError(f"there is no judge in {path}: give a run of experiment=judge")
+
+
+def load_judge(path: str | Path, device: torch.device | str = "cpu") -> Judge:
+    """The judge of a run, a folder or a shipped name, frozen. UserError for files that are damaged or do not fit."""
+    folder = judge_folder(path)
+    try:
+        facts = json.loads((folder / FACTS).read_text())
+        net = judge_net(facts["arch"], facts["options"])
+        net.load_state_dict(
+            {k: v.float() if v.is_floating_point() else v for k, v in load_file(folder / WEIGHTS).items()}
+        )
+    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
+        raise UserError(f"the judge in {folder} cannot be read: {str(error).splitlines()[0]}") from None
+    return Judge(net.requires_grad_(False).eval().to(device), facts["side"], facts["temperature"])
+
+
+def statistic(image: np.ndarray, mask: np.ndarray) -> float:
+    """A judge without a network, in (0, 1]: how near mean and deviation of the object's Lab colours are to its
+    photograph's; a distance of 20 halves it. Colourful objects look unnatural to it.
+    """
+    lab = cv2.cvtColor(image.astype(np.float32) / 255, cv2.COLOR_RGB2Lab)
+    (mean, spread), (mean_b, spread_b) = ((lab[m].mean(0), lab[m].std(0)) for m in (mask, ~mask))
+    return float(1 / (1 + np.hypot(np.linalg.norm(mean - mean_b), np.linalg.norm(spread - spread_b)) / 20))
+
+
+def evaluator(name: str | None, device: torch.device | str = "cpu") -> Callable[[np.ndarray, np.ndarray], float] | None:
+    """What scores an image with the mask of its object: ``statistic``, a trained judge, or nothing for None."""
+    if name is None or name == "statistic":
+        return name and statistic
+    judge = load_judge(name, device)
+    return lambda image, mask: judge.score([image], [mask])[0]
