@@ -60,6 +60,22 @@ def study(cfg: DictConfig, kit, manifest: Path, folder: Path):
     return Study(cfg.name, spec, nets, painters, *at, *share, cfg.clip)
 
 
+def measured(cfg: DictConfig, folder: Path) -> tuple[dict, dict, str, list[Path]]:
+    """(figures, facts, table, pictures) of what the configuration asks for; people need neither dataset nor kit."""
+    if cfg.study.bench == "user_study":
+        from harmony.sampling.user_study import UserStudy
+
+        spec = OmegaConf.to_container(cfg.user_study, resolve=True)
+        return UserStudy(cfg.name, spec, folder, cfg.limit, cfg.seed, rank()).measure()
+    manifest = ensure(OmegaConf.to_container(cfg.dataset, resolve=True), cfg.model.path, cfg.paths.work)
+    kit = instantiate(cfg.model).to(device())
+    if cfg.study.bench is None:
+        metrics, facts, text, pictures = before_after(cfg, kit, manifest, folder)
+    else:
+        metrics, facts, text, pictures = study(cfg, kit, manifest, folder).measure()
+    return metrics, facts | {"manifest": manifest_hash(manifest)}, text, pictures
+
+
 def world() -> int:
     """How many processes torchrun or srun started."""
     return int(os.environ.get("WORLD_SIZE") or os.environ.get("SLURM_STEP_NUM_TASKS") or 1)
@@ -76,18 +92,10 @@ def main(cfg: DictConfig) -> None:
     """Figures, table and picture of one ControlNet or of a study."""
     began = time.monotonic()
     folder = run_folder(cfg)
-    manifest = ensure(OmegaConf.to_container(cfg.dataset, resolve=True), cfg.model.path, cfg.paths.work)
-    kit = instantiate(cfg.model).to(device())
-    if cfg.study.bench is None:
-        metrics, measured, text, pictures = before_after(cfg, kit, manifest, folder)
-    else:
-        metrics, measured, text, pictures = study(cfg, kit, manifest, folder).measure()
+    metrics, facts, text, pictures = measured(cfg, folder)
     if rank() > 0:
         return
-    facts = provenance(
-        cfg, **measured, wall_time_s=round(time.monotonic() - began, 1), manifest=manifest_hash(manifest)
-    )
-    write_json(folder / "provenance.json", facts)
+    write_json(folder / "provenance.json", provenance(cfg, **facts, wall_time_s=round(time.monotonic() - began, 1)))
     log(cfg, folder, metrics, pictures)
     write_json(folder / "metrics.json", metrics)
     print(f"\n{text}")

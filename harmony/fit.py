@@ -61,7 +61,8 @@ def main(cfg: DictConfig) -> None:
     numbers = {k: float(v) for k, v in trainer.callback_metrics.items() if not k.endswith(("_step", "_epoch"))}
     measured, text = {}, ""
     if hasattr(module, "export"):  # the parts of a kit write themselves into their kit
-        module.eval().requires_grad_(False).to(module.kit.device)  # Lightning has moved it to the CPU
+        home = module.kit.device if hasattr(module, "kit") else module.device
+        module.eval().requires_grad_(False).to(home)  # Lightning has moved it to the CPU
         known = OmegaConf.to_container(cfg.data.get("hints") or OmegaConf.create(), resolve=True)
         module.export(folder / "export", known)
     if (e := cfg.evaluate) is not None:

@@ -24,8 +24,8 @@ from omegaconf import DictConfig, ListConfig, OmegaConf
 
 from harmony.composites import copy_paste, place, poisson, reinhard
 from harmony.config import entry, literal, make_folder, new_folder, unfinished
-from harmony.data.captions import caption_images, caption_picture
-from harmony.data.descriptions import Describer, VisionLanguageModel, WordScorer, parsed, read_descriptions
+from harmony.data.captions import caption_images
+from harmony.data.descriptions import Describer, VisionLanguageModel, parsed, read_descriptions
 from harmony.errors import UserError
 from harmony.exemplars import cut_out, exemplar
 from harmony.files import write_json, write_text
@@ -33,10 +33,9 @@ from harmony.images import crop_resize, grid, open_image, paste_crop, read_image
 from harmony.masks import OBJECT, TEST_RADIUS, read_mask
 from harmony.models.controlnet import net_hash
 from harmony.models.exemplar import load_painter, painter_hash
-from harmony.models.judge import WEIGHTS, evaluator, judge_folder
+from harmony.models.judge import evaluator, judge_hash
 from harmony.models.kit import Kit
 from harmony.models.timing import now, timed
-from harmony.sampling.benchmark import clip_of
 from harmony.sampling.ddim import timesteps
 from harmony.sampling.exemplar import fill_by_example
 from harmony.sampling.harmonize import (
@@ -49,7 +48,7 @@ from harmony.sampling.harmonize import (
     load_branch,
     working_square,
 )
-from harmony.sampling.zero_shot import Parts, Round, best, rounds, run_together
+from harmony.sampling.zero_shot import Parts, Round, best, rounds, run_together, word_scorer
 
 PATHS = (
     "dir",
@@ -310,25 +309,13 @@ def described(cfg: DictConfig, kit: Kit) -> Describer:
     return lambda composite, mask: words
 
 
-def word_scorer(kit: Kit, name: str | None) -> WordScorer:
-    """CLIP, the kit's own or open_clip's ``name``, scores the lists; the kit's captioner says what the object is."""
-    clip = clip_of(kit, name)
-    if clip is None:
-        raise UserError(f"kit {kit.name} has no CLIP image tower: give prompts=, clip=NAME/WEIGHTS or describer=MODEL")
-    captioner, processor = kit.captioner, kit.processor
-
-    def object_of(composite: np.ndarray) -> str:
-        said, comma, _ = caption_picture(composite, captioner, processor, kit.device).rpartition(",")
-        return said + comma if comma else _
-
-    return WordScorer(clip, object_of, lambda word: len(kit.encode(word)) == 1)
-
-
 def by_zero_shot(cfg: DictConfig) -> Method:
     """Load kit, describer and evaluator, and give what harmonizes one composite in rounds."""
     kit = instantiate(cfg.model).to("cuda" if torch.cuda.is_available() else "cpu")
     score = evaluator(cfg.evaluator, kit.device)
     parts = Parts(cfg.steps, cfg.guidance, **instantiate(cfg.zero_shot, _convert_="all"))
+    if parts.deep is not None:
+        parts.deep.requires_grad_(False).eval().to(kit.device)
     judged = "each round is made" if score is None else f"{cfg.evaluator} decides"
     print(
         f"zero-shot on kit {kit.name} at {kit.resolution} px, {kit.device.type}, {cfg.rounds} rounds at most, {judged}"
@@ -410,8 +397,7 @@ def made_of(cfg: DictConfig) -> dict:
     if cfg.method == "paint_by_example":
         hashes["painter"] = painter_hash(cfg.painter)
     elif cfg.method == "zero_shot":
-        if cfg.evaluator not in (None, "statistic"):
-            hashes["evaluator"] = sha256(judge_folder(cfg.evaluator) / WEIGHTS)
+        hashes["evaluator"] = judge_hash(cfg.evaluator)
     else:
         hashes |= {name: net_hash(cfg[name]) for name in ("controlnet", "structure") if cfg[name]}
     asked = OmegaConf.to_container(cfg, resolve=True)

@@ -6,12 +6,13 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from harmony import evaluate
 from harmony.config import check_experiment, compose, load_yaml, options, why
 from harmony.errors import UserError
-from harmony.images import read_image
+from harmony.images import read_image, write_image
 from harmony.models.controlnet import export_controlnet
 from harmony.models.exemplar import export_painter, fresh_encoder, painting_unet
 from harmony.models.kit import Kit
@@ -62,7 +63,7 @@ def study_of(words: list[str]):
     return compose("evaluate", words)
 
 
-@pytest.mark.parametrize("name", [name for name in STUDIES if name != "editing"])
+@pytest.mark.parametrize("name", [name for name in STUDIES if name not in ("editing", "user_study")])
 def test_a_study_runs(name, ready, tmp_path, capsys):
     """Guards the way of every study: table with all rows, figure, flat metrics; nothing changes outside the hole."""
     cfg = study_of(ready(name))
@@ -94,6 +95,28 @@ def test_the_editing_study_runs(ready, tmp_path, capsys):
     said = capsys.readouterr().out
     assert "n = 2 scenes of editing" in (folder / "table.md").read_text() and str(folder / "figure.png") in said
     assert {"kit/unet", "edits"} <= set(json.loads((folder / "provenance.json").read_text())["made_of"])
+
+
+def test_the_user_study_needs_neither_dataset_nor_kit(tmp_path, monkeypatch, capsys):
+    """Guards people's time: finished pictures alone make the page, and a file that is no answers ends in one line."""
+    monkeypatch.setattr(evaluate, "ensure", lambda *recipe: 1 / 0)
+    for method, value in (("ours", 60), ("paper", 90)):
+        (tmp_path / method / "0000").mkdir(parents=True)
+        write_image(tmp_path / method / "0000" / "harmonized.png", np.full((8, 8, 3), value, np.uint8))
+    methods = f"user_study.methods={{ours: {tmp_path / 'ours'}, paper: {tmp_path / 'paper'}}}"
+    words = ["experiment=user_study", methods, f"paths.runs={tmp_path / 'runs'}", "model.path=nowhere", "logger=none"]
+    monkeypatch.setattr(sys, "argv", ["evaluate", *words])
+    evaluate.main()
+    (folder,) = (tmp_path / "runs" / "user_study").iterdir()
+    made = {"study.html", "study.json", "table.csv", "table.md", "metrics.json", "provenance.json"}
+    assert made <= set(os.listdir(folder))
+    said = capsys.readouterr().out.splitlines()
+    assert str(folder / "study.html") in said and said[-1] == str(folder)
+    monkeypatch.setattr(sys, "argv", ["evaluate", *words, f"user_study.answers={folder / 'metrics.json'}"])
+    with pytest.raises(SystemExit, match="2"):
+        evaluate.main()
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("harmony: error:") and "metrics.json holds no answers of a user study" in line
 
 
 def test_what_is_left_out_and_nothing_left(ready, tmp_path):

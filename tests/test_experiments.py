@@ -11,6 +11,7 @@ import torch
 from harmony.config import check_experiment, compose, load_yaml, options, why
 from harmony.fit import main
 from harmony.models.controlnet import export_controlnet
+from harmony.models.judge import load_judge
 from harmony.models.kit import Kit, load_part
 from harmony.models.textual_inversion import read_word
 
@@ -56,6 +57,7 @@ SMALL = {
         "token='<mug>'", "init=car", "vectors=2", f"dataset.dir={CONCEPT}", "data.batch_size=2", "data.previews=2",
         "module.steps=2", "trainer.val_check_interval=2",
     ],
+    "JudgeTask": ["data.side=32", "data.batch_size=2", "trainer.val_check_interval=2"],
 }  # fmt: skip
 WRITES = {"VAETask": ["vae"], "CLIPTask": ["text_encoder", "image_encoder", "tokenizer"],
           "CaptionerTask": ["captioner"],
@@ -112,6 +114,8 @@ def test_it_runs(name, random_kit, awake, prepared_work, tmp_path):
         seen = json.loads((folder / "provenance.json").read_text())["pictures"]
         assert set(seen) == {"captions.json", *(f"{n}.jpg" for n in range(5))}
         assert {"concept/clip_i", "baseline/concept/clip_i"} <= set(metrics)
+    if task == "JudgeTask":
+        assert load_judge(folder).side == 32 and "test/auc" in metrics
     for part in WRITES.get(task, []):
         assert max(path.stat().st_mtime_ns for path in (kit / part).iterdir()) > began
         load_part(str(kit), part)

@@ -330,21 +330,14 @@ def under_other_light(image: np.ndarray, mask: np.ndarray, rng: np.random.Genera
     return lit
 
 
-def softened(composite: np.ndarray, mask: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    """The composite with its object blurred a little, half of the time: sharpness says nothing of light."""
-    if rng.random() < 0.5:
-        return composite
-    blurred = cv2.GaussianBlur(composite, (0, 0), max(0.1, scaled(rng.uniform(0, SOFT), mask.shape)))
-    return copy_paste(composite, blurred, mask)
-
-
 class Composites(torch.utils.data.Dataset):
-    """Photographs as they were taken (label 1), and with their object under another light (label 0).
+    """Photographs with their object under another light (label 0), and as they were taken (label 1).
 
-    Squares of ``side`` R of a manifest's split, held in memory. An item is ``image`` 3 x R x R in [-1, 1], ``mask``
-    1 x R x R and ``label``, drawn from (seed, position) alone. The other light is the render under its second light
-    where the dataset has one, in half of the draws, else a random change of exposure, white balance and contrast.
-    ``photos``: the share that pictures without a second light have, by repetition (None: each once).
+    Squares of ``side`` R of a manifest's split, held in memory. An item is such a pair, alike in all but the light:
+    ``image`` 2 x 3 x R x R in [-1, 1], ``mask`` 2 x 1 x R x R and ``label`` 2, drawn from (seed, position) alone. The
+    other light is the render under its second light where the dataset has one, in half of the draws, else a random
+    change of exposure, white balance and contrast. ``photos``: the share that pictures without a second light have, by
+    repetition (None: each once).
     """
 
     def __init__(self, manifest: Path, split: str, side: int, crop: str, seed: int, photos: float | None = None):
@@ -358,35 +351,41 @@ class Composites(torch.utils.data.Dataset):
             if time.monotonic() - said > 10:
                 print(f"{split}: {done}/{len(rows)} pictures read", flush=True)
                 said = time.monotonic()
-        self.order = list(range(len(rows)))
-        taken, rendered = self.render.count(False), self.render.count(True)
+        self.order = self.repeated(photos)
+
+    def repeated(self, photos: float | None) -> list[int]:
+        """The indices of all examples, those of photographs as often as their share wants."""
+        taken = [i for i, render in enumerate(self.render) if not render]
+        times, rendered = 1, len(self.render) - len(taken)
         if photos and taken and rendered:
-            times = max(1, round(photos / (1 - photos) * rendered / taken))
-            self.order += [i for i, render in enumerate(self.render) if not render] * (times - 1)
+            times = max(1, round(photos / (1 - photos) * rendered / len(taken)))
+        return [*range(len(self.render)), *taken * (times - 1)]
 
     def __len__(self) -> int:
         return len(self.order)
 
-    def __getitem__(self, key: tuple[int, int]) -> dict:
+    def __getitem__(self, key: tuple[int, int]) -> dict[str, torch.Tensor]:
         position, i = key[0], self.order[key[1]]
         image, mask, relit = self.examples[i]
         rng = np.random.default_rng([self.seed, position])
-        label = position % 2
         if rng.random() < 0.5:
             image, mask, relit = (np.ascontiguousarray(a[:, ::-1]) for a in (image, mask, relit))
-        if label == 0:
-            rendered = self.render[i] and rng.random() < 0.5
-            image = copy_paste(image, relit if rendered else under_other_light(image, mask, rng), mask)
+        lit = relit if self.render[i] and rng.random() < 0.5 else under_other_light(image, mask, rng)
+        pair = np.stack([copy_paste(image, lit, mask), image])
         if rng.random() < 0.25:  # the whole picture: no exposure is wrong in itself
-            image = other_light(image, rng)
-        image = softened(image, mask, rng)
-        return {"image": to_model(image), "mask": torch.from_numpy(mask[None]).float(), "label": label}
+            pair = other_light(pair, rng)
+        if rng.random() < 0.5:  # how sharp an object is says nothing of its light
+            sigma = max(0.1, scaled(rng.uniform(0, SOFT), mask.shape))
+            pair = np.stack([copy_paste(x, cv2.GaussianBlur(x, (0, 0), sigma), mask) for x in pair])
+        masks = torch.from_numpy(mask).float().expand(2, 1, -1, -1)
+        return {"image": torch.stack([to_model(x) for x in pair]), "mask": masks, "label": torch.tensor([0, 1])}
 
 
 class JudgeData(lightning.LightningDataModule):
-    """Composites of a manifest for the judge. ``photos``: the share of photographs in a batch, where it has both.
+    """Composites of a manifest for the judge, ``batch_size`` pairs at a time.
 
-    The validation loaders are the validation and the test split, each picture once with either label.
+    ``photos``: the share of photographs among them where it has renders too. The validation loaders are the validation
+    and the test split, each picture once.
     """
 
     def __init__(self, manifest: str, side: int, batch_size: int, photos: float = 0.5, workers: int = 0, seed: int = 0):
@@ -408,9 +407,7 @@ class JudgeData(lightning.LightningDataModule):
         return DataLoader(composites, h.batch_size, sampler=stream, num_workers=h.workers)
 
     def val_dataloader(self):
-        return [self.both(self.sets[split]) for split in ("validation", "test")]
-
-    def both(self, composites: Composites) -> DataLoader:
-        """Every picture as it was taken, and under another light."""
-        order = [(2 * i + label, i) for i in range(len(composites)) for label in (0, 1)]
-        return DataLoader(composites, self.hparams.batch_size, sampler=order)
+        return [
+            DataLoader(s, self.hparams.batch_size, sampler=[(i, i) for i in range(len(s))])
+            for s in (self.sets["validation"], self.sets["test"])
+        ]

@@ -13,6 +13,7 @@ from typing import Protocol
 import cv2
 import numpy as np
 import torch
+from safetensors import SafetensorError
 
 from harmony.errors import UserError
 from harmony.metrics.similarity import Clip, box_of, embeddings
@@ -71,7 +72,7 @@ def parsed(text: str) -> list[Description]:
         object_, colon, lights = part.rpartition(":")
         foreground, arrow, background = lights.partition("->")
         words = [" ".join(words.split()) for words in (object_, foreground, background)]
-        if not (colon and arrow and all(words)):
+        if not (colon and arrow and all(words)) or "->" in words[2]:
             raise UserError(f"prompts={part!r}: write {FORM}, several with semicolons between")
         found.append(Description(*words))
     if not found:
@@ -88,12 +89,12 @@ def read_descriptions(path: Path, name: str) -> list[Description]:
         data = json.loads(Path(path).read_text())
     except (OSError, ValueError) as error:
         raise UserError(f"prompts={path} cannot be read: {str(error).splitlines()[0]}") from None
-    listed = data.get(name) if isinstance(data, dict) else data
-    if listed is None:
+    if isinstance(data, dict) and name not in data:
         raise UserError(f"{path} describes {', '.join(list(data)[:3]) or 'nothing'}, but not {name}")
+    listed = data[name] if isinstance(data, dict) else data
     try:
-        found = [Description(*(str(item[field]).strip() for field in FIELDS)) for item in listed]
-    except (KeyError, TypeError):
+        found = [Description(*(" ".join(item[field].split()) for field in FIELDS)) for item in listed]
+    except (KeyError, TypeError, AttributeError):
         found = []
     if not found or not all(all(vars(d).values()) for d in found):
         raise UserError(f"{path}: each description of {name} wants {', '.join(FIELDS)}")
@@ -130,7 +131,7 @@ def measured(pixels: np.ndarray) -> set[str]:
         found |= {"cold"}
     if chroma < 8:
         return found | {"grey", "neutral"}
-    tones = ((15, "pink"), (45, "red"), (75, "orange"), (105, "yellow"), (195, "green"), (285, "blue"), (325, "purple"))
+    tones = ((15, "pink"), (45, "red"), (75, "orange"), (105, "yellow"), (195, "green"), (309, "blue"), (335, "purple"))
     return found | {next((tone for end, tone in tones if hue < end), "pink")}
 
 
@@ -162,6 +163,8 @@ class WordScorer:
             raise UserError("the model knows none of the words for light: give prompts=, or describer=MODEL")
 
     def __call__(self, composite: np.ndarray, mask: np.ndarray) -> list[Description]:
+        if mask.all():
+            raise UserError("the mask is white everywhere: there is no light around the object to be told")
         object_ = self.name(composite)
         own, likely = self.ranked(object_, alone(composite, mask), composite[mask])[0]
         around = self.ranked(object_, surroundings(composite, mask), composite[~mask])
@@ -177,6 +180,12 @@ class WordScorer:
         cosines += torch.tensor([self.TRUST * len(spoken_for.intersection(light)) for light in self.lights])
         found = zip(self.lights, (self.SCALE * cosines).softmax(0).tolist(), strict=True)
         return sorted(((phrase(*light), share) for light, share in found), key=lambda pair: -pair[1])
+
+
+def bare(text: str) -> list[str]:
+    """The words of a text in lower case, without punctuation."""
+    words = (word.strip(".,:;!?\"'()") for word in text.lower().split())
+    return [word for word in words if word]
 
 
 class VisionLanguageModel:
@@ -197,7 +206,7 @@ class VisionLanguageModel:
         try:
             self.processor = AutoProcessor.from_pretrained(path)
             self.model = AutoModelForImageTextToText.from_pretrained(path).eval().to(device)
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, SafetensorError) as error:
             reason = str(error).splitlines()[0]
             raise UserError(f"describer={path}: no vision-language model of transformers there ({reason})") from None
 
@@ -214,8 +223,10 @@ class VisionLanguageModel:
         if made.shape[1] >= prompt.shape[1] and torch.equal(made[:, : prompt.shape[1]], prompt):
             made = made[:, prompt.shape[1] :]
         said = self.processor.batch_decode(made, skip_special_tokens=True)[0]
-        words = [word.strip(".,:;!?\"'()") for word in said.lower().split()]
-        return " ".join([word for word in words if word][: self.LENGTH])
+        words = bare(said)
+        if "answer" in words:  # some models say the whole question once more
+            words = words[len(words) - words[::-1].index("answer") :]
+        return " ".join(words[: self.LENGTH])
 
     def __call__(self, composite: np.ndarray, mask: np.ndarray) -> list[Description]:
         found = Description(

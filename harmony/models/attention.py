@@ -18,6 +18,7 @@ import torch
 from diffusers import UNet2DConditionModel
 from diffusers.models.attention_processor import Attention
 
+MAPS = 16  # positions along one side of the maps that say where words look, at most
 PLACES = {"down_blocks": "down", "mid_block": "mid", "up_blocks": "up"}
 
 
@@ -55,6 +56,17 @@ def layers(unet: UNet2DConditionModel) -> list[Layer]:
         Layer(name.removesuffix(".processor"), PLACES[name.partition(".")[0]], ".attn2." in name)
         for name in unet.attn_processors
     ]
+
+
+def map_side(unet: UNet2DConditionModel, side: int) -> int:
+    """Positions along one side of the maps that say where words look, for latents of ``side`` cells: the finest layers
+    outside the middle that attend to words and have no more than ``MAPS``, else the coarsest there are.
+    """
+    sides = []
+    for block in unet.config.down_block_types:
+        sides += [side] if "CrossAttn" in block else []
+        side = -(-side // 2)
+    return max((s for s in sides if s <= MAPS), default=min(sides))
 
 
 class Controlled:

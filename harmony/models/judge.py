@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 
 from harmony.errors import UserError
 from harmony.files import write_json
-from harmony.images import resize, to_model
+from harmony.images import resize, sha256, to_model
 from harmony.models.kit import ASSETS
 
 WEIGHTS, FACTS = "judge.safetensors", "judge.json"
@@ -74,6 +74,11 @@ def judge_folder(path: str | Path) -> Path:
         if (folder / WEIGHTS).is_file() and (folder / FACTS).is_file():
             return folder
     raise UserError(f"there is no judge in {path}: give a run of experiment=judge")
+
+
+def judge_hash(name: str | None) -> str:
+    """sha256 of a judge's weights; the name of an evaluator that has none."""
+    return str(name) if name in (None, "statistic") else sha256(judge_folder(name) / WEIGHTS)
 
 
 def load_judge(path: str | Path, device: torch.device | str = "cpu") -> Judge:

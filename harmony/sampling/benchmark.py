@@ -16,6 +16,8 @@ import numpy as np
 import torch
 
 from harmony.composites import paste_back
+from harmony.data.captions import given_captions
+from harmony.data.descriptions import Description
 from harmony.data.latents import Example, Recipe, example
 from harmony.data.manifest import read_manifest
 from harmony.errors import UserError
@@ -42,7 +44,8 @@ class Bench:
 
     ``backgrounds`` are the pictures that the instance is put into, ``instances`` those it is taken from, uint8
     R x R x 3; None = the truth itself. ``shadows`` bool R x R: where the truth's cast shadow lies. ``exemplars`` uint8
-    S x S x 3: what Paint by Example is shown; None = the instance's own box, as the examples hold it.
+    S x S x 3: what Paint by Example is shown; None = the instance's own box, as the examples hold it. ``lights``: the
+    words for the instance's light and for the picture's, where the dataset knows both.
     """
 
     name: str
@@ -52,6 +55,7 @@ class Bench:
     instances: list[np.ndarray] | None = None
     shadows: list[np.ndarray] | None = None
     exemplars: list[np.ndarray] | None = None
+    lights: list[Description] | None = None
 
     def __len__(self) -> int:
         return len(self.examples)
@@ -102,7 +106,7 @@ def relight_bench(
     )
     if not rows:
         raise UserError(f"{manifest} knows no truth for relighting (plate, relit, shadow): use dataset=studio")
-    examples, plates, relit, shadows = [], [], [], []
+    examples, plates, relit, shadows, said = [], [], [], [], {}
     for row in rows:
         e = example(row, root, Recipe(), resolution)
         other = read_image(root / row.extras["relit"])
@@ -112,7 +116,19 @@ def relight_bench(
         relit.append(crop_resize(other, e.crop, resolution))
         shadow = read_mask(root / row.extras["shadow"], (row.width, row.height), empty=True)
         shadows.append(crop_resize(shadow, e.crop, resolution))
-    return Bench(split, examples, [r.caption for r in rows], plates, relit, shadows)
+        folder = (root / row.image).parents[1]
+        said.setdefault(folder, given_captions(folder))
+    words = [said[(root / row.image).parents[1]].get(row.id, []) for row in rows]
+    lights = [between(*texts[:2]) for texts in words] if all(len(texts) > 1 for texts in words) else None
+    return Bench(split, examples, [r.caption for r in rows], plates, relit, shadows, lights=lights)
+
+
+def between(caption: str, relit: str) -> Description:
+    """The words of two captions of one object (``a red car on snow, grey overcast light``): ``caption`` says the light
+    of the picture, ``relit`` that of the object that is put into it.
+    """
+    (object_, _, background), (_, _, foreground) = (text.rpartition(", ") for text in (caption, relit))
+    return Description(f"{object_},", foreground, background)
 
 
 def degraded(bench: Bench, factor: int) -> Bench:

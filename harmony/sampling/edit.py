@@ -19,6 +19,7 @@ from safetensors.torch import load_file, save
 
 from harmony.errors import UserError
 from harmony.images import from_model, to_model
+from harmony.models.attention import map_side
 from harmony.models.kit import DIFFUSION, Kit
 from harmony.sampling.ddim import invert
 from harmony.sampling.null_text import Search, denoiser, null_texts, replay
@@ -34,7 +35,6 @@ from harmony.sampling.prompt_to_prompt import (
     spans,
 )
 
-MAPS = 16  # positions along one side of the attention maps that are looked at, at most
 START = 0.2  # share of the steps after which an edit is kept local
 
 
@@ -251,7 +251,9 @@ def edit_picture(kit: Kit, inversion: Inversion, planned: Plan, w: float, thresh
     ``threshold``: share of the largest attention above which a place belongs to a local edit.
     """
     mode, steps, side = planned.mode, len(inversion.nulls), kit.resolution // kit.factor
-    control = PromptToPrompt([planned.edit], int(mode.cross * steps), int(mode.own * steps), maps=min(MAPS, side) ** 2)
+    control = PromptToPrompt(
+        [planned.edit], int(mode.cross * steps), int(mode.own * steps), maps=map_side(kit.unet, side) ** 2
+    )
     blend = LocalBlend(planned.looked_at, int(START * steps), threshold) if mode.local else None
     text = kit.prompt(list(planned.prompts))
     z = edit_latents(kit, inversion.noise, [text] * steps, inversion.nulls, w, control, blend)

@@ -298,8 +298,8 @@ class EditingStudy:
         columns |= {row: [outputs[i] for i in few] for row, outputs in back.items() if "null" in row or "ddim" in row}
         first = np.cumsum([0, *(len(item.cases) for item in self.items)])
         for n, case in enumerate(self.items[0].cases if edits else ()):
-            for row in ("prompt alone", "null text and prompt-to-prompt"):
-                columns[f"{case.word}: {row}"] = [edits[row][first[i] + n] for i in few]
+            for row, title in (("prompt alone", "alone"), ("null text and prompt-to-prompt", "edit")):
+                columns[f"{case.word}: {title}"] = [edits[row][first[i] + n] for i in few]
             columns[f"{case.word}: truth"] = [self.items[i].truths[n] for i in few]
         if made:
             drawn.append(self.folder / "figure.png")

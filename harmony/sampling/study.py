@@ -21,9 +21,10 @@ from harmony.errors import UserError
 from harmony.exemplars import cut_out
 from harmony.images import read_image
 from harmony.masks import read_mask
-from harmony.metrics.fidelity import aggregate
+from harmony.metrics.fidelity import aggregate, fmse
 from harmony.models.controlnet import net_hash
 from harmony.models.exemplar import Painter, load_painter, painter_hash
+from harmony.models.judge import evaluator, judge_hash
 from harmony.models.kit import DIFFUSION, Kit
 from harmony.sample import Row
 from harmony.sampling.benchmark import (
@@ -47,6 +48,7 @@ from harmony.sampling.benchmark import (
 from harmony.sampling.exemplar_bench import Likeness, exemplar_bench
 from harmony.sampling.harmonize import Branch, Settings, load_branch
 from harmony.sampling.tables import curves, heat, mosaics, pictures, write_table
+from harmony.sampling.zero_shot import Evaluator, Parts, by_prior, word_scorer
 
 BLOCK = 16
 REAL = 1024  # pictures of the train split that stand for real ones, at most
@@ -54,15 +56,25 @@ WAIT = 3600  # seconds without any new block after which the other processes cou
 EXAMPLES = 8  # pictures on a study's figure
 SQUARES = 3  # of them on a figure of all pairs of lambdas
 PAINTER = "paint_by_example"  # which of the painters a row means that names none
+WORDS_OF = ("truth", "scored")  # who describes the two lights of a composite
 CHOICE = "fpsnr"  # what the best lambda is best in, on validation
 
 
 @dataclass(frozen=True)
 class Method:
-    """A row of a table: ``name``, and what makes the outputs."""
+    """A row of a table: ``name``, what makes the outputs, and the earlier rows whose outputs it is given too.
+
+    ``judged``: hash of the evaluator that has a say in them; those of another lie elsewhere.
+    """
 
     name: str
     fill: Fill
+    earlier: tuple[str, ...] = ()
+    judged: str = ""
+
+    @property
+    def stored(self) -> str:
+        return " ".join(filter(None, (self.name, self.judged[:8])))
 
 
 def _reinhard(background: np.ndarray, instance: np.ndarray, mask: np.ndarray) -> np.ndarray:
@@ -94,8 +106,8 @@ def blocks(count: int) -> list[range]:
     return [range(i, min(i + BLOCK, count)) for i in range(0, count, BLOCK)]
 
 
-def block_file(folder: Path, method: Method, block: range) -> Path:
-    return folder / method.name / f"{block.start:05d}.npy"
+def block_file(folder: Path, name: str, block: range) -> Path:
+    return folder / name / f"{block.start:05d}.npy"
 
 
 def run(
@@ -108,15 +120,18 @@ def run(
 ) -> None:
     """Compute this process's share of the blocks that are not in ``folder`` yet, then wait for those of the others."""
     jobs = [(method, block) for method in methods for block in blocks(len(bench))]
-    mine = [job for job in jobs[rank::world] if not block_file(folder, *job).exists()]
+    mine = [(m, block) for m, block in jobs[rank::world] if not block_file(folder, m.stored, block).exists()]
     began, done, total = time.monotonic(), 0, sum(len(block) for _, block in mine)
     for method, block in mine:
-        store(block_file(folder, method, block), method.fill(bench.part(block), list(block)))
+        files = [block_file(folder, name, block) for name in method.earlier]
+        await_blocks(files, say)  # each process goes through the rows in order, so that none waits for ever
+        made = method.fill(bench.part(block), list(block), *(list(np.load(file)) for file in files))
+        store(block_file(folder, method.stored, block), made)
         done += len(block)
         rate = done / (time.monotonic() - began)
         left = (total - done) / rate
         say(f"{bench.name}: {method.name}, {done}/{total} pictures, {rate:.1f} a second, {left:.0f} s left")
-    await_blocks([block_file(folder, *job) for job in jobs], say)
+    await_blocks([block_file(folder, method.stored, block) for method, block in jobs], say)
 
 
 def store(path: Path, outputs: list[np.ndarray]) -> None:
@@ -150,7 +165,7 @@ def outputs_of(folder: Path, made_of: dict[str, str]) -> Path:
 
 def outputs(bench: Bench, method: Method, folder: Path) -> list[np.ndarray]:
     """The stored outputs of a method, uint8 R x R x 3, in the order of the bench."""
-    return [image for block in blocks(len(bench)) for image in np.load(block_file(folder, method, block))]
+    return [image for block in blocks(len(bench)) for image in np.load(block_file(folder, method.stored, block))]
 
 
 def object_of(row: Row, root: Path) -> np.ndarray:
@@ -159,9 +174,28 @@ def object_of(row: Row, root: Path) -> np.ndarray:
     return cut_out(read_image(root / row.image), mask, pad=0)
 
 
+def picked(evaluator: Evaluator) -> Fill:
+    """Of the outputs of earlier rows, for each picture the one that the evaluator likes best."""
+
+    def fill(bench: Bench, indices: Sequence[int], *rows: list[np.ndarray]) -> list[np.ndarray]:
+        return [
+            max(images, key=lambda y: evaluator(y, e.mask)) for *images, e in zip(*rows, bench.examples, strict=True)
+        ]
+
+    return fill
+
+
+def best_picks(bench: Bench, rows: Sequence[list[np.ndarray]], picks: list[np.ndarray]) -> float:
+    """The share of pictures whose pick is, inside the object, as near to the truth as the nearest of ``rows``."""
+    near = []
+    for pick, e, *images in zip(picks, bench.examples, *rows, strict=True):
+        near.append(fmse(pick, e.image, e.mask) <= min(fmse(y, e.image, e.mask) for y in images))
+    return float(np.mean(near))
+
+
 def nets_of(node: dict) -> list[str]:
     """The ControlNets that a row runs."""
-    named = () if {"baseline", "guidance"} & {*node} else (net for net in node if net != "best")
+    named = () if {"baseline", "guidance", "zero_shot", "picked"} & {*node} else (net for net in node if net != "best")
     return [*node.get("best", ()), *named]
 
 
@@ -253,6 +287,28 @@ class Study:
         """Paint by Example at this guidance."""
         return Method(name, by_example(self.painter(painter), replace(self.settings, guidance=float(guidance))))
 
+    @cached_property
+    def evaluator(self) -> Evaluator | None:
+        return evaluator(self.spec["evaluator"], self.kit.device)
+
+    def by_prior(self, name: str, zero_shot: dict, after: str | None = None) -> Method:
+        """Zero-shot harmonization, from the outputs of the row ``after`` where one is named.
+
+        ``zero_shot``: ``words`` (truth: those of the dataset, or scored: the describer's), ``rounds``, of which the
+        evaluator chooses if there are several, and whatever else ``Parts`` knows.
+        """
+        node = {"words": "truth", "rounds": 1} | self.spec["zero_shot"] | zero_shot
+        words, count = node.pop("words"), node.pop("rounds")
+        if words not in WORDS_OF or (unknown := {*node} - {*Parts.__dataclass_fields__} - {"steps"}):
+            wrong = (
+                f"words={words}: choose {' or '.join(WORDS_OF)}" if words not in WORDS_OF else f"{unknown} is no part"
+            )
+            raise UserError(f"study.methods.{name}: {wrong}")
+        describe = word_scorer(self.kit, self.openclip) if words == "scored" else None
+        chooses = self.evaluator if count > 1 else None
+        fill = by_prior(self.kit, Parts(self.settings.steps, **node), describe, count, chooses)
+        return Method(name, fill, (after,) if after else (), judge_hash(self.spec["evaluator"]) if chooses else "")
+
     def weighted(self, name: str, weights: dict[str, float]) -> Method:
         """The method that runs the ControlNets with these weights."""
         branches = weighted({net: self.branch(net) for net in weights}, weights)
@@ -300,6 +356,11 @@ class Study:
             elif "guidance" in node:
                 listed.append(self.by_example(name, **node))
                 self.notes.append(f"{name}: guidance {node['guidance']:g}")
+            elif "zero_shot" in node:
+                listed.append(self.by_prior(name, **node))
+            elif "picked" in node:
+                fill = picked(self.evaluator)
+                listed.append(Method(name, fill, tuple(node["picked"]), judge_hash(self.spec["evaluator"])))
             elif "best" in node:
                 others = {net: weight for net, weight in node.items() if net != "best"}
                 listed.append(self.best(name, node["best"], **others))
@@ -331,6 +392,8 @@ class Study:
                 name = node.get("painter", PAINTER)
                 path = self.painters.get(name)
                 facts |= {f"painters/{name}": painter_hash(path)} if path else {}
+            if "picked" in node or node.get("zero_shot", {}).get("rounds", 1) > 1:
+                facts["evaluator"] = judge_hash(self.spec["evaluator"])
             for net in nets_of(node):
                 path = self.controlnets.get(net)
                 facts |= {f"controlnets/{net}": net_hash(path)} if path else {}
@@ -338,7 +401,8 @@ class Study:
 
     @property
     def made(self) -> Path:
-        return outputs_of(self.folder, self.made_of)
+        """Where the outputs lie; another evaluator has its own rows there (``Method.stored``)."""
+        return outputs_of(self.folder, {name: value for name, value in self.made_of.items() if name != "evaluator"})
 
     def measure(self) -> tuple[dict, dict, str, list[Path]]:
         """(figures, facts, table, pictures); on other ranks than the first the share of outputs alone is made."""
@@ -364,6 +428,12 @@ class Study:
                 row = f"{method.name} x{factor}" if several else method.name
                 raw = outputs(bench, method, folder)
                 table[row] = ruler.figures(raw)
+                if chosen_from := (self.spec["methods"].get(method.name) or {}).get("picked"):
+                    rounds = [outputs(bench, m, folder) for m in methods if m.name in chosen_from]
+                    share = best_picks(bench, rounds, raw)
+                    self.notes.append(
+                        f"{row}: the evaluator's pick is the best of {len(rounds)} in {100 * share:.0f} %"
+                    )
                 columns[row] = pasted(part, [raw[i] for i in few])
         if self.rank > 0:
             return {}, {}, "", []

@@ -7,24 +7,26 @@ attention stays that of the composite. ``harmonize_once`` is one such round; ``r
 
 import math
 from collections.abc import Callable, Generator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 
 from harmony.composites import copy_paste
-from harmony.data.descriptions import Description
+from harmony.data.captions import caption_picture
+from harmony.data.descriptions import Description, WordScorer
 from harmony.errors import UserError
 from harmony.images import from_model, to_model
-from harmony.models.attention import Layer, conditional, controlled
+from harmony.models.attention import Layer, conditional, controlled, map_side
 from harmony.models.kit import Kit
 from harmony.models.textual_inversion import states_of
+from harmony.sampling.benchmark import Bench, Fill, clip_of
 from harmony.sampling.ddim import invert, timesteps
 from harmony.sampling.null_text import Search, denoiser, distance, null_texts
 from harmony.sampling.prompt_to_prompt import edit_latents, spans
 
-MAPS = 16  # positions along one side of the attention maps that are held against the mask, at most
+NAMELESS = "an object,"  # where nobody says what it is
 
 
 @dataclass(frozen=True)
@@ -34,7 +36,8 @@ class Parts:
     ``refine``: inner iterations a step of the words' refinement (0 = off), at rate ``lr``, held by ``hold``.
     ``null_lr``: rate of the null texts. ``edges``: weight of the edges in their loss (0 = off: nothing is decoded);
     ``deep``: a differentiable edge detector B x 3 x H x W in [0, 1] -> maps, and its share. ``own``: whether
-    self-attention is copied too.
+    self-attention is copied too. ``detail``: what the two prompts differ in is added to the composite, which keeps what
+    the autoencoder cannot hold; otherwise (the paper) the background prompt's picture takes its place.
     """
 
     steps: int = 50
@@ -45,6 +48,7 @@ class Parts:
     null_lr: float = 0.1
     edges: float = 1.0
     own: bool = True
+    detail: bool = True
     deep: torch.nn.Module | None = None
     deep_share: float = 0.1
     pivot: float = 10.0
@@ -119,7 +123,7 @@ def refined_texts(
     2B x T. In the background's states all descriptors are their weighted sum.
     """
     steps, eps, count = len(trajectory) - 1, denoiser(kit), len(masks)
-    side = min(MAPS, trajectory[0].shape[-1])
+    side = map_side(kit.unet, trajectory[0].shape[-1])
     mask = F.adaptive_avg_pool2d(masks, side).flatten(1)
     table = kit.text_encoder.get_input_embeddings()
     words = Words(
@@ -223,7 +227,9 @@ def harmonize_once(
     control = CopyAttention(2 * count, parts.own)
     both = [null.repeat(2, 1, 1) for null in nulls]
     noise = trajectory[-1].repeat(2, 1, 1, 1)
-    return list(from_model(kit.decode(edit_latents(kit, noise, texts, both, parts.guidance, control)[count:])))
+    made = kit.decode(edit_latents(kit, noise, texts, both, parts.guidance, control)).float()
+    reconstructed, led = made.split(count)
+    return list(from_model(pictures + led - reconstructed if parts.detail else led))
 
 
 # --- rounds
@@ -282,7 +288,7 @@ def rounds(
         first.append(judged((yield composite, prompt)))
     order = sorted(range(len(first)), key=lambda p: -(first[p][1] or 0.0))
     for prompt in range(len(first)):
-        add(1, prompt, *first[prompt], CONTINUE)
+        add(1, prompt, *first[prompt], CONTINUE if count > 1 else CONCLUDE)
     active, others, switched = order[0], order[1:], False
     path, scores = [composite, first[active][0]], [first[active][1]]
     for number in range(2, count + 1):
@@ -290,13 +296,13 @@ def rounds(
         path.append(image)
         scores.append(score)
         decision = CONTINUE if evaluator is None else decide(scores, len(others), switched)
+        decision = CONCLUDE if number == count else decision
         add(number, active, image, score, decision)
         if decision == CONCLUDE:
             break
         if decision == REGENERATE:
             active, others, switched = others[0], others[1:], True
             path, scores = path[:-BACK], []
-    made[-1] = replace(made[-1], decision=CONCLUDE)
     return made
 
 
@@ -326,3 +332,61 @@ def run_together(
                 found[i] = end.value
                 del wanted[i]
     return found
+
+
+# --- words and benches
+
+
+def word_scorer(kit: Kit, clip: str | None = None) -> WordScorer:
+    """CLIP, the kit's own or open_clip's NAME/WEIGHTS, scores the lists of words that are one token of the kit; the
+    kit's captioner, if it has one, says what the object is, up to its last comma. UserError for a kit without CLIP.
+    """
+
+    def known(word: str) -> bool:
+        return len(kit.encode(word)) == 1
+
+    scores = clip_of(kit, clip)
+    if scores is None:
+        raise UserError(f"kit {kit.name} has no CLIP image tower: give prompts=, clip=NAME/WEIGHTS or describer=MODEL")
+    try:
+        captioner, processor = kit.captioner, kit.processor
+    except UserError as error:
+        print(f"every object is called {NAMELESS!r}, or give prompts=: {error}")
+        return WordScorer(scores, lambda composite: NAMELESS, known)
+
+    def object_of(composite: np.ndarray) -> str:
+        caption = caption_picture(composite, captioner, processor, kit.device)
+        return f"{caption.rpartition(',')[0]}," if "," in caption else caption
+
+    return WordScorer(scores, object_of, known)
+
+
+def by_prior(
+    kit: Kit,
+    parts: Parts,
+    describe: Callable[[np.ndarray, np.ndarray], list[Description]] | None = None,
+    count: int = 1,
+    evaluator: Evaluator | None = None,
+) -> Fill:
+    """Zero-shot harmonization for a bench; ``describe`` None = the words that the bench knows.
+
+    Further outputs are those of an earlier row: the instances are then taken from these.
+    """
+
+    def make(
+        bench: Bench, indices: Sequence[int] | None = None, earlier: list[np.ndarray] | None = None
+    ) -> list[np.ndarray]:
+        masks = [e.mask for e in bench.examples]
+        instances = bench.given() if earlier is None else earlier
+        composites = [copy_paste(*item) for item in zip(bench.seen(), instances, masks, strict=True)]
+        if describe is None:
+            if bench.lights is None:
+                raise UserError("this bench does not know the words for both lights: choose words: scored")
+            words = [[light] for light in bench.lights]
+        else:
+            first = [copy_paste(*item) for item in zip(bench.seen(), bench.given(), masks, strict=True)]
+            words = [describe(*item) for item in zip(first, masks, strict=True)]
+        asked = [rounds(*item, len(w), count, evaluator) for *item, w in zip(composites, masks, words, strict=True)]
+        return [best(made).image for made in run_together(kit, asked, words, masks, parts)]
+
+    return make

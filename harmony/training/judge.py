@@ -1,31 +1,26 @@
 """F4. Training the judge of composites: real photographs against the same with their object under another light."""
 
+import math
 from pathlib import Path
 
 import lightning
 import torch
 import torch.nn.functional as F
+from scipy.optimize import minimize_scalar
 from sklearn.metrics import roc_auc_score
 
+from harmony.images import from_model, grid, write_image
 from harmony.models.judge import NATURAL, Judge, judge_net, save_judge, seen
 from harmony.training.schedule import constant, linear_decay, total_steps
 
 BINS = 10  # of the calibration error
+SHOWN = 8  # pairs on the grid
 
 
 def calibrated(logits: torch.Tensor, labels: torch.Tensor) -> float:
     """The temperature that makes the likelihood of ``labels`` largest (Guo et al., 2017); logits N x 2."""
-    log = torch.zeros((), requires_grad=True)
-    optimiser = torch.optim.LBFGS([log], lr=0.1, max_iter=100)
-
-    def closure():
-        optimiser.zero_grad()
-        loss = F.cross_entropy(logits.detach() / log.exp(), labels)
-        loss.backward()
-        return loss
-
-    optimiser.step(closure)
-    return float(log.exp())
+    found = minimize_scalar(lambda log: float(F.cross_entropy(logits / math.exp(log), labels)), bounds=(-4, 4))
+    return math.exp(found.x)
 
 
 def calibration_error(natural: torch.Tensor, labels: torch.Tensor) -> float:
@@ -65,7 +60,6 @@ class JudgeTask(lightning.LightningModule):
         super().__init__()
         self.save_hyperparameters(logger=False)
         self.net = judge_net(arch, options)
-        self.temperature = 1.0
 
     def configure_optimizers(self):
         h = self.hparams
@@ -75,10 +69,11 @@ class JudgeTask(lightning.LightningModule):
         return {"optimizer": optimiser, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
     def logits(self, batch: dict) -> torch.Tensor:
-        return self.net(seen(batch["image"], batch["mask"]))
+        """2B x 2 of B pairs."""
+        return self.net(seen(batch["image"].flatten(0, 1), batch["mask"].flatten(0, 1)))
 
     def training_step(self, batch: dict, index: int) -> torch.Tensor:
-        loss = F.cross_entropy(self.logits(batch), batch["label"])
+        loss = F.cross_entropy(self.logits(batch), batch["label"].flatten())
         self.log("train/loss", loss, prog_bar=True, batch_size=len(batch["label"]))
         return loss
 
@@ -86,23 +81,37 @@ class JudgeTask(lightning.LightningModule):
         self.seen: dict[int, list] = {}
 
     def validation_step(self, batch: dict, index: int, dataloader_idx: int = 0) -> None:
-        self.seen.setdefault(dataloader_idx, []).append((self.logits(batch).float().cpu(), batch["label"].cpu()))
+        found = self.logits(batch).float().cpu(), batch["label"].flatten().cpu()
+        self.seen.setdefault(dataloader_idx, []).append(found)
 
     def on_validation_epoch_end(self):
-        """Calibrate on the validation split, measure on both."""
+        """Calibrate on the validation split, measure on both, and draw what the judge thinks of a few pairs."""
         splits = [tuple(map(torch.cat, zip(*batches, strict=True))) for batches in self.seen.values()]
-        with torch.enable_grad():
-            self.temperature = calibrated(*splits[0])
-        figures = {}
+        temperature, figures = calibrated(*splits[0]), {}
         for split, (logits, labels) in zip(("validation", "test"), splits, strict=False):
-            natural = (logits / self.temperature).softmax(1)[:, NATURAL]
+            natural = (logits / temperature).softmax(1)[:, NATURAL]
             figures |= {f"{split}/{name}": value for name, value in judged(natural, labels).items()}
         self.log_dict(figures)
-        said = ", ".join(f"{name} {value:.3f}" for name, value in figures.items())
-        print(f"step {self.global_step}: {said}, temperature {self.temperature:.2f}", flush=True)
+        if self.trainer.is_global_zero:
+            said = ", ".join(f"{name} {value:.3f}" for name, value in figures.items())
+            print(f"step {self.global_step}: {said}, temperature {temperature:.2f}", flush=True)
+            self.draw(natural)
 
+    def draw(self, natural: torch.Tensor) -> None:
+        """Pairs of the test split, the relit one above, each with its probability of being natural."""
+        composites = self.trainer.datamodule.sets["test"]
+        chosen = range(0, len(composites), max(1, len(composites) // SHOWN))[:SHOWN]
+        pairs = [composites[i, i]["image"] for i in chosen]
+        titles = [f"{natural[2 * i]:.2f} / {natural[2 * i + 1]:.2f}" for i in chosen]
+        folder = Path(self.trainer.default_root_dir) / "grids"
+        folder.mkdir(parents=True, exist_ok=True)
+        rows = [[from_model(pair[label]) for pair in pairs] for label in (0, 1)]
+        write_image(folder / f"samples_{self.global_step:06d}.png", grid(rows, titles))
+
+    @torch.no_grad()
     def export(self, folder: Path, hints: dict[str, dict]) -> None:
-        """Write the judge, which ``harmonize`` and ``evaluate`` read."""
-        h = self.hparams
-        judge = Judge(self.net.eval(), self.trainer.datamodule.hparams.side, self.temperature)
-        save_judge(judge, folder, arch=h.arch, options=h.options or {})
+        """Write the judge, calibrated on the validation split, which ``harmonize`` and ``evaluate`` read."""
+        h, data = self.hparams, self.trainer.datamodule
+        seen = [(self.logits(batch), batch["label"].flatten()) for batch in data.val_dataloader()[0]]
+        temperature = calibrated(*map(torch.cat, zip(*seen, strict=True)))
+        save_judge(Judge(self.net, data.hparams.side, temperature), folder, arch=h.arch, options=h.options or {})

@@ -1,9 +1,11 @@
 """Attention control: what is handed over, what it changes, and that nothing of it stays behind."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 
-from harmony.models.attention import conditional, controlled, layers
+from harmony.models.attention import conditional, controlled, layers, map_side
 from harmony.models.kit import Kit
 
 
@@ -94,3 +96,11 @@ def test_rows_with_and_without_guidance():
     assert conditional(batch, 3).tolist() == [3, 4, 5] and conditional(batch[:3], 3).tolist() == [0, 1, 2]
     with pytest.raises(ValueError, match="neither with nor without guidance"):
         conditional(batch, 4)
+
+
+def test_which_maps_say_where_words_look(unet):
+    """Guards map_side: the tiny kit's finest, Stable Diffusion's 16 at 512 px, and 24 at 768, where 12 has no words."""
+    assert map_side(unet, unet.config.sample_size) == unet.config.sample_size
+    shapes = ["CrossAttnDownBlock2D"] * 3 + ["DownBlock2D"]
+    unlike = SimpleNamespace(config=SimpleNamespace(down_block_types=shapes))
+    assert [map_side(unlike, side) for side in (32, 64, 96)] == [16, 16, 24]
