@@ -75,6 +75,19 @@ def other_light(image: np.ndarray, rng: np.random.Generator) -> np.ndarray:
     return np.rint(255 * lit).astype(np.uint8)
 
 
+def carried(before: np.ndarray, after: np.ndarray, mask: np.ndarray, large: np.ndarray) -> np.ndarray:
+    """What ``before`` and ``after`` (uint8 R x R x 3) differ in inside ``mask``, done to ``large``, the same picture in
+    its full size: colours and light change, the detail that R x R cannot hold stays.
+
+    What lies outside the mask does not thin the change out at its rim. uint8 S x S x 3.
+    """
+    change = (after.astype(np.float32) - before) * mask[..., None]
+    height, width = large.shape[:2]
+    weight = resize(mask.astype(np.float32), width, height)[..., None]
+    change = resize(change, width, height) / np.maximum(weight, 0.1)
+    return np.rint(np.clip(large + change, 0, 255)).astype(np.uint8)
+
+
 def place(
     foreground: np.ndarray, mask: np.ndarray, box: Sequence[float], width: int, height: int
 ) -> tuple[np.ndarray, np.ndarray]:

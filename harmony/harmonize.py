@@ -25,7 +25,7 @@ from omegaconf import DictConfig, ListConfig, OmegaConf
 from harmony.composites import copy_paste, place, poisson, reinhard
 from harmony.config import entry, literal, make_folder, new_folder, unfinished
 from harmony.data.captions import caption_images
-from harmony.data.descriptions import Describer, VisionLanguageModel, parsed, read_descriptions
+from harmony.data.descriptions import Description, VisionLanguageModel, parsed, read_descriptions
 from harmony.errors import UserError
 from harmony.exemplars import cut_out, exemplar
 from harmony.files import write_json, write_text
@@ -294,19 +294,13 @@ def by_example(cfg: DictConfig) -> Method:
     return Method(make, kit, {"exemplar encoder": painter.encoder})
 
 
-def described(cfg: DictConfig, kit: Kit) -> Describer:
-    """Where the words for the two lights come from: the command line, a file, or a model that looks."""
+def given_words(cfg: DictConfig) -> list[Description] | None:
+    """The descriptions of the command line, or of its file; None where a model looks for them."""
     if cfg.prompts is None:
-        return (
-            word_scorer(kit, cfg.clip) if cfg.describer == "words" else VisionLanguageModel(cfg.describer, kit.device)
-        )
+        return None
     given = str(cfg.prompts)
-    if not given.endswith(".json"):
-        words = parsed(given)
-        return lambda composite, mask: words
-    name = Path(cfg.composite or cfg.foreground).stem
-    words = read_descriptions(Path(given), name)
-    return lambda composite, mask: words
+    name = Path(cfg.composite or cfg.foreground or cfg.dir).stem
+    return read_descriptions(Path(given), name) if given.endswith(".json") else parsed(given)
 
 
 def by_zero_shot(cfg: DictConfig) -> Method:
@@ -317,22 +311,26 @@ def by_zero_shot(cfg: DictConfig) -> Method:
     if parts.deep is not None:
         parts.deep.requires_grad_(False).eval().to(kit.device)
     judged = "each round is made" if score is None else f"{cfg.evaluator} decides"
-    print(
-        f"zero-shot on kit {kit.name} at {kit.resolution} px, {kit.device.type}, {cfg.rounds} rounds at most, {judged}"
-    )
+    where = f"{kit.name} at {kit.resolution} px, {kit.device.type}, guidance {cfg.guidance:g}"
+    print(f"zero-shot on kit {where}, {cfg.rounds} rounds at most, {judged}")
+    describe = None
+    if cfg.prompts is None:
+        by_clip = cfg.describer == "words"
+        describe = word_scorer(kit, cfg.clip) if by_clip else VisionLanguageModel(cfg.describer, kit.device)
 
     def make(cfg: DictConfig, inputs: Inputs) -> Result:
-        describe, made = described(cfg, kit), []
+        given, made = given_words(cfg), []
 
         def paint(background: np.ndarray, composite: np.ndarray, mask: np.ndarray, hole: np.ndarray) -> np.ndarray:
-            words = describe(composite, mask)
+            words = given or describe(composite, mask)
             for n, found in enumerate(words):
                 print(f"description {n}: {found.object!r}, from {found.foreground!r} to {found.background!r}")
             asked = rounds(composite, mask, len(words), cfg.rounds, score, say_round)
             made.extend(run_together(kit, [asked], [words], [mask], parts)[0])
             return best(made).image
 
-        result = insert(paint, kit.resolution, inputs.background, inputs.foreground, inputs.mask, None, cfg.feather, 0)
+        pictures = (inputs.background, inputs.foreground, inputs.mask)
+        result = insert(paint, kit.resolution, *pictures, None, cfg.feather, 0, parts.detail)
         return replace(result, rounds=made)
 
     return Method(make, kit, {})
@@ -501,6 +499,7 @@ def main(cfg: DictConfig) -> None:
     check_numbers(cfg)
     if cfg.dir is None:
         read_inputs(cfg)  # bad input is refused before any weights are loaded
+        given_words(cfg)
     elif own := [name for name in PICTURES if cfg[name] is not None]:
         raise UserError(f"dir= brings pictures of its own: leave out {', '.join(own)}")
     method = METHODS[cfg.method](cfg)

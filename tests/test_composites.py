@@ -150,3 +150,19 @@ def test_other_light_changes_all_but_the_content():
     means = np.array([image.mean((0, 1)) for image in seen])
     assert means.mean(1).std() > 10 and (means[:, 0] - means[:, 2]).std() > 5, "exposure and white balance both vary"
     assert np.array_equal(seen[3], composites.other_light(ramp, np.random.default_rng(3)))
+
+
+def test_a_change_is_carried_to_the_full_size():
+    """Guards ``carried``: detail stays, the rim changes by as much as the inside, nothing where nothing did."""
+    rng, mask = np.random.default_rng(0), np.zeros((16, 16), bool)
+    mask[4:12, 4:12] = True
+    large = rng.integers(60, 140, (64, 64, 3)).astype(np.uint8)
+    before = np.full((16, 16, 3), 100, np.uint8)
+    after = np.where(mask[..., None], np.uint8(140), before)
+    made = composites.carried(before, after, mask, large)
+    inside = np.kron(mask, np.ones((4, 4), bool))
+    assert np.abs(made[inside].astype(int) - large[inside] - 40).max() <= 2
+    assert np.array_equal(composites.carried(before, before, mask, large), large)
+    assert np.array_equal(made[:8, :8], large[:8, :8])
+    bright = composites.carried(before, after, mask, np.full_like(large, 250))
+    assert bright[inside].min() >= 254, "it is clipped, not wrapped"

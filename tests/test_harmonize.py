@@ -1,5 +1,6 @@
 """``python -m harmony.harmonize`` as a person types it: real files in, pictures out, mistakes in one line."""
 
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -150,6 +151,48 @@ def test_by_example(desk, command, painter):
 )
 def test_mistakes_by_example_end_in_one_line(desk, command, words, said):
     code, out, err = command(*words)
+    assert code == 2 and len(err) == 1 and said in err[0]
+    assert not (desk / "runs").exists()
+
+
+ZERO_SHOT = ["method=zero_shot", "composite=b.png", "mask=m.png", "evaluator=statistic", "steps=1", "rounds=2"]
+
+
+def test_zero_shot(desk, command):
+    """Guards the third method: outside the mask itself nothing changes; every round is kept, told and drawn; the best
+    is the result; words from a file are those of the line.
+    """
+    code, out, err = command(*ZERO_SHOT, "prompts=a cat: warm -> cold; a cat: warm -> blue")
+    assert code == 0, err
+    made, b, mask = pictures(out[:-2]), read_image(desk / "b.png"), read_image(desk / "m.png")
+    assert np.array_equal(made["hole"], mask) and outside_is_untouched(made, b)
+    assert (made["harmonized"] != b)[mask > 0].any() and any("guidance 2.5" in line for line in out)
+    folder = Path(out[-1]).parent
+    told = json.loads((folder / "rounds.json").read_text())
+    assert [(r["number"], r["prompt"]) for r in told][:2] == [(1, 0), (1, 1)] and told[-1]["decision"] == "conclude"
+    kept = [read_image(folder / "rounds" / f"{r['number']:02d}_{r['prompt']}.png") for r in told]
+    chosen = max(range(len(told)), key=lambda i: told[i]["score"])
+    assert np.array_equal(made["raw"], kept[chosen]) and (folder / "film.png").stat().st_size > 1000
+    assert sum(line.startswith("round ") for line in out) == len(told)
+    lights = [{"object": "a cat", "foreground": "warm", "background": words} for words in ("cold", "blue")]
+    (desk / "words.json").write_text(json.dumps({"b": lights}))
+    again = pictures(command(*ZERO_SHOT, "prompts=words.json")[1][:-2])
+    assert np.array_equal(again["harmonized"], made["harmonized"])
+
+
+@pytest.mark.parametrize(
+    "words, said",
+    [
+        (["prompts=a cat"], "write OBJECT: its own light -> the light around it"),
+        (["prompts=words.json"], "cannot be read"),
+        (["prompts=a: b -> c", "region=m.png"], "region= goes with methods that paint anew"),
+        (["prompts=a: b -> c", "rounds=0"], "rounds=0: there is one at least"),
+        (["prompts=a: b -> c", "evaluator=nowhere"], "there is no judge in nowhere"),
+        (["describer=nowhere"], "describer=nowhere: no vision-language model"),
+    ],
+)
+def test_mistakes_in_zero_shot_end_in_one_line(desk, command, words, said):
+    code, out, err = command(*ZERO_SHOT, *words)
     assert code == 2 and len(err) == 1 and said in err[0]
     assert not (desk / "runs").exists()
 

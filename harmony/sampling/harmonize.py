@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from harmony.composites import copy_paste, paste_back
+from harmony.composites import carried, copy_paste, paste_back
 from harmony.conditions import hint
 from harmony.errors import UserError
 from harmony.images import Crop, crop_resize, from_model, paste_crop, square_around, to_hint, to_model
@@ -173,13 +173,15 @@ def insert(
     region: np.ndarray | None = None,
     feather: float = 0,
     radius: float = TEST_RADIUS,
+    detail: bool = False,
 ) -> Result:
     """Put the masked object of ``foreground`` into ``background`` by ``paint``, which works on squares of ``side``.
 
     ``background``, ``foreground`` uint8 H x W x 3 and ``mask`` bool H x W share one size (see ``composites.place`` for
     a cut-out of another size). The hole is the mask dilated by ``radius`` (px at 512 of the working square), joined by
     the optional ``region`` in which the model may also repaint (for a shadow). ``feather`` in pixels blends inside the
-    hole. UserError for an empty mask or sizes that differ.
+    hole. ``detail``: what ``paint`` changed of the composite is done to the composite in its full size, instead of
+    enlarging what it made. UserError for an empty mask or sizes that differ.
     """
     check_sizes(background, foreground=foreground, mask=mask, region=region)
     height, width = background.shape[:2]
@@ -193,7 +195,8 @@ def insert(
         opened |= region
     opened &= box_mask(crop.inside(width, height), width, height)
     raw = paint(image, instance, small, crop_resize(opened, crop, side))
-    pasted = paste_back(paste_crop(background, raw, crop), background, opened, feather)
+    square = carried(instance, raw, small, crop_resize(composite, crop, crop.side)) if detail else raw
+    pasted = paste_back(paste_crop(background, square, crop), background, opened, feather)
     return Result(pasted, raw, composite, opened, crop)
 
 
