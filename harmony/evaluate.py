@@ -54,6 +54,11 @@ def study(cfg: DictConfig, kit, manifest: Path, folder: Path):
 
         spec = OmegaConf.to_container(cfg.study, resolve=True)
         return EditingStudy(cfg.name, spec, cfg.words, kit, manifest, folder, settings, cfg.limit, *share, cfg.clip)
+    if cfg.study.bench == "judge":
+        from harmony.sampling.judge_bench import JudgeStudy
+
+        evaluators = OmegaConf.to_container(cfg.study.evaluators)
+        return JudgeStudy(cfg.name, evaluators, manifest, folder, cfg.split, kit.resolution, cfg.limit, cfg.seed)
     nodes = (cfg.study, cfg.controlnets, cfg.painters)
     spec, nets, painters = (OmegaConf.to_container(node, resolve=True) for node in nodes)
     at = kit, manifest, folder, settings, cfg.split, cfg.limit

@@ -63,7 +63,7 @@ def study_of(words: list[str]):
     return compose("evaluate", words)
 
 
-@pytest.mark.parametrize("name", [name for name in STUDIES if name not in ("editing", "user_study")])
+@pytest.mark.parametrize("name", [name for name in STUDIES if name not in ("editing", "user_study", "judge_bench")])
 def test_a_study_runs(name, ready, tmp_path, capsys):
     """Guards the way of every study: table with all rows, figure, flat metrics; nothing changes outside the hole."""
     more = ["model.path=tiny"] if name == "zero_shot" else []  # whose prompts the small kit cannot read to their end
@@ -101,6 +101,13 @@ def test_the_editing_study_runs(ready, tmp_path, capsys):
     said = capsys.readouterr().out
     assert "n = 2 scenes of editing" in (folder / "table.md").read_text() and str(folder / "figure.png") in said
     assert {"kit/unet", "edits"} <= set(json.loads((folder / "provenance.json").read_text())["made_of"])
+
+
+def test_the_bench_of_judges_runs(ready, tmp_path):
+    """Guards the command: figures of every evaluator that is there, on the test split of the dataset."""
+    evaluate.main(study_of(ready("judge_bench")))
+    (folder,) = (tmp_path / "runs" / "judge_bench").iterdir()
+    assert {"statistic/test/auc", "statistic/test/ece"} <= set(json.loads((folder / "metrics.json").read_text()))
 
 
 def test_the_user_study_needs_neither_dataset_nor_kit(tmp_path, monkeypatch, capsys):

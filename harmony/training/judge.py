@@ -7,13 +7,12 @@ import lightning
 import torch
 import torch.nn.functional as F
 from scipy.optimize import minimize_scalar
-from sklearn.metrics import roc_auc_score
 
 from harmony.images import from_model, grid, write_image
+from harmony.metrics.classification import judged
 from harmony.models.judge import NATURAL, Judge, judge_net, save_judge, seen
 from harmony.training.schedule import constant, linear_decay, total_steps
 
-BINS = 10  # of the calibration error
 SHOWN = 8  # pairs on the grid
 
 
@@ -21,24 +20,6 @@ def calibrated(logits: torch.Tensor, labels: torch.Tensor) -> float:
     """The temperature that makes the likelihood of ``labels`` largest (Guo et al., 2017); logits N x 2."""
     found = minimize_scalar(lambda log: float(F.cross_entropy(logits / math.exp(log), labels)), bounds=(-4, 4))
     return math.exp(found.x)
-
-
-def calibration_error(natural: torch.Tensor, labels: torch.Tensor) -> float:
-    """Expected calibration error in [0, 1]: by how much the frequency of ``labels`` misses the probabilities, N."""
-    bins = (natural * BINS).long().clamp(max=BINS - 1)
-    missed = [
-        (labels[bins == b].float().mean() - natural[bins == b].mean()).abs() * (bins == b).sum() for b in bins.unique()
-    ]
-    return float(torch.stack(missed).sum() / len(labels))
-
-
-def judged(natural: torch.Tensor, labels: torch.Tensor) -> dict[str, float]:
-    """``auc``, ``accuracy`` and ``ece`` of probabilities N against labels N (1 = as it was taken)."""
-    return {
-        "auc": float(roc_auc_score(labels, natural)),
-        "accuracy": float(((natural > 0.5).long() == labels).float().mean()),
-        "ece": calibration_error(natural, labels),
-    }
 
 
 class JudgeTask(lightning.LightningModule):
@@ -90,7 +71,10 @@ class JudgeTask(lightning.LightningModule):
         temperature, figures = calibrated(*splits[0]), {}
         for split, (logits, labels) in zip(("validation", "test"), splits, strict=False):
             natural = (logits / temperature).softmax(1)[:, NATURAL]
-            figures |= {f"{split}/{name}": value for name, value in judged(natural, labels).items()}
+            figures |= {
+                f"{split}/{name}": value
+                for name, value in judged(natural.double().numpy(), labels.double().numpy()).items()
+            }
         self.log_dict(figures)
         if self.trainer.is_global_zero:
             said = ", ".join(f"{name} {value:.3f}" for name, value in figures.items())

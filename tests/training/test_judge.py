@@ -7,9 +7,12 @@ import numpy as np
 import pytest
 import torch
 
-from harmony.data.datamodule import VISIBLE, Composites, JudgeData, under_other_light
+from harmony.data.datamodule import JudgeData
+from harmony.data.pairs import VISIBLE, Composites, under_other_light
+from harmony.metrics.classification import calibration_error, judged
 from harmony.models.judge import load_judge
-from harmony.training.judge import JudgeTask, calibrated, calibration_error, judged
+from harmony.sampling.judge_bench import JudgeStudy
+from harmony.training.judge import JudgeTask, calibrated
 
 OPTIONS = {"layers": [1, 1, 1, 1], "channels": [8, 8, 16, 16], "stem_width": 8}
 
@@ -57,11 +60,12 @@ def test_photographs_are_repeated_to_their_share(manifest):
 
 def test_figures_with_known_answers():
     """Guards auc, accuracy, ece and temperature: by hand, and on logits that are too sure by a factor of 3."""
-    natural, labels = torch.tensor([0.9, 0.8, 0.3, 0.1]), torch.tensor([1, 0, 1, 0])
+    natural, labels = np.array([0.9, 0.8, 0.3, 0.1]), np.array([1.0, 0, 1, 0])
     found = judged(natural, labels)
     assert found["auc"] == pytest.approx(0.75) and found["accuracy"] == pytest.approx(0.5)
-    assert calibration_error(torch.tensor([0.75] * 4), torch.tensor([1, 1, 1, 0])) == pytest.approx(0)
-    assert calibration_error(torch.tensor([0.95] * 4), torch.tensor([1, 1, 0, 0])) == pytest.approx(0.45)
+    assert calibration_error(np.full(4, 0.75), np.array([1, 1, 1, 0])) == pytest.approx(0)
+    assert calibration_error(np.full(4, 0.95), np.array([1, 1, 0, 0])) == pytest.approx(0.45)
+    assert calibration_error(np.array([0.1, 1.0]), np.array([1, 1])) == pytest.approx(0.45)
     rng = torch.Generator().manual_seed(0)
     logits = torch.randn(20_000, 2, generator=rng)
     drawn = torch.bernoulli(logits.softmax(1)[:, 1], generator=rng).long()
@@ -93,3 +97,12 @@ def test_it_learns_to_tell_and_leaves_a_calibrated_judge(manifest, tmp_path):
     image, mask = (np.rint((pair["image"].numpy() + 1) * 127.5).astype(np.uint8), pair["mask"][0, 0].numpy() > 0)
     scores = judge.score([x.transpose(1, 2, 0) for x in image], [mask, mask])
     assert scores == pytest.approx(expected.tolist(), abs=0.02)
+
+
+def test_the_bench_of_judges(manifest, tmp_path):
+    """Guards the table: one row an evaluator, each pair counted once; what is not given is said."""
+    study = JudgeStudy("judge_bench", {"statistic": "statistic", "judge": None}, manifest, tmp_path, "test", 32)
+    figures, facts, text, (picture,) = study.measure()
+    assert facts["count"] == 5 and set(figures) == {f"statistic/test/{n}" for n in ("auc", "accuracy", "ece")}
+    assert "n = 5 test pairs" in text and "judge: left out, give study.evaluators.judge=RUN" in text
+    assert (tmp_path / "table.csv").read_text().startswith("method,test/auc") and picture.exists()
