@@ -1,5 +1,6 @@
 """Zero-shot harmonization: the invariants of method sheet 4.11 on a random kit, and the policy on scripted scores."""
 
+import resource
 from contextlib import contextmanager
 from dataclasses import replace
 from types import SimpleNamespace
@@ -9,7 +10,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 from diffusers import UNet2DConditionModel
+from hydra.utils import instantiate
 
+from harmony.config import compose
 from harmony.data.descriptions import Description
 from harmony.errors import UserError
 from harmony.images import from_model, to_hint, to_model
@@ -642,3 +645,20 @@ def test_several_composites_side_by_side(kit, scene, second, monkeypatch):
         assert all(apart(a.image, b.image) <= 2 for a, b in zip(together[n], alone, strict=True))
         assert all(np.array_equal(r.image[~mask], image[~mask]) for r in together[n])
     assert (together[0][0].image != scene[0]).any() and (together[0][1].image == scene[0]).all()
+
+
+@pytest.mark.slow
+def test_a_round_at_true_size(capsys):
+    """Guards the path at the size of Stable Diffusion 2, with random weights: a round of two steps, edges decoded, all
+    maps copied, every processor put back; says how much memory it took.
+    """
+    kit = instantiate(compose("edit", ["image=x", "target=x", "model=sd2_base", "model.weights=random"]).model)
+    rng, mask = np.random.default_rng(0), np.zeros((512, 512), bool)
+    mask[150:400, 180:360] = True
+    picture, before = rng.integers(0, 256, (512, 512, 3), np.uint8), dict(kit.unet.attn_processors)
+    words = Description("a red car on snow,", "pink neon light", "grey overcast light")
+    (made,) = run_together(kit, [rounds(picture, mask, 1, 1)], [[words]], [mask], Parts(steps=2, refine=1))
+    assert made[0].image.shape == (512, 512, 3) and np.array_equal(made[0].image[~mask], picture[~mask])
+    assert (made[0].image != picture)[mask].any() and kit.unet.attn_processors == before
+    with capsys.disabled():
+        print(f"\n{resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20:.1f} GiB at most")
