@@ -188,6 +188,8 @@ def test_zero_shot(desk, command):
         (["prompts=a: b -> c", "region=m.png"], "region= goes with methods that paint anew"),
         (["prompts=a: b -> c", "rounds=0"], "rounds=0: there is one at least"),
         (["prompts=a: b -> c", "evaluator=nowhere"], "there is no judge in nowhere"),
+        (["prompts=a: b -> c", "zero_shot.refine=abc"], "refine=abc: give a whole number of 0 or more"),
+        (["prompts=a: b -> c", "zero_shot.edges=-1"], "edges=-1: give a number of 0 or more"),
         (["describer=nowhere"], "describer=nowhere: no vision-language model"),
     ],
 )

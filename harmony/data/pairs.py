@@ -10,6 +10,7 @@ import torch
 from harmony.composites import copy_paste, other_light
 from harmony.data.latents import Recipe, example
 from harmony.data.manifest import read_manifest
+from harmony.errors import UserError
 from harmony.images import to_model
 from harmony.masks import scaled
 
@@ -52,6 +53,8 @@ class Composites(torch.utils.data.Dataset):
 
     def repeated(self, photos: float | None) -> list[int]:
         """The indices of all examples, those of photographs as often as their share wants."""
+        if photos is not None and not 0 <= photos < 1:
+            raise UserError(f"data.photos={photos}: give a share from 0 to below 1")
         taken = [i for i, render in enumerate(self.render) if not render]
         times, rendered = 1, len(self.render) - len(taken)
         if photos and taken and rendered:

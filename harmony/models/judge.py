@@ -1,7 +1,7 @@
 """F2. The judge of composites: how natural an object looks in its photograph, from its colours and the mask.
 
 A residual network with four input channels (RGB and mask) and two classes (method sheet 4.7). The folder of a judge
-holds ``judge.safetensors`` and ``judge.json``: architecture, side in pixels, temperature, what it was trained on.
+holds ``judge.safetensors`` and ``judge.json``: architecture, side in pixels, temperature.
 """
 
 import json
@@ -58,7 +58,7 @@ class Judge:
 
 
 def save_judge(judge: Judge, folder: Path, **facts) -> Path:
-    """Write a judge in half precision; ``facts`` say ``arch``, ``options`` and where it comes from."""
+    """Write a judge in half precision; ``facts`` say its ``arch`` and ``options``."""
     folder.mkdir(parents=True, exist_ok=True)
     state = {k: v.half() if v.is_floating_point() else v for k, v in judge.net.state_dict().items()}
     partial = folder / f".{WEIGHTS}.partial"

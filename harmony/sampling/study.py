@@ -299,11 +299,10 @@ class Study:
         """
         node = {"words": "truth", "rounds": 1} | self.spec["zero_shot"] | zero_shot
         words, count = node.pop("words"), node.pop("rounds")
-        if words not in WORDS_OF or (unknown := {*node} - {*Parts.__dataclass_fields__} - {"steps"}):
-            wrong = (
-                f"words={words}: choose {' or '.join(WORDS_OF)}" if words not in WORDS_OF else f"{unknown} is no part"
-            )
-            raise UserError(f"study.methods.{name}: {wrong}")
+        if words not in WORDS_OF:
+            raise UserError(f"study.methods.{name}: words={words}: choose {' or '.join(WORDS_OF)}")
+        if unknown := {*node} - ({*Parts.__dataclass_fields__} - {"steps"}):
+            raise UserError(f"study.methods.{name}: {unknown.pop()} is no part of a round")
         describe = word_scorer(self.kit, self.openclip) if words == "scored" else None
         chooses = self.evaluator if count > 1 else None
         fill = by_prior(self.kit, Parts(self.settings.steps, **node), describe, count, chooses)

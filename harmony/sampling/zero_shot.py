@@ -15,7 +15,7 @@ import torch.nn.functional as F
 
 from harmony.composites import copy_paste
 from harmony.data.captions import caption_picture
-from harmony.data.descriptions import Description, WordScorer
+from harmony.data.descriptions import Describer, Description, WordScorer
 from harmony.errors import UserError
 from harmony.images import from_model, to_model
 from harmony.models.attention import Layer, conditional, controlled, map_side
@@ -27,6 +27,8 @@ from harmony.sampling.null_text import Search, denoiser, distance, null_texts
 from harmony.sampling.prompt_to_prompt import edit_latents, spans
 
 NAMELESS = "an object,"  # where nobody says what it is
+PIVOT = 10.0  # weight of the trajectory in the null texts' loss, beside the edges
+NUMBERS = {"refine": int, "lr": float, "hold": float, "null_lr": float, "edges": float, "deep_share": float}
 
 
 @dataclass(frozen=True)
@@ -51,7 +53,12 @@ class Parts:
     detail: bool = True
     deep: torch.nn.Module | None = None
     deep_share: float = 0.1
-    pivot: float = 10.0
+
+    def __post_init__(self):
+        for name, kind in NUMBERS.items():
+            value = getattr(self, name)
+            if type(value) not in (int, kind) or value < 0:
+                raise UserError(f"{name}={value}: give {'a whole number' if kind is int else 'a number'} of 0 or more")
 
 
 def descriptors(kit: Kit, prompt: str, object: str) -> torch.Tensor:
@@ -216,7 +223,7 @@ def harmonize_once(
     source = pictures / 2 + 0.5
 
     def loss(reached: torch.Tensor, aim: torch.Tensor) -> torch.Tensor:
-        missed = parts.pivot * distance(reached, aim)
+        missed = PIVOT * distance(reached, aim)
         if not parts.edges:
             return missed
         return missed + parts.edges * edge_loss(kit.decode(reached).float() / 2 + 0.5, source, inside, parts)
@@ -364,7 +371,7 @@ def word_scorer(kit: Kit, clip: str | None = None) -> WordScorer:
 def by_prior(
     kit: Kit,
     parts: Parts,
-    describe: Callable[[np.ndarray, np.ndarray], list[Description]] | None = None,
+    describe: Describer | None = None,
     count: int = 1,
     evaluator: Evaluator | None = None,
 ) -> Fill:

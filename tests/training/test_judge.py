@@ -9,6 +9,7 @@ import torch
 
 from harmony.data.datamodule import JudgeData
 from harmony.data.pairs import VISIBLE, Composites, under_other_light
+from harmony.errors import UserError
 from harmony.metrics.classification import calibration_error, judged
 from harmony.models.judge import load_judge
 from harmony.sampling.judge_bench import JudgeStudy
@@ -56,6 +57,8 @@ def test_photographs_are_repeated_to_their_share(manifest):
     few.order = few.repeated(0.5)
     shares = [few.render[i] for i in few.order]
     assert shares.count(True) == 9 == shares.count(False) and set(few.order) == set(range(12))
+    with pytest.raises(UserError, match="data.photos=1: give a share"):
+        few.repeated(1)
 
 
 def test_figures_with_known_answers():
