@@ -24,12 +24,12 @@ def before_after(cfg: DictConfig, kit, manifest: Path, folder: Path) -> tuple[di
     from harmony.images import from_model, write_image
     from harmony.models.controlnet import load_controlnet, read_hint
     from harmony.sampling.benchmark import before_and_after, by_hints, load_bench, sample_grid, table
-    from harmony.sampling.harmonize import Branch, Settings, hints
+    from harmony.sampling.harmonize import Branch, asked_settings, hints
 
     facts = {"branch": "color", "parameters": {}} | read_hint(cfg.controlnet)
     net = load_controlnet(cfg.controlnet, kit.dtype).to(kit.device)
     branch = Branch(facts["branch"], net, cfg.weight, facts["parameters"])
-    settings = Settings(cfg.steps, cfg.guidance, cfg.seed)
+    settings = asked_settings(cfg)
     methods = [by_hints(kit, branches, settings) for branches in ([], [branch])]
     metrics, measured = before_and_after(kit, manifest, *methods, settings, cfg.split, cfg.limit, cfg.clip)
     shown = load_bench(manifest, cfg.split, kit.resolution, 16)
@@ -45,10 +45,10 @@ def before_after(cfg: DictConfig, kit, manifest: Path, folder: Path) -> tuple[di
 
 def study(cfg: DictConfig, kit, manifest: Path, folder: Path):
     """The study of the configuration, with this process's share of its outputs."""
-    from harmony.sampling.harmonize import Settings
+    from harmony.sampling.harmonize import asked_settings
     from harmony.sampling.study import Study
 
-    settings, share = Settings(cfg.steps, cfg.guidance, cfg.seed), (rank(), world())
+    settings, share = asked_settings(cfg), (rank(), world())
     if cfg.study.bench == "editing":
         from harmony.sampling.editing_bench import EditingStudy
 

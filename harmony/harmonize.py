@@ -35,13 +35,13 @@ from harmony.models.controlnet import net_hash
 from harmony.models.exemplar import load_painter, painter_hash
 from harmony.models.judge import evaluator, judge_hash
 from harmony.models.kit import Kit
-from harmony.models.timing import now, timed
+from harmony.models.timing import blocks, now, timed
 from harmony.sampling.ddim import timesteps
 from harmony.sampling.exemplar import fill_by_example
 from harmony.sampling.harmonize import (
     Branch,
     Result,
-    Settings,
+    asked_settings,
     check_sizes,
     harmonize,
     insert,
@@ -178,6 +178,7 @@ def check_numbers(cfg: DictConfig) -> None:
         raise UserError(f"rounds={cfg.rounds}: there is one at least")
     if cfg.method == "zero_shot" and cfg.region is not None:
         raise UserError("region= goes with methods that paint anew; method=zero_shot changes the object alone")
+    asked_settings(cfg)
     timesteps(cfg.steps)  # refuses a number of steps that there cannot be
 
 
@@ -244,15 +245,14 @@ class Method:
 
     make: Make
     kit: Kit
-    parts: dict[str, torch.nn.Module]
+    parts: dict[str, list[torch.nn.Module]]
     words: bool = False
 
     def modules(self) -> dict[str, list[torch.nn.Module]]:
         """All parts, loaded."""
         kit = self.kit
         text = {"text encoder": [kit.text_encoder]} if self.words else {}
-        parts = {name: [part] for name, part in self.parts.items()}
-        return {"UNet": [kit.unet], **parts, "VAE": [kit.vae.encoder, kit.vae.decoder], **text}
+        return {"UNet": blocks(kit.unet), **self.parts, "VAE": [kit.vae.encoder, kit.vae.decoder], **text}
 
 
 def by_controlnets(cfg: DictConfig) -> Method:
@@ -263,11 +263,11 @@ def by_controlnets(cfg: DictConfig) -> Method:
     print(f"kit {kit.name} at {kit.resolution} px on {kit.device.type}, {seen}")
 
     def make(cfg: DictConfig, inputs: Inputs) -> Result:
-        settings = Settings(cfg.steps, cfg.guidance, cfg.seed)
+        settings = asked_settings(cfg)
         pictures = (inputs.background, inputs.foreground, inputs.mask)
         return harmonize(kit, *pictures, cfg.prompt, branches, settings, inputs.region, cfg.feather)
 
-    return Method(make, kit, {f"{b.name} ControlNet": b.net for b in branches}, words=True)
+    return Method(make, kit, {f"{b.name} ControlNet": blocks(b.net) for b in branches}, words=True)
 
 
 def by_example(cfg: DictConfig) -> Method:
@@ -278,7 +278,7 @@ def by_example(cfg: DictConfig) -> Method:
     print(f"Paint by Example on {kit.name} at {kit.resolution} px, {kit.device.type}, guidance {cfg.guidance:g}")
 
     def make(cfg: DictConfig, inputs: Inputs) -> Result:
-        side, settings = painter.encoder.size, Settings(cfg.steps, cfg.guidance, cfg.seed)
+        side, settings = painter.encoder.size, asked_settings(cfg)
         if inputs.reference is None:
             shown = exemplar(cut_out(inputs.foreground, inputs.mask), side)
         else:
@@ -291,7 +291,7 @@ def by_example(cfg: DictConfig) -> Method:
         pictures = (inputs.background, inputs.foreground, inputs.mask)
         return insert(paint, kit.resolution, *pictures, inputs.region, cfg.feather, radius)
 
-    return Method(make, kit, {"exemplar encoder": painter.encoder})
+    return Method(make, kit, {"exemplar encoder": [painter.encoder]})
 
 
 def given_words(cfg: DictConfig) -> list[Description] | None:

@@ -19,6 +19,8 @@ from harmony.models.kit import Kit
 from harmony.sampling import study
 
 HERE = Path(__file__).resolve().parents[1]
+# The random kit reads too few tokens for these rows; the test of zero_shot runs such ones on the tiny kit.
+WORDLESS = ("study.methods.zero_shot=null", "study.methods.zero_shot_told=null")
 STUDIES = {
     name: path for name, path in options("experiment").items() if path.parents[1] == HERE and "study" in load_yaml(path)
 }
@@ -66,8 +68,8 @@ def study_of(words: list[str]):
 @pytest.mark.parametrize("name", [name for name in STUDIES if name not in ("editing", "user_study", "judge_bench")])
 def test_a_study_runs(name, ready, tmp_path, capsys):
     """Guards the way of every study: table with all rows, figure, flat metrics; nothing changes outside the hole."""
-    more = ["model.path=tiny"] if name == "zero_shot" else []  # whose prompts the small kit cannot read to their end
-    cfg = study_of(ready(name, *more))
+    tiny = ["model.path=tiny"] if name == "zero_shot" else []
+    cfg = study_of(ready(name, *(WORDLESS if name == "relight" else tiny)))
     evaluate.main(cfg)
     (folder,) = (tmp_path / "runs" / name).iterdir()
     head, *rows = (folder / "table.csv").read_text().splitlines()
@@ -177,7 +179,8 @@ def test_one_process_two_and_a_killed_one_make_the_same_table(ready, tmp_path, m
     """Guards the contract, by the command itself: two processes, and one that is killed in the middle and started
     again, write the table of one, byte for byte; only what was missing is painted again.
     """
-    words = ready("relight", "limit=null", "study.methods.color_relight=null", "study.methods.ours_relight=null")
+    dear = ("study.methods.color_relight=null", "study.methods.ours_relight=null", *WORDLESS)
+    words = ready("relight", "limit=null", *dear)
 
     def command(name: str, *python: str):
         more = [f"paths.runs={tmp_path / name}" if w.startswith("paths.runs") else w for w in words]

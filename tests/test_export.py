@@ -21,7 +21,7 @@ from harmony.masks import hole
 from harmony.models.controlnet import export_controlnet, load_controlnet, read_hint
 from harmony.models.exemplar import export_painter, fresh_encoder, load_painter, painting_unet
 from harmony.models.kit import Kit
-from harmony.sampling.inpaint import inpaint
+from harmony.sampling.inpaint import Schedule, inpaint
 
 HINTS = {"color": {"sigma": 10, "normalize": True}, "structure": {"low": 100, "high": 200, "edge_source": "masked"}}
 
@@ -282,7 +282,7 @@ def test_the_stock_pipeline_gives_the_identical_image(kit, awake, tmp_path, weig
     text, empty = kit.prompt(["a red mushroom on snow"]), kit.prompt([""])
 
     def ours(controls):
-        z = inpaint(kit, noise, cells, masked, text, empty, 3.0, 10, controls)
+        z = inpaint(kit, noise, cells, masked, text, empty, Schedule(10, 3.0), controls)
         return (kit.decode(z) / 2 + 0.5).clamp(0, 1)
 
     made = ours(list(zip(nets, hints, weights, strict=True)))

@@ -9,7 +9,7 @@ Rows of a batch for K prompts: [u_0 .. u_{K-1}, c_0 .. c_{K-1}] under guidance, 
 half is the source. ``conditional`` is the one place that knows.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Protocol
@@ -107,7 +107,7 @@ class Steps:
 def controlled(unet: UNet2DConditionModel, control: AttentionControl) -> Iterator[Steps]:
     """While it lasts, ``control`` sees the UNet's attention; gives the counter of its calls."""
     usual, steps = unet.attn_processors, Steps()
-    hook = unet.register_forward_hook(steps.count)
+    hook = unet.conv_out.register_forward_hook(steps.count)  # the last layer, whichever way the halves are run
     processors = zip(usual.items(), layers(unet), strict=True)
     unet.set_attn_processor({name: Controlled(own, layer, control, steps) for (name, own), layer in processors})
     try:
@@ -115,3 +115,34 @@ def controlled(unet: UNet2DConditionModel, control: AttentionControl) -> Iterato
     finally:
         hook.remove()
         unet.set_attn_processor(usual)
+
+
+class Known(torch.nn.Module):
+    """In the place of a projection whose input never changes: its output, B x T x D."""
+
+    def __init__(self, value: torch.Tensor):
+        super().__init__()
+        self.register_buffer("value", value, persistent=False)
+
+    def forward(self, text: torch.Tensor) -> torch.Tensor:
+        """Of a smaller batch the last rows: the conditional half."""
+        return self.value[-len(text) :]
+
+
+@contextmanager
+def remembered(nets: Iterable[torch.nn.Module], text: torch.Tensor) -> Iterator[None]:
+    """While it lasts, UNets and ControlNets know the keys and values of ``text`` B x T x D, their only words; computed
+    once instead of in every step, to the same bits.
+    """
+    projections = []
+    for net in nets:
+        words = text.to(net.conv_in.weight.dtype)
+        for attention in (m for name, m in net.named_modules() if name.endswith("attn2")):
+            projections += [(attention, name, getattr(attention, name), words) for name in ("to_k", "to_v")]
+    try:
+        for attention, name, projection, words in projections:
+            setattr(attention, name, Known(projection(words)))
+        yield
+    finally:
+        for attention, name, projection, _ in projections:
+            setattr(attention, name, projection)

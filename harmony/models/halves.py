@@ -1,13 +1,16 @@
 """F2. The two halves of a UNet: what lies before a ControlNet's residuals, and what lies behind them.
 
-The first half does not see the residuals. It can be computed once, without gradients, for several ControlNets.
+The first half does not see the residuals. It can be computed once, without gradients, for several ControlNets. A
+ControlNet is such a first half itself, with a convolution behind each activation.
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-from diffusers import UNet2DConditionModel
+from diffusers import ControlNetModel, UNet2DConditionModel
+
+Residuals = tuple[tuple[torch.Tensor, ...], torch.Tensor]  # for the skips, for the middle block
 
 
 @dataclass(frozen=True)
@@ -19,16 +22,38 @@ class Encoded:
     time: torch.Tensor
 
 
-def encode(unet: UNet2DConditionModel, u: torch.Tensor, t: torch.Tensor, text: torch.Tensor) -> Encoded:
-    """conv_in, down blocks and middle block; u B x C x h x w, t B, text B x T x D."""
-    time = unet.time_embedding(unet.get_time_embed(sample=u, timestep=t))
-    x = unet.conv_in(u)
+def time_of(net: UNet2DConditionModel | ControlNetModel, t: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """B timesteps -> the embedding B x D' that the blocks are told."""
+    return net.time_embedding(net.time_proj(t).to(dtype))
+
+
+def encode(
+    net: UNet2DConditionModel | ControlNetModel,
+    u: torch.Tensor,
+    t: torch.Tensor,
+    text: torch.Tensor,
+    added: torch.Tensor | None = None,
+) -> Encoded:
+    """conv_in, down blocks and middle block; u B x C x h x w, t B, text B x T x D. ``added``: what a ControlNet makes
+    of its hint, B x C' x h x w.
+    """
+    time = time_of(net, t, u.dtype)
+    x = net.conv_in(u) if added is None else net.conv_in(u) + added
     skips = [x]
-    for block in unet.down_blocks:
+    for block in net.down_blocks:
         words = {"encoder_hidden_states": text} if getattr(block, "has_cross_attention", False) else {}
         x, made = block(hidden_states=x, temb=time, **words)
         skips += made
-    return Encoded(unet.mid_block(x, time, encoder_hidden_states=text), tuple(skips), time)
+    return Encoded(net.mid_block(x, time, encoder_hidden_states=text), tuple(skips), time)
+
+
+def residuals(
+    net: ControlNetModel, u: torch.Tensor, t: torch.Tensor, text: torch.Tensor, added: torch.Tensor, weight: float
+) -> Residuals:
+    """What a ControlNet adds to the UNet, times ``weight``; ``added`` = ``controlnet_cond_embedding`` of its hint."""
+    encoded = encode(net, u, t, text, added)
+    skips = zip(encoded.skips, net.controlnet_down_blocks, strict=True)
+    return tuple(weight * conv(skip) for skip, conv in skips), weight * net.controlnet_mid_block(encoded.middle)
 
 
 def decode(

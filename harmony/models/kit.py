@@ -34,6 +34,8 @@ CLASSES = {
 }
 FOLDERS = {"text_tower": "text_encoder", "processor": "captioner"}  # the other parts lie in a folder of their own name
 WEIGHTLESS = ("tokenizer", "scheduler", "processor")
+FROZEN = ("unet", "text_encoder")  # what every step of training and sampling runs
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
 def kit_path(name: str | os.PathLike) -> str:
@@ -97,13 +99,14 @@ class Kit:
     """A loaded backbone. Parts are read when first asked for; all are frozen.
 
     ``geometry`` names a folder of configurations that come with the package: what ``weights="random"`` is built from
-    where those of ``path`` are on a hub. ``words``: learnt words, lower case, and the tokens of each (see ``learn`` of
-    ``textual_inversion``).
+    where those of ``path`` are on a hub. ``dtype`` is that of UNet and text encoder: float32, bfloat16, or auto, which
+    is bfloat16 on a GPU; everything else has at least float32, latents too. ``words``: learnt words, lower case, and
+    the tokens of each (see ``learn`` of ``textual_inversion``).
     """
 
     path: str
     weights: str = "hub"
-    dtype: torch.dtype = torch.float32
+    dtype: torch.dtype | str = torch.float32
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
     geometry: str | None = None
     words: dict[str, list[str]] = field(default_factory=dict)
@@ -111,6 +114,11 @@ class Kit:
     def __post_init__(self):
         if self.weights not in ("hub", "random"):
             raise UserError(f"model.weights={self.weights}: choose hub or random")
+        if isinstance(self.dtype, str):
+            fitting = DTYPES["bfloat16" if torch.cuda.is_available() else "float32"]
+            if self.dtype not in ("auto", *DTYPES):
+                raise UserError(f"model.dtype={self.dtype}: choose auto, {' or '.join(DTYPES)}")
+            self.dtype = DTYPES.get(self.dtype, fitting)
         shapes = self.weights == "random" and self.geometry
         self.path = str(GEOMETRY / self.geometry) if shapes else kit_path(self.path)
         if os.path.isdir(self.path):
@@ -121,7 +129,7 @@ class Kit:
             raise UserError(f"no kit in {self.path}: give a folder in diffusers layout or a hub id as model.path")
 
     def _part(self, name: str):
-        part = load_part(self.path, name, self.weights, self.dtype)
+        part = load_part(self.path, name, self.weights, self.dtype if name in FROZEN else self.precise)
         return part if name in WEIGHTLESS else part.to(self.device)
 
     @cached_property
@@ -151,8 +159,12 @@ class Kit:
     @cached_property
     def tokenizer(self):
         """The kit's own; random weights understand no words, so that any does where a geometry has none."""
-        bare = Path(self.path).parent == GEOMETRY
-        return load_part(str(ASSETS / "tiny"), "tokenizer") if bare else self._part("tokenizer")
+        if Path(self.path).parent != GEOMETRY:
+            return self._part("tokenizer")
+        tokenizer = load_part(str(ASSETS / "tiny"), "tokenizer")
+        config = json.loads((Path(self.path) / "text_encoder" / "config.json").read_text())
+        tokenizer.model_max_length = config["max_position_embeddings"]
+        return tokenizer
 
     @cached_property
     def scheduler(self):
@@ -161,6 +173,17 @@ class Kit:
     @cached_property
     def processor(self):
         return self._part("processor")
+
+    @property
+    def precise(self) -> torch.dtype:
+        """Of latents, text states and whatever does not run in every step: float32 at least."""
+        return torch.promote_types(self.dtype, torch.float32)
+
+    def unrounded(self, part: str) -> torch.nn.Module:
+        """A part in float32 at least, for a trainable copy: the loaded one, or its file anew where that is rounded."""
+        if self.dtype == self.precise or self.weights == "random":
+            return getattr(self, part)
+        return load_part(self.path, part, dtype=self.precise)
 
     def with_unet(self, unet: torch.nn.Module) -> "Kit":
         """The same kit, its loaded parts shared, with another UNet in place of its own."""
@@ -201,16 +224,31 @@ class Kit:
         """abar_t for t = 0 .. 999, float32, 1-D."""
         return self.scheduler.alphas_cumprod.to(self.device, torch.float32)
 
+    def folder(self, part: str) -> Path:
+        """Where the files of a part lie; those of a hub id are fetched by loading it."""
+        name = FOLDERS.get(part, part)
+        if os.path.isdir(self.path):
+            return Path(self.path) / name
+        from huggingface_hub import snapshot_download
+
+        getattr(self, part)
+        return Path(snapshot_download(self.path, allow_patterns=f"{name}/*", local_files_only=True)) / name
+
     def hash(self, part: str) -> str:
-        """sha256 over a part's weight files and configuration, or ``random`` for weights that come from no file."""
-        folder = Path(self.path) / FOLDERS.get(part, part)
-        if self.weights == "random" or not folder.is_dir():
-            return self.weights if self.weights == "random" else f"{self.path}/{part}"
-        digest = hashlib.sha256()
+        """sha256 over a part's weight files and configuration, or ``random`` for weights that come from no file; of a
+        part that a local kit does not have, its name.
+        """
+        if self.weights == "random":
+            return self.weights
+        folder, digest = self.folder(part), hashlib.sha256()
+        if not folder.is_dir():
+            return f"{self.path}/{part}"
         for file in sorted(folder.iterdir()):
             if file.suffix in (".safetensors", ".json"):
                 digest.update(file.name.encode())
-                digest.update(file.read_bytes())
+                with open(file, "rb") as opened:
+                    while piece := opened.read(1 << 24):  # weights may be larger than what memory has left
+                        digest.update(piece)
         return digest.hexdigest()
 
     def to(self, device) -> "Kit":
@@ -258,7 +296,7 @@ class Kit:
     @torch.no_grad()
     def text(self, tokens: torch.Tensor) -> torch.Tensor:
         """B x T ids -> B x T x D states that the UNet attends to."""
-        return self.text_encoder(tokens.to(self.device))[0]
+        return self.text_encoder(tokens.to(self.device))[0].to(self.precise)
 
     def prompt(self, prompts: list[str]) -> torch.Tensor:
         """B prompts -> B x T x D."""

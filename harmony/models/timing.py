@@ -15,6 +15,11 @@ def now(device: torch.device) -> float:
     return time.perf_counter()
 
 
+def blocks(net: torch.nn.Module) -> list[torch.nn.Module]:
+    """What a UNet or ControlNet consists of, lists opened: it is these that run when one half of it does."""
+    return [m for child in net.children() for m in (child if isinstance(child, torch.nn.ModuleList) else [child])]
+
+
 @contextmanager
 def timed(modules: Mapping[str, list[torch.nn.Module]], device: torch.device) -> Iterator[Counter]:
     """While it lasts, name -> seconds inside these modules; none may lie within another."""

@@ -53,7 +53,7 @@ class Inversion:
 @torch.no_grad()
 def encode(kit: Kit, images: Sequence[np.ndarray]) -> torch.Tensor:
     """B pictures uint8 R x R x 3 -> latents B x C x h x w, the posterior's mean."""
-    return kit.latent(kit.moments(to_model(np.stack(images)).to(kit.device))).to(kit.dtype)
+    return kit.latent(kit.moments(to_model(np.stack(images)).to(kit.device)))
 
 
 def invert_pictures(
@@ -114,7 +114,7 @@ def kept_inversion(
     """``invert_pictures`` of one, read from ``folder`` if it has been done before; a damaged file is made anew."""
     file = folder / f"{inversion_key(kit, image, prompt, steps, w, inner)}.safetensors"
     try:
-        state = {name: value.to(kit.device, kit.dtype) for name, value in load_file(file).items()}
+        state = {name: value.to(kit.device, kit.precise) for name, value in load_file(file).items()}
         return Inversion(state["latent"], state["noise"], list(state["nulls"].split(1)))
     except (OSError, SafetensorError, KeyError):
         pass

@@ -10,9 +10,8 @@ import torch
 
 from harmony.images import to_hint
 from harmony.models.exemplar import Painter, known_by_example
-from harmony.sampling.ddim import sample
 from harmony.sampling.harmonize import Settings, filled
-from harmony.sampling.inpaint import guided
+from harmony.sampling.inpaint import Schedule, sampled
 
 
 @torch.no_grad()
@@ -22,17 +21,15 @@ def paint(
     hole: torch.Tensor,
     masked: torch.Tensor,
     context: torch.Tensor,
-    guidance: float = 5.0,
-    steps: int = 50,
+    schedule: Schedule = Schedule(guidance=5.0),
 ) -> torch.Tensor:
     """Clean latent B x C x h x w from pure noise by e(v) + s (e(c) - e(v)), s the guidance.
 
     ``hole`` B x 1 x h x w in {0, 1} (1 = paint), ``masked`` the scaled latent of the masked image, ``context``
     B x T x D of the exemplars.
     """
-    kit, nothing = painter.kit, painter.encoder.uncond_vector
-    eps = guided(kit, known_by_example(hole, masked), context, nothing, guidance)
-    return sample(eps, noise, steps, kit.alphas_cumprod, kit.scheduler.config.steps_offset)
+    nothing = painter.encoder.uncond_vector
+    return sampled(painter.kit, noise, known_by_example(hole, masked), context, nothing, schedule)
 
 
 @torch.no_grad()
@@ -49,6 +46,6 @@ def fill_by_example(
 
     def draw(part: slice, noise: torch.Tensor, hole: torch.Tensor, masked: torch.Tensor) -> torch.Tensor:
         pictures = torch.stack([to_hint(e) for e in exemplars[part]]).to(kit.device)
-        return paint(painter, noise, hole, masked, painter.encoder(pictures), settings.guidance, settings.steps)
+        return paint(painter, noise, hole, masked, painter.encoder(pictures), settings)
 
     return filled(kit, images, holes, draw, settings, indices)

@@ -5,7 +5,7 @@ hole equal the input exactly.
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -19,7 +19,7 @@ from harmony.masks import TEST_RADIUS, bounding_box, box_mask, dilate, scaled, t
 from harmony.models.controlnet import load_controlnet, read_hint
 from harmony.models.kit import Kit
 from harmony.sampling.ddim import noise_for
-from harmony.sampling.inpaint import inpaint
+from harmony.sampling.inpaint import Schedule, inpaint
 
 CONTEXT = 1.6  # side of the working square relative to the hole's longer side
 
@@ -53,13 +53,17 @@ def load_branch(path: str, kit: Kit, weights: dict[str, float], operator: str | 
 
 
 @dataclass(frozen=True)
-class Settings:
-    """Sampling: DDIM ``steps``, ``guidance`` w, ``seed``; ``batch`` images at a time."""
+class Settings(Schedule):
+    """How pictures are sampled: a schedule, the ``seed`` of their noise, and ``batch`` of them at a time."""
 
-    steps: int = 50
-    guidance: float = 7.5
     seed: int = 0
     batch: int = 16
+
+
+def asked_settings(asked: Mapping) -> Settings:
+    """The settings of a command's configuration."""
+    near = {name: asked[name] for name in ("solver", "guided", "encoder_every")}
+    return Settings(asked["steps"], asked["guidance"], asked["seed"], **near)
 
 
 # what makes clean latents B x C x h x w: (which items, noise, hole B x 1 x h x w, scaled masked latent)
@@ -87,9 +91,9 @@ def filled(
         part = slice(i, i + settings.batch)
         x = torch.stack([to_model(v) for v in images[part]]).to(kit.device)
         open_ = torch.from_numpy(np.stack(holes[part])[:, None]).float().to(kit.device)
-        masked = kit.latent(kit.moments(x * (1 - open_))).to(kit.dtype)
-        noise = noise_for(settings.seed, indices[part], shape, kit.device).to(kit.dtype)
-        z = draw(part, noise, to_latent(open_, kit.factor).to(kit.dtype), masked)
+        masked = kit.latent(kit.moments(x * (1 - open_)))
+        noise = noise_for(settings.seed, indices[part], shape, kit.device)
+        z = draw(part, noise, to_latent(open_, kit.factor), masked)
         outputs += [from_model(y) for y in kit.decode(z).float()]
     return outputs
 
@@ -112,11 +116,9 @@ def fill(
     empty = kit.prompt([""])
 
     def draw(part: slice, noise: torch.Tensor, hole: torch.Tensor, masked: torch.Tensor) -> torch.Tensor:
-        controls = [
-            (b.net, hints(b, instances[part], masks[part]).to(kit.device, kit.dtype), b.weight) for b in branches
-        ]
+        controls = [(b.net, hints(b, instances[part], masks[part]).to(kit.device), b.weight) for b in branches]
         text = kit.prompt(list(prompts[part]))
-        return inpaint(kit, noise, hole, masked, text, empty, settings.guidance, settings.steps, controls)
+        return inpaint(kit, noise, hole, masked, text, empty, settings, controls)
 
     return filled(kit, images, holes, draw, settings, indices)
 

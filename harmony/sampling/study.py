@@ -196,7 +196,7 @@ def best_picks(bench: Bench, rows: Sequence[list[np.ndarray]], picks: list[np.nd
 def nets_of(node: dict) -> list[str]:
     """The ControlNets that a row runs."""
     named = () if {"baseline", "guidance", "zero_shot", "picked"} & {*node} else (net for net in node if net != "best")
-    return [*node.get("best", ()), *named]
+    return [*node.get("best", ()), *(net for net in named if net != "sampling")]
 
 
 class Study:
@@ -308,10 +308,12 @@ class Study:
         fill = by_prior(self.kit, Parts(self.settings.steps, **node), describe, count, chooses)
         return Method(name, fill, (after,) if after else (), judge_hash(self.spec["evaluator"]) if chooses else "")
 
-    def weighted(self, name: str, weights: dict[str, float]) -> Method:
-        """The method that runs the ControlNets with these weights."""
+    def weighted(self, name: str, weights: dict[str, float], sampling: dict | None = None) -> Method:
+        """The method that runs the ControlNets with these weights, with some settings of its own (``sampling``)."""
         branches = weighted({net: self.branch(net) for net in weights}, weights)
-        return Method(name, by_hints(self.kit, branches, self.settings))
+        if unknown := {*(sampling or {})} - {*Settings.__dataclass_fields__}:
+            raise UserError(f"study.methods.{name}: sampling knows no {unknown.pop()}")
+        return Method(name, by_hints(self.kit, branches, replace(self.settings, **(sampling or {}))))
 
     def alike(self, nets: Sequence[str], **others: float) -> dict[float, Method]:
         """Lambda -> the method that gives it to all ``nets``, and to ``others`` the weights that they have."""
@@ -364,7 +366,8 @@ class Study:
                 others = {net: weight for net, weight in node.items() if net != "best"}
                 listed.append(self.best(name, node["best"], **others))
             else:
-                listed.append(self.weighted(name, node))
+                weights = {net: weight for net, weight in node.items() if net != "sampling"}
+                listed.append(self.weighted(name, weights, node.get("sampling")))
         if not listed:
             raise UserError(f"{self.name} has nothing to compare: {'; '.join(self.notes)}")
         return listed

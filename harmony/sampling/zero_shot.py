@@ -209,7 +209,7 @@ def harmonize_once(
     inside = torch.from_numpy(np.stack(masks)[:, None]).float().to(kit.device)
     eps, abar, offset, empty = denoiser(kit), kit.alphas_cumprod, kit.scheduler.config.steps_offset, kit.prompt([""])
     with torch.no_grad():
-        z = kit.latent(kit.moments(pictures)).to(kit.dtype)
+        z = kit.latent(kit.moments(pictures))
         blank = empty.expand(len(z), -1, -1)
         trajectory = invert(lambda z, t: eps(z, t, blank), z, parts.steps, abar, offset)  # without words
     prompts = [d.prompts[0] for d in descriptions] + [d.prompts[1] for d in descriptions]

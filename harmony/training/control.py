@@ -1,6 +1,6 @@
 """F4. Training one ControlNet on a frozen inpainting kit (system A of the method sheet, sections 2.3 to 2.7)."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import cached_property
 from pathlib import Path
 
@@ -13,15 +13,14 @@ from harmony.conditions import check_hint, hint
 from harmony.data.datamodule import LatentData
 from harmony.errors import UserError
 from harmony.models.controlnet import BRANCHES, export_controlnet, from_unet, zero_convolutions
-from harmony.models.halves import Encoded, decode, encode
+from harmony.models.halves import Encoded, Residuals, decode, encode
 from harmony.models.kit import Kit, weights_hash
 from harmony.sampling.benchmark import Bench, Fill, by_hints
 from harmony.sampling.harmonize import Branch, Settings, load_branch
-from harmony.sampling.inpaint import control_residuals
+from harmony.sampling.inpaint import control_residuals, embedded, together
 from harmony.training.objective import Objective, noised, target
-from harmony.training.schedule import constant, linear_decay, total_steps
+from harmony.training.schedule import adamw
 
-Residuals = tuple[tuple[torch.Tensor, ...], torch.Tensor]  # for the skips, for the middle block
 LEVELS = 4  # equal ranges of t over which the loss is also reported
 
 
@@ -75,6 +74,8 @@ class ControlTask(Controls):
     ``companion``: a trained ControlNet (see ``controlnet_folder``) that runs beside this one, frozen, in ``share`` of
     the samples; its hint must travel with the batch too. The paper trains each alone, and then both tell the UNet what
     they have in common (where the object ends, say) twice: see the notes of ``experiment=structure_long``.
+    ``compile``: one graph of UNet, ControlNet and loss. ``checkpointing``: activations are computed again for the
+    gradient instead of kept.
     """
 
     def __init__(
@@ -91,8 +92,11 @@ class ControlTask(Controls):
         objective: dict | None = None,
         companion: str | None = None,
         share: float = 0.5,
+        compile: bool = False,
+        checkpointing: bool = False,
     ):
         super().__init__()
+        self.compiles, self.checkpointing = compile, checkpointing
         if branch not in BRANCHES:
             raise UserError(f"module.branch={branch}: choose one of {', '.join(BRANCHES)}")
         self.kit, self.branch, self.lr, self.zero_lr, self.warmup, self.decay = kit, branch, lr, zero_lr, warmup, decay
@@ -104,7 +108,9 @@ class ControlTask(Controls):
 
     def configure_model(self):
         if self.net is None:
-            self.net = from_unet(self.kit.unet, self.kit.factor, self.in_channels)
+            self.net = from_unet(self.kit.unrounded("unet"), self.kit.factor, self.in_channels)
+            for net in (self.net, self.kit.unet) if self.checkpointing else ():
+                net.enable_gradient_checkpointing()
 
     @property
     def controls(self) -> dict[str, torch.nn.Module]:
@@ -160,12 +166,7 @@ class ControlTask(Controls):
         return [{"params": slow, "lr": self.lr}, {"params": fast, "lr": self.zero_lr or self.lr}]
 
     def optimiser(self, groups: list[dict], trainer: lightning.Trainer) -> dict:
-        """AdamW over ``groups`` with warm-up and, where asked for, decay."""
-        fused = self.kit.device.type == "cuda"
-        optimiser = torch.optim.AdamW(groups, betas=(0.9, 0.999), eps=1e-8, weight_decay=self.weight_decay, fused=fused)
-        factor = linear_decay(total_steps(trainer), self.warmup) if self.decay else constant(self.warmup)
-        schedule = torch.optim.lr_scheduler.LambdaLR(optimiser, factor)
-        return {"optimizer": optimiser, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+        return adamw(groups, trainer, self.lr, self.weight_decay, self.warmup, self.decay)
 
     def configure_optimizers(self):
         return self.optimiser(self.groups(), self.trainer)
@@ -193,7 +194,7 @@ class ControlTask(Controls):
     ) -> torch.Tensor:
         """Weighted squared error B x C x h x w with the ControlNet at ``weight``, behind the frozen first half."""
         seen = batch[f"hint_{self.branch}"].to(u.dtype)
-        residuals = control_residuals([(self.net, seen, weight)], u, t, text) if weight else None
+        residuals = control_residuals(embedded([(self.net, seen, weight)]), u, t, text)
         if self.companion:
             beside = self.beside(batch, u, t, text)
             residuals = beside if residuals is None else together(residuals, beside)
@@ -206,14 +207,23 @@ class ControlTask(Controls):
         """The companion's residuals, zero for the samples in which it does not run."""
         name = f"hint_{self.companion.name}"
         seen = batch[name].to(u.dtype)
-        down, middle = control_residuals([(self.companion.net, seen, 1.0)], u, t, text)
+        down, middle = control_residuals(embedded([(self.companion.net, seen, 1.0)]), u, t, text)
         runs = (batch["beside"] < self.share).to(u.dtype)[:, None, None, None]
         return tuple(runs * r for r in down), runs * middle
+
+    def error(self, batch: dict, u: torch.Tensor, t: torch.Tensor, text: torch.Tensor, wanted: torch.Tensor):
+        """Weighted squared error B x C x h x w: the whole pass through UNet and ControlNet."""
+        return self.behind(batch, u, t, text, wanted, encode(self.kit.unet, u, t, text))
+
+    @cached_property
+    def compiled(self) -> Callable[..., torch.Tensor]:
+        """``error`` as training runs it: one graph, no breaks, where ``compile`` asks for it."""
+        return torch.compile(self.error, fullgraph=True, dynamic=False) if self.compiles else self.error
 
     def errors(self, batch: dict) -> tuple[torch.Tensor, torch.Tensor]:
         """(weighted squared error B x C x h x w, timesteps B)."""
         u, t, text, wanted = self.inputs(batch)
-        return self.behind(batch, u, t, text, wanted, encode(self.kit.unet, u, t, text)), t
+        return self.compiled(batch, u, t, text, wanted), t
 
     def training_step(self, batch: dict, index: int) -> torch.Tensor:
         if self.global_step == 0:
@@ -244,11 +254,6 @@ class ControlTask(Controls):
         for name, weight in (("validation/loss", 1.0), ("validation/loss_hint_off", 0.0)):
             error = self.behind(batch, u, t, text, wanted, encoded, weight)
             self.log(name, error.mean(), batch_size=len(t), sync_dist=True)
-
-
-def together(a: Residuals, b: Residuals) -> Residuals:
-    """The sum of two ControlNets' residuals."""
-    return tuple(x + y for x, y in zip(a[0], b[0], strict=True)), a[1] + b[1]
 
 
 class JointTask(Controls):
@@ -298,19 +303,21 @@ class JointTask(Controls):
         groups = [group for task in self.tasks.values() for group in task.groups()]
         return self.lead.optimiser(groups, self.trainer)
 
-    def losses(self, batch: dict, weight: float = 1.0) -> dict[str, torch.Tensor]:
-        u, t, text, wanted = self.lead.inputs(batch)
-        encoded = encode(self.kit.unet, u, t, text)
-        return {
-            branch: task.behind(batch, u, t, text, wanted, encoded, weight).mean()
-            for branch, task in self.tasks.items()
-        }
+    def means(self, batch: dict, *inputs: torch.Tensor, weight: float = 1.0) -> dict[str, torch.Tensor]:
+        """The loss of each net; ``inputs`` are those of ``ControlTask.inputs``."""
+        encoded = encode(self.kit.unet, *inputs[:3])
+        return {branch: task.behind(batch, *inputs, encoded, weight).mean() for branch, task in self.tasks.items()}
+
+    @cached_property
+    def compiled(self) -> Callable[..., dict[str, torch.Tensor]]:
+        """``means`` as training runs it: one graph where ``compile`` asks for it."""
+        return torch.compile(self.means, fullgraph=True, dynamic=False) if self.lead.compiles else self.means
 
     def training_step(self, batch: dict, index: int) -> torch.Tensor:
         if self.global_step == 0:
             for branch in self.names:
                 check_hint(batch[f"hint_{branch}"])
-        losses = self.losses(batch)
+        losses = self.compiled(batch, *self.lead.inputs(batch))
         size = len(batch["noise"])
         for branch, loss in losses.items():
             self.log(f"train/loss_{branch}", loss, batch_size=size)
@@ -320,8 +327,9 @@ class JointTask(Controls):
 
     def validation_step(self, batch: dict, index: int) -> None:
         size = len(batch["noise"])
+        inputs = self.lead.inputs(batch)
         for name, weight in (("loss", 1.0), ("loss_hint_off", 0.0)):
-            losses = self.losses(batch, weight)
+            losses = self.means(batch, *inputs, weight=weight)
             for branch, loss in losses.items():
                 self.log(f"validation/{name}_{branch}", loss, batch_size=size, sync_dist=True)
             self.log(f"validation/{name}", torch.stack(list(losses.values())).sum(), batch_size=size, sync_dist=True)

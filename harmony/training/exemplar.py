@@ -25,7 +25,7 @@ from harmony.models.kit import Kit, weights_hash
 from harmony.sampling.benchmark import Bench, Fill, by_example, exemplars
 from harmony.sampling.harmonize import Settings
 from harmony.training.objective import noised, target
-from harmony.training.schedule import linear_decay, total_steps, warm_up
+from harmony.training.schedule import adamw, warm_up
 
 
 class ExemplarTask(lightning.LightningModule):
@@ -67,7 +67,7 @@ class ExemplarTask(lightning.LightningModule):
 
     def configure_model(self):
         if self.unet is None:
-            self.unet = painting_unet(self.kit.unet)
+            self.unet = painting_unet(self.kit.unrounded("unet"))
             width = self.unet.config.cross_attention_dim
             self.encoder = fresh_encoder(self.tower, width, self.all_tokens).float()
             self.kit = self.kit.with_unet(self.unet)  # and what was copied takes no more room
@@ -132,11 +132,7 @@ class ExemplarTask(lightning.LightningModule):
             {"params": list(self.unet.parameters()), "lr": self.lr},
             {"params": list(self.encoder.trained()), "lr": self.encoder_lr or self.lr},
         ]
-        fused = self.device.type == "cuda"
-        optimiser = torch.optim.AdamW(groups, betas=(0.9, 0.999), eps=1e-8, weight_decay=self.weight_decay, fused=fused)
-        factor = linear_decay(total_steps(self.trainer), self.warmup) if self.decay else warm_up(self.warmup)
-        schedule = torch.optim.lr_scheduler.LambdaLR(optimiser, factor)
-        return {"optimizer": optimiser, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+        return adamw(groups, self.trainer, self.lr, self.weight_decay, self.warmup, self.decay, begin=warm_up)
 
     def context(self, batch: dict) -> torch.Tensor:
         """B x T x D: the exemplars' tokens, dropped samples having the learnt vector instead."""

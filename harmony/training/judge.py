@@ -11,7 +11,7 @@ from scipy.optimize import minimize_scalar
 from harmony.images import from_model, grid, write_image
 from harmony.metrics.classification import judged
 from harmony.models.judge import NATURAL, Judge, judge_net, save_judge, seen
-from harmony.training.schedule import constant, linear_decay, total_steps
+from harmony.training.schedule import adamw
 
 SHOWN = 8  # pairs on the grid
 
@@ -44,10 +44,7 @@ class JudgeTask(lightning.LightningModule):
 
     def configure_optimizers(self):
         h = self.hparams
-        optimiser = torch.optim.AdamW(self.parameters(), lr=h.lr, weight_decay=h.weight_decay)
-        factor = linear_decay(total_steps(self.trainer), h.warmup) if h.decay else constant(h.warmup)
-        schedule = torch.optim.lr_scheduler.LambdaLR(optimiser, factor)
-        return {"optimizer": optimiser, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+        return adamw(self.parameters(), self.trainer, h.lr, h.weight_decay, h.warmup, h.decay)
 
     def logits(self, batch: dict) -> torch.Tensor:
         """2B x 2 of B pairs."""

@@ -419,7 +419,7 @@ class InpaintTask(KitTask):
 
     def measure(self, data):
         """Fixed-seed grids: pictures from words alone, and holes filled by words."""
-        from harmony.sampling.inpaint import inpaint
+        from harmony.sampling.inpaint import Schedule, inpaint
 
         kit = self.kit
         vars(kit)["unet"] = self.net.eval()
@@ -432,17 +432,14 @@ class InpaintTask(KitTask):
         text = kit.text(batch["tokens"])
         holed = batch["image"] * (1 - batch["pixel_hole"])
         for guidance in (1.0, 2.0, 3.0):
-            free = inpaint(
-                kit, noise, everything, nothing.expand_as(noise), text, self.empty, guidance=guidance, steps=25
-            )
+            free = inpaint(kit, noise, everything, nothing.expand_as(noise), text, self.empty, Schedule(25, guidance))
             for row, x in zip(rows, kit.decode(free), strict=True):
                 row.append(from_model(x))
         for row, x in zip(rows, holed, strict=True):
             row.append(from_model(x))
         for guidance in (1.0, 2.0, 3.0):
-            filled = inpaint(
-                kit, noise, batch["hole"], kit.latent(kit.moments(holed)), text, self.empty, guidance=guidance, steps=25
-            )
+            masked = kit.latent(kit.moments(holed))
+            filled = inpaint(kit, noise, batch["hole"], masked, text, self.empty, Schedule(25, guidance))
             for row, x in zip(rows, kit.decode(filled), strict=True):
                 row.append(from_model(x))
         titles = ["truth", "text w=1", "w=2", "w=3", "hole", "fill w=1", "w=2", "w=3"]

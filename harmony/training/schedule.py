@@ -1,11 +1,14 @@
-"""F4. Learning-rate factors as functions of the optimiser step n = 0, 1, 2, ...
+"""F4. AdamW, and learning-rate factors as functions of the optimiser step n = 0, 1, 2, ...
 
 The warm-up factor is (n + 1) / W, not n / W: with the latter the first step would change nothing (method sheet, 1.4).
 Paint by Example's begins at 1e-6 instead.
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+
+import lightning
+import torch
 
 from harmony.errors import UserError
 
@@ -31,3 +34,23 @@ def total_steps(trainer) -> int:
     if not math.isfinite(total):
         raise UserError("a learning rate that decays needs an end: set trainer.max_steps")
     return int(total)
+
+
+def adamw(
+    parameters: Iterable,
+    trainer: lightning.Trainer,
+    lr: float,
+    weight_decay: float,
+    warmup: int,
+    decay: bool,
+    begin: Callable[[int], Callable[[int], float]] = constant,
+) -> dict:
+    """AdamW with its schedule, as Lightning wants them; ``decay``: linear to 0 at the end, else as ``begin`` has it.
+
+    The update is one kernel (fused), unless gradients are clipped: Lightning's mixed precision refuses both together.
+    """
+    fused = not trainer.gradient_clip_val
+    optimiser = torch.optim.AdamW(parameters, lr=lr, weight_decay=weight_decay, fused=fused)
+    factor = linear_decay(total_steps(trainer), warmup) if decay else begin(warmup)
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimiser, factor)
+    return {"optimizer": optimiser, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}

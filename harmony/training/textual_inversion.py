@@ -115,7 +115,7 @@ class TextualInversionTask(lightning.LightningModule):
         z = a.sqrt() * z + (1 - a).sqrt() * batch["noise"]
         drawn = zip((self.prompts[i] for i in batch["picture"].tolist()), batch["template"].tolist(), strict=True)
         text = self.text([prompts[int(share * len(prompts))] for prompts, share in drawn])
-        output = predict(kit.unet, z.to(kit.dtype), self.known.expand(len(z), -1, -1, -1), t, text)
+        output = predict(kit.unet, z, self.known.expand(len(z), -1, -1, -1), t, text)
         loss = F.mse_loss(output.float(), target(kit.prediction_type, z, batch["noise"], abar[t]))
         self.log("train/loss", loss, prog_bar=True, batch_size=len(z))
         return loss

@@ -7,8 +7,9 @@ import torch
 
 from harmony.errors import UserError
 from harmony.models.controlnet import controlnet_folder, export_controlnet, from_unet, load_controlnet, read_hint
+from harmony.models.halves import decode, encode
 from harmony.models.kit import Kit
-from harmony.sampling.inpaint import control_residuals, predict
+from harmony.sampling.inpaint import control_residuals, embedded, predict
 
 PARAMETERS = {"sigma": 10, "normalize": True}
 
@@ -34,10 +35,10 @@ def inputs(kit):
 def test_a_fresh_controlnet_changes_nothing(kit, inputs, in_channels):
     net, shown = from_unet(kit.unet, kit.factor, in_channels), torch.rand(2, 3, 32, 32)
     u = torch.cat([inputs["z"], inputs["known"]], 1)
-    down, middle = control_residuals([(net, shown, 1.0)], u, inputs["t"], inputs["text"])
+    down, middle = control_residuals(embedded([(net, shown, 1.0)]), u, inputs["t"], inputs["text"])
     assert all(not r.any() for r in (*down, middle))
-    plain = predict(kit.unet, **inputs)
-    assert torch.equal(predict(kit.unet, **inputs, controls=[(net, shown, 1.0)]), plain)
+    plain, first = predict(kit.unet, **inputs), encode(kit.unet, u, inputs["t"], inputs["text"])
+    assert torch.equal(decode(kit.unet, first, inputs["text"], (down, middle)), plain)
     assert plain.abs().max() > 0.1
 
 

@@ -3,9 +3,9 @@
 import pytest
 import torch
 
-from harmony.models.halves import decode, encode
+from harmony.models.halves import decode, encode, residuals
 from harmony.models.kit import Kit
-from harmony.sampling.inpaint import control_residuals, predict
+from harmony.sampling.inpaint import predict
 
 
 @pytest.fixture(scope="module")
@@ -22,8 +22,11 @@ def test_the_halves_make_the_whole(kit, awake, side):
     u = torch.cat([z, known], 1)
     with torch.no_grad():
         first = encode(kit.unet, u, t, text)
-        assert torch.equal(decode(kit.unet, first, text), predict(kit.unet, z, known, t, text))
-        residuals = control_residuals([(net, hint, 0.5)], u, t, text)
-        controlled = predict(kit.unet, z, known, t, text, [(net, hint, 0.5)])
-        assert torch.equal(decode(kit.unet, first, text, residuals), controlled)
-        assert not torch.equal(controlled, predict(kit.unet, z, known, t, text))
+        plain = predict(kit.unet, z, known, t, text)
+        assert torch.equal(decode(kit.unet, first, text), plain)
+        down, middle = net(u[:, :4], t, text, hint, conditioning_scale=0.5, return_dict=False)
+        ours = residuals(net, u[:, :4], t, text, net.controlnet_cond_embedding(hint), 0.5)
+        assert all(torch.equal(a, b) for a, b in zip((*ours[0], ours[1]), (*down, middle), strict=True))
+        added = {"down_block_additional_residuals": down, "mid_block_additional_residual": middle}
+        stock = kit.unet(u, t, text, **added, return_dict=False)[0]
+        assert torch.equal(decode(kit.unet, first, text, ours), stock) and not torch.equal(stock, plain)

@@ -1,6 +1,9 @@
 """A backbone: what its own files say of it, its codec, its text, its identity."""
 
+import os
 import shutil
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -69,9 +72,16 @@ def test_random_weights_have_the_architecture_alone(random_kit, kit):
     assert fresh.hash("unet") == "random"
 
 
-def test_precision_is_that_of_the_kit(random_kit):
-    kit = Kit(str(random_kit), dtype=torch.bfloat16)
-    assert kit.unet.dtype == kit.vae.dtype == kit.text_encoder.dtype == torch.bfloat16
+def test_what_every_step_runs_is_rounded_and_nothing_else(random_kit, kit):
+    """Guards bfloat16: UNet and text encoder alone; states and latents are float32, and a copy to train is exact."""
+    half = Kit(str(random_kit), dtype="bfloat16")
+    assert half.unet.dtype == half.text_encoder.dtype == torch.bfloat16
+    assert half.vae.dtype == half.prompt(["a red mushroom"]).dtype == torch.float32
+    assert torch.equal(half.unrounded("unet").conv_in.weight, kit.unet.conv_in.weight)
+    assert kit.unrounded("unet") is kit.unet
+    assert Kit(str(random_kit), dtype="auto").dtype == (torch.bfloat16 if torch.cuda.is_available() else torch.float32)
+    with pytest.raises(UserError, match="model.dtype=half: choose auto, float32 or bfloat16"):
+        Kit(str(random_kit), dtype="half")
 
 
 def test_what_is_missing_is_said(kit, tmp_path):
@@ -105,9 +115,28 @@ def test_true_sizes_come_with_the_package(name):
     with torch.device("meta"):
         unet = UNet2DConditionModel.from_config(UNet2DConditionModel.load_config(kit.path, subfolder="unet"))
     assert sum(p.numel() for p in unet.parameters()) == COUNTS[name] and unet.config.sample_size == 64
-    assert kit.tokens(["a red mushroom"]).shape[0] == 1
+    assert kit.tokens(["a red mushroom"]).shape == (1, 77)
 
 
 def test_weights_are_of_the_hub_or_random(random_kit):
     with pytest.raises(UserError, match="choose hub or random"):
         Kit(str(random_kit), weights="pretrained")
+
+
+def test_weights_from_a_hub_are_known_by_their_bytes(random_kit, tmp_path):
+    """Guards provenance of hub ids: read from the hub's own cache, without a network, the hash is that of the files;
+    where they cannot be reached, one line says so.
+    """
+    cached, commit = tmp_path / "models--someone--kit", 40 * "a"
+    shutil.copytree(random_kit, cached / "snapshots" / commit)
+    (cached / "refs").mkdir()
+    (cached / "refs" / "main").write_text(commit)
+    code = "from harmony.models.kit import Kit; k = Kit('someone/kit')\n"
+    code += "print(*[k.hash(part) for part in ('unet', 'tokenizer')])\n"
+    code += "from harmony.errors import UserError\ntry: Kit('someone/other').unet\nexcept UserError as e: print(e)"
+    env = {**os.environ, "HF_HUB_CACHE": str(tmp_path), "HF_HUB_OFFLINE": "1"}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=env)
+    assert done.returncode == 0, done.stderr
+    hashes, said = done.stdout.splitlines()[-2:]
+    assert hashes.split() == [Kit(str(random_kit)).hash(part) for part in ("unet", "tokenizer")]
+    assert said.startswith("cannot load unet of kit someone/other")

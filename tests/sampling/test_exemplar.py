@@ -15,7 +15,7 @@ from harmony.models.exemplar import Painter, fresh_encoder, known_by_example, pa
 from harmony.models.kit import Kit
 from harmony.sampling.exemplar import fill_by_example, paint
 from harmony.sampling.harmonize import Settings
-from harmony.sampling.inpaint import guided
+from harmony.sampling.inpaint import Guided, Schedule
 
 
 @pytest.fixture(scope="module")
@@ -57,7 +57,7 @@ def test_it_agrees_with_the_pipeline(painter, holes):
         latents=noise.clone(), output_type="latent",
     ).images  # fmt: skip
     masked = kit.latent(kit.moments(image * (1 - mask)))
-    ours = paint(painter, noise, to_latent(mask, kit.factor), masked, painter.encoder(pictures), 4.0, 5)
+    ours = paint(painter, noise, to_latent(mask, kit.factor), masked, painter.encoder(pictures), Schedule(5, 4.0))
     assert torch.allclose(ours, torch.as_tensor(expected), atol=1e-5)
 
 
@@ -69,7 +69,7 @@ def test_guidance_is_linear(painter):
     context = torch.randn(1, 1, 32, generator=torch.Generator().manual_seed(1))
 
     def eps(w, context=context):
-        return guided(kit, known, context, encoder.uncond_vector, w)(z, 500)
+        return Guided(kit, known, context, encoder.uncond_vector, Schedule(guidance=w))(z, 500)
 
     assert torch.allclose(eps(0.0), eps(1.0, encoder.uncond_vector), atol=1e-6)
     assert torch.allclose(eps(3.0), eps(0.0) + 3 * (eps(1.0) - eps(0.0)), atol=1e-4)

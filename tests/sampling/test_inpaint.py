@@ -2,12 +2,15 @@
 
 from types import SimpleNamespace
 
+import diffusers
 import pytest
 import torch
 
 from harmony.errors import UserError
+from harmony.models.attention import Known
 from harmony.models.kit import Kit
-from harmony.sampling.inpaint import control_residuals, guided, inpaint, predict
+from harmony.sampling.ddim import step, timesteps
+from harmony.sampling.inpaint import SOLVERS, Guided, Schedule, control_residuals, embedded, inpaint, predict
 
 
 @pytest.fixture(scope="module")
@@ -25,9 +28,9 @@ def scene(random_kit, awake):
     s.hints = [torch.rand(2, 3, 32, 32, generator=rng) for _ in s.nets]
     s.t = torch.tensor([481, 481])
 
-    def run(*weights, guidance=2.0):
+    def run(*weights, steps=3, guidance=2.0, **more):
         controls = list(zip(s.nets, s.hints, weights, strict=False))
-        return inpaint(kit, s.noise, s.hole, s.masked, s.text, s.empty, guidance, 3, controls)
+        return inpaint(kit, s.noise, s.hole, s.masked, s.text, s.empty, Schedule(steps, guidance, **more), controls)
 
     s.run = run
     return s
@@ -37,8 +40,8 @@ def scene(random_kit, awake):
 def count(scene):
     """Batch sizes of all evaluations of the ControlNets and of the UNet."""
     calls = {"net": [], "unet": []}
-    hooks = [net.register_forward_hook(lambda m, x, y: calls["net"].append(len(x[0]))) for net in scene.nets]
-    hooks.append(scene.kit.unet.register_forward_hook(lambda m, x, y: calls["unet"].append(len(x[0]))))
+    hooks = [net.conv_in.register_forward_hook(lambda m, x, y: calls["net"].append(len(x[0]))) for net in scene.nets]
+    hooks.append(scene.kit.unet.conv_in.register_forward_hook(lambda m, x, y: calls["unet"].append(len(x[0]))))
     yield calls
     for hook in hooks:
         hook.remove()
@@ -47,7 +50,7 @@ def count(scene):
 @torch.no_grad()
 def residuals(scene, *weights):
     controls = list(zip(scene.nets, scene.hints, weights, strict=True))
-    down, middle = control_residuals(controls, torch.cat([scene.noise, scene.known], 1), scene.t, scene.text)
+    down, middle = control_residuals(embedded(controls), torch.cat([scene.noise, scene.known], 1), scene.t, scene.text)
     return [*down, middle]
 
 
@@ -84,7 +87,7 @@ def test_channel_order_matters(scene):
 @torch.no_grad()
 def test_guidance(scene, count):
     def eps(w, text=scene.text):
-        return guided(scene.kit, scene.known, text, scene.empty, w)(scene.noise, 481)
+        return Guided(scene.kit, scene.known, text, scene.empty, Schedule(guidance=w))(scene.noise, 481)
 
     conditional, unconditional = eps(1), eps(1, scene.empty.expand_as(scene.text))
     assert count["unet"] == [2, 2]  # w = 1 needs one half only
@@ -105,8 +108,96 @@ def test_a_kit_that_predicts_v_gives_eps(scene, random_kit):
     v.scheduler.register_to_config(prediction_type="v_prediction")
     other.scheduler.register_to_config(prediction_type="sample")
     z, t = torch.randn(scene.known.shape[0], 4, *scene.known.shape[2:]), 300
-    out, eps = (guided(kit, scene.known, scene.text, scene.empty, 2.0)(z, t) for kit in (e, v))
+    out, eps = (Guided(kit, scene.known, scene.text, scene.empty, Schedule(guidance=2.0))(z, t) for kit in (e, v))
     a = e.alphas_cumprod[t]
     torch.testing.assert_close(eps, a.sqrt() * out + (1 - a).sqrt() * z)
     with pytest.raises(UserError, match="predicts 'sample'"):
-        guided(other, scene.known, scene.text, scene.empty, 2.0)(z, t)
+        Guided(other, scene.known, scene.text, scene.empty, Schedule(guidance=2.0))(z, t)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("guidance", [1.0, 3.0])
+def test_what_is_computed_once_changes_no_bit(scene, guidance):
+    """Guards the exact mode: hints' embeddings and the words' keys and values computed once give the latents of the
+    stock networks, run whole in every step; afterwards the networks are themselves again.
+    """
+    kit, abar = scene.kit, scene.kit.alphas_cumprod
+    before = [name for net in (kit.unet, *scene.nets) for name, _ in net.named_modules()]
+    z, both = scene.noise, torch.cat([scene.empty.expand_as(scene.text), scene.text])
+    for t in timesteps(3):
+        u, rows = torch.cat([z, scene.known], 1), 1 if guidance == 1 else 2
+        u, text, time = u.repeat(rows, 1, 1, 1), both[-2 * rows :], torch.full((2 * rows,), t)
+        made = [
+            net(u[:, :4], time, text, hint.repeat(rows, 1, 1, 1), conditioning_scale=w, return_dict=False)
+            for net, hint, w in zip(scene.nets, scene.hints, (1.0, 0.5), strict=True)
+        ]
+        down = [a + b for a, b in zip(made[0][0], made[1][0], strict=True)]
+        added = {"down_block_additional_residuals": down, "mid_block_additional_residual": made[0][1] + made[1][1]}
+        e = kit.unet(u, time, text, **added, return_dict=False)[0]
+        e = e if guidance == 1 else e[:2] + guidance * (e[2:] - e[:2])
+        z = step(z, e, t, t - len(abar) // 3, abar)
+    assert torch.equal(scene.run(1.0, 0.5, guidance=guidance), z)
+    assert [name for net in (kit.unet, *scene.nets) for name, _ in net.named_modules()] == before
+
+
+def test_the_networks_are_whole_again_after_an_error(scene, monkeypatch):
+    def fails(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Guided, "output", fails)
+    with pytest.raises(KeyboardInterrupt):
+        scene.run(1, 1)
+    assert not any(isinstance(m, Known) for net in (scene.kit.unet, *scene.nets) for m in net.modules())
+
+
+def test_guidance_on_a_part_of_the_steps(scene, count):
+    """Guards near-exact guidance: behind its share one half runs; a share of 1 is the whole, of 0 no guidance."""
+    whole, half = scene.run(1, steps=4), scene.run(1, steps=4, guided=0.5)
+    assert count["unet"] == count["net"] == [4, 4, 4, 4, 4, 4, 2, 2]
+    assert torch.equal(scene.run(1, steps=4, guided=1.0), whole) and not torch.equal(half, whole)
+    none = scene.run(1, steps=4, guided=0.0)
+    assert torch.equal(none, scene.run(1, steps=4, guidance=1.0))
+    assert count["unet"][12:] == [2] * 8
+
+
+def test_encoder_propagation(scene, count):
+    """Guards near-exact encoders: they run in every n-th step alone, the second half with the time of its own step; a
+    change of the number of halves makes them run again.
+    """
+    whole = scene.run(1, 1, steps=5)
+    count["unet"].clear(), count["net"].clear()
+    some = scene.run(1, 1, steps=5, encoder_every=2)
+    assert count["unet"] == [4, 4, 4] and len(count["net"]) == 6
+    assert not torch.equal(some, whole) and (some - whole).abs().mean() < 0.5 * (whole - scene.noise).abs().mean()
+    assert torch.equal(scene.run(1, 1, steps=5, encoder_every=1), whole)
+    count["unet"].clear()
+    scene.run(1, steps=4, encoder_every=4, guided=0.5)
+    assert count["unet"] == [4, 2]
+
+
+@pytest.mark.parametrize("solver", SOLVERS)
+def test_a_solver_is_that_of_diffusers(scene, solver):
+    """Guards the solvers: the same latents as diffusers' scheduler makes of the same eps; of v for a kit that predicts
+    it, too.
+    """
+    if solver == "ddim":
+        kind, options = diffusers.DDIMScheduler, {}
+    else:
+        kind, options = getattr(diffusers, SOLVERS[solver]), {"prediction_type": "epsilon"}
+    scheduler = kind.from_config(scene.kit.scheduler.config, **options)
+    scheduler.set_timesteps(6)
+    eps, z = Guided(scene.kit, scene.known, scene.text, scene.empty, Schedule(6, 2.0)), scene.noise
+    with torch.no_grad():
+        for t in scheduler.timesteps:
+            z = scheduler.step(eps(z, int(t)), t, z, return_dict=False)[0]
+    torch.testing.assert_close(scene.run(steps=6, solver=solver), z, rtol=1e-4, atol=1e-4)
+
+
+def test_a_schedule_that_means_nothing_is_refused():
+    for wrong, said in (
+        ({"solver": "euler"}, "solver=euler: choose one of ddim, dpmsolver"),
+        ({"guided": 1.5}, "guided=1.5: give a share"),
+        ({"encoder_every": 0}, "encoder_every=0: give 1"),
+    ):
+        with pytest.raises(UserError, match=said):
+            Schedule(**wrong)

@@ -7,7 +7,7 @@ from harmony.errors import UserError
 from harmony.models.attention import controlled
 from harmony.models.kit import Kit
 from harmony.sampling.ddim import sample
-from harmony.sampling.inpaint import guided
+from harmony.sampling.inpaint import Guided, Schedule
 from harmony.sampling.prompt_to_prompt import (
     LocalBlend,
     PromptToPrompt,
@@ -105,7 +105,7 @@ def edited(kit, control=None, prompts=(SOURCE, TARGET), w: float = 3.0) -> torch
     noise = torch.randn(1, 4, side, side, generator=torch.Generator().manual_seed(1)).repeat(len(prompts), 1, 1, 1)
     known = torch.zeros(len(prompts), 5, side, side)
     known[:, 0] = 1
-    eps = guided(kit, known, kit.prompt(list(prompts)), kit.prompt([""]), w)
+    eps = Guided(kit, known, kit.prompt(list(prompts)), kit.prompt([""]), Schedule(guidance=w))
     with torch.no_grad():
         if control is None:
             return sample(eps, noise, STEPS, kit.alphas_cumprod)
@@ -201,7 +201,7 @@ def test_a_local_edit(kit):
     assert torch.equal(source, target), "no word looks anywhere: all is kept"
     before = kit.unet.attn_processors
     plain = edit_latents(kit, z, [texts] * STEPS, [null] * STEPS, 3.0, PromptToPrompt([edit_of(kit)], 0, 0))
-    eps = guided(kit, whole_picture(kit, 2), texts, null, 3.0)
+    eps = Guided(kit, whole_picture(kit, 2), texts, null, Schedule(guidance=3.0))
     with torch.no_grad():
         expected = sample(eps, z.repeat(2, 1, 1, 1), STEPS, kit.alphas_cumprod)
     assert torch.allclose(plain, expected, atol=1e-5)

@@ -8,11 +8,13 @@ import lightning
 import pytest
 import torch
 from lightning.pytorch.callbacks import Callback
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from harmony.errors import UserError
 from harmony.models.controlnet import export_controlnet, zero_convolutions
 from harmony.models.kit import Kit
-from harmony.training.control import ControlTask
+from harmony.training.callbacks import NaNGuard, Throughput
+from harmony.training.control import ControlTask, JointTask
 
 FROZEN = ("unet", "vae", "text_encoder")
 
@@ -209,8 +211,6 @@ def test_figures_are_of_the_step_that_is_logged(kit, data, tmp_path):
 
 def test_joint_training_is_two_separate_ones(kit, latent_data, tmp_path):
     """Guards the joint run: after three steps each net is, within rounding, that of a run of its own."""
-    from harmony.training.control import JointTask
-
     branches, options = ["color", "structure"], {"lr": 1e-3, "zero_lr": 4e-3, "warmup": 2, "prompt_dropout": 0.5}
 
     def trained(task, branch, name):
@@ -258,8 +258,92 @@ def test_a_companion_runs_in_its_share_and_stays_as_it_is(kit, awake, latent_dat
 
 def test_joint_training_wants_a_list_of_branches(kit):
     """Guards bad input: one branch as text, or one twice."""
-    from harmony.training.control import JointTask
-
     for wrong in ("color", ["color", "color"]):
         with pytest.raises(UserError, match="list each branch once"):
             JointTask(kit, wrong)
+
+
+@pytest.mark.parametrize("kind", [ControlTask, JointTask])
+def test_the_compiled_step_is_one_graph_with_the_same_loss(kit, data, kind):
+    """Guards module.compile: nothing makes the tracer leave the graph, and what it traced is the step itself."""
+    torch._dynamo.reset()
+    torch.manual_seed(0)
+    task = kind(kit)
+    task.configure_model()
+    task.on_fit_start()
+    lead, whole = (task, task.error) if kind is ControlTask else (task.lead, task.means)
+    batch = batch_of(data)
+    batch["hint_structure"] = batch["hint_color"]
+    graphs = []
+    compiled = torch.compile(whole, dynamic=False, backend=lambda graph, inputs: graphs.append(graph) or graph.forward)
+    found, plain = compiled(batch, *lead.inputs(batch)), whole(batch, *lead.inputs(batch))
+    assert len(graphs) == 1, "the tracer left the graph: TORCH_LOGS=graph_breaks says where"
+    assert torch.equal(found, plain) if kind is ControlTask else found == plain
+
+
+def test_checkpointing_changes_no_gradient(kit, data):
+    """Guards module.checkpointing: less is kept, and every gradient is the same."""
+    found = []
+    for option in (False, True):
+        task = fresh(Kit(kit.path), checkpointing=option)
+        with torch.no_grad():
+            for p in zero_convolutions(task.net):
+                p.fill_(0.01)
+        kept = []
+        with torch.autograd.graph.saved_tensors_hooks(lambda x: kept.append(x.numel()) or x, lambda x: x):
+            error = task.errors(batch_of(data))[0].mean()
+        error.backward()
+        found.append((sum(kept), {name: p.grad for name, p in task.net.named_parameters()}))
+    (whole, plain), (less, again) = found
+    assert less < 0.6 * whole
+    for name, gradient in plain.items():
+        torch.testing.assert_close(again[name], gradient, rtol=1e-5, atol=1e-7)
+
+
+class Reads(TorchDispatchMode):
+    """Counts how often the host reads a value of a tensor, which waits for all that a GPU has been asked before."""
+
+    def __init__(self):
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.count += function is torch.ops.aten._local_scalar_dense.default
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("kind", [ControlTask, JointTask])
+def test_a_step_never_waits_for_the_device(kit, latent_data, tmp_path, kind):
+    """Guards the rate on a GPU: from batch to optimiser step, and in the callbacks of every run, nothing is read back
+    in steps that no logger reports.
+    """
+    branches = ["color", "structure"] if kind is JointTask else "color"
+    data = latent_data(batch_size=4, branch=branches)
+    data.setup()
+
+    class Watched(Callback):
+        def __init__(self):
+            self.mode, self.seen = Reads(), []
+
+        def on_train_batch_start(self, trainer, module, batch, index):
+            self.mode.count = 0
+            self.mode.__enter__()
+
+        def on_train_batch_end(self, trainer, module, outputs, batch, index):
+            self.mode.__exit__(None, None, None)
+            self.seen.append(self.mode.count)
+
+    run, watched = trainer(tmp_path, 4, Watched(), NaNGuard(), Throughput()), None
+    run.log_every_n_steps = 1000
+    (watched,) = (c for c in run.callbacks if isinstance(c, Watched))
+    run.fit(kind(kit), data)
+    assert watched.seen[0] > 0, "the first step looks at the hints"
+    assert watched.seen[1:] == [0, 0, 0]
+
+
+def test_the_update_is_one_kernel_unless_gradients_are_clipped(kit, data, tmp_path):
+    """Guards the optimiser: fused, and a run that clips in mixed precision begins instead of ending in a traceback."""
+    for options, fused in (({}, True), ({"gradient_clip_val": 1.0, "precision": "bf16-mixed"}, False)):
+        run = trainer(tmp_path, 1, **options)
+        run.fit(ControlTask(kit), data)
+        assert run.optimizers[0].defaults["fused"] is fused

@@ -78,7 +78,7 @@ def test_the_parts_make_a_kit(kit_folder):
     """Guards the hand-over from training to a kit folder: every part loads, and the whole fills a hole."""
     from diffusers import StableDiffusionInpaintPipeline
 
-    from harmony.sampling.inpaint import inpaint
+    from harmony.sampling.inpaint import Schedule, inpaint
 
     folder, _ = kit_folder
     kit = Kit(str(folder))
@@ -86,7 +86,7 @@ def test_the_parts_make_a_kit(kit_folder):
     assert not list(folder.glob(".*.partial"))
     moments = kit.moments(torch.zeros(1, 3, SIZE, SIZE))
     noise, text = torch.randn(1, 4, 8, 8), kit.prompt(["a red mushroom"])
-    z = inpaint(kit, noise, torch.ones(1, 1, 8, 8), kit.latent(moments), text, kit.prompt([""]), 2.0, 2)
+    z = inpaint(kit, noise, torch.ones(1, 1, 8, 8), kit.latent(moments), text, kit.prompt([""]), Schedule(2, 2.0))
     assert kit.decode(z).shape == (1, 3, SIZE, SIZE) and torch.isfinite(z).all()
     assert kit.text(kit.tokens(["a"])).shape[-1] == 16 and kit.image_encoder.config.image_size == SIZE
     assert kit.captioner.generate(torch.zeros(1, 3, SIZE, SIZE), max_length=8).shape[0] == 1
