@@ -3,14 +3,19 @@
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
+from harmony.composites import copy_paste
 from harmony.data.latents import example
+from harmony.data.pairs import under_other_light
 from harmony.data.pool import rows_of
 from harmony.images import from_model, to_model
+from harmony.metrics.classification import judged
 from harmony.metrics.fidelity import aggregate
 from harmony.models.exemplar import load_painter
+from harmony.models.judge import load_judge
 from harmony.models.kit import ASSETS, Kit
 from harmony.sampling.benchmark import SHOWN_TO, Bench, by_example, by_hints, pasted, scores
 from harmony.sampling.harmonize import Settings, load_branch
@@ -74,6 +79,15 @@ def test_the_controlnets_do_their_work(kit, bench):
     assert color["color_de"] < 0.6 * off["color_de"] and color["fpsnr"] > off["fpsnr"] + 4
     assert structure["edge_f1"] > off["edge_f1"] + 0.02 and both["edge_f1"] > color["edge_f1"] + 0.01
     assert both["fpsnr"] > color["fpsnr"] - 0.05
+
+
+def test_the_judge_tells_another_light(bench):
+    """The card says an area of 0.876 on 96 renders; here on sixteen, and without the renders under a second light."""
+    judge, rng = load_judge("judge"), np.random.default_rng(0)
+    masks = [e.mask for e in bench.examples]
+    lit = [copy_paste(x, under_other_light(x, m, rng), m) for x, m in zip(bench.truths(), masks, strict=True)]
+    scores = np.array([judge.score(images, masks) for images in (lit, bench.truths())])
+    assert judged(scores.ravel(), np.repeat([0.0, 1.0], len(masks)))["auc"] > 0.65
 
 
 def test_paint_by_example_does_its_work(kit, bench):
