@@ -1,0 +1,130 @@
+"""F6. ``python -m harmony.bench train sample``: ours against the common way, side by side on this machine.
+
+train     one ControlNet from cached latents, against the loop of the common training script
+joint     two ControlNets in one run, against two runs of that loop
+sample    inpainting with two ControlNets, exact and near-exact, against diffusers' stock pipeline
+data      selection over annotations of Open Images' size, against pandas
+memory    of a training step, for batches of 1 to 64
+gpu_all   train, joint, sample and memory as a GPU is measured: python -m harmony.bench gpu_all model=sd2
+"""
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from hydra.utils import instantiate
+from omegaconf import DictConfig
+
+from harmony.config import entry, new_folder, provenance
+from harmony.errors import UserError
+from harmony.files import write_json, write_text
+
+Figures = dict[str, dict[str, float]]  # what was measured -> figure -> number
+GPU_ALL = (  # (part, batch, steps a block): rates over 200 steps where it matters, within 8 minutes in all
+    ("train", 32, 40),
+    ("train", 8, 20),
+    ("train", 64, 10),
+    ("joint", 32, 10),
+    ("sample", None, None),
+    ("memory", None, None),
+)
+
+
+def train(cfg: DictConfig, kit, branches: tuple[str, ...] = ("color",), what: str = "train") -> Figures:
+    from harmony.speed.train import Load, bench_train
+
+    load = Load(cfg.batch, cfg.steps, cfg.blocks, cfg.compile, cfg.checkpointing)
+    return {what: bench_train(kit, load, branches)}
+
+
+def joint(cfg: DictConfig, kit) -> Figures:
+    return train(cfg, kit, ("color", "structure"), "joint")
+
+
+def sample(cfg: DictConfig, kit) -> Figures:
+    from harmony.speed.sample import bench_sample
+
+    s = cfg.sampling
+    return bench_sample(kit, s.batch, s.steps, s.guidance, cfg.blocks)
+
+
+def data(cfg: DictConfig, kit) -> Figures:
+    from harmony.speed.data import bench_data
+
+    return {"data": bench_data(Path(cfg.paths.work).resolve() / "bench", cfg.data.boxes, cfg.data.masks, cfg.blocks)}
+
+
+def memory(cfg: DictConfig, kit) -> Figures:
+    from harmony.speed.memory import bench_memory
+
+    return {"memory": bench_memory(kit)}
+
+
+def gpu_all(cfg: DictConfig, kit) -> Figures:
+    if kit.device.type != "cuda":
+        raise UserError("gpu_all wants a GPU; on the CPU: python -m harmony.bench train sample data memory")
+    found = {}
+    for part, batch, steps in GPU_ALL:
+        asked = cfg.copy()
+        asked.compile, asked.sampling.steps = True, 50
+        asked.batch, asked.steps = batch or cfg.batch, steps or cfg.steps
+        print(f"\n{part}" + (f", batch {batch}" if batch else ""), flush=True)
+        made = PARTS[part](asked, kit)
+        found |= {f"{what}_b{batch}": f for what, f in made.items()} if batch else made
+        torch._dynamo.reset()
+        torch.cuda.empty_cache()
+    return found
+
+
+PARTS: dict[str, Callable[[DictConfig, object], Figures]] = {
+    "train": train,
+    "joint": joint,
+    "sample": sample,
+    "data": data,
+    "memory": memory,
+    "gpu_all": gpu_all,
+}
+
+
+def table(found: Figures) -> str:
+    """Markdown: what has a ratio, with its rate beside the reference's."""
+    lines = ["| | ours, a second | reference | ratio | lowest | highest | TFLOP/s | of the peak |", "|---" * 8 + "|"]
+    for what, f in found.items():
+        if "ratio" in f:
+            ratios = (f"{f[name]:.2f}" for name in ("ratio", "ratio_min", "ratio_max"))
+            rates = " | ".join([f"{f['ours']:.3g}", f"{f['reference']:.3g}", *ratios])
+            share = f"{f['tflops']:.3g} | {100 * f['share_of_peak']:.0f} %" if "tflops" in f else "- | -"
+            lines.append(f"| {what} | {rates} | {share} |")
+    return "\n".join(lines) if len(lines) > 2 else ""
+
+
+def words(overrides: list[str]) -> list[str]:
+    """The command line for Hydra: bare words are what to measure."""
+    bare = [word for word in overrides if word.isidentifier()]
+    return [*(word for word in overrides if word not in bare), *([f"what=[{','.join(bare)}]"] if bare else [])]
+
+
+@entry("bench", read=words)
+def main(cfg: DictConfig) -> None:
+    """Measure what is asked for and write ``bench.json``: <what>/<kit>/<device>/<figure>."""
+    if wrong := [what for what in cfg.what if what not in PARTS]:
+        raise UserError(f"{wrong[0]} cannot be measured: choose among {', '.join(PARTS)}")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    torch.set_float32_matmul_precision("high")
+    torch.manual_seed(0)
+    kit = instantiate(cfg.model).to("cuda" if torch.cuda.is_available() else "cpu")
+    found: Figures = {}
+    for what in cfg.what:
+        print(f"{what}: kit {kit.name} on {kit.device.type}", flush=True)
+        found |= PARTS[what](cfg, kit)
+    folder = new_folder(Path(cfg.paths.runs).resolve() / "bench")
+    flat = {f"{what}/{kit.name}/{kit.device.type}/{k}": v for what, f in found.items() for k, v in f.items()}
+    write_json(folder / "bench.json", flat)
+    write_json(folder / "provenance.json", provenance(cfg))
+    write_text(folder / "table.md", table(found) + "\n")
+    print(f"\n{table(found)}\n\n{folder / 'bench.json'}")
+
+
+if __name__ == "__main__":
+    main()

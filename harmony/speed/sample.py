@@ -1,0 +1,109 @@
+"""F5. Inpainting with two ControlNets against diffusers' stock pipeline: same weights, pictures and guidance.
+
+Ours begins from uint8 pictures and makes its hints itself; the pipeline is handed finished tensors.
+"""
+
+from collections.abc import Callable
+from dataclasses import replace
+
+import numpy as np
+import torch
+from diffusers import DDIMScheduler, StableDiffusionControlNetInpaintPipeline
+
+from harmony.images import to_model
+from harmony.models.controlnet import from_unet, zero_convolutions
+from harmony.models.kit import Kit
+from harmony.sampling.harmonize import Branch, Settings, fill, hints
+from harmony.speed.measure import alternate, matmul_rate, tflop
+
+PROMPT = "a photograph of a mushroom"
+BRANCHES = ("color", "structure")
+FEWER = 0.4  # of the steps, with a better solver
+NEAR = {  # beside the exact mode: what is cheaper and not quite the same
+    "unipc": {"solver": "unipc"},
+    "guided": {"guided": 0.5},
+    "encoder": {"encoder_every": 2},
+    "near": {"solver": "unipc", "guided": 0.5, "encoder_every": 2},
+}
+
+
+def awake_net(kit: Kit, seed: int) -> torch.nn.Module:
+    """A frozen ControlNet whose residuals are not zero, as if it had been trained."""
+    torch.manual_seed(seed)
+    net = from_unet(kit.unet, kit.factor).requires_grad_(False).eval()
+    for p in zero_convolutions(net):
+        p.normal_(0, 0.02)
+    return torch.nn.Module.to(net, kit.device, kit.dtype)
+
+
+class Scene:
+    """``batch`` pictures with a hole each, two ControlNets, and both ways to fill the holes."""
+
+    def __init__(self, kit: Kit, batch: int):
+        side, rng = kit.resolution, np.random.default_rng(0)
+        self.kit, self.mask = kit, np.zeros((side, side), bool)
+        self.mask[side // 4 : side // 2, side // 4 : side // 2] = True
+        self.pictures = [rng.integers(0, 256, (side, side, 3), dtype=np.uint8) for _ in range(batch)]
+        self.branches = [Branch(name, awake_net(kit, n)) for n, name in enumerate(BRANCHES)]
+
+    def ours(self, settings: Settings) -> Callable[[], list[np.ndarray]]:
+        masks, prompts = [self.mask] * len(self.pictures), [PROMPT] * len(self.pictures)
+        settings = replace(settings, batch=len(self.pictures))
+        pictures = self.pictures
+        return lambda: fill(self.kit, pictures, pictures, masks, masks, prompts, self.branches, settings)
+
+    def stock(self, steps: int, guidance: float) -> Callable[[], object]:
+        kit = self.kit
+        pipeline = StableDiffusionControlNetInpaintPipeline(
+            vae=kit.vae if kit.dtype == torch.float32 else _rounded(kit),
+            text_encoder=kit.text_encoder,
+            tokenizer=kit.tokenizer,
+            unet=kit.unet,
+            controlnet=[branch.net for branch in self.branches],
+            scheduler=DDIMScheduler.from_config(kit.scheduler.config),
+            safety_checker=None,
+            feature_extractor=None,
+            requires_safety_checker=False,
+        )
+        pipeline.set_progress_bar_config(disable=True)
+        masks = [self.mask] * len(self.pictures)
+        given = {
+            "image": torch.stack([to_model(x) for x in self.pictures]),
+            "mask_image": torch.from_numpy(np.stack(masks)[:, None]).float(),
+            "control_image": [hints(branch, self.pictures, masks) for branch in self.branches],
+        }
+        return lambda: pipeline(
+            [PROMPT] * len(self.pictures),
+            **given,
+            height=kit.resolution,
+            width=kit.resolution,
+            num_inference_steps=steps,
+            guidance_scale=guidance,
+            output_type="pt",
+        )
+
+
+def _rounded(kit: Kit) -> torch.nn.Module:
+    """The VAE in the dtype of the rest, which the pipeline wants."""
+    other = Kit(kit.path, kit.weights, kit.dtype, kit.device, kit.geometry)
+    return torch.nn.Module.to(other.vae, kit.dtype)
+
+
+def bench_sample(
+    kit: Kit, batch: int, steps: int, guidance: float, blocks: int, say: Callable[[str], None] = print
+) -> dict[str, dict[str, float]]:
+    """``sample`` (exact) and ``sample_NAME`` (near-exact) -> figures, rates in pictures a second."""
+    scene = Scene(kit, batch)
+    stock, exact = scene.stock(steps, guidance), Settings(steps, guidance)
+    work = tflop(scene.ours(exact), batch)
+    peak = matmul_rate(kit.device, kit.dtype)
+    found = {}
+    for name, options in {"": {}, **NEAR}.items():
+        settings = replace(exact, **options)
+        if "solver" in options:
+            settings = replace(settings, steps=max(1, round(FEWER * steps)))
+        say(f"{name or 'exact'}: {settings.steps} steps of {settings.solver}, against {steps} of the stock pipeline")
+        rates = alternate(scene.ours(settings), stock, batch, kit.device, 1, blocks, say)
+        figures = rates.figures(*((work, peak) if not name else ()))
+        found["_".join(filter(None, ("sample", name)))] = figures | {"seconds": batch / figures["ours"]}
+    return found

@@ -1,0 +1,54 @@
+"""The training bench: both sides train the same thing, and the work of the real size is what it is known to be."""
+
+import copy
+
+import pytest
+import torch
+
+from harmony.models.kit import Kit
+from harmony.speed.measure import tflop
+from harmony.speed.memory import shapes_of
+from harmony.speed.train import Load, bench_train, cached_batch, our_step, ready, reference_step, to_device
+from harmony.training.control import JointTask
+
+
+@pytest.fixture
+def kit(random_kit):
+    return Kit(str(random_kit))
+
+
+def test_both_sides_train_the_same_net(kit):
+    """Guards the comparison: from the same weights each step moves its ControlNet and nothing of the kit."""
+    batch, before = cached_batch(kit, 2), copy.deepcopy(kit.unet.state_dict())
+    task = ready(kit, ("color",), Load(2, 1, 1))
+    task.lr = 1e-3
+    nets = task.net, copy.deepcopy(task.net)
+    start = copy.deepcopy(nets[0].state_dict())
+    for net, step in zip(nets, (our_step(task, batch), reference_step(kit, nets[1], batch)), strict=True):
+        first = step()
+        assert 0 < float(first) < 10
+        assert any(not torch.equal(value, start[name]) for name, value in net.state_dict().items())
+    assert all(torch.equal(value, before[name]) for name, value in kit.unet.state_dict().items())
+
+
+def test_the_work_of_stable_diffusion_2():
+    """Guards the count, and that the frozen UNet costs no weight gradients: 2.267 TFLOP an image, of one ControlNet
+    on cached latents (method sheet's companion on performance, 1.1: counted there with attention's plain backward).
+    """
+    shapes = shapes_of(Kit("sd2/sd2", weights="random", geometry="sd2"))
+    task = ready(shapes, ("color",), Load(1, 1, 1))
+    batch = to_device(cached_batch(shapes, 1), shapes.device)
+    with shapes.device:
+        inputs = task.inputs(batch)
+        found = tflop(lambda: task.error(batch, *inputs).mean().backward(), 1)
+        text = tflop(lambda: task.inputs(batch), 1)
+    assert found == pytest.approx(2.267, rel=0.02) and text == pytest.approx(0.0451, rel=0.02)
+
+
+@pytest.mark.parametrize("branches", [("color",), ("color", "structure")])
+def test_the_bench_of_training(kit, branches):
+    said = []
+    figures = bench_train(kit, Load(2, 1, 2), branches, said.append)
+    assert set(figures) >= {"ours", "reference", "ratio", "ratio_min", "ratio_max", "tflops", "share_of_peak"}
+    assert figures["reference_tflop"] > figures["tflop"] > 0 and len(said) == 3
+    assert isinstance(ready(kit, branches, Load(2, 1, 1)), JointTask) == (len(branches) > 1)
