@@ -1,6 +1,7 @@
 """No experiment can rot: each file composes, holds only known keys, and runs for two steps on a small kit."""
 
 import json
+import re
 import shutil
 import time
 from pathlib import Path
@@ -59,6 +60,8 @@ SMALL = {
     ],
     "JudgeTask": ["data.side=32", "data.batch_size=2", "trainer.val_check_interval=2"],
 }  # fmt: skip
+# what an experiment for many GPUs is run without
+ALONE = {"color_sd2": ["trainer=default", "dataset=studio", "module.compile=false", "data.workers=0"]}
 WRITES = {"VAETask": ["vae"], "CLIPTask": ["text_encoder", "image_encoder", "tokenizer"],
           "CaptionerTask": ["captioner"],
           "InpaintTask": ["unet", "scheduler"]}  # fmt: skip
@@ -69,6 +72,19 @@ def restore_precision():
     before = torch.get_float32_matmul_precision()
     yield
     torch.set_float32_matmul_precision(before)
+
+
+def test_the_papers_run_is_the_papers():
+    """Guards experiment=color_sd2: its setting, and that several machines keep the global batch."""
+    cfg = composed("color_sd2")
+    assert cfg.trainer.devices * cfg.data.batch_size == 64 and cfg.trainer.precision == "bf16-mixed"
+    assert (cfg.module.lr, cfg.module.warmup, cfg.module.decay) == (1e-6, 10_000, False)
+    assert cfg.module.objective.weighting == "plain" and cfg.model.geometry == "sd2" and cfg.guidance == 7.5
+    script = (FILES["color_sd2"].parent / "color_sd2.sbatch").read_text()
+    words = dict(re.findall(r"--(nodes|ntasks-per-node)=(\d+)", script)) | dict(
+        re.findall(r"(batch_size)=(\d+)", script)
+    )
+    assert int(words["nodes"]) * int(words["ntasks-per-node"]) * int(words["batch_size"]) == 64
 
 
 def composed(name: str, *more: str):
@@ -90,7 +106,7 @@ def test_it_runs(name, random_kit, awake, prepared_work, tmp_path):
     task = composed(name).module["_target_"].rpartition(".")[2]
     work, runs, kit = tmp_path / "work", tmp_path / "runs", tmp_path / "kit"
     shutil.copytree(random_kit, kit, ignore=shutil.ignore_patterns("unet") if task == "InpaintTask" else None)
-    more = [f"paths.work={work}", f"paths.runs={runs}", f"model.path={kit}", *QUICK, *SMALL[task]]
+    more = [f"paths.work={work}", f"paths.runs={runs}", f"model.path={kit}", *QUICK, *SMALL[task], *ALONE.get(name, [])]
     if composed(name).module.get("companion"):
         small, taught = Kit(str(random_kit)), {"sigma": 10, "normalize": True}
         export_controlnet(awake(small, 0), tmp_path / "companion", "color", taught, small)

@@ -6,6 +6,7 @@ import json
 import os
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -220,6 +221,65 @@ def test_two_processes_train_as_one(command, tmp_path, environment):
     assert set(ours) == set(theirs)
     worst = max(float((ours[name] - theirs[name]).abs().max()) for name in ours)
     assert worst < 1e-6, worst
+
+
+def free_port() -> int:
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return s.getsockname()[1]
+
+
+@pytest.mark.slow
+def test_two_nodes_lose_one_and_go_on(command, tmp_path, environment):
+    """Guards training over machines: two launchers that meet on loopback train together. One is killed with all its
+    processes, the other ends instead of waiting for ever; the same commands then end with the numbers of two processes
+    of one machine that nothing happened to.
+    """
+    runs, environment = tmp_path / "runs", environment | {"GLOO_SOCKET_IFNAME": "lo"}
+    nodes = ["trainer.num_nodes=2", "trainer.strategy=ddp", "data.batch_size=1"]
+    unbroken = start(command(tmp_path / "unbroken", "trainer=ddp2", "data.batch_size=1"), environment, tmp_path)
+    assert unbroken.wait(300) == 0
+
+    def launch() -> list[subprocess.Popen]:
+        meet, options = (
+            f"127.0.0.1:{free_port()}",
+            {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True},
+        )
+        began = []
+        for rank in range(2):
+            launcher = [sys.executable, "-m", "torch.distributed.run", "--nnodes", "2", "--nproc-per-node", "1"]
+            launcher += [
+                "--node-rank",
+                str(rank),
+                "--rdzv-backend",
+                "c10d",
+                "--rdzv-endpoint",
+                meet,
+                "--max-restarts",
+                "0",
+            ]
+            words = [*launcher, "-m", "harmony.fit", *command(runs, *nodes)]
+            began.append(subprocess.Popen(words, env=environment, cwd=tmp_path, start_new_session=True, **options))
+        return began
+
+    first, second = launch()
+    seen = []
+    for line in first.stdout:
+        seen.append(line)
+        if f"step 3/{STEPS}" in line:
+            os.killpg(second.pid, signal.SIGKILL)
+            break
+    else:
+        pytest.fail("".join(seen[-40:]))
+    rest = first.communicate(timeout=300)[0]
+    assert first.returncode != 0, rest[-2000:]
+    (folder,) = (runs / "color").iterdir()
+    assert not (folder / "metrics.json").exists()
+    pair = launch()
+    said = [node.communicate(timeout=300)[0] for node in pair]
+    assert [node.returncode for node in pair] == [0, 0], "\n".join(text[-2000:] for text in said)
+    assert list((runs / "color").iterdir()) == [folder] and f"step 1/{STEPS}" not in said[0] + said[1]
+    same_run(folder, next((tmp_path / "unbroken" / "color").iterdir()))
 
 
 def type_in(monkeypatch, overrides: list[str]) -> int:
