@@ -420,6 +420,19 @@ def rank() -> int:
     return int(next((os.environ[k] for k in ("RANK", "SLURM_PROCID", "LOCAL_RANK") if os.environ.get(k)), 0))
 
 
+def world() -> int:
+    """How many processes torchrun or srun started."""
+    return int(os.environ.get("WORLD_SIZE") or os.environ.get("SLURM_STEP_NUM_TASKS") or 1)
+
+
+def device() -> str:
+    """The GPU of this process where there is one."""
+    import torch
+
+    local = int(os.environ.get("LOCAL_RANK") or os.environ.get("SLURM_LOCALID") or 0)
+    return f"cuda:{local % torch.cuda.device_count()}" if torch.cuda.is_available() else "cpu"
+
+
 def identity(cfg: DictConfig) -> str:
     """The resolved configuration as YAML, without what differs between two goes of one run."""
     cfg = cfg.copy()

@@ -5,15 +5,13 @@ methods on the same pictures, holes and noise; finished pictures are not made ag
 ``torchrun --nproc-per-node N -m harmony.evaluate`` shares them out among processes.
 """
 
-import os
 import time
 from pathlib import Path
 
-import torch
 from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 
-from harmony.config import entry, provenance, rank, run_folder
+from harmony.config import device, entry, provenance, rank, run_folder, world
 from harmony.data.manifest import manifest_hash
 from harmony.data.preparation import ensure
 from harmony.files import write_json, write_text
@@ -79,17 +77,6 @@ def measured(cfg: DictConfig, folder: Path) -> tuple[dict, dict, str, list[Path]
     else:
         metrics, facts, text, pictures = study(cfg, kit, manifest, folder).measure()
     return metrics, facts | {"manifest": manifest_hash(manifest)}, text, pictures
-
-
-def world() -> int:
-    """How many processes torchrun or srun started."""
-    return int(os.environ.get("WORLD_SIZE") or os.environ.get("SLURM_STEP_NUM_TASKS") or 1)
-
-
-def device() -> str:
-    """The GPU of this process where there is one."""
-    local = int(os.environ.get("LOCAL_RANK") or os.environ.get("SLURM_LOCALID") or 0)
-    return f"cuda:{local % torch.cuda.device_count()}" if torch.cuda.is_available() else "cpu"
 
 
 @entry("evaluate")

@@ -9,7 +9,7 @@ import torch
 from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 
-from harmony.config import entry, literal, provenance, rank, run_folder
+from harmony.config import device, entry, literal, provenance, rank, run_folder, world
 from harmony.data.manifest import manifest_hash
 from harmony.data.preparation import ensure
 from harmony.files import write_json
@@ -23,8 +23,8 @@ def train(cfg: DictConfig, folder: Path) -> tuple[lightning.Trainer, lightning.L
     data, module = (instantiate(node, _convert_="all") for node in (cfg.data, cfg.module))
     if hasattr(module, "check"):
         module.check(data)
-    if rank() == 0 and hasattr(data, "prepare"):
-        data.prepare()
+    if hasattr(data, "prepare"):
+        data.prepare(device=device(), rank=rank(), world=world())
     logger = instantiate(cfg.logger)
     callbacks = trainer_callbacks(instantiate(cfg.callbacks, _convert_="all"))
     trainer = instantiate(cfg.trainer, _partial_=True, _convert_="all")(

@@ -156,7 +156,7 @@ class LatentData(lightning.LightningDataModule):
 
     ``batch_size`` is that of one process. ``branch`` names the hint, or the hints, that travel with a batch (None: no
     hint). ``augment``: exemplars are augmented in training.
-    ``prepare`` must have been called (in one process) before training.
+    ``prepare`` must have been called (by every process, or by one) before training.
     """
 
     def __init__(
@@ -186,9 +186,16 @@ class LatentData(lightning.LightningDataModule):
         }
         self.sets: dict[str, Draws] = {}
 
-    def prepare(self, say=print) -> dict[str, Path]:
-        """Make or complete the caches; what is there and good is kept."""
-        return {s: build(self.manifest, s, self.kit, r, self.cache, say) for s, r in self.recipes.items()}
+    def prepare(self, say=print, device: str = "cpu", rank: int = 0, world: int = 1) -> dict[str, Path]:
+        """Make or complete the caches, of ``world`` processes this one's share; what is there and good is kept.
+
+        The VAE works on ``device`` meanwhile.
+        """
+        self.kit.to(device)
+        share = (rank, world)
+        made = {s: build(self.manifest, s, self.kit, r, self.cache, say, share) for s, r in self.recipes.items()}
+        self.kit.to("cpu")
+        return made
 
     def setup(self, stage=None):
         for split, recipe in self.recipes.items():

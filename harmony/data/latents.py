@@ -34,6 +34,7 @@ from harmony.sample import Row
 
 CACHE_SCHEMA = 1
 SHARD = 256  # items a shard
+WAIT = 3600  # seconds without anything new after which the other processes count as dead
 EXTENDED = {"shape": SHAPED, "box": 0.0}  # hole rules around the extended box -> share of arbitrary shapes
 
 
@@ -229,10 +230,15 @@ def build(
     recipe: Recipe,
     root: Path,
     say: Callable[[str], None] = print,
+    share: tuple[int, int] = (0, 1),
     batch: int = 32,
 ) -> Path:
-    """Make or complete the cache of a split under ``root``; returns its folder. Good shards are not redone."""
-    rows = read_manifest(manifest, split)[1]
+    """Make or complete the cache of a split under ``root``; returns its folder. Good shards are not redone.
+
+    ``share`` is (rank, world): of several processes each makes every world-th shard, and all return when the cache is
+    complete. UserError when the others' shards do not come.
+    """
+    rows, (rank, world) = read_manifest(manifest, split)[1], share
     if not rows:
         raise UserError(f"{manifest} has no rows in split {split}: check the recipe's splits and selection")
     description = describe(kit, recipe, rows)
@@ -240,39 +246,69 @@ def build(
     folder.mkdir(parents=True, exist_ok=True)
     items = [(row, v) for row in rows for v in range(recipe.variants)]
     shards = [items[i : i + SHARD] for i in range(0, len(items), SHARD)]
-    known: dict[str, str] = {}
-    began, done, todo, squashed = time.monotonic(), 0, 0, 0
-    for n, shard in enumerate(shards):
-        path = folder / f"{n:05d}.safetensors"
-        record = folder / f"{n:05d}.json"
-        if path.exists() and record.exists():
-            found = sha256(path)
-            if found == stated_sha256(record):
-                known[path.name] = found
-                continue
-            say(f"latents {split}: {path.name} is damaged (checksum differs), building it again")
-        todo = todo or len(items) - n * SHARD
+    mine = [n for n in range(rank, len(shards), world) if not is_good(folder, n, split, say)]
+    total, began, done, squashed = sum(len(shards[n]) for n in mine), time.monotonic(), 0, 0
+    for n in mine:
         tensors: dict[str, list[torch.Tensor]] = {}
-        for i in range(0, len(shard), batch):
-            examples = [example(row, manifest.parent, recipe, kit.resolution, v) for row, v in shard[i : i + batch]]
+        for i in range(0, len(shards[n]), batch):
+            part = shards[n][i : i + batch]
+            examples = [example(row, manifest.parent, recipe, kit.resolution, v) for row, v in part]
             if recipe.crop == "extended":
-                uneven = [row.width != row.height for row, _ in shard[i : i + batch]]
+                uneven = [row.width != row.height for row, _ in part]
                 squashed += sum(u and e.crop is None for u, e in zip(uneven, examples, strict=True))
             for name, tensor in encode(examples, kit, recipe).items():
                 tensors.setdefault(name, []).append(tensor)
-        known[path.name] = write_shard(path, {name: torch.cat(parts) for name, parts in tensors.items()})
-        write_json(record, {"sha256": known[path.name]})
-        done += len(shard)
+        digest = write_shard(shard_file(folder, n), {name: torch.cat(parts) for name, parts in tensors.items()})
+        write_json(record_of(folder, n), {"sha256": digest})
+        done += len(shards[n])
         rate = done / (time.monotonic() - began)
-        left = (todo - done) / rate
+        left = (total - done) / rate
         say(f"latents {split}: shard {n + 1}/{len(shards)}, {rate:.0f} items a second, {left:.0f} s left")
     if squashed:
         say(f"latents {split}: {squashed} of {done} items are squashed pictures, no square holds their extended box")
-    sizes = {f"{n:05d}.safetensors": len(shard) for n, shard in enumerate(shards)}
-    write_json(
-        folder / "index.json", {"key": key(description), "description": description, "sizes": sizes, "shards": known}
-    )
+    await_files([file(folder, n) for n in range(len(shards)) for file in (shard_file, record_of)], split, say)
+    if rank == 0:
+        sizes = {shard_file(folder, n).name: len(shard) for n, shard in enumerate(shards)}
+        known = {shard_file(folder, n).name: stated_sha256(record_of(folder, n)) for n in range(len(shards))}
+        facts = {"key": key(description), "description": description, "sizes": sizes, "shards": known}
+        write_json(folder / "index.json", facts)
+    await_files([folder / "index.json"], split, say)
     return folder
+
+
+def shard_file(folder: Path, n: int) -> Path:
+    return folder / f"{n:05d}.safetensors"
+
+
+def record_of(folder: Path, n: int) -> Path:
+    """What states the checksum of a shard, written behind it."""
+    return folder / f"{n:05d}.json"
+
+
+def is_good(folder: Path, n: int, split: str, say: Callable[[str], None]) -> bool:
+    """Whether shard ``n`` is there and has its checksum; one that is damaged is said and taken away."""
+    path, record = shard_file(folder, n), record_of(folder, n)
+    if not (path.exists() and record.exists()):
+        return False
+    if sha256(path) == stated_sha256(record):
+        return True
+    say(f"latents {split}: {path.name} is damaged (checksum differs), building it again")
+    record.unlink()
+    return False
+
+
+def await_files(files: list[Path], split: str, say: Callable[[str], None]) -> None:
+    """Return when all ``files`` are there. UserError when none has come for ``WAIT`` seconds."""
+    missing, since = [f for f in files if not f.exists()], time.monotonic()
+    if missing:
+        say(f"latents {split}: waiting for {len(missing)} files of the other processes")
+    while missing:
+        time.sleep(0.2)
+        left = [f for f in missing if not f.exists()]
+        since = time.monotonic() if len(left) < len(missing) else since
+        missing = left
+        if time.monotonic() - since > WAIT:
+            raise UserError(f"{missing[0]} never came from the other processes: start the same command again")
 
 
 def stated_sha256(record: Path) -> str | None:

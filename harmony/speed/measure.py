@@ -12,7 +12,7 @@ from harmony.models.timing import now
 
 SIDES = {"cpu": 2048, "cuda": 8192}  # of the matrices whose product says what the device can do
 PRODUCTS = {"cpu": 4, "cuda": 50}  # in a block
-WARM = 2  # steps of each before anything is measured
+WARM = 2  # steps of each, at most, before anything is measured
 
 
 @dataclass(frozen=True)
@@ -54,7 +54,7 @@ def alternate(
 ) -> Rates:
     """``blocks`` pairs of blocks of ``steps`` calls each, after a few calls that do not count (compilation, caches)."""
     for step in (ours, reference):
-        rate(step, WARM, images, device)
+        rate(step, min(WARM, steps), images, device)
     found = Rates([], [])
     for n in range(blocks):
         for step, rates in ((ours, found.ours), (reference, found.reference)):

@@ -7,6 +7,7 @@ import os
 import shutil
 import signal
 import time
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
 import numpy as np
@@ -128,6 +129,24 @@ def test_a_stopped_build_goes_on(kit, manifest, small_shards, tmp_path, monkeypa
     assert shards(folder) == shards(cache)
     build(manifest, "train", kit, RECIPE, root, said.append)
     assert ages(folder) == after and len(said) == 2, "a complete cache is left alone, silently"
+
+
+def test_several_processes_share_a_build(kit, manifest, small_shards, tmp_path, monkeypatch, cache):
+    """Guards preparation over ranks: each makes every second shard, both return when all are there, and the cache is
+    that of one process; where the other never comes, one line says so and the same command goes on.
+    """
+    said = [[], []]
+    with ThreadPoolExecutor(2) as pool:
+        at = [(manifest, "train", kit, RECIPE, tmp_path / "shared", said[r].append, (r, 2)) for r in range(2)]
+        first, second = pool.map(lambda words: build(*words), at)
+    assert first == second and shards(first) == shards(cache) and len(Latents(first)) == ITEMS
+    made = [[line.split("shard ")[1][0] for line in lines if "shard " in line] for lines in said]
+    assert made == [["1", "3"], ["2", "4"]]
+    monkeypatch.setattr(latents, "WAIT", 0.3)
+    with pytest.raises(UserError, match="00001.safetensors never came from the other processes"):
+        build(manifest, "train", kit, RECIPE, tmp_path / "alone", lambda line: None, (0, 2))
+    alone = build(manifest, "train", kit, RECIPE, tmp_path / "alone", lambda line: None)
+    assert shards(alone) == shards(cache)
 
 
 @pytest.mark.parametrize("harm", ["flip", "truncate", "record", "index"])
