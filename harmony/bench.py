@@ -9,7 +9,7 @@ gpu_all   train, joint, sample and memory as a GPU is measured: python -m harmon
 """
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
@@ -64,15 +64,21 @@ def memory(cfg: DictConfig, kit) -> Figures:
 def gpu_all(cfg: DictConfig, kit) -> Figures:
     if kit.device.type != "cuda":
         raise UserError("gpu_all wants a GPU; on the CPU: python -m harmony.bench train sample data memory")
+    asked = cfg.copy()
+    asked.compile, asked.sampling.steps = True, 50
+    return planned(asked, kit, GPU_ALL)
+
+
+def planned(cfg: DictConfig, kit, plan: Sequence[tuple[str, int | None, int | None]]) -> Figures:
+    """The parts of ``plan``, each with its batch and steps a block; what has a batch is named by it."""
     found = {}
-    for part, batch, steps in GPU_ALL:
+    for part, batch, steps in plan:
         asked = cfg.copy()
-        asked.compile, asked.sampling.steps = True, 50
         asked.batch, asked.steps = batch or cfg.batch, steps or cfg.steps
         print(f"\n{part}" + (f", batch {batch}" if batch else ""), flush=True)
         made = PARTS[part](asked, kit)
         found |= {f"{what}_b{batch}": f for what, f in made.items()} if batch else made
-        torch._dynamo.reset()
+        torch._dynamo.reset()  # a compiled step of another batch size is another one
         torch.cuda.empty_cache()
     return found
 

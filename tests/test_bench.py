@@ -6,6 +6,8 @@ import sys
 import pytest
 
 from harmony import bench
+from harmony.config import compose
+from harmony.models.kit import Kit
 
 
 def test_the_command_writes_its_figures(random_kit, tmp_path, monkeypatch, capsys):
@@ -22,6 +24,16 @@ def test_the_command_writes_its_figures(random_kit, tmp_path, monkeypatch, capsy
     said = capsys.readouterr().out.splitlines()
     assert said[-1] == str(folder / "bench.json") and any(line.startswith("| train |") for line in said)
     assert json.loads((folder / "provenance.json").read_text())["device"]
+
+
+def test_a_plan_names_its_parts(random_kit, tmp_path):
+    """Guards gpu_all's way through its parts: each with its own batch, by which its figures are named."""
+    cfg = compose("bench", [f"model.path={random_kit}", "blocks=1", "sampling.steps=2", f"paths.work={tmp_path}"])
+    plan = [(part, batch and batch // 8, batch and 1) for part, batch, _ in bench.GPU_ALL[:2] + bench.GPU_ALL[3:5]]
+    found = bench.planned(cfg, Kit(str(random_kit)), plan)
+    assert {"train_b4", "train_b1", "joint_b4", "sample", "sample_near"} <= set(found)
+    assert all(figures["ratio"] > 0 for figures in found.values())
+    assert bench.table(found).count("\n") == len(found) + 1 and {part for part, *_ in bench.GPU_ALL} <= set(bench.PARTS)
 
 
 @pytest.mark.parametrize(

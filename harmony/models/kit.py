@@ -74,7 +74,8 @@ def load_part(path: str, part: str, weights: str = "hub", dtype: torch.dtype = t
                 return cls.from_pretrained(local, **where)
             if weights == "random":
                 if library == "diffusers":
-                    model = cls.from_config(cls.load_config(local, **where)).to(dtype)
+                    model = cls.from_config(cls.load_config(local, **where))
+                    torch.nn.Module.to(model, dtype)  # diffusers' own warns of modules to keep in float32: none here
                 else:
                     model = cls(cls.config_class.from_pretrained(local, **where)).to(dtype)
             else:
