@@ -14,13 +14,14 @@ from pathlib import Path
 
 import torch
 from hydra.utils import instantiate
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 
 from harmony.config import entry, new_folder, provenance
 from harmony.errors import UserError
 from harmony.files import write_json, write_text
 
 Figures = dict[str, dict[str, float]]  # what was measured -> figure -> number
+COUNTS = ("batch", "blocks", "steps", "sampling.batch", "sampling.steps", "data.boxes", "data.masks")
 GPU_ALL = (  # (part, batch, steps a block): rates over 200 steps where it matters, within 8 minutes in all
     ("train", 32, 40),
     ("train", 8, 20),
@@ -116,6 +117,9 @@ def main(cfg: DictConfig) -> None:
     """Measure what is asked for and write ``bench.json``: <what>/<kit>/<device>/<figure>."""
     if wrong := [what for what in cfg.what if what not in PARTS]:
         raise UserError(f"{wrong[0]} cannot be measured: choose among {', '.join(PARTS)}")
+    for name in COUNTS:
+        if type(value := OmegaConf.select(cfg, name)) is not int or value < 1:
+            raise UserError(f"{name}={value}: give a whole number of 1 or more")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     torch.set_float32_matmul_precision("high")
     torch.manual_seed(0)

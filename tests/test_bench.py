@@ -37,7 +37,13 @@ def test_a_plan_names_its_parts(random_kit, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "word, line", [("speed", "speed cannot be measured: choose among"), ("gpu_all", "wants a GPU")]
+    "word, line",
+    [
+        ("speed", "speed cannot be measured: choose among"),
+        ("gpu_all", "wants a GPU"),
+        ("steps=0", "steps=0: give a whole number of 1 or more"),
+        ("sampling.batch=two", "sampling.batch=two: give a whole number"),
+    ],
 )
 def test_what_cannot_be_measured_is_said(random_kit, tmp_path, monkeypatch, capsys, word, line):
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
