@@ -41,6 +41,7 @@ from harmony.sampling.exemplar import fill_by_example
 from harmony.sampling.harmonize import (
     Branch,
     Result,
+    Settings,
     asked_settings,
     check_sizes,
     harmonize,
@@ -178,7 +179,9 @@ def check_numbers(cfg: DictConfig) -> None:
         raise UserError(f"rounds={cfg.rounds}: there is one at least")
     if cfg.method == "zero_shot" and cfg.region is not None:
         raise UserError("region= goes with methods that paint anew; method=zero_shot changes the object alone")
-    asked_settings(cfg)
+    near = asked_settings(cfg)
+    if cfg.method == "zero_shot" and near != Settings(near.steps, near.guidance, near.seed):
+        raise UserError("method=zero_shot inverts and samples by DDIM: leave out solver=, guided= and encoder_every=")
     timesteps(cfg.steps)  # refuses a number of steps that there cannot be
 
 
