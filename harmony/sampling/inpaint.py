@@ -120,7 +120,8 @@ class Guided:
     ):
         self.kit, self.known, self.schedule, self.calls, self.rows = kit, known, schedule, 0, 0
         self.text = torch.cat([empty.expand_as(text), text]) if self.guides(0) else text
-        self.controls = embedded(controls)
+        halves = len(self.text) // len(text)
+        self.controls = [(net, e.repeat(halves, 1, 1, 1), weight) for net, e, weight in embedded(controls)]
 
     def guides(self, call: int) -> bool:
         return self.schedule.guidance != 1 and call < self.schedule.guided * self.schedule.steps
@@ -146,17 +147,16 @@ class Guided:
         if self.calls % self.schedule.encoder_every == 0 or rows != self.rows:
             u = torch.cat([z, self.known], 1).repeat(rows // len(z), 1, 1, 1).to(dtype)
             self.first, self.rows = self.encoded(u, t, text.to(dtype)), rows
+        else:
+            self.first = replace(self.first[0], time=time_of(unet, t, dtype)), self.first[1]
         encoded, added = self.first
-        encoded = replace(encoded, time=time_of(unet, t, dtype))
         return decode(unet, encoded, text.to(dtype), added).to(z.dtype)
 
     def encoded(self, u: torch.Tensor, t: torch.Tensor, text: torch.Tensor) -> tuple[Encoded, Residuals | None]:
         """All that lies before the UNet's second half."""
-        halves = len(u) // len(self.known)
-        jobs = [lambda: encode(self.kit.unet, u, t, text)]
-        for net, embedding, weight in self.controls:
-            control = net, embedding.repeat(halves, 1, 1, 1), weight
-            jobs.append(lambda control=control: added_by(control, u, t, text))
+        controls = [(net, embedding[-len(u) :], weight) for net, embedding, weight in self.controls]
+        jobs = [functools.partial(added_by, control, u, t, text) for control in controls]
+        jobs.insert(0, functools.partial(encode, self.kit.unet, u, t, text))
         encoded, *found = side_by_side(jobs, u.device)
         return encoded, functools.reduce(together, found) if found else None
 

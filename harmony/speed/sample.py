@@ -3,6 +3,7 @@
 Ours begins from uint8 pictures and makes its hints itself; the pipeline is handed finished tensors.
 """
 
+import copy
 from collections.abc import Callable
 from dataclasses import replace
 
@@ -55,7 +56,7 @@ class Scene:
     def stock(self, steps: int, guidance: float) -> Callable[[], object]:
         kit = self.kit
         pipeline = StableDiffusionControlNetInpaintPipeline(
-            vae=kit.vae if kit.dtype == torch.float32 else _rounded(kit),
+            vae=torch.nn.Module.to(copy.deepcopy(kit.vae), kit.dtype),  # of one dtype with the rest, which it wants
             text_encoder=kit.text_encoder,
             tokenizer=kit.tokenizer,
             unet=kit.unet,
@@ -81,12 +82,6 @@ class Scene:
             guidance_scale=guidance,
             output_type="pt",
         )
-
-
-def _rounded(kit: Kit) -> torch.nn.Module:
-    """The VAE in the dtype of the rest, which the pipeline wants."""
-    other = Kit(kit.path, kit.weights, kit.dtype, kit.device, kit.geometry)
-    return torch.nn.Module.to(other.vae, kit.dtype)
 
 
 def bench_sample(
