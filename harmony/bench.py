@@ -47,7 +47,7 @@ def sample(cfg: DictConfig, kit) -> Figures:
     from harmony.speed.sample import bench_sample
 
     s = cfg.sampling
-    return bench_sample(kit, s.batch, s.steps, s.guidance, cfg.blocks)
+    return bench_sample(kit, s.batch, s.steps, s.guidance, cfg.blocks, s.near)
 
 
 def data(cfg: DictConfig, kit) -> Figures:
@@ -120,6 +120,10 @@ def main(cfg: DictConfig) -> None:
     for name in COUNTS:
         if type(value := OmegaConf.select(cfg, name)) is not int or value < 1:
             raise UserError(f"{name}={value}: give a whole number of 1 or more")
+    from harmony.speed.sample import NEAR
+
+    if wrong := [name for name in cfg.sampling.near if name not in NEAR]:
+        raise UserError(f"sampling.near={wrong[0]}: choose among {', '.join(NEAR)}")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     torch.set_float32_matmul_precision("high")
     torch.manual_seed(0)

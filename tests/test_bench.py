@@ -43,6 +43,7 @@ def test_a_plan_names_its_parts(random_kit, tmp_path):
         ("gpu_all", "wants a GPU"),
         ("steps=0", "steps=0: give a whole number of 1 or more"),
         ("sampling.batch=two", "sampling.batch=two: give a whole number"),
+        ("sampling.near=[fast]", "sampling.near=fast: choose among unipc"),
     ],
 )
 def test_what_cannot_be_measured_is_said(random_kit, tmp_path, monkeypatch, capsys, word, line):

@@ -4,7 +4,7 @@ Ours begins from uint8 pictures and makes its hints itself; the pipeline is hand
 """
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 import numpy as np
@@ -85,15 +85,21 @@ class Scene:
 
 
 def bench_sample(
-    kit: Kit, batch: int, steps: int, guidance: float, blocks: int, say: Callable[[str], None] = print
+    kit: Kit,
+    batch: int,
+    steps: int,
+    guidance: float,
+    blocks: int,
+    near: Sequence[str] = tuple(NEAR),
+    say: Callable[[str], None] = print,
 ) -> dict[str, dict[str, float]]:
-    """``sample`` (exact) and ``sample_NAME`` (near-exact) -> figures, rates in pictures a second."""
+    """``sample`` (exact) and ``sample_NAME`` (of each NAME in ``near``) -> figures, rates in pictures a second."""
     scene = Scene(kit, batch)
     stock, exact = scene.stock(steps, guidance), Settings(steps, guidance)
     work = tflop(scene.ours(exact), batch)
     peak = matmul_rate(kit.device, kit.dtype)
     found = {}
-    for name, options in {"": {}, **NEAR}.items():
+    for name, options in {"": {}, **{name: NEAR[name] for name in near}}.items():
         settings = replace(exact, **options)
         if "solver" in options:
             settings = replace(settings, steps=max(1, round(FEWER * steps)))
