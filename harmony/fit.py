@@ -9,9 +9,10 @@ import torch
 from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 
-from harmony.config import device, entry, literal, provenance, rank, run_folder, world
+from harmony.config import entry, literal, provenance, run_folder
 from harmony.data.manifest import manifest_hash
 from harmony.data.preparation import ensure
+from harmony.data.shards import predictor
 from harmony.files import write_json
 from harmony.models.kit import DIFFUSION
 from harmony.training.callbacks import AtomicCheckpoints, trainer_callbacks
@@ -24,7 +25,7 @@ def train(cfg: DictConfig, folder: Path) -> tuple[lightning.Trainer, lightning.L
     if hasattr(module, "check"):
         module.check(data)
     if hasattr(data, "prepare"):
-        data.prepare(device=device(), rank=rank(), world=world())
+        data.prepare(predictor(instantiate(cfg.trainer, _partial_=True, _convert_="all")))
     logger = instantiate(cfg.logger)
     callbacks = trainer_callbacks(instantiate(cfg.callbacks, _convert_="all"))
     trainer = instantiate(cfg.trainer, _partial_=True, _convert_="all")(

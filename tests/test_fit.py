@@ -175,9 +175,9 @@ def environment(tmp_path):
     return {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
 
 
-def start(overrides: list[str], environment: dict, folder: Path) -> subprocess.Popen:
+def start(overrides: list[str], environment: dict, folder: Path, **more) -> subprocess.Popen:
     """The real command, in another folder than the checkout."""
-    options = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+    options = more | {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
     return subprocess.Popen([sys.executable, "-m", "harmony.fit", *overrides], env=environment, cwd=folder, **options)
 
 
@@ -201,27 +201,53 @@ def test_killed_it_goes_on_exactly(finished, command, tmp_path, environment):
     same_run(folder, finished[0])
 
 
-def test_two_processes_train_as_one(command, tmp_path, environment):
-    """Guards DDP: two processes with 2 samples each make the same first gradient and weights as one with 4.
+def test_two_processes_train_as_one(command, work, tmp_path, environment):
+    """Guards DDP: two processes with 2 samples each, killed after step 2 and started again, end with the caches, the
+    gradients, the validation loss, the weights and the figures of one process with 4 that nothing happened to.
 
     The environment kills whoever imports fiftyone, rank 1 included.
     """
-    two = ["trainer.max_steps=2", "evaluate=null", "callbacks.samples=null"]
-    both = start(command(tmp_path / "two", "trainer=ddp2", *two), environment, tmp_path)
-    out = both.communicate()[0]
-    assert both.returncode == 0 and "fiftyone" not in out, out[-3000:]
-    main(compose("fit", command(tmp_path / "one", "data.batch_size=4", *two)))
+    runs, fresh = tmp_path / "two", tmp_path / "work"
+    shutil.copytree(work, fresh, ignore=shutil.ignore_patterns("cache"))
+    more = ["trainer.max_steps=4", "trainer.val_check_interval=4", "callbacks.samples=null"]
+    words = command(runs, "trainer=ddp2", f"paths.work={fresh}", *more)
+    first = start(words, environment, tmp_path, start_new_session=True)
+    seen = []
+    for line in first.stdout:
+        seen.append(line)
+        if line.startswith("step 2/4"):
+            os.killpg(first.pid, signal.SIGKILL)
+            break
+    first.wait()
+    assert first.returncode == -signal.SIGKILL, "".join(seen[-30:])
+    made = sorted(line.split(",")[0].strip() for line in seen if line.startswith("latents: shard"))
+    assert made == ["latents: shard 1/2", "latents: shard 2/2"]
+    second = start(words, environment, tmp_path)
+    out = second.communicate()[0]
+    assert second.returncode == 0 and "fiftyone" not in out and "step 1/4" not in out, out[-3000:]
+    main(compose("fit", command(tmp_path / "one", "data.batch_size=4", *more)))
     one, two = (next((tmp_path / name / "color").iterdir()) for name in ("one", "two"))
-    norms = []
-    for folder in (one, two):
-        with open(folder / "metrics.csv", newline="") as file:
-            norms.append([float(r["value"]) for r in csv.DictReader(file) if r["name"] == "train/zero_conv_grad"])
-    assert len(norms[0]) == 2 and norms[0] == pytest.approx(norms[1], rel=1e-4)
+    cached = [
+        {p.name: p.read_bytes() for p in sorted((folder / "studio" / "cache").rglob("*.safetensors"))}
+        for folder in (work, fresh)
+    ]
+    assert cached[0] == cached[1] and cached[0]
+    for name in ("train/zero_conv_grad", "validation/loss"):
+        figures = []
+        for folder in (one, two):
+            with open(folder / "metrics.csv", newline="") as file:
+                figures.append([float(r["value"]) for r in csv.DictReader(file) if r["name"] == name])
+        assert figures[0] and figures[0] == pytest.approx(figures[1], rel=1e-4), name
     ours, theirs = weights(one), weights(two)
     assert set(ours) == set(theirs)
     apart = torch.cat([(ours[name] - theirs[name]).abs().flatten() for name in ours])
     # AdamW divides a gradient by its own size, and so the rounding of one that is nearly zero
-    assert (apart > 1e-6).float().mean() < 1e-3 and apart.max() < 1e-4, (apart.max(), (apart > 1e-6).sum())
+    assert (apart > 1e-6).float().mean() < 1e-2 and apart.max() < 1e-3, (apart.max(), (apart > 1e-6).sum())
+    measured = [json.loads((folder / "metrics.json").read_text()) for folder in (one, two)]
+    assert set(measured[0]) == set(measured[1])
+    for name in ("psnr", "fpsnr", "color_de", "bg_drift"):
+        figure = f"test/pasted/{name}"
+        assert measured[0][figure] == pytest.approx(measured[1][figure], rel=1e-3), name
 
 
 def free_port() -> int:

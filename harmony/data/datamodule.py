@@ -3,7 +3,7 @@ pictures of one thing that textual inversion learns from, and composites for the
 """
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import cached_property
 from pathlib import Path
 
@@ -13,10 +13,11 @@ import torch
 from torch.utils.data import DataLoader, Sampler, WeightedRandomSampler
 
 from harmony.data.folder import folder_captions, pictures_in
-from harmony.data.latents import Latents, Recipe, build, describe, example, key
+from harmony.data.latents import Cache, Latents, Recipe, describe, example, key
 from harmony.data.manifest import read_manifest
 from harmony.data.pairs import Composites
 from harmony.data.pool import PixelPool
+from harmony.data.shards import Shards, make_shards, predictor
 from harmony.errors import UserError
 from harmony.exemplars import augment
 from harmony.images import crop_resize, read_image, resize, sha256, square_around, to_hint, to_model
@@ -151,6 +152,44 @@ class Draws(torch.utils.data.Dataset):
         return item | {"tokens": self.tokens[item["row"]]}
 
 
+class LatentShards(Shards):
+    """The shards of several caches of one kit, one cache after another."""
+
+    def __init__(self, kit: Kit, caches: Sequence[Cache], say: Callable[[str], None] = print):
+        super().__init__("latents", say)
+        self.kit, self.caches = kit, list(caches)
+        self.places = [(cache, n) for cache in self.caches for n in range(len(cache.shards))]
+
+    @property
+    def sizes(self) -> list[int]:
+        return [len(cache.shards[n]) for cache, n in self.places]
+
+    def is_made(self, n: int) -> bool:
+        cache, at = self.places[n]
+        return cache.is_made(at)
+
+    def on_predict_start(self) -> None:
+        self.kit.to(self.device)
+
+    def make(self, n: int) -> None:
+        cache, at = self.places[n]
+        cache.make(at)
+
+    def finish(self) -> None:
+        for cache in self.caches:
+            cache.finish()
+
+
+def build(caches: Sequence[Cache], trainer: lightning.Trainer | None = None) -> list[Path]:
+    """Make or complete ``caches`` of one kit over the processes of ``trainer``; returns their folders. Good shards are
+    not redone.
+    """
+    kit, say = caches[0].kit, caches[0].say
+    make_shards(LatentShards(kit, caches, say), trainer or predictor())
+    kit.to("cpu")
+    return [cache.folder for cache in caches]
+
+
 class LatentData(lightning.LightningDataModule):
     """Cached latents of a manifest's train and validation split; reads manifest and cache only.
 
@@ -186,16 +225,10 @@ class LatentData(lightning.LightningDataModule):
         }
         self.sets: dict[str, Draws] = {}
 
-    def prepare(self, say=print, device: str = "cpu", rank: int = 0, world: int = 1) -> dict[str, Path]:
-        """Make or complete the caches, of ``world`` processes this one's share; what is there and good is kept.
-
-        The VAE works on ``device`` meanwhile.
-        """
-        self.kit.to(device)
-        share = (rank, world)
-        made = {s: build(self.manifest, s, self.kit, r, self.cache, say, share) for s, r in self.recipes.items()}
-        self.kit.to("cpu")
-        return made
+    def prepare(self, trainer: lightning.Trainer | None = None, say: Callable[[str], None] = print) -> dict[str, Path]:
+        """Make or complete the caches over the processes and devices of ``trainer`` (see ``shards.predictor``)."""
+        caches = [Cache(self.manifest, split, self.kit, r, self.cache, say) for split, r in self.recipes.items()]
+        return dict(zip(self.recipes, build(caches, trainer), strict=True))
 
     def setup(self, stage=None):
         for split, recipe in self.recipes.items():

@@ -11,7 +11,6 @@ import errno
 import hashlib
 import json
 import os
-import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -34,7 +33,6 @@ from harmony.sample import Row
 
 CACHE_SCHEMA = 1
 SHARD = 256  # items a shard
-WAIT = 3600  # seconds without anything new after which the other processes count as dead
 EXTENDED = {"shape": SHAPED, "box": 0.0}  # hole rules around the extended box -> share of arbitrary shapes
 
 
@@ -223,92 +221,64 @@ def write_shard(path: Path, tensors: dict[str, torch.Tensor]) -> str:
     return digest
 
 
-def build(
-    manifest: Path,
-    split: str,
-    kit: Codec,
-    recipe: Recipe,
-    root: Path,
-    say: Callable[[str], None] = print,
-    share: tuple[int, int] = (0, 1),
-    batch: int = 32,
-) -> Path:
-    """Make or complete the cache of a split under ``root``; returns its folder. Good shards are not redone.
+class Cache:
+    """The shards of one split of a manifest under ``root``, as they are made. UserError when the split has no rows."""
 
-    ``share`` is (rank, world): of several processes each makes every world-th shard, and all return when the cache is
-    complete. UserError when the others' shards do not come.
-    """
-    rows, (rank, world) = read_manifest(manifest, split)[1], share
-    if not rows:
-        raise UserError(f"{manifest} has no rows in split {split}: check the recipe's splits and selection")
-    description = describe(kit, recipe, rows)
-    folder = root / f"{split}-{key(description)}"
-    folder.mkdir(parents=True, exist_ok=True)
-    items = [(row, v) for row in rows for v in range(recipe.variants)]
-    shards = [items[i : i + SHARD] for i in range(0, len(items), SHARD)]
-    mine = [n for n in range(rank, len(shards), world) if not is_good(folder, n, split, say)]
-    total, began, done, squashed = sum(len(shards[n]) for n in mine), time.monotonic(), 0, 0
-    for n in mine:
+    def __init__(
+        self, manifest: Path, split: str, kit: Codec, recipe: Recipe, root: Path, say: Callable[[str], None] = print
+    ):
+        rows = read_manifest(manifest, split)[1]
+        if not rows:
+            raise UserError(f"{manifest} has no rows in split {split}: check the recipe's splits and selection")
+        self.manifest, self.split, self.kit, self.recipe, self.say = manifest, split, kit, recipe, say
+        self.description = describe(kit, recipe, rows)
+        self.folder = root / f"{split}-{key(self.description)}"
+        items = [(row, v) for row in rows for v in range(recipe.variants)]
+        self.shards = [items[i : i + SHARD] for i in range(0, len(items), SHARD)]
+
+    def file(self, n: int) -> Path:
+        return self.folder / f"{n:05d}.safetensors"
+
+    def record(self, n: int) -> Path:
+        """What states the checksum of a shard, written behind it."""
+        return self.folder / f"{n:05d}.json"
+
+    def is_made(self, n: int) -> bool:
+        """Whether shard ``n`` is there and has its checksum; one that is damaged is said and taken away."""
+        path, record = self.file(n), self.record(n)
+        if not (path.exists() and record.exists()):
+            return False
+        if sha256(path) == stated_sha256(record):
+            return True
+        self.say(f"latents {self.split}: {path.name} is damaged (checksum differs), building it again")
+        record.unlink()
+        return False
+
+    def make(self, n: int, batch: int = 32) -> None:
+        """Write shard ``n``, ``batch`` items at a time through the VAE."""
+        self.folder.mkdir(parents=True, exist_ok=True)
         tensors: dict[str, list[torch.Tensor]] = {}
-        for i in range(0, len(shards[n]), batch):
-            part = shards[n][i : i + batch]
-            examples = [example(row, manifest.parent, recipe, kit.resolution, v) for row, v in part]
-            if recipe.crop == "extended":
+        squashed, shard = 0, self.shards[n]
+        for i in range(0, len(shard), batch):
+            part = shard[i : i + batch]
+            examples = [example(row, self.manifest.parent, self.recipe, self.kit.resolution, v) for row, v in part]
+            if self.recipe.crop == "extended":
                 uneven = [row.width != row.height for row, _ in part]
                 squashed += sum(u and e.crop is None for u, e in zip(uneven, examples, strict=True))
-            for name, tensor in encode(examples, kit, recipe).items():
+            for name, tensor in encode(examples, self.kit, self.recipe).items():
                 tensors.setdefault(name, []).append(tensor)
-        digest = write_shard(shard_file(folder, n), {name: torch.cat(parts) for name, parts in tensors.items()})
-        write_json(record_of(folder, n), {"sha256": digest})
-        done += len(shards[n])
-        rate = done / (time.monotonic() - began)
-        left = (total - done) / rate
-        say(f"latents {split}: shard {n + 1}/{len(shards)}, {rate:.0f} items a second, {left:.0f} s left")
-    if squashed:
-        say(f"latents {split}: {squashed} of {done} items are squashed pictures, no square holds their extended box")
-    await_files([file(folder, n) for n in range(len(shards)) for file in (shard_file, record_of)], split, say)
-    if rank == 0:
-        sizes = {shard_file(folder, n).name: len(shard) for n, shard in enumerate(shards)}
-        known = {shard_file(folder, n).name: stated_sha256(record_of(folder, n)) for n in range(len(shards))}
-        facts = {"key": key(description), "description": description, "sizes": sizes, "shards": known}
-        write_json(folder / "index.json", facts)
-    await_files([folder / "index.json"], split, say)
-    return folder
+        digest = write_shard(self.file(n), {name: torch.cat(parts) for name, parts in tensors.items()})
+        write_json(self.record(n), {"sha256": digest})
+        if squashed:
+            self.say(f"{self.file(n).name}: {squashed} items are squashed pictures, no square holds their extended box")
 
-
-def shard_file(folder: Path, n: int) -> Path:
-    return folder / f"{n:05d}.safetensors"
-
-
-def record_of(folder: Path, n: int) -> Path:
-    """What states the checksum of a shard, written behind it."""
-    return folder / f"{n:05d}.json"
-
-
-def is_good(folder: Path, n: int, split: str, say: Callable[[str], None]) -> bool:
-    """Whether shard ``n`` is there and has its checksum; one that is damaged is said and taken away."""
-    path, record = shard_file(folder, n), record_of(folder, n)
-    if not (path.exists() and record.exists()):
-        return False
-    if sha256(path) == stated_sha256(record):
-        return True
-    say(f"latents {split}: {path.name} is damaged (checksum differs), building it again")
-    record.unlink()
-    return False
-
-
-def await_files(files: list[Path], split: str, say: Callable[[str], None]) -> None:
-    """Return when all ``files`` are there. UserError when none has come for ``WAIT`` seconds."""
-    missing, since = [f for f in files if not f.exists()], time.monotonic()
-    if missing:
-        say(f"latents {split}: waiting for {len(missing)} files of the other processes")
-    while missing:
-        time.sleep(0.2)
-        left = [f for f in missing if not f.exists()]
-        since = time.monotonic() if len(left) < len(missing) else since
-        missing = left
-        if time.monotonic() - since > WAIT:
-            raise UserError(f"{missing[0]} never came from the other processes: start the same command again")
+    def finish(self) -> None:
+        """Write the index, which says that all shards are there."""
+        names = [self.file(n).name for n in range(len(self.shards))]
+        sizes = dict(zip(names, map(len, self.shards), strict=True))
+        known = {name: stated_sha256(self.record(n)) for n, name in enumerate(names)}
+        facts = {"key": key(self.description), "description": self.description, "sizes": sizes, "shards": known}
+        write_json(self.folder / "index.json", facts)
 
 
 def stated_sha256(record: Path) -> str | None:

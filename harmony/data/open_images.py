@@ -21,10 +21,12 @@ import shutil
 import time
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from functools import cached_property
 from itertools import islice
 from pathlib import Path
 
 import cv2
+import lightning
 import numpy as np
 import polars as pl
 
@@ -42,13 +44,17 @@ from harmony.data.select import (
     select,
     write_selection,
 )
+from harmony.data.shards import Shards, make_shards, predictor
+from harmony.data.studio import generate
 from harmony.errors import UserError
+from harmony.files import write_json
 from harmony.images import open_image, sha256, write_image
 from harmony.masks import OBJECT, bounding_box, read_mask
 from harmony.sample import SPLITS, Row
 
 BATCH = 250  # samples written to the database at once
-CAPTION_BATCH = 16  # images captioned at once, and the most that a kill can lose
+CAPTION_BATCH = 16  # images captioned at once
+CAPTIONS = 128  # a shard: the most that a kill can lose of each process
 ASPECT_TOLERANCE = 0.02  # Open Images rounds the sizes of masks and photographs independently
 STUDIO_FILES = {"plate": "plates/{}.jpg", "relit": "relit/{}.jpg", "shadow": "shadows/{}.png"}
 ZOO_FOLDER = "open-images-v7"
@@ -58,38 +64,108 @@ ZOO_FOLDER = "open-images-v7"
 
 
 def prepare_dataset(
-    recipe: dict, work: Path, captioner: str | Path | None = None, device: str = "cpu", batch_size: int = CAPTION_BATCH
+    recipe: dict,
+    work: Path,
+    captioner: str | Path | None = None,
+    trainer: lightning.Trainer | None = None,
+    batch_size: int = CAPTION_BATCH,
 ) -> Path:
     """Prepare the dataset that ``recipe`` (datasets/*/recipe.yaml) describes; returns ``work/<name>/manifest.jsonl``.
 
     ``captioner`` is the kit's (``<kit>/captioner``), used unless the recipe names another BLIP folder or hub id, and
-    loaded only if some image needs it. Raises UserError for bad input, and when nothing is left.
+    loaded only if some image needs it. Captions are made by all processes of ``trainer`` (see ``shards.predictor``),
+    everything else by the first. Raises UserError for bad input, and when nothing is left.
     """
     if recipe["captions"]["captioner"] != "kit":
         captioner = recipe["captions"]["captioner"]
     folder = Path(work).resolve() / recipe["name"]
-    selection = select_recipe(recipe, folder)
-    write_selection(selection, folder)
-    for path, number in selection.skipped.items():
-        print(f"{path}: {number} damaged rows skipped (a value is missing or unreadable, or the line is cut)")
-    dataset = import_dataset(recipe["name"], selection, folder)
-    look_at_pixels(dataset, selection.rules, folder)
-    save_views(dataset)
-    table = reject(selection.table, rejections(dataset))
-    print(format_counts(write_counts(selection, table, folder)), flush=True)
-    if KEPT not in table["reason"]:
-        raise UserError(f"{selection.root}: no image is kept; {folder / 'selection.csv'} names the reason for each")
-    given = read_given(recipe, selection)
-    caption_samples(dataset, given if recipe["captions"]["given"] else {}, captioner, device, batch_size)
-    rows = export_rows(dataset, folder, given)
-    manifest = folder / "manifest.jsonl"
-    write_manifest(manifest, rows, recipe["name"], selection=selection.digest(), fiftyone=dataset.name)
-    return manifest
+    make_shards(Preparation(recipe, folder, captioner, batch_size), trainer or predictor())
+    return folder / "manifest.jsonl"
+
+
+class Preparation(Shards):
+    """Captions in shards; what comes before and behind them is done by the first process, which alone knows FiftyOne.
+
+    It leaves the list of photographs that lack a caption in ``captions/todo.json``. The shards lie beside it, in a
+    folder named after that list and the captioner, until all captions are in the database.
+    """
+
+    def __init__(self, recipe: dict, folder: Path, captioner: str | Path | None, batch_size: int):
+        super().__init__("captions")
+        self.recipe, self.folder, self.captioner, self.batch_size = recipe, folder, captioner, batch_size
+        self.list = folder / "captions" / "todo.json"
+
+    def prepare_data(self) -> None:
+        """Select, import, look at the pixels, and list what lacks a caption."""
+        recipe, folder = self.recipe, self.folder
+        selection = select_recipe(recipe, folder)
+        write_selection(selection, folder)
+        for path, number in selection.skipped.items():
+            print(f"{path}: {number} damaged rows skipped (a value is missing or unreadable, or the line is cut)")
+        dataset = import_dataset(recipe["name"], selection, folder)
+        look_at_pixels(dataset, selection.rules, folder)
+        save_views(dataset)
+        table = reject(selection.table, rejections(dataset))
+        print(format_counts(write_counts(selection, table, folder)), flush=True)
+        if KEPT not in table["reason"]:
+            raise UserError(f"{selection.root}: no image is kept; {folder / 'selection.csv'} names the reason for each")
+        given = read_given(recipe, selection)
+        name, todo = uncaptioned(dataset, given if recipe["captions"]["given"] else {}, self.captioner)
+        self.list.parent.mkdir(exist_ok=True)
+        write_json(self.list, {"captioner": name, "photographs": todo})
+        self.dataset, self.selection, self.given = dataset, selection, given
+
+    @cached_property
+    def todo(self) -> dict:
+        return json.loads(self.list.read_text())
+
+    @cached_property
+    def place(self) -> Path:
+        """Where the shards of this list lie."""
+        return self.list.parent / hashlib.sha256(json.dumps(self.todo, sort_keys=True).encode()).hexdigest()[:16]
+
+    @cached_property
+    def model(self) -> tuple:
+        return load_captioner(self.captioner, str(self.device))
+
+    @property
+    def parts(self) -> list[list]:
+        listed = self.todo["photographs"]
+        return [listed[i : i + CAPTIONS] for i in range(0, len(listed), CAPTIONS)]
+
+    @property
+    def sizes(self) -> list[int]:
+        return [len(part) for part in self.parts]
+
+    def file(self, n: int) -> Path:
+        return self.place / f"{n:05d}.json"
+
+    def is_made(self, n: int) -> bool:
+        return self.file(n).exists()
+
+    def make(self, n: int) -> None:
+        batch = [(id_, Path(path)) for id_, path in self.parts[n]]
+        said = dict(caption_images(batch, *self.model, self.batch_size, str(self.device)))
+        self.place.mkdir(exist_ok=True)
+        write_json(self.file(n), said)
+
+    def finish(self) -> None:
+        """The captions into the database, and the manifest."""
+        for n in range(len(self.sizes)):
+            set_captions(self.dataset, json.loads(self.file(n).read_text()), self.todo["captioner"])
+        rows = export_rows(self.dataset, self.folder, self.given)
+        facts = {"selection": self.selection.digest(), "fiftyone": self.dataset.name}
+        write_manifest(self.folder / "manifest.jsonl", rows, self.recipe["name"], **facts)
+        shutil.rmtree(self.list.parent)
 
 
 def select_recipe(recipe: dict, folder: Path) -> Selection:
-    """The selection of a recipe; downloads Open Images first where the recipe names no folder."""
+    """The selection of a recipe; downloads Open Images first where the recipe names no folder, and renders what it
+    counts.
+    """
     rules = Rules(**recipe["select"])
+    if recipe.get("count"):
+        recipe = recipe | {"dir": str(generate(folder / f"renders-{recipe['count']}", recipe["count"]))}
     if recipe["layout"] == "folder":
         return select_folder(locate(recipe), recipe["splits"], rules)
     if recipe["dir"] is None and "download" in recipe:
@@ -417,26 +493,25 @@ def rejections(dataset) -> dict[str, str]:
 # --- captions
 
 
-def caption_samples(
-    dataset, given: dict[str, list[str]], captioner: str | Path | None, device: str, batch_size: int
-) -> None:
-    """Give every kept sample a caption: the first given one, BLIP's for the rest. What is there already stays."""
+def uncaptioned(
+    dataset, given: dict[str, list[str]], captioner: str | Path | None
+) -> tuple[str | None, list[list[str]]]:
+    """(the captioner's name, [sample id, path] of each kept photograph that it has to look at).
+
+    Given captions are written at once, the first of each; what is there already stays. UserError without a captioner
+    where one is needed.
+    """
     fields = ("id", "harmony_id", "filepath", "caption", "caption_model")
     kept = list(zip(*dataset.match_tags("kept").values(list(fields)), strict=True))
     firsts = {i: (given[key][0], (text, model)) for i, key, _, text, model in kept if key in given}
     set_captions(dataset, {i: t for i, (t, present) in firsts.items() if present != (t, GIVEN)}, GIVEN)
     unnamed = [(i, path, model) for i, key, path, _, model in kept if key not in given]
     if not unnamed:
-        return
+        return None, []
     if captioner is None:
         raise UserError(f"{dataset.name}: {len(unnamed)} images lack a caption; give a kit that has a captioner")
     name = captioner_name(captioner)
-    todo = [(i, Path(path)) for i, path, model in unnamed if model != name]
-    if not todo:
-        return
-    model, processor = load_captioner(captioner, device)
-    for batch in progress(todo, batch_size, f"caption with {name}"):
-        set_captions(dataset, dict(caption_images(batch, model, processor, batch_size, device)), name)
+    return name, [[i, path] for i, path, model in unnamed if model != name]
 
 
 def set_captions(dataset, captions: dict[str, str], model: str) -> None:

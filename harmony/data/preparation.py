@@ -5,37 +5,35 @@ from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
 from pathlib import Path
 
-import torch
+import lightning
 from filelock import FileLock
 
 from harmony.data import editing
 from harmony.data.open_images import locate, prepare_dataset
 from harmony.data.pool import prepare_kit
-from harmony.data.studio import generate
+from harmony.data.shards import predictor
 from harmony.files import write_json
 from harmony.models.kit import kit_path
 
 
-def prepare(recipe: dict, kit: str, work: str) -> Path:
+def prepare(recipe: dict, kit: str, work: str, trainer: lightning.Trainer | None = None) -> Path:
     """Prepare the dataset of a recipe under ``work``; returns the manifest (or see ``as_it_is``).
 
-    ``kit`` is where the captioner lies.
+    ``kit`` is where the captioner lies; it runs in all processes of ``trainer`` (see ``shards.predictor``).
     """
     if found := as_it_is(recipe, work):
         return found
-    (Path(work) / recipe["name"] / "recipe.json").unlink(missing_ok=True)  # nothing is prepared until all is done
-    asked, recipe, work = recipe, dict(recipe), Path(work).resolve()
-    if recipe["layout"] == "kit":
-        recipe["dir"] = locate(recipe)
-        manifest = prepare_kit(recipe, work)
-    else:
-        if recipe.get("count"):
-            recipe["dir"] = str(generate(work / recipe["name"] / f"renders-{recipe['count']}", recipe["count"]))
+    trainer, folder = trainer or predictor(), Path(work).resolve() / recipe["name"]
+    if trainer.is_global_zero:
+        (folder / "recipe.json").unlink(missing_ok=True)  # nothing is prepared until all is done
+    if recipe["layout"] != "kit":
         captioner = Path(kit_path(kit)) / "captioner"
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-        manifest = prepare_dataset(recipe, work, captioner if captioner.is_dir() else None, device)
-    write_json(manifest.parent / "recipe.json", asked)
-    return manifest
+        prepare_dataset(recipe, folder.parent, captioner if captioner.is_dir() else None, trainer)
+    elif trainer.is_global_zero:
+        prepare_kit(recipe | {"dir": locate(recipe)}, folder.parent)
+    if trainer.is_global_zero:
+        write_json(folder / "recipe.json", recipe)
+    return folder / "manifest.jsonl"
 
 
 def as_it_is(recipe: dict, work: str) -> Path | None:

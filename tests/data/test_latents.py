@@ -7,7 +7,6 @@ import os
 import shutil
 import signal
 import time
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
 import numpy as np
@@ -16,7 +15,8 @@ import torch
 
 from harmony.conditions import hint
 from harmony.data import latents
-from harmony.data.latents import Latents, Recipe, build, describe, example, key
+from harmony.data.datamodule import build
+from harmony.data.latents import Cache, Latents, Recipe, describe, example, key
 from harmony.data.manifest import read_manifest, write_manifest
 from harmony.errors import UserError
 from harmony.images import to_model
@@ -45,7 +45,11 @@ def small_shards(monkeypatch):
 
 @pytest.fixture
 def cache(kit, manifest, small_shards, tmp_path):
-    return build(manifest, "train", kit, RECIPE, tmp_path / "cache", say=lambda line: None)
+    return built(manifest, "train", kit, RECIPE, tmp_path / "cache", lambda line: None)
+
+
+def built(manifest, split, kit, recipe, root, say=print):
+    return build([Cache(manifest, split, kit, recipe, root, say)])[0]
 
 
 def shards(folder):
@@ -97,7 +101,7 @@ def test_examples_depend_on_row_and_variant_alone(kit, manifest):
 
 
 def test_build_is_deterministic(cache, kit, manifest, tmp_path):
-    again = build(manifest, "train", kit, RECIPE, tmp_path / "again", say=lambda line: None)
+    again = built(manifest, "train", kit, RECIPE, tmp_path / "again", lambda line: None)
     assert again.name == cache.name and len(shards(cache)) == 4
     assert shards(again) == shards(cache)
 
@@ -115,7 +119,7 @@ def test_a_stopped_build_goes_on(kit, manifest, small_shards, tmp_path, monkeypa
 
     monkeypatch.setattr(latents, "write_shard", stop_after_two)
     with pytest.raises(KeyboardInterrupt):
-        build(manifest, "train", kit, RECIPE, root, say=lambda line: None)
+        built(manifest, "train", kit, RECIPE, root, lambda line: None)
     folder = root / cache.name
     before = ages(folder)
     assert sorted(before) == ["00000.safetensors", "00001.safetensors"]
@@ -123,30 +127,12 @@ def test_a_stopped_build_goes_on(kit, manifest, small_shards, tmp_path, monkeypa
         Latents(folder)
     monkeypatch.setattr(latents, "write_shard", original)
     said = []
-    build(manifest, "train", kit, RECIPE, root, said.append)
+    built(manifest, "train", kit, RECIPE, root, said.append)
     after = ages(folder)
     assert {name: after[name] for name in before} == before and len(said) == 2
     assert shards(folder) == shards(cache)
-    build(manifest, "train", kit, RECIPE, root, said.append)
+    built(manifest, "train", kit, RECIPE, root, said.append)
     assert ages(folder) == after and len(said) == 2, "a complete cache is left alone, silently"
-
-
-def test_several_processes_share_a_build(kit, manifest, small_shards, tmp_path, monkeypatch, cache):
-    """Guards preparation over ranks: each makes every second shard, both return when all are there, and the cache is
-    that of one process; where the other never comes, one line says so and the same command goes on.
-    """
-    said = [[], []]
-    with ThreadPoolExecutor(2) as pool:
-        at = [(manifest, "train", kit, RECIPE, tmp_path / "shared", said[r].append, (r, 2)) for r in range(2)]
-        first, second = pool.map(lambda words: build(*words), at)
-    assert first == second and shards(first) == shards(cache) and len(Latents(first)) == ITEMS
-    made = [[line.split("shard ")[1][0] for line in lines if "shard " in line] for lines in said]
-    assert made == [["1", "3"], ["2", "4"]]
-    monkeypatch.setattr(latents, "WAIT", 0.3)
-    with pytest.raises(UserError, match="00001.safetensors never came from the other processes"):
-        build(manifest, "train", kit, RECIPE, tmp_path / "alone", lambda line: None, (0, 2))
-    alone = build(manifest, "train", kit, RECIPE, tmp_path / "alone", lambda line: None)
-    assert shards(alone) == shards(cache)
 
 
 @pytest.mark.parametrize("harm", ["flip", "truncate", "record", "index"])
@@ -167,7 +153,7 @@ def test_damage_is_found_and_mended(cache, kit, manifest, harm):
         with pytest.raises(UserError, match="index.json is damaged"):
             Latents(cache)
     said, before = [], ages(cache)
-    build(manifest, "train", kit, RECIPE, cache.parent, said.append)
+    built(manifest, "train", kit, RECIPE, cache.parent, said.append)
     assert shards(cache) == good and len(Latents(cache)) == ITEMS
     redone = {name for name, age in ages(cache).items() if age != before[name]}
     assert redone == (set() if harm == "index" else {path.name})
@@ -208,9 +194,9 @@ def test_a_missing_image_is_named(kit, manifest, tmp_path, studio_rows):
     row = replace(studio_rows[0], image="gone.jpg")
     write_manifest(tmp_path / "manifest.jsonl", [row], "studio")
     with pytest.raises(UserError, match=r"gone\.jpg does not exist"):
-        build(tmp_path / "manifest.jsonl", "train", kit, Recipe(), tmp_path / "cache")
+        built(tmp_path / "manifest.jsonl", "train", kit, Recipe(), tmp_path / "cache")
     with pytest.raises(UserError, match="no rows in split test"):
-        build(tmp_path / "manifest.jsonl", "test", kit, Recipe(), tmp_path / "cache")
+        built(tmp_path / "manifest.jsonl", "test", kit, Recipe(), tmp_path / "cache")
 
 
 @pytest.mark.parametrize(
@@ -229,12 +215,12 @@ def test_a_full_disk_leaves_nothing_half_written(kit, manifest, small_shards, tm
 
     monkeypatch.setattr(latents, "save_file", fill)
     with pytest.raises(UserError, match="disk full while writing .*00001.safetensors") as full:
-        build(manifest, "train", kit, RECIPE, tmp_path / "full", say=lambda line: None)
+        built(manifest, "train", kit, RECIPE, tmp_path / "full", lambda line: None)
     assert "\n" not in str(full.value)
     folder = tmp_path / "full" / cache.name
     assert sorted(path.name for path in folder.iterdir()) == ["00000.json", "00000.safetensors"]
     monkeypatch.setattr(latents, "save_file", original)
-    build(manifest, "train", kit, RECIPE, tmp_path / "full", say=lambda line: None)
+    built(manifest, "train", kit, RECIPE, tmp_path / "full", lambda line: None)
     assert shards(folder) == shards(cache)
 
 
@@ -249,7 +235,7 @@ def build_slowly(manifest, kit_folder, root):
         return digest
 
     latents.write_shard = slow
-    build(manifest, "train", Kit(kit_folder), RECIPE, root, say=lambda line: None)
+    built(manifest, "train", Kit(kit_folder), RECIPE, root, lambda line: None)
 
 
 def test_a_killed_build_goes_on(kit, manifest, small_shards, tmp_path, cache):
@@ -264,7 +250,7 @@ def test_a_killed_build_goes_on(kit, manifest, small_shards, tmp_path, cache):
     process.join()
     assert process.exitcode == -signal.SIGKILL
     assert 0 < len(shards(folder)) < 4 and not (folder / "index.json").exists()
-    build(manifest, "train", kit, RECIPE, root, say=lambda line: None)
+    built(manifest, "train", kit, RECIPE, root, lambda line: None)
     assert shards(folder) == shards(cache)
     left = {path.name for path in folder.iterdir()}
     assert left == {path.name for path in cache.iterdir()}, "no partial file stays"
@@ -302,7 +288,7 @@ def test_hints_may_come_from_another_light(kit, manifest, tmp_path):
             assert np.abs(e.instance.astype(int) - a.image)[a.mask].mean() > 2
         second = example(replace(row, image=row.extras["relit"]), manifest.parent, plain, 32)
         assert np.array_equal(b.instance, second.image) and not np.array_equal(c.instance, b.instance)
-    folder = build(manifest, "train", kit, other, tmp_path / "cache", say=lambda line: None)
+    folder = built(manifest, "train", kit, other, tmp_path / "cache", lambda line: None)
     e = example(rows[1], manifest.parent, other, kit.resolution)
     stored = Latents(folder)[1]["hint_color"]
     seen = hint("color", e.instance, e.mask, **HINTS["color"])

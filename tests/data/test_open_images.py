@@ -1,10 +1,15 @@
 """From a folder to the manifest through a persistent FiftyOne dataset in a MongoDB of its own."""
 
 import json
+import os
+import signal
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
+from omegaconf import OmegaConf
 
 from harmony.data import open_images
 from harmony.data.manifest import manifest_hash, read_manifest
@@ -18,6 +23,9 @@ from harmony.data.open_images import (
 from harmony.errors import UserError
 from harmony.images import read_image, sha256, write_image
 from harmony.masks import bounding_box, read_mask
+from harmony.models.kit import ASSETS
+
+ROOT = Path(__file__).resolve().parents[2]
 
 
 @pytest.fixture(scope="module")
@@ -206,6 +214,56 @@ def test_blip_captions_the_rest_once_for_each_captioner(fo, recipe, folder, tmp_
     write_image(folder.folder / "data" / "a1.jpg", np.zeros((32, 40, 3), np.uint8))
     prepare_dataset(recipe, tmp_path / "work", captioner="hub/blip")
     assert asked == ["a1", "b2"] * 2 + ["a0", "a1"], "another picture under the same name wants a caption of its own"
+
+
+def test_captions_go_on_where_they_were_stopped(fo, recipe, folder, tmp_path, monkeypatch):
+    """Guards restarts: a kill in the second shard loses that shard alone; then nothing is left behind but captions."""
+    caption(folder, {})
+    asked = []
+
+    def fake(batch, *_):
+        asked.append(batch[0][1].stem)
+        if len(asked) == 2:
+            raise KeyboardInterrupt
+        return ((id_, f"blip sees {path.stem}") for id_, path in batch)
+
+    monkeypatch.setattr(open_images, "CAPTIONS", 1)
+    monkeypatch.setattr(open_images, "load_captioner", lambda *_: (None, None))
+    monkeypatch.setattr(open_images, "caption_images", fake)
+    handler = signal.getsignal(signal.SIGINT)
+    with pytest.raises(KeyboardInterrupt):
+        prepare_dataset(recipe, tmp_path / "work", captioner="hub/blip")
+    signal.signal(signal.SIGINT, handler)
+    path = prepare_dataset(recipe, tmp_path / "work", captioner="hub/blip")
+    assert asked == ["a0", "a1", "a1", "b2"]
+    assert [r.caption for r in read_manifest(path)[1]] == [f"blip sees {i}" for i in ("a0", "a1", "b2")]
+    assert not (path.parent / "captions").exists()
+
+
+def test_two_processes_caption_as_one(fo, recipe, tmp_path, make_folder):
+    """Guards preparation over ranks by the real command: each captions its shards with the kit's BLIP, only the first
+    knows FiftyOne, and the manifest is that of one process.
+    """
+    folder = make_folder(tmp_path / "data")
+    for n in range(open_images.CAPTIONS + 2):
+        folder.single(f"{n:04x}")
+    folder.write()
+    (tmp_path / "datasets" / "many").mkdir(parents=True)
+    OmegaConf.save(recipe, tmp_path / "datasets" / "many" / "recipe.yaml")
+    (tmp_path / "sitecustomize.py").write_text(
+        "import os, sys\nif os.environ.get('LOCAL_RANK') == '1':\n    sys.modules['fiftyone'] = None\n"
+    )
+    paths = {"PYTHONPATH": f"{tmp_path}:{ROOT}", "HARMONY_DATASETS": str(tmp_path / "datasets")}
+    words = ["dataset=many", "trainer=ddp2", f"paths.work={tmp_path / 'two'}"]
+    command = [sys.executable, "-m", "harmony.prepare", *words]
+    done = subprocess.run(command, cwd=tmp_path, env=os.environ | paths, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    path = tmp_path / "two" / recipe["name"] / "manifest.jsonl"
+    assert done.stdout.splitlines()[-1] == str(path)
+    assert all(f"captions: shard {n}/2" in done.stdout for n in (1, 2)) and done.stdout.count("captions: shard") == 2
+    fo.delete_dataset(recipe["name"])
+    alone = prepare_dataset(recipe, tmp_path / "one", captioner=ASSETS / "tiny" / "captioner")
+    assert path.read_text() == alone.read_text() and len(read_manifest(path)[1]) == open_images.CAPTIONS + 2
 
 
 def test_studio_truths_go_to_extras(fo, recipe, folder, tmp_path):

@@ -1,0 +1,92 @@
+"""F2. Preparation at scale: Lightning's ``Trainer.predict`` over any number of processes, one shard at a time.
+
+Work that comes in shards is written shard by shard, each by one process and moved into place when it is complete. So a
+kill costs at most a shard a process, and the same command goes on, with the same number of processes or another.
+"""
+
+import time
+import warnings
+from collections.abc import Callable
+from functools import partial
+
+import lightning
+from lightning.pytorch.plugins.environments import LightningEnvironment
+from lightning.pytorch.utilities.seed import isolate_rng
+from torch.utils.data import DataLoader
+
+QUIET = {
+    "logger": False,
+    "callbacks": [],
+    "enable_checkpointing": False,
+    "enable_progress_bar": False,  # each process says how far it is in lines that a log file can hold
+    "enable_model_summary": False,
+    "use_distributed_sampler": False,  # ``Shards`` shares out itself
+    "inference_mode": False,  # what is loaded meanwhile may be trained on later
+    "precision": "32-true",  # the same shards whatever precision a training asks for
+    "fast_dev_run": False,  # a shortened training stands on a whole preparation
+}
+
+
+def predictor(trainer: Callable[..., lightning.Trainer] | None = None) -> lightning.Trainer:
+    """A Trainer that makes shards, with the devices and the strategy of ``trainer``; on one device without."""
+    one = partial(lightning.Trainer, devices=1, plugins=[LightningEnvironment()])  # whatever started this process
+    return (trainer or one)(**QUIET)
+
+
+class Shards(lightning.LightningModule):
+    """Work in shards 0, 1, 2, ...; of W processes that of rank r makes r, r + W, r + 2W, ...
+
+    ``sizes`` are the items of each shard, known in every process once ``prepare_data`` has run in the first.
+    """
+
+    prepare_data_per_node = False
+    allow_zero_length_dataloader_with_multiple_devices = True
+
+    def __init__(self, what: str, say: Callable[[str], None] = partial(print, flush=True)):
+        super().__init__()
+        self.what, self.say = what, say
+
+    @property
+    def sizes(self) -> list[int]:
+        raise NotImplementedError
+
+    def is_made(self, n: int) -> bool:
+        """Whether shard ``n`` is there and good."""
+        raise NotImplementedError
+
+    def make(self, n: int) -> None:
+        """Make shard ``n`` on ``self.device`` and move it into place."""
+        raise NotImplementedError
+
+    def finish(self) -> None:
+        """In one process, when all shards are made."""
+        raise NotImplementedError
+
+    def predict_dataloader(self) -> DataLoader:
+        own = range(self.trainer.global_rank, len(self.sizes), self.trainer.world_size)
+        missing = [n for n in own if not self.is_made(n)]
+        self.total, self.done, self.began = sum(self.sizes[n] for n in missing), 0, time.monotonic()
+        return DataLoader(missing, batch_size=None)
+
+    def predict_step(self, n: int, index: int) -> None:
+        self.make(n)
+        self.done += self.sizes[n]
+        rate = self.done / max(time.monotonic() - self.began, 1e-9)
+        left = (self.total - self.done) / rate
+        self.say(f"{self.what}: shard {n + 1}/{len(self.sizes)}, {rate:.0f} items a second, {left:.0f} s left")
+
+
+def make_shards(work: Shards, trainer: lightning.Trainer) -> None:
+    """Make what is missing of ``work`` and finish it; every process returns when all is done."""
+    with warnings.catch_warnings(), isolate_rng():  # a training begins the same whether or not something was missing
+        warnings.filterwarnings("ignore", ".*(does not have many workers|across ranks is zero|predict returned None).*")
+        try:
+            trainer.predict(work, return_predictions=False)
+        except SystemExit as left:
+            if isinstance(left.__context__, KeyboardInterrupt):  # which Lightning turns into an exit
+                raise left.__context__ from None
+            raise
+    trainer.strategy.barrier()
+    if trainer.is_global_zero:
+        work.finish()
+    trainer.strategy.barrier()
