@@ -35,7 +35,7 @@ GPU_ALL = (  # (part, batch, steps a block): rates over 200 steps where it matte
 def train(cfg: DictConfig, kit, branches: tuple[str, ...] = ("color",), what: str = "train") -> Figures:
     from harmony.speed.train import Load, bench_train
 
-    load = Load(cfg.batch, cfg.steps, cfg.blocks, cfg.compile, cfg.checkpointing)
+    load = Load(cfg.batch, cfg.steps, cfg.blocks, cfg.compile, cfg.checkpointing, cfg.offload)
     return {what: bench_train(kit, load, branches)}
 
 

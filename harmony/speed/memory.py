@@ -14,7 +14,14 @@ from harmony.speed.measure import peak_memory
 from harmony.speed.train import Load, cached_batch, our_step, ready, to_device
 
 BATCHES = (1, 2, 4, 8, 16, 32, 64)
-MASTER = 16  # bytes a trained parameter: float32 weight, gradient and two moments
+MASTER = 8  # bytes a trained parameter on the device: float32 weight and gradient
+MOMENTS = 8  # AdamW's, there too unless they are offloaded
+OPTIONS = {  # what may be switched on for a small card
+    "plain": {},
+    "offload": {"offload": True},
+    "checkpointing": {"checkpointing": True},
+    "both": {"offload": True, "checkpointing": True},
+}
 GIB = 2**30
 
 
@@ -68,29 +75,34 @@ def kept(kit: Kit, batch: int, checkpointing: bool) -> float:
 
 
 def counted(kit: Kit, say=print) -> dict[str, dict[int, float]]:
-    """``plain`` and ``checkpointing`` -> batch size -> GiB of a whole training step."""
+    """Name of ``OPTIONS`` -> batch size -> GiB of a whole training step."""
     width = torch.finfo(kit.dtype).bits // 8
     shapes = shapes_of(kit)
     net = ready(shapes, ("color",), Load(1, 1, 1)).net
     rounded = 0 if kit.dtype == torch.float32 else width * numel(net)  # what mixed precision computes with
     fixed = MASTER * numel(net) + rounded + width * (numel(shapes.unet) + numel(shapes.text_encoder))
     fixed = (fixed + 4 * numel(shapes.vae)) / GIB
+    moments = MOMENTS * numel(net) / GIB
+    activations = {again: [kept(shapes, batch, again) for batch in BATCHES] for again in (False, True)}
     return {
-        name: {batch: fixed + kept(shapes, batch, option) for batch in BATCHES}
-        for name, option in (("plain", False), ("checkpointing", True))
+        name: {
+            batch: fixed + a + (0 if options.get("offload") else moments)
+            for batch, a in zip(BATCHES, activations[options.get("checkpointing", False)], strict=True)
+        }
+        for name, options in OPTIONS.items()
     }
 
 
 def measured(kit: Kit, say=print) -> dict[str, dict[int, float]]:
     """The same on the GPU, by its allocator; sizes that do not fit are left out."""
-    found = {"plain": {}, "checkpointing": {}}
-    for name in found:
+    found: dict[str, dict[int, float]] = {name: {} for name in OPTIONS}
+    for name, options in OPTIONS.items():
         for batch in BATCHES:
             gc.collect()
             torch.cuda.empty_cache()
             torch.cuda.reset_peak_memory_stats()
             try:
-                task = ready(kit, ("color",), Load(batch, 1, 1, checkpointing=name == "checkpointing"))
+                task = ready(kit, ("color",), Load(batch, 1, 1, **options))
                 step = our_step(task, cached_batch(kit, batch))
                 step(), step()
             except torch.cuda.OutOfMemoryError:

@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from harmony.models.kit import Kit
 from harmony.speed.measure import alternate, matmul_rate, peak_memory, tflop
 from harmony.training.control import ControlTask, JointTask
+from harmony.training.schedule import HostAdamW
 
 Step = Callable[[], object]
 
@@ -56,7 +57,8 @@ def our_step(task: ControlTask | JointTask, batch: dict[str, torch.Tensor]) -> S
     """One step of ``fit experiment=color``: latents from the cache, one fused update."""
     tasks = task.tasks.values() if isinstance(task, JointTask) else [task]
     groups = [group for one in tasks for group in one.groups()]
-    optimiser, device = torch.optim.AdamW(groups, fused=True), task.kit.device
+    lead = task.lead if isinstance(task, JointTask) else task
+    optimiser, device = HostAdamW(groups) if lead.offload else torch.optim.AdamW(groups, fused=True), task.kit.device
 
     def step() -> torch.Tensor:
         loss = whole_step(task, to_device(batch, device), task.compiled)
@@ -121,11 +123,12 @@ class Load:
     blocks: int
     compile: bool = False
     checkpointing: bool = False
+    offload: bool = False
 
 
 def ready(kit: Kit, branches: tuple[str, ...], load: Load) -> ControlTask | JointTask:
     """A task as it stands when a training begins; several branches are trained in one run."""
-    options = {"warmup": 0, "compile": load.compile, "checkpointing": load.checkpointing}
+    options = {"warmup": 0, "compile": load.compile, "checkpointing": load.checkpointing, "offload": load.offload}
     torch.manual_seed(0)
     task = JointTask(kit, branches, **options) if len(branches) > 1 else ControlTask(kit, *branches, **options)
     with kit.device:

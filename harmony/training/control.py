@@ -75,7 +75,7 @@ class ControlTask(Controls):
     the samples; its hint must travel with the batch too. The paper trains each alone, and then both tell the UNet what
     they have in common (where the object ends, say) twice: see the notes of ``experiment=structure_long``.
     ``compile``: one graph of UNet, ControlNet and loss. ``checkpointing``: activations are computed again for the
-    gradient instead of kept.
+    gradient instead of kept. ``offload``: AdamW's moments and the update in host memory.
     """
 
     def __init__(
@@ -94,9 +94,10 @@ class ControlTask(Controls):
         share: float = 0.5,
         compile: bool = False,
         checkpointing: bool = False,
+        offload: bool = False,
     ):
         super().__init__()
-        self.compiles, self.checkpointing = compile, checkpointing
+        self.compiles, self.checkpointing, self.offload = compile, checkpointing, offload
         if branch not in BRANCHES:
             raise UserError(f"module.branch={branch}: choose one of {', '.join(BRANCHES)}")
         self.kit, self.branch, self.lr, self.zero_lr, self.warmup, self.decay = kit, branch, lr, zero_lr, warmup, decay
@@ -166,7 +167,7 @@ class ControlTask(Controls):
         return [{"params": slow, "lr": self.lr}, {"params": fast, "lr": self.zero_lr or self.lr}]
 
     def optimiser(self, groups: list[dict], trainer: lightning.Trainer) -> dict:
-        return adamw(groups, trainer, self.lr, self.weight_decay, self.warmup, self.decay)
+        return adamw(groups, trainer, self.lr, self.weight_decay, self.warmup, self.decay, offload=self.offload)
 
     def configure_optimizers(self):
         return self.optimiser(self.groups(), self.trainer)

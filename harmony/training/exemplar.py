@@ -38,7 +38,8 @@ class ExemplarTask(lightning.LightningModule):
     ``dropout``: share of samples, or with ``dropout_by="batch"`` (the reference) of batches, without exemplar.
     ``encoder_lr``: learning rate of what is untrained at the beginning; None = ``lr``. ``decay``: linear to 0.
     ``all_tokens``: the ablation that keeps the patch tokens. ``tower``: folder or hub id of the CLIP vision tower that
-    sees the exemplars, where it is not the kit's own (Stable Diffusion brings none).
+    sees the exemplars, where it is not the kit's own (Stable Diffusion brings none). ``offload``: AdamW's moments and
+    the update in host memory.
     """
 
     frozen_baseline = False  # what is painted without an exemplar changes with training
@@ -55,13 +56,14 @@ class ExemplarTask(lightning.LightningModule):
         dropout_by: str = "sample",
         all_tokens: bool = False,
         tower: str | None = None,
+        offload: bool = False,
     ):
         super().__init__()
         if dropout_by not in ("sample", "batch"):
             raise UserError(f"module.dropout_by={dropout_by}: choose sample or batch")
         self.kit, self.lr, self.encoder_lr, self.warmup, self.decay = kit, lr, encoder_lr, warmup, decay
         self.weight_decay, self.dropout, self.dropout_by = weight_decay, dropout, dropout_by
-        self.all_tokens, self.tower_path = all_tokens, tower
+        self.all_tokens, self.tower_path, self.offload = all_tokens, tower, offload
         self.unet: torch.nn.Module | None = None
         self.encoder: ExemplarEncoder | None = None
 
@@ -132,7 +134,7 @@ class ExemplarTask(lightning.LightningModule):
             {"params": list(self.unet.parameters()), "lr": self.lr},
             {"params": list(self.encoder.trained()), "lr": self.encoder_lr or self.lr},
         ]
-        return adamw(groups, self.trainer, self.lr, self.weight_decay, self.warmup, self.decay, begin=warm_up)
+        return adamw(groups, self.trainer, self.lr, self.weight_decay, self.warmup, self.decay, warm_up, self.offload)
 
     def context(self, batch: dict) -> torch.Tensor:
         """B x T x D: the exemplars' tokens, dropped samples having the learnt vector instead."""

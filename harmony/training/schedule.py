@@ -1,4 +1,4 @@
-"""F4. AdamW, and learning-rate factors as functions of the optimiser step n = 0, 1, 2, ...
+"""F4. AdamW, on the device or in host memory; learning-rate factors as functions of the optimiser step n = 0, 1, 2, ...
 
 The warm-up factor is (n + 1) / W, not n / W: with the latter the first step would change nothing (method sheet, 1.4).
 Paint by Example's begins at 1e-6 instead.
@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterable
 
 import lightning
 import torch
+from torch.optim.adamw import adamw as update
 
 from harmony.errors import UserError
 
@@ -36,6 +37,38 @@ def total_steps(trainer) -> int:
     return int(total)
 
 
+class HostAdamW(torch.optim.AdamW):
+    """AdamW whose moments lie in host memory, where the update is made too (ZeRO-Offload; Ren et al., 2021).
+
+    Of the 16 bytes a trained parameter that AdamW needs, 8 leave the device; weights and gradients cross the bus in
+    every step. Numbers are those of AdamW's fused kernel on the CPU.
+    """
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], torch.Tensor] | None = None) -> torch.Tensor | None:
+        with torch.enable_grad():
+            loss = None if closure is None else closure()
+        for group in self.param_groups:
+            beta1, beta2 = group["betas"]
+            options = {"lr": group["lr"], "weight_decay": group["weight_decay"], "eps": group["eps"]}
+            for p in group["params"]:
+                if p.grad is None:
+                    continue
+                if not (state := self.state[p]):
+                    zeros = torch.zeros_like(p, device="cpu")
+                    state |= {"step": torch.zeros(()), "exp_avg": zeros, "exp_avg_sq": zeros.clone()}
+                for name in ("exp_avg", "exp_avg_sq"):
+                    state[name] = state[name].cpu()  # whoever loads a checkpoint puts them beside the weight
+                weight = p.cpu()  # the weight itself where the device is the CPU
+                update(
+                    [weight], [p.grad.cpu()], [state["exp_avg"]], [state["exp_avg_sq"]], [], [state["step"]],
+                    fused=True, amsgrad=False, beta1=beta1, beta2=beta2, maximize=False, **options,
+                )  # fmt: skip
+                if weight is not p:
+                    p.copy_(weight)
+        return loss
+
+
 def adamw(
     parameters: Iterable,
     trainer: lightning.Trainer,
@@ -44,13 +77,15 @@ def adamw(
     warmup: int,
     decay: bool,
     begin: Callable[[int], Callable[[int], float]] = constant,
+    offload: bool = False,
 ) -> dict:
     """AdamW with its schedule, as Lightning wants them; ``decay``: linear to 0 at the end, else as ``begin`` has it.
 
     The update is one kernel (fused), unless gradients are clipped: Lightning's mixed precision refuses both together.
+    ``offload``: it is made in host memory (``HostAdamW``).
     """
-    fused = not trainer.gradient_clip_val
-    optimiser = torch.optim.AdamW(parameters, lr=lr, weight_decay=weight_decay, fused=fused)
+    fused = {} if offload else {"fused": not trainer.gradient_clip_val}
+    optimiser = (HostAdamW if offload else torch.optim.AdamW)(parameters, lr=lr, weight_decay=weight_decay, **fused)
     factor = linear_decay(total_steps(trainer), warmup) if decay else begin(warmup)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimiser, factor)
     return {"optimizer": optimiser, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}

@@ -2,8 +2,9 @@
 
 import torch
 
+from harmony.models.controlnet import from_unet
 from harmony.models.kit import Kit
-from harmony.speed.memory import BATCHES, bench_memory, kept, shapes_of
+from harmony.speed.memory import BATCHES, OPTIONS, bench_memory, kept, numel, shapes_of
 from harmony.speed.train import Load, cached_batch, ready
 
 
@@ -26,9 +27,11 @@ def test_what_autograd_keeps_is_counted(random_kit):
 
 
 def test_the_table(random_kit):
-    """Guards the figures: more with every batch, less with checkpointing."""
+    """Guards the figures: more with every batch, less with each option, least with both."""
     said = []
     figures = bench_memory(Kit(str(random_kit)), said.append)
-    plain, less = ([figures[f"counted_{name}_{n}"] for n in BATCHES] for name in ("plain", "checkpointing"))
-    assert plain == sorted(plain) and all(a > b > 0 for a, b in zip(plain[-3:], less[-3:], strict=True))
+    plain, offload, again, both = ([figures[f"counted_{name}_{n}"] for n in BATCHES] for name in OPTIONS)
+    assert plain == sorted(plain) and all(a > b > 0 for a, b in zip(plain[-3:], again[-3:], strict=True))
+    moments = {round((a - b) * 2**30) for a, b in [*zip(plain, offload, strict=True), *zip(again, both, strict=True)]}
+    assert moments == {8 * numel(from_unet(Kit(str(random_kit)).unet, 4))}
     assert "| 64 |" in said[-1]

@@ -15,6 +15,7 @@ from harmony.models.controlnet import export_controlnet, zero_convolutions
 from harmony.models.kit import Kit
 from harmony.training.callbacks import NaNGuard, Throughput
 from harmony.training.control import ControlTask, JointTask
+from harmony.training.schedule import HostAdamW
 
 FROZEN = ("unet", "vae", "text_encoder")
 
@@ -347,3 +348,17 @@ def test_the_update_is_one_kernel_unless_gradients_are_clipped(kit, data, tmp_pa
         run = trainer(tmp_path, 1, **options)
         run.fit(ControlTask(kit), data)
         assert run.optimizers[0].defaults["fused"] is fused
+
+
+def test_the_update_in_host_memory_is_the_update(kit, data, tmp_path):
+    """Guards ``offload``: the same weights to the last bit, also when the run is stopped and goes on."""
+    nets, where = [], tmp_path / "stopped.ckpt"
+    for offload, parts in ((False, [4]), (True, [2, 4])):
+        for steps in parts:
+            torch.manual_seed(0)
+            task, run = ControlTask(kit, lr=1e-3, warmup=2, offload=offload), trainer(tmp_path, steps)
+            run.fit(task, data, ckpt_path=where if steps == 4 and offload else None)
+            run.save_checkpoint(where)
+        nets.append(task.net.state_dict())
+    assert isinstance(run.optimizers[0], HostAdamW)
+    assert all(torch.equal(value, nets[1][name]) for name, value in nets[0].items())
