@@ -9,7 +9,7 @@ gpu_all   train, joint, sample and memory as a GPU is measured: python -m harmon
 """
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -25,8 +25,8 @@ COUNTS = ("batch", "blocks", "steps", "sampling.batch", "sampling.steps", "data.
 GPU_ALL = (  # (part, batch, steps a block): rates over 200 steps where it matters, within 8 minutes in all
     ("train", 32, 40),
     ("train", 8, 20),
-    ("train", 64, 10),
-    ("joint", 32, 10),
+    ("train", 64, 6),
+    ("joint", 32, 6),
     ("sample", None, None),
     ("memory", None, None),
 )
@@ -47,7 +47,7 @@ def sample(cfg: DictConfig, kit) -> Figures:
     from harmony.speed.sample import bench_sample
 
     s = cfg.sampling
-    return bench_sample(kit, s.batch, s.steps, s.guidance, cfg.blocks, s.near)
+    return bench_sample(kit, s.batch, s.steps, s.guidance, cfg.blocks, s.modes)
 
 
 def data(cfg: DictConfig, kit) -> Figures:
@@ -62,36 +62,39 @@ def memory(cfg: DictConfig, kit) -> Figures:
     return {"memory": bench_memory(kit)}
 
 
-def gpu_all(cfg: DictConfig, kit) -> Figures:
-    if kit.device.type != "cuda":
-        raise UserError("gpu_all wants a GPU; on the CPU: python -m harmony.bench train sample data memory")
-    asked = cfg.copy()
-    asked.compile, asked.sampling.steps = True, 50
-    return planned(asked, kit, GPU_ALL)
-
-
-def planned(cfg: DictConfig, kit, plan: Sequence[tuple[str, int | None, int | None]]) -> Figures:
-    """The parts of ``plan``, each with its batch and steps a block; what has a batch is named by it."""
-    found = {}
-    for part, batch, steps in plan:
-        asked = cfg.copy()
-        asked.batch, asked.steps = batch or cfg.batch, steps or cfg.steps
-        print(f"\n{part}" + (f", batch {batch}" if batch else ""), flush=True)
-        made = PARTS[part](asked, kit)
-        found |= {f"{what}_b{batch}": f for what, f in made.items()} if batch else made
-        torch._dynamo.reset()  # a compiled step of another batch size is another one
-        torch.cuda.empty_cache()
-    return found
-
-
 PARTS: dict[str, Callable[[DictConfig, object], Figures]] = {
     "train": train,
     "joint": joint,
     "sample": sample,
     "data": data,
     "memory": memory,
-    "gpu_all": gpu_all,
 }
+
+
+def plan(cfg: DictConfig, kit) -> list[tuple[str, DictConfig]]:
+    """(part, its configuration) of all that is asked for. UserError for gpu_all without a GPU."""
+    found = []
+    for what in cfg.what:
+        if what != "gpu_all":
+            found.append((what, cfg))
+            continue
+        if kit.device.type != "cuda":
+            raise UserError("gpu_all wants a GPU; on the CPU: python -m harmony.bench train sample data memory")
+        for part, batch, steps in GPU_ALL:
+            asked = cfg.copy()
+            asked.compile, asked.sampling.steps, asked.named = True, 50, batch is not None
+            asked.batch, asked.steps = batch or cfg.batch, steps or cfg.steps
+            found.append((part, asked))
+    return found
+
+
+def measured(part: str, cfg: DictConfig, kit) -> Figures:
+    """The figures of one part, named by its batch where the same part is measured for several."""
+    print(f"\n{part}: kit {kit.name} on {kit.device.type}" + (f", batch {cfg.batch}" if cfg.named else ""), flush=True)
+    found = PARTS[part](cfg, kit)
+    torch._dynamo.reset()  # a compiled step of another batch size is another one
+    torch.cuda.empty_cache()
+    return {f"{what}_b{cfg.batch}": figures for what, figures in found.items()} if cfg.named else found
 
 
 def table(found: Figures) -> str:
@@ -115,28 +118,28 @@ def words(overrides: list[str]) -> list[str]:
 @entry("bench", read=words)
 def main(cfg: DictConfig) -> None:
     """Measure what is asked for and write ``bench.json``: <what>/<kit>/<device>/<figure>."""
-    if wrong := [what for what in cfg.what if what not in PARTS]:
-        raise UserError(f"{wrong[0]} cannot be measured: choose among {', '.join(PARTS)}")
+    if wrong := [what for what in cfg.what if what not in (*PARTS, "gpu_all")]:
+        raise UserError(f"{wrong[0]} cannot be measured: choose among {', '.join(PARTS)}, gpu_all")
     for name in COUNTS:
         if type(value := OmegaConf.select(cfg, name)) is not int or value < 1:
             raise UserError(f"{name}={value}: give a whole number of 1 or more")
-    from harmony.speed.sample import NEAR
+    from harmony.speed.sample import modes_of
 
-    if wrong := [name for name in cfg.sampling.near if name not in NEAR]:
-        raise UserError(f"sampling.near={wrong[0]}: choose among {', '.join(NEAR)}")
+    where = "cuda" if torch.cuda.is_available() else "cpu"
+    if wrong := [name for name in cfg.sampling.modes or () if name not in modes_of(where)]:
+        raise UserError(f"sampling.modes={wrong[0]}: choose among {', '.join(modes_of(where))}")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     torch.set_float32_matmul_precision("high")
     torch.manual_seed(0)
-    kit = instantiate(cfg.model).to("cuda" if torch.cuda.is_available() else "cpu")
-    found: Figures = {}
-    for what in cfg.what:
-        print(f"{what}: kit {kit.name} on {kit.device.type}", flush=True)
-        found |= PARTS[what](cfg, kit)
+    kit = instantiate(cfg.model).to(where)
+    parts, found = plan(cfg, kit), {}
     folder = new_folder(Path(cfg.paths.runs).resolve() / "bench")
-    flat = {f"{what}/{kit.name}/{kit.device.type}/{k}": v for what, f in found.items() for k, v in f.items()}
-    write_json(folder / "bench.json", flat)
     write_json(folder / "provenance.json", provenance(cfg))
-    write_text(folder / "table.md", table(found) + "\n")
+    for part, asked in parts:  # written after each: what fails or is stopped loses nothing that was measured before
+        found |= measured(part, asked, kit)
+        flat = {f"{what}/{kit.name}/{kit.device.type}/{k}": v for what, f in found.items() for k, v in f.items()}
+        write_json(folder / "bench.json", flat)
+        write_text(folder / "table.md", table(found) + "\n")
     print(f"\n{table(found)}\n\n{folder / 'bench.json'}")
 
 

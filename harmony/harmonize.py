@@ -181,7 +181,9 @@ def check_numbers(cfg: DictConfig) -> None:
         raise UserError("region= goes with methods that paint anew; method=zero_shot changes the object alone")
     near = asked_settings(cfg)
     if cfg.method == "zero_shot" and near != Settings(near.steps, near.guidance, near.seed):
-        raise UserError("method=zero_shot inverts and samples by DDIM: leave out solver=, guided= and encoder_every=")
+        raise UserError(
+            "method=zero_shot inverts and samples by DDIM: leave out solver=, guided=, encoder_every= and graphs="
+        )
     timesteps(cfg.steps)  # refuses a number of steps that there cannot be
 
 

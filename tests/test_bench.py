@@ -2,11 +2,14 @@
 
 import json
 import sys
+from types import SimpleNamespace
 
 import pytest
+import torch
 
 from harmony import bench
 from harmony.config import compose
+from harmony.errors import UserError
 from harmony.models.kit import Kit
 
 
@@ -26,14 +29,21 @@ def test_the_command_writes_its_figures(random_kit, tmp_path, monkeypatch, capsy
     assert json.loads((folder / "provenance.json").read_text())["device"]
 
 
-def test_a_plan_names_its_parts(random_kit, tmp_path):
-    """Guards gpu_all's way through its parts: each with its own batch, by which its figures are named."""
-    cfg = compose("bench", [f"model.path={random_kit}", "blocks=1", "sampling.steps=2", f"paths.work={tmp_path}"])
-    plan = [(part, batch and batch // 8, batch and 1) for part, batch, _ in bench.GPU_ALL[:2] + bench.GPU_ALL[3:5]]
-    found = bench.planned(cfg, Kit(str(random_kit)), plan)
-    assert {"train_b4", "train_b1", "joint_b4", "sample", "sample_near"} <= set(found)
+def test_what_is_measured_on_a_gpu(random_kit, tmp_path, monkeypatch):
+    """Guards gpu_all: each part with its own batch, which names its figures; what runs without a GPU runs."""
+    cfg = compose("bench", [f"model.path={random_kit}", "what=[gpu_all]", "blocks=1", f"paths.work={tmp_path}"])
+    with pytest.raises(UserError, match="gpu_all wants a GPU"):
+        bench.plan(cfg, Kit(str(random_kit)))
+    parts = bench.plan(cfg, SimpleNamespace(device=torch.device("cuda")))
+    assert [part for part, _ in parts] == ["train", "train", "train", "joint", "sample", "memory"]
+    assert all(asked.compile and asked.sampling.steps == 50 for _, asked in parts)
+    found, kit = {}, Kit(str(random_kit))
+    for part, asked in parts[1:2] + parts[3:5]:
+        asked.compile, asked.sampling.steps, asked.batch, asked.steps = False, 2, asked.batch // 8, 1
+        found |= bench.measured(part, asked, kit)
+    assert {"train_b1", "joint_b4", "sample", "sample_near"} <= set(found)
     assert all(figures["ratio"] > 0 for figures in found.values())
-    assert bench.table(found).count("\n") == len(found) + 1 and {part for part, *_ in bench.GPU_ALL} <= set(bench.PARTS)
+    assert bench.table(found).count("\n") == len(found) + 1
 
 
 @pytest.mark.parametrize(
@@ -43,7 +53,7 @@ def test_a_plan_names_its_parts(random_kit, tmp_path):
         ("gpu_all", "wants a GPU"),
         ("steps=0", "steps=0: give a whole number of 1 or more"),
         ("sampling.batch=two", "sampling.batch=two: give a whole number"),
-        ("sampling.near=[fast]", "sampling.near=fast: choose among unipc"),
+        ("sampling.modes=[graphs]", "sampling.modes=graphs: choose among unipc"),
     ],
 )
 def test_what_cannot_be_measured_is_said(random_kit, tmp_path, monkeypatch, capsys, word, line):

@@ -86,6 +86,15 @@ def load_part(path: str, part: str, weights: str = "hub", dtype: torch.dtype = t
     return model.requires_grad_(False).eval()
 
 
+def placed(module: torch.nn.Module, device: torch.device) -> torch.nn.Module:
+    """``module`` on ``device``; on a GPU the weights of convolutions have the channels last, as tensor cores want them.
+
+    On a CPU that makes no difference (measured), so there they stay as they were made.
+    """
+    layout = {"memory_format": torch.channels_last} if device.type == "cuda" else {}
+    return torch.nn.Module.to(module, device, **layout)
+
+
 def weights_hash(module: torch.nn.Module) -> str:
     """sha256 over names and values of a module's weights."""
     digest = hashlib.sha256()
@@ -131,7 +140,7 @@ class Kit:
 
     def _part(self, name: str):
         part = load_part(self.path, name, self.weights, self.dtype if name in FROZEN else self.precise)
-        return part if name in WEIGHTLESS else part.to(self.device)
+        return part if name in WEIGHTLESS else placed(part, self.device)
 
     @cached_property
     def vae(self):
@@ -257,7 +266,7 @@ class Kit:
         self.device = torch.device(device)
         for name, part in vars(self).items():
             if isinstance(part, torch.nn.Module):
-                vars(self)[name] = part.to(self.device)
+                vars(self)[name] = placed(part, self.device)
             elif name == "alphas_cumprod":
                 vars(self)[name] = part.to(self.device)
         return self

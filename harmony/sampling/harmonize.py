@@ -17,7 +17,7 @@ from harmony.errors import UserError
 from harmony.images import Crop, crop_resize, from_model, paste_crop, square_around, to_hint, to_model
 from harmony.masks import TEST_RADIUS, bounding_box, box_mask, dilate, scaled, to_latent
 from harmony.models.controlnet import load_controlnet, read_hint
-from harmony.models.kit import Kit
+from harmony.models.kit import Kit, placed
 from harmony.sampling.ddim import noise_for
 from harmony.sampling.inpaint import Schedule, inpaint
 
@@ -40,7 +40,7 @@ def load_branch(path: str, kit: Kit, weights: dict[str, float], operator: str | 
     ``operator`` names that of a ControlNet of other origin. UserError where it is unknown, or the net is made for a
     kit of another architecture.
     """
-    net, facts = load_controlnet(path, kit.dtype).to(kit.device), read_hint(path)
+    net, facts = placed(load_controlnet(path, kit.dtype), kit.device), read_hint(path)
     name = facts.get("branch", operator)
     if name not in weights:
         raise UserError(f"{path} does not say which hint it wants (hint.json): add branch={'|'.join(weights)}")
@@ -62,7 +62,7 @@ class Settings(Schedule):
 
 def asked_settings(asked: Mapping) -> Settings:
     """The settings of a command's configuration."""
-    near = {name: asked[name] for name in ("solver", "guided", "encoder_every")}
+    near = {name: asked[name] for name in ("solver", "guided", "encoder_every", "graphs")}
     return Settings(asked["steps"], asked["guidance"], asked["seed"], **near)
 
 

@@ -19,6 +19,7 @@ from harmony.models.kit import Kit
 from harmony.sampling.ddim import level, sample, to_eps
 
 Control = tuple[torch.nn.Module, torch.Tensor, float]  # ControlNet, hint B x 3 x H x W in [0, 1], weight
+WARM = 3  # calls before a step is recorded
 SOLVERS = {"ddim": "DDIMScheduler", "dpmsolver++": "DPMSolverMultistepScheduler", "unipc": "UniPCMultistepScheduler"}
 
 
@@ -28,7 +29,8 @@ class Schedule:
 
     ``guided``: the share of the steps, from the noisiest on, that are guided. ``encoder_every``: the ControlNets and
     the first half of the UNet run in every n-th step, and the steps between take over their activations (encoder
-    propagation; Li et al., Faster Diffusion, 2023). UserError for values that mean nothing.
+    propagation; Li et al., Faster Diffusion, 2023). ``graphs``: what a step computes is recorded once as a CUDA graph
+    and replayed: the same numbers, without the launch of each kernel. UserError for values that mean nothing.
     """
 
     steps: int = 50
@@ -36,6 +38,7 @@ class Schedule:
     solver: str = field(default="ddim", kw_only=True)
     guided: float = field(default=1.0, kw_only=True)
     encoder_every: int = field(default=1, kw_only=True)
+    graphs: bool = field(default=False, kw_only=True)
 
     def __post_init__(self):
         if self.solver not in SOLVERS:
@@ -44,6 +47,8 @@ class Schedule:
             raise UserError(f"guided={self.guided}: give a share of the steps, 0 to 1")
         if type(self.encoder_every) is not int or self.encoder_every < 1:
             raise UserError(f"encoder_every={self.encoder_every}: give 1 (in every step) or a larger whole number")
+        if type(self.graphs) is not bool:
+            raise UserError(f"graphs={self.graphs}: give true or false")
 
 
 def embedded(controls: Sequence[Control]) -> list[Control]:
@@ -102,6 +107,28 @@ def side_by_side(jobs: Sequence[Callable[[], object]], device: torch.device) -> 
     return found
 
 
+class Replayed:
+    """``step`` of tensors whose shapes never change, recorded as a CUDA graph from ``inputs`` and replayed."""
+
+    def __init__(self, step: Callable[..., torch.Tensor], *inputs: torch.Tensor):
+        self.inputs = [x.clone() for x in inputs]  # where the graph reads
+        here, aside = torch.cuda.current_stream(), torch.cuda.Stream()
+        aside.wait_stream(here)
+        with torch.cuda.stream(aside):  # libraries set themselves up in the first calls, which cannot be recorded
+            for _ in range(WARM):
+                step(*self.inputs)
+        here.wait_stream(aside)
+        self.graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(self.graph):
+            self.output = step(*self.inputs)
+
+    def __call__(self, *inputs: torch.Tensor) -> torch.Tensor:
+        for mine, x in zip(self.inputs, inputs, strict=True):
+            mine.copy_(x)
+        self.graph.replay()
+        return self.output.clone()  # the next replay writes there again
+
+
 class Guided:
     """eps of (z_t, t) for one batch: classifier-free guidance e_u + w (e_c - e_u), both halves in one pass, ControlNets
     on both; w = 1 runs one half.
@@ -118,7 +145,12 @@ class Guided:
         schedule: Schedule,
         controls: Sequence[Control] = (),
     ):
+        if schedule.graphs and kit.device.type != "cuda":
+            raise UserError(
+                f"graphs=true records what a GPU does, and the kit is on the {kit.device.type}: leave it out"
+            )
         self.kit, self.known, self.schedule, self.calls, self.rows = kit, known, schedule, 0, 0
+        self.recorded: dict[tuple[int, bool], Replayed] = {}
         self.text = torch.cat([empty.expand_as(text), text]) if self.guides(0) else text
         halves = len(self.text) // len(text)
         self.controls = [(net, e.repeat(halves, 1, 1, 1), weight) for net, e, weight in embedded(controls)]
@@ -142,15 +174,31 @@ class Guided:
 
     def output(self, z: torch.Tensor, t: torch.Tensor, rows: int) -> torch.Tensor:
         """What the UNet says of ``rows`` rows, of which the last are conditional."""
-        unet, text = self.kit.unet, self.text[-rows:]
-        dtype = unet.conv_in.weight.dtype
-        if self.calls % self.schedule.encoder_every == 0 or rows != self.rows:
-            u = torch.cat([z, self.known], 1).repeat(rows // len(z), 1, 1, 1).to(dtype)
-            self.first, self.rows = self.encoded(u, t, text.to(dtype)), rows
-        else:
-            self.first = replace(self.first[0], time=time_of(unet, t, dtype)), self.first[1]
+        fresh = self.calls % self.schedule.encoder_every == 0 or rows != self.rows
+        self.rows = rows
+        step = self.whole if fresh else self.second_half
+        if not self.schedule.graphs:
+            return step(z, t)
+        if (rows, fresh) not in self.recorded:
+            self.recorded[rows, fresh] = Replayed(step, z, t)
+        return self.recorded[rows, fresh](z, t)
+
+    def whole(self, z: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+        """All of the UNet, with the ControlNets; ``first`` keeps what lies before the second half."""
+        dtype = self.kit.unet.conv_in.weight.dtype
+        u = torch.cat([z, self.known], 1).repeat(len(t) // len(z), 1, 1, 1).to(dtype)
+        self.first = self.encoded(u, t, self.text[-len(t) :].to(dtype))
+        return self.decoded(*self.first).to(z.dtype)
+
+    def second_half(self, z: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+        """The UNet's second half behind the ``first`` of an earlier step, at its own time."""
         encoded, added = self.first
-        return decode(unet, encoded, text.to(dtype), added).to(z.dtype)
+        time = time_of(self.kit.unet, t, encoded.middle.dtype)
+        return self.decoded(replace(encoded, time=time), added).to(z.dtype)
+
+    def decoded(self, encoded: Encoded, added: Residuals | None) -> torch.Tensor:
+        text = self.text[-len(encoded.middle) :].to(encoded.middle.dtype)
+        return decode(self.kit.unet, encoded, text, added)
 
     def encoded(self, u: torch.Tensor, t: torch.Tensor, text: torch.Tensor) -> tuple[Encoded, Residuals | None]:
         """All that lies before the UNet's second half."""

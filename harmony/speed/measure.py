@@ -12,6 +12,7 @@ from harmony.models.timing import now
 
 SIDES = {"cpu": 2048, "cuda": 8192}  # of the matrices whose product says what the device can do
 PRODUCTS = {"cpu": 4, "cuda": 50}  # in a block
+ENOUGH = 10  # calls of the reference in a block
 WARM = 2  # steps of each, at most, before anything is measured
 
 
@@ -52,13 +53,17 @@ def alternate(
     blocks: int,
     say: Callable[[str], None] = print,
 ) -> Rates:
-    """``blocks`` pairs of blocks of ``steps`` calls each, after a few calls that do not count (compilation, caches)."""
+    """``blocks`` pairs of blocks of ``steps`` calls each, after a few calls that do not count (compilation, caches).
+
+    Of long blocks the reference makes a quarter, at least ``ENOUGH`` calls: rates are compared, and it is the slow one.
+    """
+    calls = {ours: steps, reference: min(steps, max(ENOUGH, steps // 4))}
     for step in (ours, reference):
         rate(step, min(WARM, steps), images, device)
     found = Rates([], [])
     for n in range(blocks):
         for step, rates in ((ours, found.ours), (reference, found.reference)):
-            rates.append(rate(step, steps, images, device))
+            rates.append(rate(step, calls[step], images, device))
         ratio = found.ours[-1] / found.reference[-1]
         say(f"block {n + 1}/{blocks}: {found.ours[-1]:.3g} against {found.reference[-1]:.3g} a second, {ratio:.2f} x")
     return found

@@ -14,6 +14,7 @@ from harmony.speed.measure import peak_memory
 from harmony.speed.train import Load, cached_batch, our_step, ready, to_device
 
 BATCHES = (1, 2, 4, 8, 16, 32, 64)
+MEASURED = (1, 8, 64)  # of them, where there is a GPU
 MASTER = 8  # bytes a trained parameter on the device: float32 weight and gradient
 MOMENTS = 8  # AdamW's, there too unless they are offloaded
 OPTIONS = {  # what may be switched on for a small card
@@ -94,10 +95,10 @@ def counted(kit: Kit, say=print) -> dict[str, dict[int, float]]:
 
 
 def measured(kit: Kit, say=print) -> dict[str, dict[int, float]]:
-    """The same on the GPU, by its allocator; sizes that do not fit are left out."""
+    """Some of the same on the GPU, by its allocator; sizes that do not fit are left out."""
     found: dict[str, dict[int, float]] = {name: {} for name in OPTIONS}
     for name, options in OPTIONS.items():
-        for batch in BATCHES:
+        for batch in MEASURED:
             gc.collect()
             torch.cuda.empty_cache()
             torch.cuda.reset_peak_memory_stats()

@@ -20,12 +20,19 @@ from harmony.speed.measure import alternate, matmul_rate, tflop
 PROMPT = "a photograph of a mushroom"
 BRANCHES = ("color", "structure")
 FEWER = 0.4  # of the steps, with a better solver
-NEAR = {  # beside the exact mode: what is cheaper and not quite the same
+MODES = {  # beside the plain exact one: exact without the launch of each kernel, and what is cheaper and near-exact
+    "graphs": {"graphs": True},
     "unipc": {"solver": "unipc"},
     "guided": {"guided": 0.5},
     "encoder": {"encoder_every": 2},
     "near": {"solver": "unipc", "guided": 0.5, "encoder_every": 2},
+    "near_graphs": {"solver": "unipc", "guided": 0.5, "encoder_every": 2, "graphs": True},
 }
+
+
+def modes_of(device: str) -> list[str]:
+    """Names of ``MODES`` that a device has: graphs are a GPU's."""
+    return [name for name, options in MODES.items() if device == "cuda" or not options.get("graphs")]
 
 
 def awake_net(kit: Kit, seed: int) -> torch.nn.Module:
@@ -90,21 +97,25 @@ def bench_sample(
     steps: int,
     guidance: float,
     blocks: int,
-    near: Sequence[str] = tuple(NEAR),
+    modes: Sequence[str] | None = None,
     say: Callable[[str], None] = print,
 ) -> dict[str, dict[str, float]]:
-    """``sample`` (exact) and ``sample_NAME`` (of each NAME in ``near``) -> figures, rates in pictures a second."""
+    """``sample`` (exact) and ``sample_NAME`` -> figures, rates in pictures a second.
+
+    NAMEs are those of ``modes``, by default all that the device has.
+    """
     scene = Scene(kit, batch)
     stock, exact = scene.stock(steps, guidance), Settings(steps, guidance)
     work = tflop(scene.ours(exact), batch)
     peak = matmul_rate(kit.device, kit.dtype)
     found = {}
-    for name, options in {"": {}, **{name: NEAR[name] for name in near}}.items():
+    chosen = modes_of(kit.device.type) if modes is None else modes
+    for name, options in {"": {}, **{name: MODES[name] for name in chosen}}.items():
         settings = replace(exact, **options)
         if "solver" in options:
             settings = replace(settings, steps=max(1, round(FEWER * steps)))
         say(f"{name or 'exact'}: {settings.steps} steps of {settings.solver}, against {steps} of the stock pipeline")
         rates = alternate(scene.ours(settings), stock, batch, kit.device, 1, blocks, say)
-        figures = rates.figures(*((work, peak) if not name else ()))
+        figures = rates.figures(*((work, peak) if name in ("", "graphs") else ()))
         found["_".join(filter(None, ("sample", name)))] = figures | {"seconds": batch / figures["ours"]}
     return found

@@ -201,3 +201,28 @@ def test_a_schedule_that_means_nothing_is_refused():
     ):
         with pytest.raises(UserError, match=said):
             Schedule(**wrong)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU to record")
+def test_graphs_want_a_gpu(scene):
+    """Guards ``graphs`` where nothing can be recorded: one line, no traceback out of CUDA."""
+    with pytest.raises(UserError, match="graphs=true records what a GPU does, and the kit is on the cpu"):
+        scene.run(1, 1, graphs=True)
+    with pytest.raises(UserError, match="graphs=1: give true or false"):
+        scene.run(1, 1, graphs=1)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="wants a GPU")
+@pytest.mark.parametrize("more", [{}, {"guided": 0.5}, {"encoder_every": 2, "solver": "unipc"}])
+def test_graphs_replay_the_same_latents(random_kit, awake, more):
+    """Guards CUDA graphs and streams: the latents of the plain steps, also where halves are skipped."""
+    kit, rng = Kit(str(random_kit)).to("cuda"), torch.Generator().manual_seed(0)
+    nets = [awake(kit, n).to("cuda") for n in (1, 2)]
+    controls = [(net, torch.rand(2, 3, 32, 32, generator=rng).cuda(), 0.7) for net in nets]
+    noise, masked = torch.randn(2, 2, 4, 8, 8, generator=rng).cuda()
+    words = kit.prompt(["a red mushroom", "a blue car"]), kit.prompt([""])
+    plain, replayed = (
+        inpaint(kit, noise, torch.ones_like(noise[:, :1]), masked, *words, Schedule(4, 2.0, graphs=g, **more), controls)
+        for g in (False, True)
+    )
+    torch.testing.assert_close(replayed, plain, rtol=1e-4, atol=1e-4)
