@@ -3,7 +3,7 @@
 train     one ControlNet from cached latents, against the loop of the common training script
 joint     two ControlNets in one run, against two runs of that loop
 sample    inpainting with two ControlNets, exact and near-exact, against diffusers' stock pipeline
-data      selection over annotations of Open Images' size, against pandas
+data      selection over annotations of Open Images' size, against pandas; import into FiftyOne, against its importer
 memory    of a training step, for batches of 1 to 64
 gpu_all   train, joint, sample and memory as a GPU is measured: python -m harmony.bench gpu_all model=sd2
 """
@@ -21,7 +21,17 @@ from harmony.errors import UserError
 from harmony.files import write_json, write_text
 
 Figures = dict[str, dict[str, float]]  # what was measured -> figure -> number
-COUNTS = ("batch", "blocks", "steps", "sampling.batch", "sampling.steps", "data.boxes", "data.masks")
+COUNTS = (
+    "batch",
+    "blocks",
+    "steps",
+    "sampling.batch",
+    "sampling.steps",
+    "data.boxes",
+    "data.masks",
+    "data.samples",
+    "data.compared",
+)
 GPU_ALL = (  # (part, batch, steps a block): rates over 200 steps where it matters, within 8 minutes in all
     ("train", 32, 40),
     ("train", 8, 20),
@@ -51,9 +61,11 @@ def sample(cfg: DictConfig, kit) -> Figures:
 
 
 def data(cfg: DictConfig, kit) -> Figures:
-    from harmony.speed.data import bench_data
+    from harmony.speed.data import bench_import, bench_selection
 
-    return {"data": bench_data(Path(cfg.paths.work).resolve() / "bench", cfg.data.boxes, cfg.data.masks, cfg.blocks)}
+    folder, d = Path(cfg.paths.work).resolve() / "bench", cfg.data
+    selection = bench_selection(folder, d.boxes, d.masks, cfg.blocks)
+    return {"data": selection, "data_import": bench_import(folder, d.samples, d.compared, cfg.blocks)}
 
 
 def memory(cfg: DictConfig, kit) -> Figures:

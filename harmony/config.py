@@ -206,9 +206,12 @@ def one_line(error: object) -> str:
 
 
 def default_groups(name: str, config_dir: Path) -> dict[str, str | None]:
-    """Groups in the defaults list of a primary configuration and the option each starts with."""
-    entries = load_yaml(config_dir / f"{name}.yaml").get("defaults", [])
-    pairs = [next(iter(entry.items())) for entry in entries if isinstance(entry, DictConfig)]
+    """Groups in the defaults list of a primary configuration and the option each starts with; not those that others
+    choose.
+    """
+    entries = OmegaConf.to_container(load_yaml(config_dir / f"{name}.yaml")).get("defaults", [])
+    pairs = [next(iter(entry.items())) for entry in entries if isinstance(entry, dict)]
+    pairs = [(key, option) for key, option in pairs if "${" not in str(option)]
     cleaned = {re.sub(r"^(override |optional |/)+", "", key).split("@")[0]: option for key, option in pairs}
     return {group: option for group, option in cleaned.items() if not group.startswith("hydra/")}
 

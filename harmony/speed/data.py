@@ -1,18 +1,25 @@
-"""F5. Selection over annotations of Open Images' true schema and size, against what a script with pandas does.
+"""F5. Selection over annotations of Open Images' true schema and size, against what a script with pandas does; and the
+import of what was selected into FiftyOne, against FiftyOne's own importer.
 
 The annotations are generated: 21 columns a box as in the training split, several boxes on most images, masks for some.
+The photographs to import have one box and one mask each, masks of 1024 x 768 px in files of their own.
 """
 
 import multiprocessing
+import os
+import shutil
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import polars as pl
 import torch
 
-from harmony.data.select import KEPT, Rules, select_split
+from harmony.data.open_images import import_dataset, load_fiftyone
+from harmony.data.select import FULL_HEADER, KEPT, Rules, select, select_split
+from harmony.images import write_image
 from harmony.speed.measure import Rates, peak_memory
 
 _CPU = torch.device("cpu")
@@ -20,6 +27,9 @@ _CPU = torch.device("cpu")
 BOXES, MASKS = 14_610_229, 2_686_666  # rows of Open Images V7's training split
 A_IMAGE = 8.4  # boxes an image there
 CHUNK = 500_000  # rows written at a time
+SHAPES = 64  # different photographs and masks
+MASK = (1024, 768)  # width and height of a mask
+BENCH = "harmony-bench"  # FiftyOne dataset that is made and deleted
 CLASSES = 600
 FLAGS = {"IsOccluded": 0.66, "IsTruncated": 0.25, "IsGroupOf": 0.06, "IsDepiction": 0.05, "IsInside": 0.001}
 CLICKS = [f"XClick{n}{axis}" for n in range(1, 5) for axis in "XY"]
@@ -106,17 +116,88 @@ def with_pandas(folder: Path) -> int:
     return int((plain & (area >= rules.min_area) & (area <= rules.max_area)).sum())
 
 
-def _measured(way: Callable[[Path], int], folder: Path, answer) -> None:
-    began, held = time.process_time(), peak_memory(_CPU)
+def write_photographs(folder: Path, count: int, say: Callable[[str], None] = print) -> Path:
+    """A train split of ``count`` photographs, each with one box and one mask; the dataset's folder.
+
+    Every file has a name of its own, but stands for one of ``SHAPES`` pictures (a hard link).
+    """
+    split, rng = folder / "train", np.random.default_rng(0)
+    ids = image_ids(np.arange(count))
+    for place in ("data", "labels", "metadata", *(f"labels/masks/{digit:X}" for digit in range(16))):
+        (split / place).mkdir(parents=True, exist_ok=True)
+    corners = 0.1 + 0.3 * rng.random((SHAPES, 2))
+    for n, (x, y) in enumerate(corners.tolist()):
+        write_image(split / f"{n}.jpg", rng.integers(0, 256, (96, 128, 3), dtype=np.uint8))
+        mask = np.zeros((MASK[1], MASK[0]), bool)
+        mask[round(y * MASK[1]) : round((y + 0.5) * MASK[1]), round(x * MASK[0]) : round((x + 0.5) * MASK[0])] = True
+        write_image(split / f"{n}.png", mask)
+    shape = np.arange(count) % SHAPES
+    names = [f"{id_}_m0_b.png" for id_ in ids]
+    for id_, name, n in zip(ids, names, shape.tolist(), strict=True):
+        os.link(split / f"{n}.jpg", split / "data" / f"{id_}.jpg")
+        os.link(split / f"{n}.png", split / "labels" / "masks" / name[0].upper() / name)
+    x, y = corners[shape].T
+    box = {"XMin": x, "XMax": x + 0.5, "YMin": y, "YMax": y + 0.5}
+    flags = {name: pl.repeat(0, count, eager=True) for name in FLAGS}
+    common = {"ImageID": ids, "LabelName": ["/m/00000"] * count}
+    pl.DataFrame({**common, "Source": ["xclick"] * count, "Confidence": [1] * count, **box, **flags}).select(
+        FULL_HEADER["detections.csv"].split(",")
+    ).write_csv(split / "labels" / "detections.csv")
+    more = {"MaskPath": names, "BoxID": ["b"] * count, "PredictedIoU": [0.85] * count, "Clicks": [""] * count}
+    pl.DataFrame({**common, **more, **{f"Box{name}": value for name, value in box.items()}}).select(
+        FULL_HEADER["segmentations.csv"].split(",")
+    ).write_csv(split / "labels" / "segmentations.csv")
+    (split / "metadata" / "classes.csv").write_text("/m/00000,Thing\n")
+    say(f"photographs: {count:,} to import")
+    return folder
+
+
+def ours_imported(folder: Path) -> int:
+    """Selection and import as ``harmony.prepare`` does them: masks cut to their boxes, in files."""
+    selection = select(folder, ["train"], Rules())
+    return len(import_dataset(BENCH, selection, folder / "work"))
+
+
+def fiftyone_imported(folder: Path) -> int:
+    """The same by FiftyOne's own importer: masks in the database."""
+    fo = load_fiftyone()
+    kinds = {"dataset_type": fo.types.OpenImagesV7Dataset, "label_types": ["detections", "segmentations"]}
+    return len(fo.Dataset.from_dir(str(folder / "train"), name=BENCH, load_hierarchy=False, **kinds))
+
+
+def forget_imported(folder: Path) -> None:
+    """Begin without a database of this name, and with one that answers."""
+    fo = load_fiftyone()
+    for name in fo.list_datasets(f"{BENCH}*"):
+        fo.delete_dataset(name)
+    shutil.rmtree(folder / "work", ignore_errors=True)
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What one way gave and took: what it ``kept``, CPU and wall seconds, GiB on top of what was held before."""
+
+    kept: int
+    cpu_s: float
+    wall_s: float
+    memory_gib: float
+
+
+def _measured(way: Callable[[Path], int], folder: Path, answer, around: Callable[[Path], None] | None) -> None:
+    if around:
+        around(folder)
+    cpu, wall, held = time.process_time(), time.perf_counter(), peak_memory(_CPU)
     kept = way(folder)
-    answer.send((kept, time.process_time() - began, peak_memory(_CPU) - held))
+    answer.send(Cost(kept, time.process_time() - cpu, time.perf_counter() - wall, peak_memory(_CPU) - held))
+    if around:
+        around(folder)
 
 
-def alone(way: Callable[[Path], int], folder: Path) -> tuple[int, float, float]:
-    """(images kept, CPU seconds, GiB on top of what was held before) of ``way`` in a fresh process."""
+def alone(way: Callable[[Path], int], folder: Path, around: Callable[[Path], None] | None = None) -> Cost:
+    """``way`` in a fresh process, between two calls of ``around`` that do not count."""
     context = multiprocessing.get_context("spawn")
     here, there = context.Pipe(duplex=False)
-    process = context.Process(target=_measured, args=(way, folder, there))
+    process = context.Process(target=_measured, args=(way, folder, there, around))
     process.start()
     there.close()
     try:
@@ -125,24 +206,61 @@ def alone(way: Callable[[Path], int], folder: Path) -> tuple[int, float, float]:
         process.join()
 
 
-def bench_data(folder: Path, boxes: int, masks: int, blocks: int, say: Callable[[str], None] = print):
-    """Figures of selection: million box rows a CPU second, ours and pandas; peak memory of both.
+def generated(folder: Path, write: Callable[[Path], Path]) -> Path:
+    """What ``write`` makes in ``folder``, kept for the next call; one that was interrupted is made anew."""
+    if not (folder / "done").exists():
+        shutil.rmtree(folder, ignore_errors=True)
+        write(folder)
+        (folder / "done").touch()
+    return folder
+
+
+def bench_selection(
+    folder: Path, boxes: int, masks: int, blocks: int, say: Callable[[str], None] = print
+) -> dict[str, float]:
+    """Million box rows a CPU second, ours and pandas; peak memory of both.
 
     ``folder`` keeps the annotations for the next call. ValueError if the two ways disagree about what is kept.
     """
-    split = folder / f"annotations-{boxes}-{masks}"
-    if not (split / "done").exists():
-        write_annotations(split, boxes, masks, say=say)
-        (split / "done").touch()
+    split = generated(folder / f"annotations-{boxes}-{masks}", lambda f: write_annotations(f, boxes, masks, say=say))
     found, memory = Rates([], []), [0.0, 0.0]
     for n in range(blocks):
         kept = []
         for way, rates, who in ((ours, found.ours, 0), (with_pandas, found.reference, 1)):
-            number, seconds, peak = alone(way, split)
-            kept.append(number)
-            rates.append(boxes / 1e6 / seconds)
-            memory[who] = max(memory[who], peak)
+            cost = alone(way, split)
+            kept.append(cost.kept)
+            rates.append(boxes / 1e6 / cost.cpu_s)
+            memory[who] = max(memory[who], cost.memory_gib)
         if kept[0] != kept[1]:
             raise ValueError(f"{kept[0]} images by the selection, {kept[1]} by pandas")
         say(f"block {n + 1}/{blocks}: {found.ours[-1]:.2f} against {found.reference[-1]:.2f} million rows a CPU second")
     return found.figures() | {"memory_gib": memory[0], "reference_memory_gib": memory[1], "kept": kept[0]}
+
+
+def bench_import(
+    folder: Path, samples: int, compared: int, blocks: int, say: Callable[[str], None] = print
+) -> dict[str, float]:
+    """Samples a second of wall time into FiftyOne with their masks, ours and FiftyOne's importer, of ``compared``
+    photographs; and ours of ``samples``, once.
+
+    ``folder`` keeps the photographs for the next call. ValueError if something is not imported.
+    """
+    few, many = (
+        generated(folder / f"photographs-{count}", lambda f, count=count: write_photographs(f, count, say))
+        for count in (compared, samples)
+    )
+    found = Rates([], [])
+
+    def rate(way: Callable[[Path], int], place: Path, count: int) -> tuple[float, Cost]:
+        cost = alone(way, place, forget_imported)
+        if cost.kept != count:
+            raise ValueError(f"{cost.kept} of {count} photographs were imported")
+        return count / cost.wall_s, cost
+
+    for n in range(blocks):
+        for way, rates in ((ours_imported, found.ours), (fiftyone_imported, found.reference)):
+            rates.append(rate(way, few, compared)[0])
+        say(f"block {n + 1}/{blocks}: {found.ours[-1]:.0f} against {found.reference[-1]:.0f} samples a second")
+    at_scale, cost = rate(ours_imported, many, samples)
+    say(f"{samples:,} samples: {at_scale:.0f} a second, {cost.memory_gib:.2f} GiB")
+    return found.figures() | {"samples": samples, "at_scale": at_scale, "memory_gib": cost.memory_gib}

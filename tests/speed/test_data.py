@@ -4,9 +4,23 @@ import csv
 
 import pytest
 
+from harmony.data.open_images import load_fiftyone
 from harmony.data.select import FULL_HEADER
+from harmony.images import read_image
 from harmony.speed import data
-from harmony.speed.data import alone, bench_data, ours, with_pandas, write_annotations
+from harmony.speed.data import (
+    BENCH,
+    Cost,
+    bench_import,
+    bench_selection,
+    fiftyone_imported,
+    forget_imported,
+    ours,
+    ours_imported,
+    with_pandas,
+    write_annotations,
+    write_photographs,
+)
 
 
 @pytest.fixture(scope="module")
@@ -31,12 +45,28 @@ def test_both_ways_keep_the_same_images(split):
     assert ours(split) == with_pandas(split) > 50
 
 
-def test_the_bench_of_data(tmp_path, monkeypatch):
+def test_the_bench_of_selection(tmp_path, monkeypatch):
     """Guards the figures, that annotations are written once, and that a disagreement is no result."""
-    figures = bench_data(tmp_path, 5_000, 1_000, 1, say=lambda line: None)
+    figures = bench_selection(tmp_path, 5_000, 1_000, 1, say=lambda line: None)
     assert {"ours", "ratio", "memory_gib", "reference_memory_gib", "kept"} <= set(figures) and figures["kept"] > 0
     monkeypatch.setattr(data, "write_annotations", lambda *a, **k: 1 / 0)
-    monkeypatch.setattr(data, "alone", lambda way, folder: (way is ours, 1.0, 1.0))
+    monkeypatch.setattr(data, "alone", lambda way, folder: Cost(int(way is ours), 1.0, 1.0, 1.0))
     with pytest.raises(ValueError, match="by pandas"):
-        bench_data(tmp_path, 5_000, 1_000, 1, say=lambda line: None)
-    assert alone is not data.alone
+        bench_selection(tmp_path, 5_000, 1_000, 1, say=lambda line: None)
+
+
+def test_the_bench_of_import(tmp_path):
+    """Guards the comparison in the real database: both import every photograph with its mask, and leave nothing."""
+    fo = load_fiftyone()
+    folder = write_photographs(tmp_path / "few", 6, say=lambda line: None)
+    assert ours_imported(folder) == 6
+    sample = fo.load_dataset(BENCH).first()
+    assert sample.instance.mask is None and read_image(sample.instance.mask_path).shape == (384, 512, 3)
+    forget_imported(folder)
+    assert fiftyone_imported(folder) == 6
+    (theirs,) = fo.load_dataset(BENCH).first().segmentations.detections
+    assert theirs.mask.shape == (384, 512) and theirs.mask.all()
+    forget_imported(folder)
+    figures = bench_import(tmp_path, 9, 4, 1, say=lambda line: None)
+    assert figures["ratio"] > 0 and figures["at_scale"] > 0 and figures["samples"] == 9
+    assert not fo.list_datasets(f"{BENCH}*") and not (tmp_path / "photographs-9" / "work").exists()
