@@ -46,6 +46,26 @@ def kit_path(name: str | os.PathLike) -> str:
     return str(name)
 
 
+def fetched(name: str, part: str) -> Path:
+    """The folder of a part of hub id ``name``, in the hub's cache; what is not there yet is fetched, safetensors alone.
+
+    UserError at once where the hub cannot be reached, instead of a minute of attempts.
+    """
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError
+
+    wanted = [f"{part}/*.{kind}" for kind in ("json", "txt", "safetensors")]
+    try:
+        folder = snapshot_download(name, allow_patterns=wanted, ignore_patterns=["*.fp16.*", "*.non_ema.*"])
+    except (OSError, HfHubHTTPError) as error:
+        reason = str(error).splitlines()[0].removeprefix("Got: ")
+        raise UserError(
+            f"cannot fetch {part} of {name} from the hub ({reason}): fetch it where there is a network and give"
+            " model.path=FOLDER, or model.weights=random for the architecture alone"
+        ) from error
+    return Path(folder) / part
+
+
 def load_part(path: str, part: str, weights: str = "hub", dtype: torch.dtype = torch.float32):
     """One part of a kit, frozen and in eval mode.
 
@@ -60,27 +80,24 @@ def load_part(path: str, part: str, weights: str = "hub", dtype: torch.dtype = t
     set_verbosity_error()  # the projection of the text tower, which a plain text encoder leaves out, is no news
     library, name = CLASSES[part]
     cls = getattr(importlib.import_module(library), name)
-    where = {"subfolder": FOLDERS.get(part, part)}
-    if os.path.isdir(path):
-        local, where = os.path.join(path, where["subfolder"]), {}
-        if not os.path.isdir(local):
-            raise UserError(f"kit {path} has no {part}: make kit trains one, or give another model.path")
-    else:
-        local = path
+    folder = FOLDERS.get(part, part)
+    local = os.path.join(path, folder) if os.path.isdir(path) else str(fetched(path, folder))
+    if not os.path.isdir(local):
+        raise UserError(f"kit {path} has no {part}: make kit trains one, or give another model.path")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         try:
             if part in WEIGHTLESS:
-                return cls.from_pretrained(local, **where)
+                return cls.from_pretrained(local)
             if weights == "random":
                 if library == "diffusers":
-                    model = cls.from_config(cls.load_config(local, **where))
+                    model = cls.from_config(cls.load_config(local))
                     torch.nn.Module.to(model, dtype)  # diffusers' own warns of modules to keep in float32: none here
                 else:
-                    model = cls(cls.config_class.from_pretrained(local, **where)).to(dtype)
+                    model = cls(cls.config_class.from_pretrained(local)).to(dtype)
             else:
                 kind = {"torch_dtype": dtype} if library == "diffusers" else {"dtype": dtype}
-                model = cls.from_pretrained(local, use_safetensors=True, **kind, **where)
+                model = cls.from_pretrained(local, use_safetensors=True, **kind)
         except (OSError, ValueError) as error:
             raise UserError(f"cannot load {part} of kit {path}: {str(error).splitlines()[0]}") from error
     return model.requires_grad_(False).eval()
@@ -235,14 +252,9 @@ class Kit:
         return self.scheduler.alphas_cumprod.to(self.device, torch.float32)
 
     def folder(self, part: str) -> Path:
-        """Where the files of a part lie; those of a hub id are fetched by loading it."""
+        """Where the files of a part lie; those of a hub id are fetched."""
         name = FOLDERS.get(part, part)
-        if os.path.isdir(self.path):
-            return Path(self.path) / name
-        from huggingface_hub import snapshot_download
-
-        getattr(self, part)
-        return Path(snapshot_download(self.path, allow_patterns=f"{name}/*", local_files_only=True)) / name
+        return Path(self.path) / name if os.path.isdir(self.path) else fetched(self.path, name)
 
     def hash(self, part: str) -> str:
         """sha256 over a part's weight files and configuration, or ``random`` for weights that come from no file; of a

@@ -148,6 +148,7 @@ def write_photographs(folder: Path, count: int, say: Callable[[str], None] = pri
         FULL_HEADER["segmentations.csv"].split(",")
     ).write_csv(split / "labels" / "segmentations.csv")
     (split / "metadata" / "classes.csv").write_text("/m/00000,Thing\n")
+    (split / "metadata" / "segmentation_classes.csv").write_text("/m/00000\n")  # FiftyOne's importer wants it
     say(f"photographs: {count:,} to import")
     return folder
 

@@ -139,4 +139,34 @@ def test_weights_from_a_hub_are_known_by_their_bytes(random_kit, tmp_path):
     assert done.returncode == 0, done.stderr
     hashes, said = done.stdout.splitlines()[-2:]
     assert hashes.split() == [Kit(str(random_kit)).hash(part) for part in ("unet", "tokenizer")]
-    assert said.startswith("cannot load unet of kit someone/other")
+    assert said.startswith("cannot fetch unet of someone/other from the hub (") and "model.path=FOLDER" in said
+
+
+LOAD = """
+import resource, sys
+import torch, diffusers, transformers
+from harmony.models.kit import load_part
+held = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+unet = load_part(sys.argv[1], "unet", dtype=getattr(torch, sys.argv[2]))
+size = sum(p.numel() * p.element_size() for p in unet.parameters())
+print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - held) * 1024 / 2**30, size / 2**30)
+"""
+
+
+@pytest.mark.slow
+def test_weights_are_loaded_without_doubling(tmp_path):
+    """Guards memory at true size: four shards of a gigabyte, read one after another; a rounded copy takes its own size
+    and at most one shard beside it.
+    """
+    made = "import sys; from harmony.models.kit import Kit\n"
+    made += (
+        "Kit('sd2', weights='random', geometry='sd2').unet.save_pretrained(sys.argv[1] + '/unet', max_shard_size='1GB')"
+    )
+    subprocess.run([sys.executable, "-c", made, str(tmp_path)], check=True, capture_output=True)
+    assert len(list((tmp_path / "unet").glob("*.safetensors"))) == 4
+    for dtype in ("float32", "bfloat16"):
+        done = subprocess.run([sys.executable, "-c", LOAD, str(tmp_path), dtype], capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        taken, size = map(float, done.stdout.split())
+        print(f"{dtype}: {taken:.2f} GiB for weights of {size:.2f}")
+        assert size <= taken < size + 1.25
