@@ -6,7 +6,7 @@ STAMP  := $(VENV)/.installed
 PHOTOS ?= null
 
 .DEFAULT_GOAL := help
-.PHONY: help install kit fit paper words test test-slow lint clean
+.PHONY: help install kit small fit paper words test test-slow lint clean
 
 help:  ## show these targets
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 12
@@ -28,6 +28,10 @@ kit: install  ## train the tiny kit, part by part (PHOTOS=folder in Open Images 
 	for part in vae clip captioner inpaint; do \
 	  $(RUN) -m harmony.fit experiment=kit_$$part dataset.photos=$(PHOTOS) || exit; done
 	$(RUN) -m harmony.export kit=work/kit/tiny output=harmony/assets/tiny
+
+small: install  ## train the small kit (256 px) into work/kit/small, for model=small; wants a GPU
+	for part in vae clip captioner inpaint; do \
+	  $(RUN) -m harmony.fit experiment=kit_$$part model=small dataset.photos=$(PHOTOS) || exit; done
 
 fit: install  ## train the colour ControlNet on the bundled dataset and the tiny kit, then print the table
 	$(RUN) -m harmony.fit experiment=color

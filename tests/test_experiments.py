@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from diffusers import UNet2DConditionModel
 from omegaconf import OmegaConf
 
 from harmony.config import CONFIGS, check_experiment, compose, load_yaml, options, why
@@ -97,6 +98,21 @@ def test_with_eight_gpus_it_is_the_papers_run(name):
 
 def composed(name: str, *more: str):
     return compose("fit", [f"experiment={name}", f"name={name}", *more])
+
+
+def test_the_small_kit_fits_together():
+    """Guards model=small: one folder, 256 px, a UNet of at most 40 M parameters that reads CLIP's words."""
+    parts = {part: composed(f"kit_{part}", "model=small") for part in ("vae", "clip", "captioner", "inpaint")}
+    assert {cfg.module.kit for cfg in parts.values()} == {"work/kit/small"}
+    assert {cfg.dataset.size for cfg in parts.values()} == {256}
+    vae, unet = parts["vae"].module.config, parts["inpaint"].module.config
+    assert unet.sample_size * 2 ** (len(vae.block_out_channels) - 1) == vae.sample_size == 256
+    width = parts["clip"].module.config.text_config.hidden_size
+    with torch.device("meta"):
+        net = UNet2DConditionModel(cross_attention_dim=width, **OmegaConf.to_container(unet))
+    assert 20e6 < sum(p.numel() for p in net.parameters()) <= 40e6
+    tiny = composed("kit_inpaint")
+    assert tiny.module.kit == "work/kit/tiny" and tiny.module.config.sample_size == 16
 
 
 @pytest.mark.parametrize("name", TRAININGS)
