@@ -270,7 +270,7 @@ MISTAKES = {
     "composite=b.png mask=m.png solver=euler": "solver=euler: choose one of ddim",
     "composite=b.png mask=m.png encoder_every=half": "encoder_every=half: give 1",
     "composite=b.png mask=m.png controlnet=nowhere": "there is no ControlNet nowhere",
-    "composite=b.png mask=m.png controlnet=runs/nowhere": "cannot load a ControlNet from runs/nowhere",
+    "composite=b.png mask=m.png controlnet=runs/nowhere": "cannot fetch weights of runs/nowhere",
     "composite=b.png mask=m.png controlnet=.": "holds no ControlNet",
     "composite=b.png mask=m.png output=b.png": "b.png (File exists): choose another folder",
     "composite=b.png mask=m.png model.path=./nowhere": "no kit in ./nowhere",

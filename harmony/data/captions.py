@@ -15,8 +15,10 @@ import numpy as np
 import torch
 
 from harmony.errors import UserError
+from harmony.hub import fetched
 from harmony.images import read_image, sha256, write_image
 
+BLIP = "Salesforce/blip-image-captioning-large"  # where a kit has no captioner, as Stable Diffusion
 PREFIX, BEAMS, MIN_LENGTH, MAX_LENGTH = "a picture of", 3, 5, 20
 GIVEN = "given"
 
@@ -37,9 +39,10 @@ def load_captioner(folder: str | Path, device: str = "cpu") -> tuple[torch.nn.Mo
     from transformers import BlipForConditionalGeneration, BlipProcessor
 
     try:
-        model = BlipForConditionalGeneration.from_pretrained(folder).eval().to(device)
+        folder = folder if Path(folder).is_dir() else fetched(str(folder))
+        model = BlipForConditionalGeneration.from_pretrained(folder, use_safetensors=True).eval().to(device)
         return model, BlipProcessor.from_pretrained(folder)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, UserError) as error:
         reason = str(error).splitlines()[0]
         raise UserError(f"{folder}: no BLIP captioner there ({reason}); give a kit with a captioner/ folder") from None
 

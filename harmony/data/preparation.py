@@ -9,6 +9,7 @@ import lightning
 from filelock import FileLock
 
 from harmony.data import editing
+from harmony.data.captions import BLIP
 from harmony.data.open_images import locate, prepare_dataset
 from harmony.data.pool import prepare_kit
 from harmony.data.shards import predictor
@@ -28,7 +29,7 @@ def prepare(recipe: dict, kit: str, work: str, trainer: lightning.Trainer | None
         (folder / "recipe.json").unlink(missing_ok=True)  # nothing is prepared until all is done
     if recipe["layout"] != "kit":
         captioner = Path(kit_path(kit)) / "captioner"
-        prepare_dataset(recipe, folder.parent, captioner if captioner.is_dir() else None, trainer)
+        prepare_dataset(recipe, folder.parent, captioner if captioner.is_dir() else BLIP, trainer)
     elif trainer.is_global_zero:
         prepare_kit(recipe | {"dir": locate(recipe)}, folder.parent)
     if trainer.is_global_zero:

@@ -15,6 +15,7 @@ from diffusers import ControlNetModel, UNet2DConditionModel
 from safetensors import SafetensorError
 
 from harmony.errors import UserError
+from harmony.hub import fetched
 from harmony.images import sha256
 from harmony.models.kit import ASSETS, Kit
 
@@ -84,7 +85,7 @@ def net_hash(path: str | os.PathLike) -> str:
 def load_controlnet(path: str | os.PathLike, dtype: torch.dtype = torch.float32) -> ControlNetModel:
     """A frozen ControlNet from whatever ``controlnet_folder`` knows, or a hub id. Never unpickles."""
     try:
-        where = str(controlnet_folder(path) or path)
+        where = str(controlnet_folder(path) or fetched(str(path), mend="give a run folder or a diffusers folder"))
         net = ControlNetModel.from_pretrained(where, torch_dtype=dtype, use_safetensors=True)
     except (OSError, ValueError, SafetensorError) as error:
         raise UserError(f"cannot load a ControlNet from {path}: {str(error).splitlines()[0]}") from error

@@ -19,6 +19,7 @@ from safetensors.torch import load_file, save_file
 from transformers import CLIPVisionConfig, CLIPVisionModel
 
 from harmony.errors import UserError
+from harmony.hub import fetched
 from harmony.images import sha256, to_clip
 from harmony.models.kit import ASSETS, Kit, load_part, weights_hash
 
@@ -109,8 +110,9 @@ def fresh_encoder(tower: CLIPVisionModel, width: int, all_tokens: bool = False) 
 def load_tower(path: str) -> CLIPVisionModel:
     """The frozen CLIP vision tower in a folder or of a hub id. UserError where there is none; never unpickles."""
     try:
-        return CLIPVisionModel.from_pretrained(path, use_safetensors=True).requires_grad_(False).eval()
-    except (OSError, ValueError) as error:
+        where = path if Path(path).is_dir() else fetched(path)
+        return CLIPVisionModel.from_pretrained(where, use_safetensors=True).requires_grad_(False).eval()
+    except (OSError, ValueError, UserError) as error:
         raise UserError(f"module.tower={path} is no CLIP vision tower: {str(error).splitlines()[0]}") from error
 
 

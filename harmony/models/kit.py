@@ -17,6 +17,7 @@ from pathlib import Path
 import torch
 
 from harmony.errors import UserError
+from harmony.hub import fetched
 
 ASSETS = Path(__file__).resolve().parents[1] / "assets"
 GEOMETRY = ASSETS / "geometry"  # true sizes without weights: the configurations that diffusers and transformers read
@@ -34,6 +35,9 @@ CLASSES = {
 }
 FOLDERS = {"text_tower": "text_encoder", "processor": "captioner"}  # the other parts lie in a folder of their own name
 WEIGHTLESS = ("tokenizer", "scheduler", "processor")
+MEND = (
+    "fetch it where there is a network and give model.path=FOLDER, or model.weights=random for the architecture alone"
+)
 FROZEN = ("unet", "text_encoder")  # what every step of training and sampling runs
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
@@ -44,26 +48,6 @@ def kit_path(name: str | os.PathLike) -> str:
     if os.sep not in str(name) and (shipped / "model_index.json").exists():
         return str(shipped)
     return str(name)
-
-
-def fetched(name: str, part: str) -> Path:
-    """The folder of a part of hub id ``name``, in the hub's cache; what is not there yet is fetched, safetensors alone.
-
-    UserError at once where the hub cannot be reached, instead of a minute of attempts.
-    """
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError
-
-    wanted = [f"{part}/*.{kind}" for kind in ("json", "txt", "safetensors")]
-    try:
-        folder = snapshot_download(name, allow_patterns=wanted, ignore_patterns=["*.fp16.*", "*.non_ema.*"])
-    except (OSError, HfHubHTTPError) as error:
-        reason = str(error).splitlines()[0].removeprefix("Got: ")
-        raise UserError(
-            f"cannot fetch {part} of {name} from the hub ({reason}): fetch it where there is a network and give"
-            " model.path=FOLDER, or model.weights=random for the architecture alone"
-        ) from error
-    return Path(folder) / part
 
 
 def load_part(path: str, part: str, weights: str = "hub", dtype: torch.dtype = torch.float32):
@@ -81,7 +65,7 @@ def load_part(path: str, part: str, weights: str = "hub", dtype: torch.dtype = t
     library, name = CLASSES[part]
     cls = getattr(importlib.import_module(library), name)
     folder = FOLDERS.get(part, part)
-    local = os.path.join(path, folder) if os.path.isdir(path) else str(fetched(path, folder))
+    local = os.path.join(path, folder) if os.path.isdir(path) else str(fetched(path, folder, MEND))
     if not os.path.isdir(local):
         raise UserError(f"kit {path} has no {part}: make kit trains one, or give another model.path")
     with warnings.catch_warnings():
@@ -254,7 +238,7 @@ class Kit:
     def folder(self, part: str) -> Path:
         """Where the files of a part lie; those of a hub id are fetched."""
         name = FOLDERS.get(part, part)
-        return Path(self.path) / name if os.path.isdir(self.path) else fetched(self.path, name)
+        return Path(self.path) / name if os.path.isdir(self.path) else fetched(self.path, name, MEND)
 
     def hash(self, part: str) -> str:
         """sha256 over a part's weight files and configuration, or ``random`` for weights that come from no file; of a
