@@ -83,30 +83,33 @@ PARTS: dict[str, Callable[[DictConfig, object], Figures]] = {
 }
 
 
-def plan(cfg: DictConfig, kit) -> list[tuple[str, DictConfig]]:
-    """(part, its configuration) of all that is asked for. UserError for gpu_all without a GPU."""
+def plan(cfg: DictConfig, kit) -> list[tuple[str, DictConfig, bool]]:
+    """(part, its configuration, whether its figures are named by the batch) of all that is asked for.
+
+    UserError for gpu_all without a GPU.
+    """
     found = []
     for what in cfg.what:
         if what != "gpu_all":
-            found.append((what, cfg))
+            found.append((what, cfg, False))
             continue
         if kit.device.type != "cuda":
             raise UserError("gpu_all wants a GPU; on the CPU: python -m harmony.bench train sample data memory")
         for part, batch, steps in GPU_ALL:
             asked = cfg.copy()
-            asked.compile, asked.sampling.steps, asked.named = True, 50, batch is not None
+            asked.compile, asked.sampling.steps = True, 50
             asked.batch, asked.steps = batch or cfg.batch, steps or cfg.steps
-            found.append((part, asked))
+            found.append((part, asked, batch is not None))
     return found
 
 
-def measured(part: str, cfg: DictConfig, kit) -> Figures:
-    """The figures of one part, named by its batch where the same part is measured for several."""
-    print(f"\n{part}: kit {kit.name} on {kit.device.type}" + (f", batch {cfg.batch}" if cfg.named else ""), flush=True)
+def measured(part: str, cfg: DictConfig, kit, named: bool = False) -> Figures:
+    """The figures of one part; ``named`` by its batch where the same part is measured for several."""
+    print(f"\n{part}: kit {kit.name} on {kit.device.type}" + (f", batch {cfg.batch}" if named else ""), flush=True)
     found = PARTS[part](cfg, kit)
     torch._dynamo.reset()  # a compiled step of another batch size is another one
     torch.cuda.empty_cache()
-    return {f"{what}_b{cfg.batch}": figures for what, figures in found.items()} if cfg.named else found
+    return {f"{what}_b{cfg.batch}": figures for what, figures in found.items()} if named else found
 
 
 def table(found: Figures) -> str:
@@ -147,8 +150,12 @@ def main(cfg: DictConfig) -> None:
     parts, found = plan(cfg, kit), {}
     folder = new_folder(Path(cfg.paths.runs).resolve() / "bench")
     write_json(folder / "provenance.json", provenance(cfg))
-    for part, asked in parts:  # written after each: what fails or is stopped loses nothing that was measured before
-        found |= measured(part, asked, kit)
+    for (
+        part,
+        asked,
+        named,
+    ) in parts:  # written after each: what fails or is stopped loses nothing that was measured before
+        found |= measured(part, asked, kit, named)
         flat = {f"{what}/{kit.name}/{kit.device.type}/{k}": v for what, f in found.items() for k, v in f.items()}
         write_json(folder / "bench.json", flat)
         write_text(folder / "table.md", table(found) + "\n")

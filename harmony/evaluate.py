@@ -21,11 +21,12 @@ def before_after(cfg: DictConfig, kit, manifest: Path, folder: Path) -> tuple[di
     """(figures, facts, table, pictures) of one ControlNet."""
     from harmony.images import from_model, write_image
     from harmony.models.controlnet import load_controlnet, read_hint
+    from harmony.models.kit import placed
     from harmony.sampling.benchmark import before_and_after, by_hints, load_bench, sample_grid, table
     from harmony.sampling.harmonize import Branch, asked_settings, hints
 
     facts = {"branch": "color", "parameters": {}} | read_hint(cfg.controlnet)
-    net = load_controlnet(cfg.controlnet, kit.dtype).to(kit.device)
+    net = placed(load_controlnet(cfg.controlnet, kit.dtype), kit.device)
     branch = Branch(facts["branch"], net, cfg.weight, facts["parameters"])
     settings = asked_settings(cfg)
     methods = [by_hints(kit, branches, settings) for branches in ([], [branch])]

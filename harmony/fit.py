@@ -12,7 +12,7 @@ from omegaconf import DictConfig, OmegaConf
 from harmony.config import entry, literal, provenance, run_folder
 from harmony.data.manifest import manifest_hash
 from harmony.data.preparation import ensure
-from harmony.data.shards import predictor
+from harmony.data.shards import hand_over, predictor
 from harmony.files import write_json
 from harmony.models.kit import DIFFUSION
 from harmony.training.callbacks import AtomicCheckpoints, trainer_callbacks
@@ -25,7 +25,7 @@ def train(cfg: DictConfig, folder: Path) -> tuple[lightning.Trainer, lightning.L
     if hasattr(module, "check"):
         module.check(data)
     if hasattr(data, "prepare"):
-        data.prepare(predictor(instantiate(cfg.trainer, _partial_=True, _convert_="all")))
+        data.prepare(first := predictor(instantiate(cfg.trainer, _partial_=True, _convert_="all")))
     logger = instantiate(cfg.logger)
     callbacks = trainer_callbacks(instantiate(cfg.callbacks, _convert_="all"))
     trainer = instantiate(cfg.trainer, _partial_=True, _convert_="all")(
@@ -36,6 +36,8 @@ def train(cfg: DictConfig, folder: Path) -> tuple[lightning.Trainer, lightning.L
         use_distributed_sampler=False,  # the stream shares out the samples itself
         enable_progress_bar=False,  # Throughput reports rate and end in lines that a log file can hold
     )
+    if hasattr(data, "prepare"):
+        hand_over(first, trainer)
     last = folder / "checkpoints" / "last.ckpt"
     trainer.fit(module, data, ckpt_path=str(last) if last.exists() else None)
     if trainer.interrupted:

@@ -35,12 +35,12 @@ def test_what_is_measured_on_a_gpu(random_kit, tmp_path, monkeypatch):
     with pytest.raises(UserError, match="gpu_all wants a GPU"):
         bench.plan(cfg, Kit(str(random_kit)))
     parts = bench.plan(cfg, SimpleNamespace(device=torch.device("cuda")))
-    assert [part for part, _ in parts] == ["train", "train", "train", "joint", "sample", "memory"]
-    assert all(asked.compile and asked.sampling.steps == 50 for _, asked in parts)
+    assert [part for part, *_ in parts] == ["train", "train", "train", "joint", "sample", "memory"]
+    assert all(asked.compile and asked.sampling.steps == 50 for _, asked, _ in parts)
     found, kit = {}, Kit(str(random_kit))
-    for part, asked in parts[1:2] + parts[3:5]:
+    for part, asked, named in parts[1:2] + parts[3:5]:
         asked.compile, asked.sampling.steps, asked.batch, asked.steps = False, 2, asked.batch // 8, 1
-        found |= bench.measured(part, asked, kit)
+        found |= bench.measured(part, asked, kit, named)
     assert {"train_b1", "joint_b4", "sample", "sample_near"} <= set(found)
     assert all(figures["ratio"] > 0 for figures in found.values())
     assert bench.table(found).count("\n") == len(found) + 1

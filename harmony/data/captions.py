@@ -50,7 +50,7 @@ def load_captioner(folder: str | Path, device: str = "cpu") -> tuple[torch.nn.Mo
 def caption_images(
     paths: Iterable[tuple[str, Path]], captioner: torch.nn.Module, processor: object, batch_size: int, device: str
 ) -> Iterator[tuple[str, str]]:
-    """Yield (id, caption) for (id, image path), batch by batch, so that a kill loses one batch at most.
+    """Yield (id, caption) for (id, image path), batch by batch.
 
     Raises UserError for an image that cannot be decoded.
     """

@@ -13,7 +13,7 @@ import torch
 from torch.utils.data import DataLoader, Sampler, WeightedRandomSampler
 
 from harmony.data.folder import folder_captions, pictures_in
-from harmony.data.latents import Cache, Latents, Recipe, describe, example, key
+from harmony.data.latents import Cache, Latents, Recipe, describe, example, key, tell
 from harmony.data.manifest import read_manifest
 from harmony.data.pairs import Composites
 from harmony.data.pool import PixelPool
@@ -155,7 +155,7 @@ class Draws(torch.utils.data.Dataset):
 class LatentShards(Shards):
     """The shards of several caches of one kit, one cache after another."""
 
-    def __init__(self, kit: Kit, caches: Sequence[Cache], say: Callable[[str], None] = print):
+    def __init__(self, kit: Kit, caches: Sequence[Cache], say: Callable[[str], None]):
         super().__init__("latents", say)
         self.kit, self.caches = kit, list(caches)
         self.places = [(cache, n) for cache in self.caches for n in range(len(cache.shards))]
@@ -195,7 +195,7 @@ class LatentData(lightning.LightningDataModule):
 
     ``batch_size`` is that of one process. ``branch`` names the hint, or the hints, that travel with a batch (None: no
     hint). ``augment``: exemplars are augmented in training.
-    ``prepare`` must have been called (by every process, or by one) before training.
+    ``prepare`` must have been called before training, by every process of its trainer.
     """
 
     def __init__(
@@ -225,7 +225,7 @@ class LatentData(lightning.LightningDataModule):
         }
         self.sets: dict[str, Draws] = {}
 
-    def prepare(self, trainer: lightning.Trainer | None = None, say: Callable[[str], None] = print) -> dict[str, Path]:
+    def prepare(self, trainer: lightning.Trainer | None = None, say: Callable[[str], None] = tell) -> dict[str, Path]:
         """Make or complete the caches over the processes and devices of ``trainer`` (see ``shards.predictor``)."""
         caches = [Cache(self.manifest, split, self.kit, r, self.cache, say) for split, r in self.recipes.items()]
         return dict(zip(self.recipes, build(caches, trainer), strict=True))

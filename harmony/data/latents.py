@@ -3,11 +3,12 @@
 A cache belongs to one split of one manifest and one kit. Its key is a hash of all that decides its contents (kit's VAE,
 resolution, crop rule, hole rule, condition parameters, rows, schema version); a cache with another key is refused by
 name. Posterior *moments* are stored, not samples, so that the latent's noise stays random. Shards are written one by
-one and moved into place when complete: a kill at any point costs at most one shard, and the same command goes on. A
-shard whose checksum is wrong is built again, never trained on.
+one and moved into place when complete: a kill at any point costs at most one shard a process, and the same command goes
+on. A shard whose checksum is wrong is built again, never trained on.
 """
 
 import errno
+import functools
 import hashlib
 import json
 import os
@@ -34,6 +35,9 @@ from harmony.sample import Row
 CACHE_SCHEMA = 1
 SHARD = 256  # items a shard
 EXTENDED = {"shape": SHAPED, "box": 0.0}  # hole rules around the extended box -> share of arbitrary shapes
+
+
+tell = functools.partial(print, flush=True)  # so that a log shows at once how far it is
 
 
 class Codec(Protocol):
@@ -225,7 +229,13 @@ class Cache:
     """The shards of one split of a manifest under ``root``, as they are made. UserError when the split has no rows."""
 
     def __init__(
-        self, manifest: Path, split: str, kit: Codec, recipe: Recipe, root: Path, say: Callable[[str], None] = print
+        self,
+        manifest: Path,
+        split: str,
+        kit: Codec,
+        recipe: Recipe,
+        root: Path,
+        say: Callable[[str], None] = tell,
     ):
         rows = read_manifest(manifest, split)[1]
         if not rows:

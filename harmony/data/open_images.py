@@ -68,7 +68,6 @@ def prepare_dataset(
     work: Path,
     captioner: str | Path | None = None,
     trainer: lightning.Trainer | None = None,
-    batch_size: int = CAPTION_BATCH,
 ) -> Path:
     """Prepare the dataset that ``recipe`` (datasets/*/recipe.yaml) describes; returns ``work/<name>/manifest.jsonl``.
 
@@ -79,24 +78,24 @@ def prepare_dataset(
     if recipe["captions"]["captioner"] != "kit":
         captioner = recipe["captions"]["captioner"]
     folder = Path(work).resolve() / recipe["name"]
-    make_shards(Preparation(recipe, folder, captioner, batch_size), trainer or predictor())
+    make_shards(Preparation(recipe, folder, captioner), trainer or predictor())
     return folder / "manifest.jsonl"
 
 
 class Preparation(Shards):
     """Captions in shards; what comes before and behind them is done by the first process, which alone knows FiftyOne.
 
-    It leaves the list of photographs that lack a caption in ``captions/todo.json``. The shards lie beside it, in a
-    folder named after that list and the captioner, until all captions are in the database.
+    The shards lie in ``captions/`` until all captions are in the database. What a preparation that was stopped left
+    there is taken over, as long as captioner and photograph are the same.
     """
 
-    def __init__(self, recipe: dict, folder: Path, captioner: str | Path | None, batch_size: int):
+    def __init__(self, recipe: dict, folder: Path, captioner: str | Path | None):
         super().__init__("captions")
-        self.recipe, self.folder, self.captioner, self.batch_size = recipe, folder, captioner, batch_size
-        self.list = folder / "captions" / "todo.json"
+        self.recipe, self.folder, self.captioner = recipe, folder, captioner
+        self.place = folder / "captions"
 
-    def prepare_data(self) -> None:
-        """Select, import, look at the pixels, and list what lacks a caption."""
+    def plan(self) -> tuple[str | None, list[list[str]]]:
+        """Select, import, look at the pixels: (captioner's name, [sample id, path, sha256] of what lacks a caption)."""
         recipe, folder = self.recipe, self.folder
         selection = select_recipe(recipe, folder)
         write_selection(selection, folder)
@@ -110,27 +109,28 @@ class Preparation(Shards):
         if KEPT not in table["reason"]:
             raise UserError(f"{selection.root}: no image is kept; {folder / 'selection.csv'} names the reason for each")
         given = read_given(recipe, selection)
-        name, todo = uncaptioned(dataset, given if recipe["captions"]["given"] else {}, self.captioner)
-        self.list.parent.mkdir(exist_ok=True)
-        write_json(self.list, {"captioner": name, "photographs": todo})
         self.dataset, self.selection, self.given = dataset, selection, given
+        name, todo = uncaptioned(dataset, given if recipe["captions"]["given"] else {}, self.captioner)
+        left = {id_: text for file in self.place.glob("*.json") for id_, text in self.made(file, name, todo).items()}
+        set_captions(dataset, left, name)
+        shutil.rmtree(self.place, ignore_errors=True)
+        self.place.mkdir(parents=True)
+        return name, [row for row in todo if row[0] not in left]
 
-    @cached_property
-    def todo(self) -> dict:
-        return json.loads(self.list.read_text())
-
-    @cached_property
-    def place(self) -> Path:
-        """Where the shards of this list lie."""
-        return self.list.parent / hashlib.sha256(json.dumps(self.todo, sort_keys=True).encode()).hexdigest()[:16]
+    def made(self, file: Path, name: str | None, todo: list[list[str]]) -> dict[str, str]:
+        """Sample id -> caption of those in a shard that ``name`` would make again of the same photographs."""
+        shard, wanted = json.loads(file.read_text()), {id_: digest for id_, _, digest in todo}
+        if shard["captioner"] != name:
+            return {}
+        return {id_: text for id_, (digest, text) in shard["captions"].items() if wanted.get(id_) == digest}
 
     @cached_property
     def model(self) -> tuple:
         return load_captioner(self.captioner, str(self.device))
 
     @property
-    def parts(self) -> list[list]:
-        listed = self.todo["photographs"]
+    def parts(self) -> list[list[list[str]]]:
+        listed = self.planned[1]
         return [listed[i : i + CAPTIONS] for i in range(0, len(listed), CAPTIONS)]
 
     @property
@@ -141,22 +141,24 @@ class Preparation(Shards):
         return self.place / f"{n:05d}.json"
 
     def is_made(self, n: int) -> bool:
-        return self.file(n).exists()
+        return False  # ``plan`` lists only what is missing
 
     def make(self, n: int) -> None:
-        batch = [(id_, Path(path)) for id_, path in self.parts[n]]
-        said = dict(caption_images(batch, *self.model, self.batch_size, str(self.device)))
-        self.place.mkdir(exist_ok=True)
-        write_json(self.file(n), said)
+        batch = [(id_, Path(path)) for id_, path, _ in self.parts[n]]
+        digests = {id_: digest for id_, _, digest in self.parts[n]}
+        said = caption_images(batch, *self.model, CAPTION_BATCH, str(self.device))
+        captions = {id_: (digests[id_], text) for id_, text in said}
+        write_json(self.file(n), {"captioner": self.planned[0], "captions": captions})
 
     def finish(self) -> None:
         """The captions into the database, and the manifest."""
+        name, todo = self.planned
         for n in range(len(self.sizes)):
-            set_captions(self.dataset, json.loads(self.file(n).read_text()), self.todo["captioner"])
+            set_captions(self.dataset, self.made(self.file(n), name, todo), name)
         rows = export_rows(self.dataset, self.folder, self.given)
         facts = {"selection": self.selection.digest(), "fiftyone": self.dataset.name}
         write_manifest(self.folder / "manifest.jsonl", rows, self.recipe["name"], **facts)
-        shutil.rmtree(self.list.parent)
+        shutil.rmtree(self.place)
 
 
 def select_recipe(recipe: dict, folder: Path) -> Selection:
@@ -496,22 +498,22 @@ def rejections(dataset) -> dict[str, str]:
 def uncaptioned(
     dataset, given: dict[str, list[str]], captioner: str | Path | None
 ) -> tuple[str | None, list[list[str]]]:
-    """(the captioner's name, [sample id, path] of each kept photograph that it has to look at).
+    """(the captioner's name, [sample id, path, sha256] of each kept photograph that it has to look at).
 
     Given captions are written at once, the first of each; what is there already stays. UserError without a captioner
     where one is needed.
     """
-    fields = ("id", "harmony_id", "filepath", "caption", "caption_model")
+    fields = ("id", "harmony_id", "filepath", "sha256", "caption", "caption_model")
     kept = list(zip(*dataset.match_tags("kept").values(list(fields)), strict=True))
-    firsts = {i: (given[key][0], (text, model)) for i, key, _, text, model in kept if key in given}
+    firsts = {i: (given[key][0], (text, model)) for i, key, _, _, text, model in kept if key in given}
     set_captions(dataset, {i: t for i, (t, present) in firsts.items() if present != (t, GIVEN)}, GIVEN)
-    unnamed = [(i, path, model) for i, key, path, _, model in kept if key not in given]
+    unnamed = [(i, path, digest, model) for i, key, path, digest, _, model in kept if key not in given]
     if not unnamed:
         return None, []
     if captioner is None:
         raise UserError(f"{dataset.name}: {len(unnamed)} images lack a caption; give a kit that has a captioner")
     name = captioner_name(captioner)
-    return name, [[i, path] for i, path, model in unnamed if model != name]
+    return name, [[i, path, digest] for i, path, digest, model in unnamed if model != name]
 
 
 def set_captions(dataset, captions: dict[str, str], model: str) -> None:

@@ -66,12 +66,17 @@ def ensure(recipe: dict, kit: str, work: str) -> Path:
         return found
     if is_prepared(folder, recipe):
         return manifest
-    folder.mkdir(parents=True, exist_ok=True)
-    with FileLock(folder / ".preparing"):  # the system lets go of it when its holder dies
+    with lock(folder):
         if is_prepared(folder, recipe):  # while this process waited
             return manifest
         with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as process:
             return process.submit(prepare, recipe, kit, work).result()
+
+
+def lock(folder: Path) -> FileLock:
+    """Held by the process that prepares ``folder``; the system lets go of it when its holder dies."""
+    folder.mkdir(parents=True, exist_ok=True)
+    return FileLock(folder / ".preparing")
 
 
 def is_prepared(folder: Path, recipe: dict) -> bool:

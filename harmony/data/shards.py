@@ -8,11 +8,16 @@ import time
 import warnings
 from collections.abc import Callable
 from functools import partial
+from itertools import chain
 
 import lightning
+import torch
 from lightning.pytorch.plugins.environments import LightningEnvironment
+from lightning.pytorch.strategies.launchers import _SubprocessScriptLauncher
 from lightning.pytorch.utilities.seed import isolate_rng
 from torch.utils.data import DataLoader
+
+from harmony.errors import UserError
 
 QUIET = {
     "logger": False,
@@ -34,10 +39,7 @@ def predictor(trainer: Callable[..., lightning.Trainer] | None = None) -> lightn
 
 
 class Shards(lightning.LightningModule):
-    """Work in shards 0, 1, 2, ...; of W processes that of rank r makes r, r + W, r + 2W, ...
-
-    ``sizes`` are the items of each shard, known in every process once ``prepare_data`` has run in the first.
-    """
+    """Work in shards 0, 1, 2, ..., of which each process makes its share of those that are missing."""
 
     prepare_data_per_node = False
     allow_zero_length_dataloader_with_multiple_devices = True
@@ -45,9 +47,14 @@ class Shards(lightning.LightningModule):
     def __init__(self, what: str, say: Callable[[str], None] = partial(print, flush=True)):
         super().__init__()
         self.what, self.say = what, say
+        self.planned, self.failure = None, None
+
+    def plan(self) -> object:
+        """In the first process, before all others go on, however long it takes; they get the result as ``planned``."""
 
     @property
     def sizes(self) -> list[int]:
+        """Items of each shard."""
         raise NotImplementedError
 
     def is_made(self, n: int) -> bool:
@@ -59,14 +66,25 @@ class Shards(lightning.LightningModule):
         raise NotImplementedError
 
     def finish(self) -> None:
-        """In one process, when all shards are made."""
+        """In the first process, when all shards are made."""
         raise NotImplementedError
 
+    def prepare_data(self) -> None:
+        try:
+            self.planned = self.plan()
+        except UserError as error:  # the other processes wait for this one: it says what is wrong when they know
+            self.failure = str(error)
+
     def predict_dataloader(self) -> DataLoader:
-        own = range(self.trainer.global_rank, len(self.sizes), self.trainer.world_size)
-        missing = [n for n in own if not self.is_made(n)]
-        self.total, self.done, self.began = sum(self.sizes[n] for n in missing), 0, time.monotonic()
-        return DataLoader(missing, batch_size=None)
+        trainer = self.trainer
+        self.planned, failure = trainer.strategy.broadcast((self.planned, self.failure))
+        if failure is not None:
+            raise UserError(failure) if trainer.is_global_zero else SystemExit(2)
+        rank, world, sizes = trainer.global_rank, trainer.world_size, self.sizes
+        looked_at = [n for n in range(rank, len(sizes), world) if not self.is_made(n)]
+        own = sorted(chain.from_iterable(gathered(looked_at, world)))[rank::world]
+        self.total, self.done, self.began = sum(sizes[n] for n in own), 0, time.monotonic()
+        return DataLoader(own, batch_size=None)
 
     def predict_step(self, n: int, index: int) -> None:
         self.make(n)
@@ -74,6 +92,17 @@ class Shards(lightning.LightningModule):
         rate = self.done / max(time.monotonic() - self.began, 1e-9)
         left = (self.total - self.done) / rate
         self.say(f"{self.what}: shard {n + 1}/{len(self.sizes)}, {rate:.0f} items a second, {left:.0f} s left")
+        if self.trainer.received_sigterm:  # which Lightning only looks at while it trains
+            raise SystemExit(143)
+
+
+def gathered(mine: list[int], world: int) -> list[list[int]]:
+    """``mine`` of every process."""
+    if world == 1:
+        return [mine]
+    found: list = [None] * world
+    torch.distributed.all_gather_object(found, mine)
+    return found
 
 
 def make_shards(work: Shards, trainer: lightning.Trainer) -> None:
@@ -90,3 +119,10 @@ def make_shards(work: Shards, trainer: lightning.Trainer) -> None:
     if trainer.is_global_zero:
         work.finish()
     trainer.strategy.barrier()
+
+
+def hand_over(first: lightning.Trainer, trainer: lightning.Trainer) -> None:
+    """The processes that the ``first`` Trainer started end with ``trainer``: a second one starts none of its own."""
+    launchers = first.strategy.launcher, trainer.strategy.launcher
+    if all(isinstance(launcher, _SubprocessScriptLauncher) for launcher in launchers):
+        launchers[1].procs = launchers[0].procs

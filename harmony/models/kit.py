@@ -65,7 +65,7 @@ def load_part(path: str, part: str, weights: str = "hub", dtype: torch.dtype = t
     library, name = CLASSES[part]
     cls = getattr(importlib.import_module(library), name)
     folder = FOLDERS.get(part, part)
-    local = os.path.join(path, folder) if os.path.isdir(path) else str(fetched(path, folder, MEND))
+    local = os.path.join(path, folder) if os.path.isdir(path) else str(fetched(path, folder, MEND, weights != "random"))
     if not os.path.isdir(local):
         raise UserError(f"kit {path} has no {part}: make kit trains one, or give another model.path")
     with warnings.catch_warnings():
@@ -88,11 +88,14 @@ def load_part(path: str, part: str, weights: str = "hub", dtype: torch.dtype = t
 
 
 def placed(module: torch.nn.Module, device: torch.device) -> torch.nn.Module:
-    """``module`` on ``device``; on a GPU the weights of convolutions have the channels last, as tensor cores want them.
+    """``module`` on ``device``; on a GPU frozen weights of convolutions have the channels last, as tensor cores want
+    them.
 
-    On a CPU that makes no difference (measured), so there they stay as they were made.
+    On a CPU that makes no difference (measured), so there they stay as they were made. What is trained stays so too:
+    its gradients' buffers and its optimiser are laid out already.
     """
-    layout = {"memory_format": torch.channels_last} if device.type == "cuda" else {}
+    frozen = not any(p.requires_grad for p in module.parameters())
+    layout = {"memory_format": torch.channels_last} if frozen and device.type == "cuda" else {}
     return torch.nn.Module.to(module, device, **layout)
 
 
@@ -199,7 +202,7 @@ class Kit:
     def with_unet(self, unet: torch.nn.Module) -> "Kit":
         """The same kit, its loaded parts shared, with another UNet in place of its own."""
         kit = Kit(self.path, self.weights, self.dtype, self.device)
-        vars(kit).update({**vars(self), "unet": unet.to(self.device)})
+        vars(kit).update({**vars(self), "unet": placed(unet, self.device)})
         return kit
 
     # ------------------------------------------------------------------------------------------------ facts

@@ -19,7 +19,6 @@ from harmony.models.kit import Kit
 from harmony.sampling.ddim import level, sample, to_eps
 
 Control = tuple[torch.nn.Module, torch.Tensor, float]  # ControlNet, hint B x 3 x H x W in [0, 1], weight
-WARM = 3  # calls before a step is recorded
 SOLVERS = {"ddim": "DDIMScheduler", "dpmsolver++": "DPMSolverMultistepScheduler", "unipc": "UniPCMultistepScheduler"}
 
 
@@ -29,8 +28,9 @@ class Schedule:
 
     ``guided``: the share of the steps, from the noisiest on, that are guided. ``encoder_every``: the ControlNets and
     the first half of the UNet run in every n-th step, and the steps between take over their activations (encoder
-    propagation; Li et al., Faster Diffusion, 2023). ``graphs``: what a step computes is recorded once as a CUDA graph
-    and replayed: the same numbers, without the launch of each kernel. UserError for values that mean nothing.
+    propagation; Li et al., Faster Diffusion, 2023). ``graphs``: what a step computes is recorded as a CUDA graph at
+    the beginning of a batch and replayed: the same numbers, without the launch of each kernel. UserError for
+    values that mean nothing.
     """
 
     steps: int = 50
@@ -111,22 +111,24 @@ class Replayed:
     """``step`` of tensors whose shapes never change, recorded as a CUDA graph from ``inputs`` and replayed."""
 
     def __init__(self, step: Callable[..., torch.Tensor], *inputs: torch.Tensor):
+        self.device = inputs[0].device
         self.inputs = [x.clone() for x in inputs]  # where the graph reads
-        here, aside = torch.cuda.current_stream(), torch.cuda.Stream()
-        aside.wait_stream(here)
-        with torch.cuda.stream(aside):  # libraries set themselves up in the first calls, which cannot be recorded
-            for _ in range(WARM):
+        with torch.cuda.device(self.device):  # of several GPUs the one that the kit is on, whichever is current
+            here, aside = torch.cuda.current_stream(), torch.cuda.Stream()
+            aside.wait_stream(here)
+            with torch.cuda.stream(aside):  # libraries set themselves up in the first call, which cannot be recorded
                 step(*self.inputs)
-        here.wait_stream(aside)
-        self.graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self.graph):
-            self.output = step(*self.inputs)
+            here.wait_stream(aside)
+            self.graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(self.graph, stream=aside):
+                self.output = step(*self.inputs)
 
     def __call__(self, *inputs: torch.Tensor) -> torch.Tensor:
-        for mine, x in zip(self.inputs, inputs, strict=True):
-            mine.copy_(x)
-        self.graph.replay()
-        return self.output.clone()  # the next replay writes there again
+        with torch.cuda.device(self.device):
+            for mine, x in zip(self.inputs, inputs, strict=True):
+                mine.copy_(x)
+            self.graph.replay()
+            return self.output.clone()  # the next replay writes there again
 
 
 class Guided:

@@ -75,7 +75,7 @@ def kept(kit: Kit, batch: int, checkpointing: bool) -> float:
     return sum(storage.nbytes() for storage in found.values()) / GIB
 
 
-def counted(kit: Kit, say=print) -> dict[str, dict[int, float]]:
+def counted(kit: Kit) -> dict[str, dict[int, float]]:
     """Name of ``OPTIONS`` -> batch size -> GiB of a whole training step."""
     width = torch.finfo(kit.dtype).bits // 8
     shapes = shapes_of(kit)
@@ -94,6 +94,13 @@ def counted(kit: Kit, say=print) -> dict[str, dict[int, float]]:
     }
 
 
+def step_peak(kit: Kit, batch: int, options: dict[str, bool]) -> float:
+    """GiB that two steps took at most; what they were made of is gone when it returns."""
+    step = our_step(ready(kit, ("color",), Load(batch, 1, 1, **options)), cached_batch(kit, batch))
+    step(), step()
+    return peak_memory(kit.device)
+
+
 def measured(kit: Kit, say=print) -> dict[str, dict[int, float]]:
     """Some of the same on the GPU, by its allocator; sizes that do not fit are left out."""
     found: dict[str, dict[int, float]] = {name: {} for name in OPTIONS}
@@ -103,13 +110,10 @@ def measured(kit: Kit, say=print) -> dict[str, dict[int, float]]:
             torch.cuda.empty_cache()
             torch.cuda.reset_peak_memory_stats()
             try:
-                task = ready(kit, ("color",), Load(batch, 1, 1, **options))
-                step = our_step(task, cached_batch(kit, batch))
-                step(), step()
+                found[name][batch] = step_peak(kit, batch, options)
             except torch.cuda.OutOfMemoryError:
                 say(f"batch {batch}, {name}: does not fit")
                 break
-            found[name][batch] = peak_memory(kit.device)
     return found
 
 
@@ -124,7 +128,7 @@ def table(columns: dict[str, dict[int, float]]) -> str:
 
 def bench_memory(kit: Kit, say=print) -> dict[str, float]:
     """Figures ``counted_plain_8`` and so on in GiB; says the table."""
-    columns = {f"counted, {name}": column for name, column in counted(kit, say).items()}
+    columns = {f"counted, {name}": column for name, column in counted(kit).items()}
     if kit.device.type == "cuda":
         columns |= {f"measured, {name}": column for name, column in measured(kit, say).items()}
     say(f"GiB of a training step of one ControlNet on {kit.name}, {str(kit.dtype).removeprefix('torch.')}:")

@@ -13,7 +13,7 @@ from diffusers import DDIMScheduler, StableDiffusionControlNetInpaintPipeline
 
 from harmony.images import to_model
 from harmony.models.controlnet import from_unet, zero_convolutions
-from harmony.models.kit import Kit
+from harmony.models.kit import Kit, placed
 from harmony.sampling.harmonize import Branch, Settings, fill, hints
 from harmony.speed.measure import alternate, matmul_rate, tflop
 
@@ -41,7 +41,7 @@ def awake_net(kit: Kit, seed: int) -> torch.nn.Module:
     net = from_unet(kit.unet, kit.factor).requires_grad_(False).eval()
     for p in zero_convolutions(net):
         p.normal_(0, 0.02)
-    return torch.nn.Module.to(net, kit.device, kit.dtype)
+    return placed(torch.nn.Module.to(net, kit.dtype), kit.device)
 
 
 class Scene:

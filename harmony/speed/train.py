@@ -116,7 +116,9 @@ def reference_step(kit: Kit, net: torch.nn.Module, batch: dict[str, torch.Tensor
 
 @dataclass(frozen=True)
 class Load:
-    """What is measured: ``batch`` images a step, ``blocks`` of ``steps`` steps; the rest are options of ours."""
+    """What is measured: ``batch`` images a step, ``blocks`` of ``steps`` steps; the rest are options of ours
+    (``checkpointing`` of both sides, which share the frozen networks).
+    """
 
     batch: int
     steps: int
@@ -129,6 +131,7 @@ class Load:
 def ready(kit: Kit, branches: tuple[str, ...], load: Load) -> ControlTask | JointTask:
     """A task as it stands when a training begins; several branches are trained in one run."""
     options = {"warmup": 0, "compile": load.compile, "checkpointing": load.checkpointing, "offload": load.offload}
+    kit.unet.disable_gradient_checkpointing()  # what was measured before may have asked for it
     torch.manual_seed(0)
     task = JointTask(kit, branches, **options) if len(branches) > 1 else ControlTask(kit, *branches, **options)
     with kit.device:

@@ -14,12 +14,12 @@ from harmony.data.datamodule import LatentData
 from harmony.errors import UserError
 from harmony.models.controlnet import BRANCHES, export_controlnet, from_unet, zero_convolutions
 from harmony.models.halves import Encoded, Residuals, decode, encode
-from harmony.models.kit import Kit, weights_hash
+from harmony.models.kit import Kit, placed, weights_hash
 from harmony.sampling.benchmark import Bench, Fill, by_hints
 from harmony.sampling.harmonize import Branch, Settings, load_branch
 from harmony.sampling.inpaint import control_residuals, embedded, together
 from harmony.training.objective import Objective, noised, target
-from harmony.training.schedule import adamw
+from harmony.training.schedule import adamw, to_host
 
 LEVELS = 4  # equal ranges of t over which the loss is also reported
 
@@ -150,9 +150,12 @@ class ControlTask(Controls):
         self.kit.to(self.device)
         self.empty = self.kit.prompt([""])
         if self.companion:
-            self.companion.net.to(self.device)
+            placed(self.companion.net, self.device)
 
     on_validation_start = on_fit_start
+
+    def on_train_start(self):
+        to_host(self.optimizers())
 
     @property
     def reports(self) -> bool:
@@ -299,6 +302,9 @@ class JointTask(Controls):
         self.lead.empty = self.kit.prompt([""])
 
     on_validation_start = on_fit_start
+
+    def on_train_start(self):
+        to_host(self.optimizers())
 
     def configure_optimizers(self):
         groups = [group for task in self.tasks.values() for group in task.groups()]

@@ -25,7 +25,7 @@ from harmony.models.kit import Kit, weights_hash
 from harmony.sampling.benchmark import Bench, Fill, by_example, exemplars
 from harmony.sampling.harmonize import Settings
 from harmony.training.objective import noised, target
-from harmony.training.schedule import adamw, warm_up
+from harmony.training.schedule import adamw, to_host, warm_up
 
 
 class ExemplarTask(lightning.LightningModule):
@@ -128,6 +128,9 @@ class ExemplarTask(lightning.LightningModule):
         self.kit.to(self.device)
 
     on_validation_start = on_fit_start
+
+    def on_train_start(self):
+        to_host(self.optimizers())
 
     def configure_optimizers(self):
         groups = [

@@ -57,8 +57,6 @@ class HostAdamW(torch.optim.AdamW):
                 if not (state := self.state[p]):
                     zeros = torch.zeros_like(p, device="cpu")
                     state |= {"step": torch.zeros(()), "exp_avg": zeros, "exp_avg_sq": zeros.clone()}
-                for name in ("exp_avg", "exp_avg_sq"):
-                    state[name] = state[name].cpu()  # whoever loads a checkpoint puts them beside the weight
                 weight = p.cpu()  # the weight itself where the device is the CPU
                 update(
                     [weight], [p.grad.cpu()], [state["exp_avg"]], [state["exp_avg_sq"]], [], [state["step"]],
@@ -67,6 +65,14 @@ class HostAdamW(torch.optim.AdamW):
                 if weight is not p:
                     p.copy_(weight)
         return loss
+
+
+def to_host(optimiser: torch.optim.Optimizer) -> None:
+    """Moments of ``HostAdamW`` back into host memory: whoever loads a checkpoint puts them beside the weights."""
+    optimiser = getattr(optimiser, "optimizer", optimiser)  # out of Lightning's wrapper
+    if isinstance(optimiser, HostAdamW):
+        for state in optimiser.state.values():
+            state.update({name: state[name].cpu() for name in ("exp_avg", "exp_avg_sq")})
 
 
 def adamw(

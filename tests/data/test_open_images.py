@@ -240,6 +240,36 @@ def test_captions_go_on_where_they_were_stopped(fo, recipe, folder, tmp_path, mo
     assert not (path.parent / "captions").exists()
 
 
+def test_captions_are_not_made_twice(fo, recipe, folder, tmp_path, monkeypatch):
+    """Guards the last step: stopped while captions go into the database, none is made again; one of a picture that has
+    changed since is.
+    """
+    caption(folder, {})
+    asked, written, original = [], [], open_images.set_captions
+
+    def fake(batch, *_):
+        asked.extend(path.stem for _, path in batch)
+        return ((id_, f"blip sees {path.stem}") for id_, path in batch)
+
+    def stop_at_the_second(dataset, captions, model):
+        written.extend(captions)
+        if len(written) == 2:
+            raise KeyboardInterrupt
+        original(dataset, captions, model)
+
+    monkeypatch.setattr(open_images, "CAPTIONS", 1)
+    monkeypatch.setattr(open_images, "load_captioner", lambda *_: (None, None))
+    monkeypatch.setattr(open_images, "caption_images", fake)
+    monkeypatch.setattr(open_images, "set_captions", stop_at_the_second)
+    with pytest.raises(KeyboardInterrupt):
+        prepare_dataset(recipe, tmp_path / "work", captioner="hub/blip")
+    monkeypatch.setattr(open_images, "set_captions", original)
+    write_image(folder.folder / "data" / "b2.jpg", np.zeros((32, 40, 3), np.uint8))
+    path = prepare_dataset(recipe, tmp_path / "work", captioner="hub/blip")
+    assert asked == ["a0", "a1", "b2", "b2"]
+    assert [r.caption for r in read_manifest(path)[1]] == [f"blip sees {i}" for i in ("a0", "a1", "b2")]
+
+
 def test_two_processes_caption_as_one(fo, recipe, tmp_path, make_folder):
     """Guards preparation over ranks by the real command: each captions its shards with the kit's BLIP, only the first
     knows FiftyOne, and the manifest is that of one process.
@@ -261,6 +291,11 @@ def test_two_processes_caption_as_one(fo, recipe, tmp_path, make_folder):
     path = tmp_path / "two" / recipe["name"] / "manifest.jsonl"
     assert done.stdout.splitlines()[-1] == str(path)
     assert all(f"captions: shard {n}/2" in done.stdout for n in (1, 2)) and done.stdout.count("captions: shard") == 2
+    bad = subprocess.run(
+        [*command, "dataset.dir=nowhere"], cwd=tmp_path, env=os.environ | paths, capture_output=True, text=True
+    )
+    said = [line for line in bad.stderr.splitlines() if line.startswith("harmony: error:")]
+    assert bad.returncode == 2 and len(said) == 1 and "no such folder" in said[0], bad.stderr[-3000:]
     fo.delete_dataset(recipe["name"])
     alone = prepare_dataset(recipe, tmp_path / "one", captioner=ASSETS / "tiny" / "captioner")
     assert path.read_text() == alone.read_text() and len(read_manifest(path)[1]) == open_images.CAPTIONS + 2

@@ -149,6 +149,7 @@ from harmony.models.kit import load_part
 held = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 unet = load_part(sys.argv[1], "unet", dtype=getattr(torch, sys.argv[2]))
 size = sum(p.numel() * p.element_size() for p in unet.parameters())
+assert sum(p.sum() for p in unet.parameters()).isfinite()  # what is mapped from a file is there when it is read
 print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - held) * 1024 / 2**30, size / 2**30)
 """
 
@@ -169,4 +170,4 @@ def test_weights_are_loaded_without_doubling(tmp_path):
         assert done.returncode == 0, done.stderr
         taken, size = map(float, done.stdout.split())
         print(f"{dtype}: {taken:.2f} GiB for weights of {size:.2f}")
-        assert size <= taken < size + 1.25
+        assert 0.9 * size < taken < size + 1.25

@@ -213,7 +213,9 @@ def test_graphs_want_a_gpu(scene):
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="wants a GPU")
-@pytest.mark.parametrize("more", [{}, {"guided": 0.5}, {"encoder_every": 2, "solver": "unipc"}])
+@pytest.mark.parametrize(
+    "more", [{}, {"guided": 0.5}, {"encoder_every": 2}, {"encoder_every": 2, "guided": 0.5, "solver": "unipc"}]
+)
 def test_graphs_replay_the_same_latents(random_kit, awake, more):
     """Guards CUDA graphs and streams: the latents of the plain steps, also where halves are skipped."""
     kit, rng = Kit(str(random_kit)).to("cuda"), torch.Generator().manual_seed(0)
