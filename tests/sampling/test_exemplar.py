@@ -39,7 +39,7 @@ def holes():
 
 
 def test_it_agrees_with_the_pipeline(painter, holes):
-    """Guards invariant 15: same weights, noise, mask: the latents of PaintByExamplePipeline within 1e-5 of their size."""
+    """Guards invariant 15: same weights, noise, mask: latents of PaintByExamplePipeline within 1e-5 of their size."""
     kit = painter.kit
     theirs = PaintByExampleImageEncoder(painter.encoder.config).eval()
     theirs.load_state_dict(painter.encoder.state_dict())
