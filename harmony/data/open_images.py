@@ -111,24 +111,22 @@ class Preparation(Shards):
         given = read_given(recipe, selection)
         self.dataset, self.selection, self.given = dataset, selection, given
         name, todo = uncaptioned(dataset, given if recipe["captions"]["given"] else {}, self.captioner)
-        left = {id_: text for file in self.place.glob("*.json") for id_, text in self.made(file, name, todo).items()}
+        wanted = {id_: digest for id_, _, digest in todo}
+        left = {}
+        for file in self.place.glob("*.json"):
+            shard = json.loads(file.read_text())
+            if shard["captioner"] == name:
+                left |= {i: text for i, (digest, text) in shard["captions"].items() if wanted.get(i) == digest}
         set_captions(dataset, left, name)
         shutil.rmtree(self.place, ignore_errors=True)
         self.place.mkdir(parents=True)
         return name, [row for row in todo if row[0] not in left]
 
-    def made(self, file: Path, name: str | None, todo: list[list[str]]) -> dict[str, str]:
-        """Sample id -> caption of those in a shard that ``name`` would make again of the same photographs."""
-        shard, wanted = json.loads(file.read_text()), {id_: digest for id_, _, digest in todo}
-        if shard["captioner"] != name:
-            return {}
-        return {id_: text for id_, (digest, text) in shard["captions"].items() if wanted.get(id_) == digest}
-
     @cached_property
     def model(self) -> tuple:
         return load_captioner(self.captioner, str(self.device))
 
-    @property
+    @cached_property
     def parts(self) -> list[list[list[str]]]:
         listed = self.planned[1]
         return [listed[i : i + CAPTIONS] for i in range(0, len(listed), CAPTIONS)]
@@ -152,9 +150,9 @@ class Preparation(Shards):
 
     def finish(self) -> None:
         """The captions into the database, and the manifest."""
-        name, todo = self.planned
         for n in range(len(self.sizes)):
-            set_captions(self.dataset, self.made(self.file(n), name, todo), name)
+            shard = json.loads(self.file(n).read_text())
+            set_captions(self.dataset, {i: text for i, (_, text) in shard["captions"].items()}, shard["captioner"])
         rows = export_rows(self.dataset, self.folder, self.given)
         facts = {"selection": self.selection.digest(), "fiftyone": self.dataset.name}
         write_manifest(self.folder / "manifest.jsonl", rows, self.recipe["name"], **facts)
