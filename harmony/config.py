@@ -332,7 +332,7 @@ def literal(override: str, keys: Iterable[str]) -> str:
 def run(
     task: Callable[[DictConfig], None], name: str, config_dir: Path, read: Callable[[list[str]], list[str]] = list
 ) -> int:
-    """Compose the configuration from the command line and call ``task``; the exit code (0, 2 or 130)."""
+    """Compose the configuration from the command line and call ``task``; the exit code (0, 2, 130 or 143)."""
     parser = get_args_parser()
     args = parser.parse_args()
     given = read(args.overrides)
@@ -369,10 +369,19 @@ def run(
     except (UserError, KeyboardInterrupt) as error:
         failure = error
     except SystemExit as error:
+        if type(error).__name__ == "SIGTERMException":  # Lightning's, which would leave with code 0
+            return stopped(143)
         if not isinstance(error.__context__, KeyboardInterrupt):  # Lightning turns Ctrl-C into an exit
             raise
         failure = error.__context__
     return report(failure)
+
+
+def stopped(code: int) -> int:
+    """What a run that was stopped from outside says, and its exit code: 128 + the signal."""
+    if rank() == 0:
+        print("interrupted; the same command resumes", file=sys.stderr)
+    return code
 
 
 def report(error: BaseException | None) -> int:
@@ -380,9 +389,7 @@ def report(error: BaseException | None) -> int:
     if error is None:
         return 0
     if isinstance(error, KeyboardInterrupt):
-        if rank() == 0:
-            print("interrupted; the same command resumes", file=sys.stderr)
-        return 130
+        return stopped(130)
     if isinstance(error, InstantiationException) and isinstance(error.__cause__, (UserError, OSError)):
         error = error.__cause__  # raised by what a _target_ names
     if isinstance(error, OSError) and error.errno == errno.ENOSPC:

@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from lightning.pytorch.utilities.exceptions import SIGTERMException
 from omegaconf import OmegaConf
 
 from harmony import config
@@ -240,6 +241,8 @@ def test_exit_codes(command):
         "harmony: error: mask.png is empty; mark something\n",
     )
     assert command(task=raiser(KeyboardInterrupt()))[::3] == (130, "interrupted; the same command resumes\n")
+    # a queue's or a container's way to stop a training is no success
+    assert command(task=raiser(SIGTERMException()))[::3] == (143, "interrupted; the same command resumes\n")
     code, _, _, err = command(task=raiser(OSError(errno.ENOSPC, "No space left on device", "shard")))
     assert code == 2 and "disk full (shard)" in err
     with pytest.raises(ZeroDivisionError):

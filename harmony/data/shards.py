@@ -14,6 +14,7 @@ import lightning
 import torch
 from lightning.pytorch.plugins.environments import LightningEnvironment
 from lightning.pytorch.strategies.launchers import _SubprocessScriptLauncher
+from lightning.pytorch.utilities.exceptions import SIGTERMException
 from lightning.pytorch.utilities.seed import isolate_rng
 from torch.utils.data import DataLoader
 
@@ -93,7 +94,7 @@ class Shards(lightning.LightningModule):
         left = (self.total - self.done) / rate
         self.say(f"{self.what}: shard {n + 1}/{len(self.sizes)}, {rate:.0f} items a second, {left:.0f} s left")
         if self.trainer.received_sigterm:  # which Lightning only looks at while it trains
-            raise SystemExit(143)
+            raise SIGTERMException
 
 
 def gathered(mine: list[int], world: int) -> list[list[int]]:
