@@ -150,12 +150,9 @@ def main(cfg: DictConfig) -> None:
     parts, found = plan(cfg, kit), {}
     folder = new_folder(Path(cfg.paths.runs).resolve() / "bench")
     write_json(folder / "provenance.json", provenance(cfg))
-    for (
-        part,
-        asked,
-        named,
-    ) in parts:  # written after each: what fails or is stopped loses nothing that was measured before
+    for part, asked, named in parts:
         found |= measured(part, asked, kit, named)
+        # written after each part: what fails or is stopped loses nothing that was measured before
         flat = {f"{what}/{kit.name}/{kit.device.type}/{k}": v for what, f in found.items() for k, v in f.items()}
         write_json(folder / "bench.json", flat)
         write_text(folder / "table.md", table(found) + "\n")

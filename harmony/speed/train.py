@@ -58,7 +58,8 @@ def our_step(task: ControlTask | JointTask, batch: dict[str, torch.Tensor]) -> S
     tasks = task.tasks.values() if isinstance(task, JointTask) else [task]
     groups = [group for one in tasks for group in one.groups()]
     lead = task.lead if isinstance(task, JointTask) else task
-    optimiser, device = HostAdamW(groups) if lead.offload else torch.optim.AdamW(groups, fused=True), task.kit.device
+    optimiser = HostAdamW(groups) if lead.offload else torch.optim.AdamW(groups, fused=True)
+    device = task.kit.device
 
     def step() -> torch.Tensor:
         loss = whole_step(task, to_device(batch, device), task.compiled)
