@@ -182,7 +182,7 @@ def check_numbers(cfg: DictConfig) -> None:
     near = asked_settings(cfg)
     if cfg.method == "zero_shot" and near != Settings(near.steps, near.guidance, near.seed):
         raise UserError(
-            "method=zero_shot inverts and samples by DDIM: leave out solver=, guided=, encoder_every= and graphs="
+            "method=zero_shot inverts and samples by DDIM: leave out solver=, guided=, encoder_every=, graphs= and compile="
         )
     timesteps(cfg.steps)  # refuses a number of steps that there cannot be
 

@@ -129,20 +129,34 @@ class Known(torch.nn.Module):
         return self.value[-len(text) :]
 
 
-@contextmanager
-def remembered(nets: Iterable[torch.nn.Module], text: torch.Tensor) -> Iterator[None]:
-    """While it lasts, UNets and ControlNets know the keys and values of ``text`` B x T x D, their only words; computed
-    once instead of in every step, to the same bits.
-    """
+@dataclass(frozen=True)
+class Projection:
+    """The projection ``name`` (to_k or to_v) of an attention layer, and its ``output`` for the words of a batch."""
+
+    attention: torch.nn.Module
+    name: str
+    output: Known
+
+
+def keys_and_values(nets: Iterable[torch.nn.Module], text: torch.Tensor) -> list[Projection]:
+    """The keys and values of ``text`` B x T x D in every layer of UNets and ControlNets that attends to words."""
     projections = []
     for net in nets:
         words = text.to(net.conv_in.weight.dtype)
         for attention in (m for name, m in net.named_modules() if name.endswith("attn2")):
-            projections += [(attention, name, getattr(attention, name), words) for name in ("to_k", "to_v")]
+            for name in ("to_k", "to_v"):
+                projections.append(Projection(attention, name, Known(getattr(attention, name)(words))))
+    return projections
+
+
+@contextmanager
+def cached_cross_attention(projections: Iterable[Projection]) -> Iterator[None]:
+    """While it lasts, the layers take these keys and values instead of computing them, to the same bits."""
+    stock = [(p, getattr(p.attention, p.name)) for p in projections]
     try:
-        for attention, name, projection, words in projections:
-            setattr(attention, name, Known(projection(words)))
+        for p in projections:
+            setattr(p.attention, p.name, p.output)
         yield
     finally:
-        for attention, name, projection, _ in projections:
-            setattr(attention, name, projection)
+        for p, projection in stock:
+            setattr(p.attention, p.name, projection)

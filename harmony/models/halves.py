@@ -48,12 +48,12 @@ def encode(
 
 
 def residuals(
-    net: ControlNetModel, u: torch.Tensor, t: torch.Tensor, text: torch.Tensor, added: torch.Tensor, weight: float
+    net: ControlNetModel, u: torch.Tensor, t: torch.Tensor, text: torch.Tensor, added: torch.Tensor
 ) -> Residuals:
-    """What a ControlNet adds to the UNet, times ``weight``; ``added`` = ``controlnet_cond_embedding`` of its hint."""
+    """What a ControlNet adds to the UNet; ``added`` = ``controlnet_cond_embedding`` of its hint."""
     encoded = encode(net, u, t, text, added)
     skips = zip(encoded.skips, net.controlnet_down_blocks, strict=True)
-    return tuple(weight * conv(skip) for skip, conv in skips), weight * net.controlnet_mid_block(encoded.middle)
+    return tuple(conv(skip) for skip, conv in skips), net.controlnet_mid_block(encoded.middle)
 
 
 def decode(

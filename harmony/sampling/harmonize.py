@@ -62,7 +62,7 @@ class Settings(Schedule):
 
 def asked_settings(asked: Mapping) -> Settings:
     """The settings of a command's configuration."""
-    near = {name: asked[name] for name in ("solver", "guided", "encoder_every", "graphs")}
+    near = {name: asked[name] for name in ("solver", "guided", "encoder_every", "graphs", "compile")}
     return Settings(asked["steps"], asked["guidance"], asked["seed"], **near)
 
 

@@ -7,15 +7,17 @@ step to step, a hint's embedding and the keys and values of the words, is comput
 
 import functools
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
 
 import diffusers
 import torch
 
 from harmony.errors import UserError
-from harmony.models.attention import remembered
+from harmony.models.attention import cached_cross_attention, keys_and_values
 from harmony.models.halves import Encoded, Residuals, decode, encode, residuals, time_of
 from harmony.models.kit import Kit
+from harmony.sampling.cuda_graphs import identity, recording_of, side_by_side
 from harmony.sampling.ddim import level, sample, to_eps
 
 Control = tuple[torch.nn.Module, torch.Tensor, float]  # ControlNet, hint B x 3 x H x W in [0, 1], weight
@@ -28,9 +30,10 @@ class Schedule:
 
     ``guided``: the share of the steps, from the noisiest on, that are guided. ``encoder_every``: the ControlNets and
     the first half of the UNet run in every n-th step, and the steps between take over their activations (encoder
-    propagation; Li et al., Faster Diffusion, 2023). ``graphs``: what a step computes is recorded as a CUDA graph at
-    the beginning of a batch and replayed: the same numbers, without the launch of each kernel. UserError for
-    values that mean nothing.
+    propagation; Li et al., Faster Diffusion, 2023). ``graphs``: what a step computes is recorded as a CUDA graph, once
+    a shape, and replayed: the same numbers, without the launch of each kernel. ``compile``: both halves of the UNet and
+    the ControlNets are compiled, which takes minutes once and changes numbers by rounding alone. UserError for values
+    that mean nothing.
     """
 
     steps: int = 50
@@ -39,6 +42,7 @@ class Schedule:
     guided: float = field(default=1.0, kw_only=True)
     encoder_every: int = field(default=1, kw_only=True)
     graphs: bool = field(default=False, kw_only=True)
+    compile: bool = field(default=False, kw_only=True)
 
     def __post_init__(self):
         if self.solver not in SOLVERS:
@@ -47,8 +51,9 @@ class Schedule:
             raise UserError(f"guided={self.guided}: give a share of the steps, 0 to 1")
         if type(self.encoder_every) is not int or self.encoder_every < 1:
             raise UserError(f"encoder_every={self.encoder_every}: give 1 (in every step) or a larger whole number")
-        if type(self.graphs) is not bool:
-            raise UserError(f"graphs={self.graphs}: give true or false")
+        for name in ("graphs", "compile"):
+            if type(getattr(self, name)) is not bool:
+                raise UserError(f"{name}={getattr(self, name)}: give true or false")
 
 
 def embedded(controls: Sequence[Control]) -> list[Control]:
@@ -60,12 +65,14 @@ def embedded(controls: Sequence[Control]) -> list[Control]:
     ]
 
 
-def added_by(control: Control, z: torch.Tensor, t: torch.Tensor, text: torch.Tensor) -> Residuals:
+def added_by(
+    control: Control, z: torch.Tensor, t: torch.Tensor, text: torch.Tensor, run: Callable[..., Residuals] = residuals
+) -> Residuals:
     """The weighted residuals of one ``embedded`` net, which reads the channels of ``z`` that it was made for."""
     net, embedding, weight = control
     dtype = net.conv_in.weight.dtype
-    down, middle = residuals(net, z[:, : net.config.in_channels].to(dtype), t, text.to(dtype), embedding, weight)
-    return tuple(r.to(z.dtype) for r in down), middle.to(z.dtype)
+    down, middle = run(net, z[:, : net.config.in_channels].to(dtype), t, text.to(dtype), embedding)
+    return tuple((weight * r).to(z.dtype) for r in down), (weight * middle).to(z.dtype)
 
 
 def together(a: Residuals, b: Residuals) -> Residuals:
@@ -92,43 +99,68 @@ def predict(
     return unet(torch.cat([z, known], 1).to(dtype), t, text.to(dtype), return_dict=False)[0].to(z.dtype)
 
 
-def side_by_side(jobs: Sequence[Callable[[], object]], device: torch.device) -> list:
-    """The results of ``jobs``, none of which needs another's; on a GPU each has a stream of its own."""
-    if device.type != "cuda" or len(jobs) < 2:
-        return [job() for job in jobs]
-    here, streams = torch.cuda.current_stream(device), [torch.cuda.Stream(device) for _ in jobs]
-    found = []
-    for job, stream in zip(jobs, streams, strict=True):
-        stream.wait_stream(here)
-        with torch.cuda.stream(stream):
-            found.append(job())
-    for stream in streams:
-        here.wait_stream(stream)
-    return found
+class Network:
+    """UNet and ControlNets with what stays the same over the steps of a batch: what one step computes.
+
+    ``known`` B x (1 + C) x h x w; ``text`` rows x T x D, the conditional half last; ``controls`` ``embedded`` for as
+    many rows. ``keys_and_values`` of the text are computed once.
+    """
+
+    def __init__(
+        self, unet: torch.nn.Module, known: torch.Tensor, text: torch.Tensor, controls: list[Control], compiled: bool
+    ):
+        self.unet, self.known, self.text, self.controls = unet, known, text, controls
+        self.keys_and_values = keys_and_values([unet, *(net for net, _, _ in controls)], text)
+        self.run = compiled_once if compiled else lambda function: function
+        self.first: dict[int, tuple[Encoded, Residuals | None]] = {}  # rows -> what lies before the second half
+
+    @property
+    def constants(self) -> list[torch.Tensor]:
+        embeddings = [embedding for _, embedding, _ in self.controls]
+        return [self.known, self.text, *embeddings, *(p.output.value for p in self.keys_and_values)]
+
+    def copy_constants(self) -> None:
+        self.known, self.text = self.known.clone(), self.text.clone()
+        self.controls = [(net, embedding.clone(), weight) for net, embedding, weight in self.controls]
+        for p in self.keys_and_values:
+            p.output.value = p.output.value.clone()
+
+    def key(self) -> tuple:
+        """What a recording of this network depends on beside the values of its constants."""
+        nets = [(identity(net), weight) for net, _, weight in self.controls]
+        shapes = [(tuple(x.shape), x.dtype) for x in self.constants]
+        return identity(self.unet), *nets, *shapes, self.run is compiled_once
+
+    def whole(self, z: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+        """All of the UNet, with the ControlNets, for ``t`` rows of latents ``z`` B x C x h x w."""
+        dtype = self.unet.conv_in.weight.dtype
+        u = torch.cat([z, self.known], 1).repeat(len(t) // len(z), 1, 1, 1).to(dtype)
+        self.first[len(t)] = self.encoded(u, t, self.text[-len(t) :].to(dtype))
+        return self.decoded(*self.first[len(t)]).to(z.dtype)
+
+    def second_half(self, z: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+        """The UNet's second half behind the ``first`` of an earlier step, at its own time."""
+        encoded, added = self.first[len(t)]
+        time = time_of(self.unet, t, encoded.middle.dtype)
+        return self.decoded(replace(encoded, time=time), added).to(z.dtype)
+
+    def decoded(self, encoded: Encoded, added: Residuals | None) -> torch.Tensor:
+        text = self.text[-len(encoded.middle) :].to(encoded.middle.dtype)
+        return self.run(decode)(self.unet, encoded, text, added)
+
+    def encoded(self, u: torch.Tensor, t: torch.Tensor, text: torch.Tensor) -> tuple[Encoded, Residuals | None]:
+        """All that lies before the UNet's second half."""
+        controls = [(net, embedding[-len(u) :], weight) for net, embedding, weight in self.controls]
+        jobs = [functools.partial(added_by, control, u, t, text, self.run(residuals)) for control in controls]
+        jobs.insert(0, functools.partial(self.run(encode), self.unet, u, t, text))
+        encoded, *results = side_by_side(jobs, u.device)
+        return encoded, functools.reduce(together, results) if results else None
 
 
-class Replayed:
-    """``step`` of tensors whose shapes never change, recorded as a CUDA graph from ``inputs`` and replayed."""
-
-    def __init__(self, step: Callable[..., torch.Tensor], *inputs: torch.Tensor):
-        self.device = inputs[0].device
-        self.inputs = [x.clone() for x in inputs]  # where the graph reads
-        with torch.cuda.device(self.device):  # of several GPUs the one that the kit is on, whichever is current
-            here, aside = torch.cuda.current_stream(), torch.cuda.Stream()
-            aside.wait_stream(here)
-            with torch.cuda.stream(aside):  # libraries set themselves up in the first call, which cannot be recorded
-                step(*self.inputs)
-            here.wait_stream(aside)
-            self.graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(self.graph, stream=aside):
-                self.output = step(*self.inputs)
-
-    def __call__(self, *inputs: torch.Tensor) -> torch.Tensor:
-        with torch.cuda.device(self.device):
-            for mine, x in zip(self.inputs, inputs, strict=True):
-                mine.copy_(x)
-            self.graph.replay()
-            return self.output.clone()  # the next replay writes there again
+@functools.cache
+def compiled_once(function: Callable) -> Callable:
+    """``function`` of a network compiled, one graph a call; networks of one architecture share it."""
+    return torch.compile(function, fullgraph=True, dynamic=False)
 
 
 class Guided:
@@ -151,18 +183,20 @@ class Guided:
             raise UserError(
                 f"graphs=true records what a GPU does, and the kit is on the {kit.device.type}: leave it out"
             )
-        self.kit, self.known, self.schedule, self.calls, self.rows = kit, known, schedule, 0, 0
-        self.recorded: dict[tuple[int, bool], Replayed] = {}
-        self.text = torch.cat([empty.expand_as(text), text]) if self.guides(0) else text
-        halves = len(self.text) // len(text)
-        self.controls = [(net, e.repeat(halves, 1, 1, 1), weight) for net, e, weight in embedded(controls)]
+        self.kit, self.schedule, self.calls, self.rows = kit, schedule, 0, 0
+        rows = torch.cat([empty.expand_as(text), text]) if self.guides(0) else text
+        halves = len(rows) // len(text)
+        controls = [(net, e.repeat(halves, 1, 1, 1), weight) for net, e, weight in embedded(controls)]
+        self.network = Network(kit.unet, known, rows, controls, schedule.compile)
+        self.recording = recording_of(self.network.key(), self.network) if schedule.graphs else None
 
     def guides(self, call: int) -> bool:
         return self.schedule.guidance != 1 and call < self.schedule.guided * self.schedule.steps
 
-    @property
-    def nets(self) -> list[torch.nn.Module]:
-        return [self.kit.unet, *(net for net, _, _ in self.controls)]
+    def ready(self) -> AbstractContextManager[None]:
+        """While it lasts, the networks know the keys and values of their text."""
+        network = self.recording.network if self.recording else self.network
+        return cached_cross_attention(network.keys_and_values)
 
     def __call__(self, z: torch.Tensor, t: int) -> torch.Tensor:
         guided, w = self.guides(self.calls), self.schedule.guidance
@@ -175,40 +209,12 @@ class Guided:
         return to_eps(self.kit.prediction_type, output, z, level(self.kit.alphas_cumprod, t).to(z.dtype))
 
     def output(self, z: torch.Tensor, t: torch.Tensor, rows: int) -> torch.Tensor:
-        """What the UNet says of ``rows`` rows, of which the last are conditional."""
+        """The UNet's output for ``rows`` rows, of which the last are conditional."""
         fresh = self.calls % self.schedule.encoder_every == 0 or rows != self.rows
         self.rows = rows
-        step = self.whole if fresh else self.second_half
-        if not self.schedule.graphs:
-            return step(z, t)
-        if (rows, fresh) not in self.recorded:
-            self.recorded[rows, fresh] = Replayed(step, z, t)
-        return self.recorded[rows, fresh](z, t)
-
-    def whole(self, z: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
-        """All of the UNet, with the ControlNets; ``first`` keeps what lies before the second half."""
-        dtype = self.kit.unet.conv_in.weight.dtype
-        u = torch.cat([z, self.known], 1).repeat(len(t) // len(z), 1, 1, 1).to(dtype)
-        self.first = self.encoded(u, t, self.text[-len(t) :].to(dtype))
-        return self.decoded(*self.first).to(z.dtype)
-
-    def second_half(self, z: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
-        """The UNet's second half behind the ``first`` of an earlier step, at its own time."""
-        encoded, added = self.first
-        time = time_of(self.kit.unet, t, encoded.middle.dtype)
-        return self.decoded(replace(encoded, time=time), added).to(z.dtype)
-
-    def decoded(self, encoded: Encoded, added: Residuals | None) -> torch.Tensor:
-        text = self.text[-len(encoded.middle) :].to(encoded.middle.dtype)
-        return decode(self.kit.unet, encoded, text, added)
-
-    def encoded(self, u: torch.Tensor, t: torch.Tensor, text: torch.Tensor) -> tuple[Encoded, Residuals | None]:
-        """All that lies before the UNet's second half."""
-        controls = [(net, embedding[-len(u) :], weight) for net, embedding, weight in self.controls]
-        jobs = [functools.partial(added_by, control, u, t, text) for control in controls]
-        jobs.insert(0, functools.partial(encode, self.kit.unet, u, t, text))
-        encoded, *found = side_by_side(jobs, u.device)
-        return encoded, functools.reduce(together, found) if found else None
+        if self.recording:
+            return self.recording(z, t, fresh)
+        return self.network.whole(z, t) if fresh else self.network.second_half(z, t)
 
 
 @torch.no_grad()
@@ -223,7 +229,7 @@ def sampled(
 ) -> torch.Tensor:
     """Clean latent B x C x h x w from pure ``noise``; ``known`` is what the UNet sees beside it (see ``predict``)."""
     eps = Guided(kit, known, text, empty, schedule, controls)
-    with remembered(eps.nets, eps.text):
+    with eps.ready():
         if schedule.solver == "ddim":
             return sample(eps, noise, schedule.steps, kit.alphas_cumprod, kit.scheduler.config.steps_offset)
         solver = getattr(diffusers, SOLVERS[schedule.solver])

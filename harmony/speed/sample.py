@@ -22,6 +22,7 @@ BRANCHES = ("color", "structure")
 FEWER = 0.4  # of the steps, with a better solver
 MODES = {  # beside the plain exact one: exact without the launch of each kernel, and what is cheaper and near-exact
     "graphs": {"graphs": True},
+    "compiled": {"graphs": True, "compile": True},
     "unipc": {"solver": "unipc"},
     "guided": {"guided": 0.5},
     "encoder": {"encoder_every": 2},
@@ -116,6 +117,6 @@ def bench_sample(
             settings = replace(settings, steps=max(1, round(FEWER * steps)))
         say(f"{name or 'exact'}: {settings.steps} steps of {settings.solver}, against {steps} of the stock pipeline")
         rates = alternate(scene.ours(settings), stock, batch, kit.device, 1, blocks, say)
-        figures = rates.figures(*((work, peak) if name in ("", "graphs") else ()))
+        figures = rates.figures(*((work, peak) if name in ("", "graphs", "compiled") else ()))
         found["_".join(filter(None, ("sample", name)))] = figures | {"seconds": batch / figures["ours"]}
     return found

@@ -24,8 +24,8 @@ def test_the_halves_make_the_whole(kit, awake, side):
         first = encode(kit.unet, u, t, text)
         plain = predict(kit.unet, z, known, t, text)
         assert torch.equal(decode(kit.unet, first, text), plain)
-        down, middle = net(u[:, :4], t, text, hint, conditioning_scale=0.5, return_dict=False)
-        ours = residuals(net, u[:, :4], t, text, net.controlnet_cond_embedding(hint), 0.5)
+        down, middle = net(u[:, :4], t, text, hint, return_dict=False)
+        ours = residuals(net, u[:, :4], t, text, net.controlnet_cond_embedding(hint))
         assert all(torch.equal(a, b) for a, b in zip((*ours[0], ours[1]), (*down, middle), strict=True))
         added = {"down_block_additional_residuals": down, "mid_block_additional_residual": middle}
         stock = kit.unet(u, t, text, **added, return_dict=False)[0]

@@ -1,5 +1,7 @@
 """Fusion of ControlNets, guidance, and the nine channels of the inpainting UNet."""
 
+from collections import OrderedDict
+from dataclasses import replace
 from types import SimpleNamespace
 
 import diffusers
@@ -9,8 +11,19 @@ import torch
 from harmony.errors import UserError
 from harmony.models.attention import Known
 from harmony.models.kit import Kit
+from harmony.sampling import cuda_graphs
+from harmony.sampling import inpaint as inpaint_module
 from harmony.sampling.ddim import step, timesteps
-from harmony.sampling.inpaint import SOLVERS, Guided, Schedule, control_residuals, embedded, inpaint, predict
+from harmony.sampling.inpaint import (
+    SOLVERS,
+    Guided,
+    Schedule,
+    compiled_once,
+    control_residuals,
+    embedded,
+    inpaint,
+    predict,
+)
 
 
 @pytest.fixture(scope="module")
@@ -198,9 +211,106 @@ def test_a_schedule_that_means_nothing_is_refused():
         ({"solver": "euler"}, "solver=euler: choose one of ddim, dpmsolver"),
         ({"guided": 1.5}, "guided=1.5: give a share"),
         ({"encoder_every": 0}, "encoder_every=0: give 1"),
+        ({"graphs": 1}, "graphs=1: give true or false"),
+        ({"compile": "yes"}, "compile=yes: give true or false"),
     ):
         with pytest.raises(UserError, match=said):
             Schedule(**wrong)
+
+
+class Buffers:
+    """What a CUDA graph is to its caller, on a CPU: the step reads the tensors that it was recorded with, and nothing
+    else.
+    """
+
+    recorded = []
+
+    def __init__(self, step, *inputs):
+        self.step, self.inputs = step, [x.clone() for x in inputs]
+        Buffers.recorded.append((step.__name__, len(inputs[1])))
+        step(*self.inputs)
+
+    def __call__(self, *inputs):
+        for own, x in zip(self.inputs, inputs, strict=True):
+            own.copy_(x)
+        return self.step(*self.inputs)
+
+
+@pytest.fixture
+def recorded(monkeypatch):
+    """Recordings as on a GPU, made by ``Buffers``: what was recorded, (kind of step, rows) each."""
+    monkeypatch.setattr(cuda_graphs, "_recordings", OrderedDict())
+    monkeypatch.setattr(Buffers, "recorded", [])
+
+    class Recorded(Guided):
+        def __init__(self, kit, known, text, empty, schedule, controls=()):
+            super().__init__(kit, known, text, empty, replace(schedule, graphs=False), controls)
+            if schedule.graphs:
+                self.recording = cuda_graphs.recording_of(self.network.key(), self.network, Buffers)
+
+    monkeypatch.setattr(inpaint_module, "Guided", Recorded)
+    return Buffers.recorded
+
+
+@pytest.mark.parametrize(
+    "more",
+    [{}, {"guided": 0.5}, {"encoder_every": 2}, {"encoder_every": 2, "guided": 0.5, "solver": "unipc"}],
+    ids=str,
+)
+def test_a_recording_serves_every_later_batch(scene, recorded, more):
+    """Guards graphs that are kept: other latents, holes, words and hints of the same shapes go through the graphs of
+    the first batch to the numbers of plain steps; other weights are another recording.
+    """
+
+    def batch(seed: int, graphs: bool, weights=(0.7, 0.3)):
+        rng = torch.Generator().manual_seed(seed)
+        noise, masked = torch.randn(2, 2, 4, 8, 8, generator=rng)
+        hole = (torch.rand(2, 1, 8, 8, generator=rng) > 0.5).float()
+        hints = [torch.rand(2, 3, 32, 32, generator=rng) for _ in scene.nets]
+        words = scene.kit.prompt([f"a car {seed}", "a blue mushroom" * seed])
+        controls = list(zip(scene.nets, hints, weights, strict=True))
+        schedule = Schedule(4, 2.0, graphs=graphs, **more)
+        return inpaint(scene.kit, noise, hole, masked, words, scene.empty, schedule, controls)
+
+    first, plain_first = batch(1, True), batch(1, False)
+    count = len(recorded)
+    second, plain_second = batch(2, True), batch(2, False)
+    assert torch.equal(first, plain_first) and torch.equal(second, plain_second) and not torch.equal(first, second)
+    assert len(recorded) == count == len(set(recorded)), "each step is recorded once"
+    assert torch.equal(batch(1, True), plain_first)
+    assert torch.equal(batch(2, True, (1.0, 0.0)), batch(2, False, (1.0, 0.0))) and len(recorded) > count
+
+
+def test_a_recording_serves_other_schedules(scene, recorded):
+    """Guards what a second half reads: the activations for as many rows as it has, whatever was recorded in between."""
+    for more in ({}, {"guided": 0.5}, {"encoder_every": 2}, {"encoder_every": 2, "guided": 0.5}):
+        plain = scene.run(0.7, 0.3, steps=4, **more)
+        assert torch.equal(scene.run(0.7, 0.3, steps=4, graphs=True, **more), plain), more
+    assert sorted(recorded) == [("second_half", 2), ("second_half", 4), ("whole", 2), ("whole", 4)]
+
+
+def test_few_recordings_are_kept(scene, recorded):
+    """Guards memory: the recordings that were used last stay, others go."""
+    for weight in (0.1, 0.2, 0.3, 0.4, 0.1, 0.5):
+        scene.run(weight, graphs=True, steps=1)
+    kept = list(cuda_graphs._recordings.values())
+    assert len(kept) == cuda_graphs.KEPT
+    assert [r.network.controls[0][2] for r in kept] == [0.3, 0.4, 0.1, 0.5]
+
+
+@pytest.mark.slow
+def test_compiled_halves_give_the_same_latents(scene):
+    """Guards ``compile``: equal up to rounding; both ControlNets, other weights and the next batch compile nothing
+    anew.
+    """
+    torch._dynamo.reset()
+    compiled_once.cache_clear()
+    plain, compiled = scene.run(0.7, 0.3), scene.run(0.7, 0.3, compile=True)
+    torch.testing.assert_close(compiled, plain, rtol=1e-3, atol=1e-4)
+    graphs = torch._dynamo.utils.counters["stats"]["unique_graphs"]
+    assert graphs == 3, "encode, decode, and one for both ControlNets"
+    torch.testing.assert_close(scene.run(0.2, 1, compile=True), scene.run(0.2, 1), rtol=1e-3, atol=1e-4)
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == graphs
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU to record")
@@ -208,8 +318,6 @@ def test_graphs_want_a_gpu(scene):
     """Guards ``graphs`` where nothing can be recorded: one line, no traceback out of CUDA."""
     with pytest.raises(UserError, match="graphs=true records what a GPU does, and the kit is on the cpu"):
         scene.run(1, 1, graphs=True)
-    with pytest.raises(UserError, match="graphs=1: give true or false"):
-        scene.run(1, 1, graphs=1)
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="wants a GPU")
@@ -217,14 +325,19 @@ def test_graphs_want_a_gpu(scene):
     "more", [{}, {"guided": 0.5}, {"encoder_every": 2}, {"encoder_every": 2, "guided": 0.5, "solver": "unipc"}]
 )
 def test_graphs_replay_the_same_latents(random_kit, awake, more):
-    """Guards CUDA graphs and streams: the latents of the plain steps, also where halves are skipped."""
+    """Guards CUDA graphs and streams: the latents of the plain steps, also where halves are skipped, of the batch that
+    was recorded and of the next.
+    """
     kit, rng = Kit(str(random_kit)).to("cuda"), torch.Generator().manual_seed(0)
     nets = [awake(kit, n).to("cuda") for n in (1, 2)]
-    controls = [(net, torch.rand(2, 3, 32, 32, generator=rng).cuda(), 0.7) for net in nets]
-    noise, masked = torch.randn(2, 2, 4, 8, 8, generator=rng).cuda()
-    words = kit.prompt(["a red mushroom", "a blue car"]), kit.prompt([""])
-    plain, replayed = (
-        inpaint(kit, noise, torch.ones_like(noise[:, :1]), masked, *words, Schedule(4, 2.0, graphs=g, **more), controls)
-        for g in (False, True)
-    )
-    torch.testing.assert_close(replayed, plain, rtol=1e-4, atol=1e-4)
+    for words in (["a red mushroom", "a blue car"], ["a house", "snow"]):
+        controls = [(net, torch.rand(2, 3, 32, 32, generator=rng).cuda(), 0.7) for net in nets]
+        noise, masked = torch.randn(2, 2, 4, 8, 8, generator=rng).cuda()
+        text = kit.prompt(words), kit.prompt([""])
+        plain, replayed = (
+            inpaint(
+                kit, noise, torch.ones_like(noise[:, :1]), masked, *text, Schedule(4, 2.0, graphs=g, **more), controls
+            )
+            for g in (False, True)
+        )
+        torch.testing.assert_close(replayed, plain, rtol=1e-4, atol=1e-4)
