@@ -13,7 +13,7 @@ import csv
 import json
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -40,12 +40,13 @@ from harmony.sampling.ddim import timesteps
 from harmony.sampling.exemplar import fill_by_example
 from harmony.sampling.harmonize import (
     Branch,
+    Insertion,
     Result,
     Settings,
     asked_settings,
     check_sizes,
-    harmonize,
-    insert,
+    cut,
+    fill_composites,
     load_branch,
     working_square,
 )
@@ -73,6 +74,7 @@ PICTURES = ("background", "foreground", "composite", "mask", "box", "region", "r
 READ = (*PICTURES, "prompts")  # what may be a file
 NUMBERS = {
     "steps": int,
+    "batch": int,
     "seed": int,
     "rounds": int,
     "guidance": float,
@@ -175,14 +177,16 @@ def check_numbers(cfg: DictConfig) -> None:
     for name, kind in NUMBERS.items():
         if type(cfg[name]) not in (int, kind):
             raise UserError(f"{name}={cfg[name]}: give {'a whole number' if kind is int else 'a number'}")
-    if cfg.rounds < 1:
-        raise UserError(f"rounds={cfg.rounds}: there is one at least")
+    for name in ("rounds", "batch"):
+        if cfg[name] < 1:
+            raise UserError(f"{name}={cfg[name]}: must be at least 1")
     if cfg.method == "zero_shot" and cfg.region is not None:
         raise UserError("region= goes with methods that paint anew; method=zero_shot changes the object alone")
     near = asked_settings(cfg)
     if cfg.method == "zero_shot" and near != Settings(near.steps, near.guidance, near.seed):
         raise UserError(
-            "method=zero_shot inverts and samples by DDIM: leave out solver=, guided=, encoder_every=, graphs= and compile="
+            "method=zero_shot inverts and samples by DDIM: leave out solver=, guided=, encoder_every=, graphs="
+            " and compile="
         )
     timesteps(cfg.steps)  # refuses a number of steps that there cannot be
 
@@ -239,19 +243,30 @@ def compare(inputs: Inputs, image: np.ndarray) -> list[np.ndarray]:
     return [crop_resize(picture, crop, SHEET_SIDE // 2) for picture in pictures]
 
 
-Make = Callable[[DictConfig, Inputs], Result]
+@dataclass(frozen=True)
+class Job:
+    """One composite on its way: what is asked for it, what was read, and the square to be worked on."""
+
+    cfg: DictConfig
+    inputs: Inputs
+    insertion: Insertion
+
+    def paste(self, raw: np.ndarray, detail: bool = False) -> Result:
+        return self.insertion.paste(raw, self.cfg.feather, detail)
 
 
 @dataclass(frozen=True)
 class Method:
-    """``make`` harmonizes one composite by ``kit``; ``parts`` are the networks that it runs, by the names under which
-    their time is told; ``words``: whether it wants a prompt.
+    """``make`` harmonizes a batch of composites by ``kit``, each as it would be alone; ``radius`` (of the inputs) is
+    that of the hole around the mask, px at 512. ``parts`` are the networks that it runs, by the names under which their
+    time is told; ``words``: whether it wants a prompt.
     """
 
-    make: Make
+    make: Callable[[Sequence[Job]], list[Result]]
     kit: Kit
     parts: dict[str, list[torch.nn.Module]]
     words: bool = False
+    radius: Callable[[Inputs], float] = lambda inputs: TEST_RADIUS
 
     def modules(self) -> dict[str, list[torch.nn.Module]]:
         """All parts, loaded."""
@@ -259,44 +274,48 @@ class Method:
         text = {"text encoder": [kit.text_encoder]} if self.words else {}
         return {"UNet": blocks(kit.unet), **self.parts, "VAE": [kit.vae.encoder, kit.vae.decoder], **text}
 
+    def job(self, cfg: DictConfig, inputs: Inputs) -> Job:
+        pictures = (inputs.background, inputs.foreground, inputs.mask, inputs.region)
+        return Job(cfg, inputs, cut(self.kit.resolution, *pictures, self.radius(inputs)))
+
 
 def by_controlnets(cfg: DictConfig) -> Method:
-    """Load kit and ControlNets, say what they are, and give what harmonizes one composite."""
+    """Load kit and ControlNets, say what they are, and give what harmonizes composites."""
     kit = instantiate(cfg.model).to("cuda" if torch.cuda.is_available() else "cpu")
     branches = load_branches(cfg, kit)
     seen = " and ".join(f"{b.name} (weight {b.weight:g})" for b in branches) or "no ControlNet, plain inpainting"
     print(f"kit {kit.name} at {kit.resolution} px on {kit.device.type}, {seen}")
 
-    def make(cfg: DictConfig, inputs: Inputs) -> Result:
-        settings = asked_settings(cfg)
-        pictures = (inputs.background, inputs.foreground, inputs.mask)
-        return harmonize(kit, *pictures, cfg.prompt, branches, settings, inputs.region, cfg.feather)
+    def make(jobs: Sequence[Job]) -> list[Result]:
+        squares, prompts = [job.insertion.square for job in jobs], [job.cfg.prompt for job in jobs]
+        raws = fill_composites(kit, squares, prompts, branches, asked_settings(cfg))
+        return [job.paste(raw) for job, raw in zip(jobs, raws, strict=True)]
 
     return Method(make, kit, {f"{b.name} ControlNet": blocks(b.net) for b in branches}, words=True)
 
 
 def by_example(cfg: DictConfig) -> Method:
-    """Load Paint by Example and give what paints one exemplar: the reference, or the instance's own box."""
+    """Load Paint by Example and give what paints exemplars: the reference, or the instance's own box."""
     kit = instantiate(cfg.model).to("cuda" if torch.cuda.is_available() else "cpu")
     painter = load_painter(cfg.painter, kit)
     kit = painter.kit
     print(f"Paint by Example on {kit.name} at {kit.resolution} px, {kit.device.type}, guidance {cfg.guidance:g}")
 
-    def make(cfg: DictConfig, inputs: Inputs) -> Result:
-        side, settings = painter.encoder.size, asked_settings(cfg)
-        if inputs.reference is None:
-            shown = exemplar(cut_out(inputs.foreground, inputs.mask), side)
-        else:
-            shown = exemplar(inputs.reference, side)
+    def shown(inputs: Inputs) -> np.ndarray:
+        picture = cut_out(inputs.foreground, inputs.mask) if inputs.reference is None else inputs.reference
+        return exemplar(picture, painter.encoder.size)
 
-        def paint(image: np.ndarray, instance: np.ndarray, mask: np.ndarray, hole: np.ndarray) -> np.ndarray:
-            return fill_by_example(painter, [image], [shown], [hole], settings)[0]
+    def make(jobs: Sequence[Job]) -> list[Result]:
+        images = [job.insertion.square.background for job in jobs]
+        holes = [job.insertion.square.hole for job in jobs]
+        exemplars = [shown(job.inputs) for job in jobs]
+        raws = fill_by_example(painter, images, exemplars, holes, asked_settings(cfg), [0] * len(jobs))
+        return [job.paste(raw) for job, raw in zip(jobs, raws, strict=True)]
 
-        radius = TEST_RADIUS if inputs.reference is None else 0  # a mask that was painted by hand is the hole itself
-        pictures = (inputs.background, inputs.foreground, inputs.mask)
-        return insert(paint, kit.resolution, *pictures, inputs.region, cfg.feather, radius)
+    def radius(inputs: Inputs) -> float:
+        return TEST_RADIUS if inputs.reference is None else 0  # a mask that was painted by hand is the hole itself
 
-    return Method(make, kit, {"exemplar encoder": [painter.encoder]})
+    return Method(make, kit, {"exemplar encoder": [painter.encoder]}, radius=radius)
 
 
 def given_words(cfg: DictConfig) -> list[Description] | None:
@@ -323,22 +342,27 @@ def by_zero_shot(cfg: DictConfig) -> Method:
         by_clip = cfg.describer == "words"
         describe = word_scorer(kit, cfg.clip) if by_clip else VisionLanguageModel(cfg.describer, kit.device)
 
-    def make(cfg: DictConfig, inputs: Inputs) -> Result:
-        given, made = given_words(cfg), []
+    def words(job: Job) -> list[Description]:
+        square = job.insertion.square
+        descriptions = given_words(job.cfg) or describe(square.instance, square.mask)
+        for n, d in enumerate(descriptions):
+            print(f"description {n}: {d.object!r}, from {d.foreground!r} to {d.background!r}")
+        return descriptions
 
-        def paint(background: np.ndarray, composite: np.ndarray, mask: np.ndarray, hole: np.ndarray) -> np.ndarray:
-            words = given or describe(composite, mask)
-            for n, found in enumerate(words):
-                print(f"description {n}: {found.object!r}, from {found.foreground!r} to {found.background!r}")
-            asked = rounds(composite, mask, len(words), cfg.rounds, score, say_round)
-            made.extend(run_together(kit, [asked], [words], [mask], parts)[0])
-            return best(made).image
+    def make(jobs: Sequence[Job]) -> list[Result]:
+        masks = [job.insertion.square.mask for job in jobs]
+        told = [words(job) for job in jobs]
+        asked = [
+            rounds(job.insertion.square.instance, mask, len(w), cfg.rounds, score, say_round)
+            for job, mask, w in zip(jobs, masks, told, strict=True)
+        ]
+        outcomes = run_together(kit, asked, told, masks, parts)
+        return [
+            replace(job.paste(best(outcome).image, parts.detail), rounds=outcome)
+            for job, outcome in zip(jobs, outcomes, strict=True)
+        ]
 
-        pictures = (inputs.background, inputs.foreground, inputs.mask)
-        result = insert(paint, kit.resolution, *pictures, None, cfg.feather, 0, parts.detail)
-        return replace(result, rounds=made)
-
-    return Method(make, kit, {})
+    return Method(make, kit, {}, radius=lambda inputs: 0)
 
 
 def say_round(made: Round) -> None:
@@ -361,36 +385,47 @@ def write_rounds(result: Result, folder: Path) -> dict[str, Path]:
 METHODS = {"controlnet": by_controlnets, "paint_by_example": by_example, "zero_shot": by_zero_shot}
 
 
-def shares(spent: Counter, total: float) -> str:
-    """Seconds, and what part of them each network took."""
+def shares(spent: Counter, total: float, count: int) -> str:
+    """Seconds for ``count`` composites, and what part of them each network took."""
     parts = spent + Counter({"the rest": total - sum(spent.values())})
-    return f"{total:.2f} s: {', '.join(f'{name} {100 * s / total:.0f} %' for name, s in parts.most_common())}"
+    several = f" for {count} composites" if count > 1 else ""
+    return f"{total:.2f} s{several}: {', '.join(f'{name} {100 * s / total:.0f} %' for name, s in parts.most_common())}"
 
 
-def one(cfg: DictConfig, method: Method, folder: Path) -> dict[str, Path]:
-    """Harmonize what ``cfg`` names into ``folder``; the files. ``made_of.json`` is written last."""
-    inputs, asked = read_inputs(cfg), made_of(cfg)
-    (folder / MADE_OF).unlink(missing_ok=True)
-    files = {name: folder / f"{name}.png" for name in ("harmonized", "raw", "composite", "hole", "sheet")}
-    write_image(files["composite"], copy_paste(inputs.background, inputs.foreground, inputs.mask))
-    if method.words:
-        if cfg.prompt is None:
-            cfg.prompt = caption(method.kit, files["composite"])
-        print(f"prompt {cfg.prompt!r}")
+def harmonize_jobs(jobs: Sequence[Job], method: Method, folders: Sequence[Path]) -> list[dict[str, Path]]:
+    """Harmonize a batch of composites, each into its folder; the files of each. ``made_of.json`` is written last."""
+    each = list(zip(jobs, folders, strict=True))
+    asked = [made_of(job.cfg) for job in jobs]
+    for job, folder in each:
+        (folder / MADE_OF).unlink(missing_ok=True)
+        write_image(folder / "composite.png", job.insertion.composite)
+    for job, folder in each if method.words else ():
+        if job.cfg.prompt is None:
+            job.cfg.prompt = caption(method.kit, folder / "composite.png")
+        print(f"prompt {job.cfg.prompt!r}")
     modules, device = method.modules(), method.kit.device
     began = now(device)
     with timed(modules, device) as spent:
-        result = method.make(cfg, inputs)
-    print(shares(spent, now(device) - began))
-    image = paste_crop(inputs.background, result.raw, result.crop) if cfg.raw else result.image
+        results = method.make(jobs)
+        ended = now(device)
+    print(shares(spent, ended - began, len(jobs)))
+    files = [write_result(job, result, folder) for (job, folder), result in zip(each, results, strict=True)]
+    for folder, facts in zip(folders, asked, strict=True):
+        write_json(folder / MADE_OF, facts)
+    return files
+
+
+def write_result(job: Job, result: Result, folder: Path) -> dict[str, Path]:
+    """All pictures of one result; its configuration beside them."""
+    files = {name: folder / f"{name}.png" for name in ("harmonized", "raw", "composite", "hole", "sheet")}
+    image = paste_crop(job.inputs.background, result.raw, result.crop) if job.cfg.raw else result.image
     write_image(files["raw"], result.raw)
     write_image(files["hole"], result.hole)
-    write_image(files["sheet"], sheet(inputs, result, image))
+    write_image(files["sheet"], sheet(job.inputs, result, image))
     write_image(files["harmonized"], image)
     if result.rounds:
         files |= write_rounds(result, folder)
-    write_text(folder / "config.yaml", OmegaConf.to_yaml(cfg, resolve=True))
-    write_json(folder / MADE_OF, asked)
+    write_text(folder / "config.yaml", OmegaConf.to_yaml(job.cfg, resolve=True))
     return files
 
 
@@ -404,7 +439,7 @@ def made_of(cfg: DictConfig) -> dict:
     else:
         hashes |= {name: net_hash(cfg[name]) for name in ("controlnet", "structure") if cfg[name]}
     asked = OmegaConf.to_container(cfg, resolve=True)
-    return {"asked": {k: v for k, v in asked.items() if k not in ("output", "paths", "dir")}, "sha256": hashes}
+    return {"asked": {k: v for k, v in asked.items() if k not in ("output", "paths", "dir", "batch")}, "sha256": hashes}
 
 
 def finished(cfg: DictConfig, folder: Path) -> bool:
@@ -469,33 +504,50 @@ def folder_of(cfg: DictConfig) -> Path:
 
 
 def many(cfg: DictConfig, method: Method, folder: Path) -> dict[str, Path]:
-    """Harmonize every composite of ``cfg.dir``, each into a folder of its own, and draw them on one contact sheet.
+    """Harmonize every composite of ``cfg.dir`` into a folder of its own, and draw them on one contact sheet.
 
-    What ``folder`` holds already is not made again.
+    ``cfg.batch`` at a time; what ``folder`` holds already is not made again.
     """
-    rows, items = [], listed(Path(cfg.dir))
-    todo = {n for n, s in items if not finished(OmegaConf.merge(cfg, s), folder / n)}
-    began, done = time.monotonic(), 0
+    items = {name: OmegaConf.merge(cfg, settings) for name, settings in listed(Path(cfg.dir))}
+    todo = [name for name, own in items.items() if not finished(own, folder / name)]
     if len(todo) < len(items):
         print(f"{len(items) - len(todo)} of {len(items)} composites are there already")
-    for name, settings in items:
-        own = OmegaConf.merge(cfg, settings)
-        try:
-            if name in todo:
-                one(own.copy(), method, make_folder(folder / name))
-            rows.append(compare(read_inputs(own), read_image(folder / name / "harmonized.png")))
-        except UserError as error:
-            print(f"{name} left out: {error}")
-        if name in todo:
-            done += 1
-            rate = done / (time.monotonic() - began)
-            left = (len(todo) - done) / rate
-            print(f"{name}: {done}/{len(todo)}, {rate:.2f} a second, {left:.0f} s left", flush=True)
-    if not rows:
+    refused, began = set(), time.monotonic()
+    for i in range(0, len(todo), cfg.batch):
+        batch = todo[i : i + cfg.batch]
+        refused |= harmonize_batch({name: items[name] for name in batch}, method, folder)
+        done = i + len(batch)
+        rate = done / (time.monotonic() - began)
+        left = (len(todo) - done) / rate
+        print(f"{batch[-1]}: {done}/{len(todo)}, {rate:.2f} a second, {left:.0f} s left", flush=True)
+    kept = {name: own for name, own in items.items() if name not in refused}
+    if not kept:
         raise UserError(f"none of the {len(items)} composites in {cfg.dir} could be harmonized: see the lines above")
+    rows = [compare(read_inputs(own), read_image(folder / name / "harmonized.png")) for name, own in kept.items()]
     write_image(folder / "sheet.png", grid(rows, ["composite", "harmonized", "reinhard", "poisson"]))
     write_json(folder / "metrics.json", {"composites": len(rows), "left_out": len(items) - len(rows)})
     return {"sheet": folder / "sheet.png"}
+
+
+def harmonize_batch(items: dict[str, DictConfig], method: Method, folder: Path) -> set[str]:
+    """Harmonize some composites of a folder together; the names of those that could not be, each with a line."""
+    jobs, refused = {}, set()
+    for name, own in items.items():
+        try:
+            jobs[name] = method.job(own.copy(), read_inputs(own))
+        except UserError as error:
+            print(f"{name} left out: {error}")
+            refused.add(name)
+    if not jobs:
+        return refused
+    try:
+        harmonize_jobs(list(jobs.values()), method, [make_folder(folder / name) for name in jobs])
+    except UserError as error:
+        if len(jobs) > 1:  # which of them it was shows when each is alone
+            return refused.union(*(harmonize_batch({name: items[name]}, method, folder) for name in jobs))
+        print(f"{', '.join(jobs)} left out: {error}")
+        return refused | {*jobs}
+    return refused
 
 
 @entry("harmonize", read=overrides)
@@ -509,7 +561,10 @@ def main(cfg: DictConfig) -> None:
         raise UserError(f"dir= brings pictures of its own: leave out {', '.join(own)}")
     method = METHODS[cfg.method](cfg)
     folder = folder_of(cfg)
-    files = one(cfg, method, folder) if cfg.dir is None else many(cfg, method, folder)
+    if cfg.dir is None:
+        (files,) = harmonize_jobs([method.job(cfg, read_inputs(cfg))], method, [folder])
+    else:
+        files = many(cfg, method, folder)
     print(*files.values(), sep="\n")
 
 

@@ -187,7 +187,7 @@ def test_zero_shot(desk, command):
         (["prompts=words.json"], "cannot be read"),
         (["prompts=a: b -> c", "region=m.png"], "region= goes with methods that paint anew"),
         (["prompts=a: b -> c", "solver=unipc"], "method=zero_shot inverts and samples by DDIM: leave out solver="),
-        (["prompts=a: b -> c", "rounds=0"], "rounds=0: there is one at least"),
+        (["prompts=a: b -> c", "rounds=0"], "rounds=0: must be at least 1"),
         (["prompts=a: b -> c", "evaluator=nowhere"], "there is no judge in nowhere"),
         (["prompts=a: b -> c", "zero_shot.refine=abc"], "refine=abc: give a whole number of 0 or more"),
         (["prompts=a: b -> c", "zero_shot.edges=-1"], "edges=-1: give a number of 0 or more"),
@@ -317,9 +317,10 @@ def test_a_folder_of_composites(desk, command):
     code, lines, errors = command("dir=.", "prompt=a car", "output=out")
     assert code == 0 and not errors
     assert any("1 rows name neither" in line and "three" in line for line in lines)
-    assert any(line.startswith("four left out") for line in lines) and any("2/3" in line for line in lines)
+    assert any(line.startswith("four left out") for line in lines) and any("3/3" in line for line in lines)
     assert Path(lines[-1]) == desk / "out" / "sheet.png" and read_image(lines[-1]).shape[0] > 2 * 150
-    assert sum("UNet " in line and " %, " in line and "the rest" in line for line in lines) == 2
+    (told,) = (line for line in lines if "UNet " in line and " %, " in line and "the rest" in line)
+    assert " s for 2 composites: " in told, "one batch"
     tiles = read_image(lines[-1])[24:, -150:]
     assert (tiles[40:150, 20:130] == 128).all() and tiles[240:].std() > 10, "no Poisson where nothing is known of it"
     for name in ("one", "two"):
@@ -352,17 +353,43 @@ def test_a_folder_goes_on(desk, command):
 
 
 def test_a_folder_goes_on_without_being_named(desk, command, monkeypatch):
-    """Guards the plain command: killed between two composites it goes on in its folder; ended, it begins a new one."""
+    """Guards the plain command: killed between two batches it goes on in its folder; ended, it begins a new one."""
     (desk / "index.csv").write_text("id,composite,mask\none,b.png,m.png\ntwo,f.png,m.png\n")
-    monkeypatch.setattr(harmonize, "compare", lambda *a: 1 / 0)
+    whole = harmonize.harmonize_batch
+    monkeypatch.setattr(harmonize, "harmonize_batch", lambda items, *at: whole(items, *at) if "one" in items else 1 / 0)
     with pytest.raises(ZeroDivisionError):
-        command("dir=.")
+        command("dir=.", "batch=1")
     monkeypatch.undo()
     monkeypatch.chdir(desk)
-    lines = command("dir=.")[1]
+    lines = command("dir=.", "batch=1")[1]
     assert any("1 of 2 composites are there already" in line for line in lines)
     assert len(list((desk / "runs" / "harmonize").iterdir())) == 1
-    assert not any("already" in line for line in command("dir=.")[1])
+    assert not any("already" in line for line in command("dir=.", "batch=1")[1])
+
+
+def test_a_batch_changes_no_composite(desk, command):
+    """Guards ``batch``: composites of other sizes side by side become what each becomes alone, up to rounding; one that
+    fails on the way leaves the others to go on.
+    """
+    write_image(desk / "wide.png", read_image(desk / "b.png").repeat(2, axis=1))
+    write_image(desk / "wide_mask.png", (read_image(desk / "m.png")[..., 0] > 0).repeat(2, axis=1))
+    rows = ["id,composite,mask", "one,b.png,m.png", "two,f.png,m.png", "three,wide.png,wide_mask.png"]
+    (desk / "index.csv").write_text("\n".join(rows) + "\n")
+    for batch in (1, 8):
+        assert command("dir=.", "prompt=a car", f"batch={batch}", f"output=by_{batch}")[0] == 0
+    for name in ("one", "two", "three"):
+        alone, beside = (read_image(desk / f"by_{b}" / name / "harmonized.png").astype(int) for b in (1, 8))
+        assert np.abs(alone - beside).max() <= 1, name
+    assert not np.array_equal(read_image(desk / "by_8/one/raw.png"), read_image(desk / "by_8/two/raw.png"))
+    assert "there already" in "".join(command("dir=.", "prompt=a car", "batch=2", "output=by_8")[1]), (
+        "the same pictures"
+    )
+    words = {name: [{"object": "a cat", "foreground": "warm", "background": "cold"}] for name in ("b", "wide")}
+    (desk / "words.json").write_text(json.dumps(words))
+    zero_shot = ("method=zero_shot", "prompts=words.json", "evaluator=null", "rounds=1", "steps=1")
+    code, lines, _ = command("dir=.", *zero_shot, "output=words")
+    assert code == 0 and [line.split(" left out")[0] for line in lines if "left out" in line] == ["two"]
+    assert all((desk / "words" / name / "harmonized.png").exists() for name in ("one", "three"))
 
 
 @pytest.mark.parametrize("name", ["../two", "..", "one"])

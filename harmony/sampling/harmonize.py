@@ -143,8 +143,84 @@ class Result:
     rounds: Sequence = ()
 
 
-# (image, instance on it, its mask, the hole), all R x R -> raw output uint8 R x R x 3
-Paint = Callable[[np.ndarray, np.ndarray, np.ndarray, np.ndarray], np.ndarray]
+@dataclass(frozen=True)
+class Composite:
+    """One object to go into one picture, at a method's resolution R: ``background``, ``instance`` uint8 R x R x 3;
+    ``mask``, ``hole`` bool R x R, the hole containing the mask.
+    """
+
+    background: np.ndarray
+    instance: np.ndarray
+    mask: np.ndarray
+    hole: np.ndarray
+
+
+@dataclass(frozen=True)
+class Insertion:
+    """A ``square`` cut out of a photograph, and the way back into it.
+
+    ``background``, ``composite`` (plain copy and paste) uint8 H x W x 3; ``hole`` bool H x W; the square lies at
+    ``crop``.
+    """
+
+    square: Composite
+    background: np.ndarray
+    composite: np.ndarray
+    hole: np.ndarray
+    crop: Crop
+
+    def paste(self, raw: np.ndarray, feather: float = 0, detail: bool = False) -> Result:
+        """The photograph with ``raw`` (uint8 R x R x 3) in the hole; ``feather`` in pixels blends inwards.
+
+        ``detail``: what a method changed of the composite is done to the composite in its full size, instead of
+        enlarging what it made.
+        """
+        pixels = raw
+        if detail:
+            whole = crop_resize(self.composite, self.crop, self.crop.side)
+            pixels = carried(self.square.instance, raw, self.square.mask, whole)
+        image = paste_back(paste_crop(self.background, pixels, self.crop), self.background, self.hole, feather)
+        return Result(image, raw, self.composite, self.hole, self.crop)
+
+
+def cut(
+    side: int,
+    background: np.ndarray,
+    foreground: np.ndarray,
+    mask: np.ndarray,
+    region: np.ndarray | None = None,
+    radius: float = TEST_RADIUS,
+) -> Insertion:
+    """The square of ``side`` pixels in which the masked object of ``foreground`` goes into ``background``.
+
+    ``background``, ``foreground`` uint8 H x W x 3 and ``mask`` bool H x W share one size (see ``composites.place`` for
+    a cut-out of another size). The hole is the mask dilated by ``radius`` (px at 512 of the working square), joined by
+    the optional ``region`` in which a method may also repaint (for a shadow). UserError for an empty mask or sizes that
+    differ.
+    """
+    check_sizes(background, foreground=foreground, mask=mask, region=region)
+    height, width = background.shape[:2]
+    composite = copy_paste(background, foreground, mask)
+    crop = working_square(mask, region)
+    image, instance, small = (crop_resize(a, crop, side) for a in (background, composite, mask))
+    if not small.any():
+        raise UserError(f"the object is too small: it vanishes at the kit's {side} px; enlarge it or take a larger kit")
+    opened = dilate(mask, math.ceil(scaled(radius, (crop.side,))))  # the rule at the photograph's resolution
+    if region is not None:
+        opened |= region
+    opened &= box_mask(crop.inside(width, height), width, height)
+    square = Composite(image, instance, small, crop_resize(opened, crop, side))
+    return Insertion(square, background, composite, opened, crop)
+
+
+def fill_composites(
+    kit: Kit, composites: Sequence[Composite], prompts: Sequence[str], branches: Sequence[Branch], settings: Settings
+) -> list[np.ndarray]:
+    """``fill`` for composites of different photographs: each has the noise that it has alone, whatever stands beside
+    it.
+    """
+    columns = zip(*((c.background, c.instance, c.mask, c.hole) for c in composites), strict=True)
+    return fill(kit, *map(list, columns), prompts, branches, settings, [0] * len(composites))
 
 
 def harmonize(
@@ -158,48 +234,9 @@ def harmonize(
     region: np.ndarray | None = None,
     feather: float = 0,
 ) -> Result:
-    """``insert`` by words and ControlNets."""
-
-    def paint(image: np.ndarray, instance: np.ndarray, small: np.ndarray, hole: np.ndarray) -> np.ndarray:
-        return fill(kit, [image], [instance], [small], [hole], [prompt], branches, settings)[0]
-
-    return insert(paint, kit.resolution, background, foreground, mask, region, feather)
-
-
-def insert(
-    paint: Paint,
-    side: int,
-    background: np.ndarray,
-    foreground: np.ndarray,
-    mask: np.ndarray,
-    region: np.ndarray | None = None,
-    feather: float = 0,
-    radius: float = TEST_RADIUS,
-    detail: bool = False,
-) -> Result:
-    """Put the masked object of ``foreground`` into ``background`` by ``paint``, which works on squares of ``side``.
-
-    ``background``, ``foreground`` uint8 H x W x 3 and ``mask`` bool H x W share one size (see ``composites.place`` for
-    a cut-out of another size). The hole is the mask dilated by ``radius`` (px at 512 of the working square), joined by
-    the optional ``region`` in which the model may also repaint (for a shadow). ``feather`` in pixels blends inside the
-    hole. ``detail``: what ``paint`` changed of the composite is done to the composite in its full size, instead of
-    enlarging what it made. UserError for an empty mask or sizes that differ.
-    """
-    check_sizes(background, foreground=foreground, mask=mask, region=region)
-    height, width = background.shape[:2]
-    composite = copy_paste(background, foreground, mask)
-    crop = working_square(mask, region)
-    image, instance, small = (crop_resize(a, crop, side) for a in (background, composite, mask))
-    if not small.any():
-        raise UserError(f"the object is too small: it vanishes at the kit's {side} px; enlarge it or take a larger kit")
-    opened = dilate(mask, math.ceil(scaled(radius, (crop.side,))))  # the rule at the photograph's resolution
-    if region is not None:
-        opened |= region
-    opened &= box_mask(crop.inside(width, height), width, height)
-    raw = paint(image, instance, small, crop_resize(opened, crop, side))
-    square = carried(instance, raw, small, crop_resize(composite, crop, crop.side)) if detail else raw
-    pasted = paste_back(paste_crop(background, square, crop), background, opened, feather)
-    return Result(pasted, raw, composite, opened, crop)
+    """Put the masked object of ``foreground`` into ``background`` by words and ControlNets; arguments as of ``cut``."""
+    insertion = cut(kit.resolution, background, foreground, mask, region)
+    return insertion.paste(*fill_composites(kit, [insertion.square], [prompt], branches, settings), feather)
 
 
 def working_square(mask: np.ndarray, region: np.ndarray | None = None) -> Crop:
