@@ -5,7 +5,7 @@ joint     two ControlNets in one run, against two runs of that loop
 sample    inpainting with two ControlNets, exact and near-exact, against diffusers' stock pipeline
 data      selection over annotations of Open Images' size, against pandas; import into FiftyOne, against its importer
 memory    of a training step, for batches of 1 to 64
-gpu_all   train, joint, sample and memory as a GPU is measured: python -m harmony.bench gpu_all model=sd2
+gpu       everything that a GPU changes, within six minutes: tests, every command, and the figures above at true size
 """
 
 import os
@@ -31,14 +31,7 @@ COUNTS = (
     "data.masks",
     "data.samples",
     "data.compared",
-)
-GPU_ALL = (  # (part, batch, steps a block): rates over 200 steps where it matters, within 8 minutes in all
-    ("train", 32, 40),
-    ("train", 8, 20),
-    ("train", 64, 6),
-    ("joint", 32, 6),
-    ("sample", None, None),
-    ("memory", None, None),
+    "limit",
 )
 
 
@@ -83,33 +76,13 @@ PARTS: dict[str, Callable[[DictConfig, object], Figures]] = {
 }
 
 
-def plan(cfg: DictConfig, kit) -> list[tuple[str, DictConfig, bool]]:
-    """(part, its configuration, whether its figures are named by the batch) of all that is asked for.
-
-    UserError for gpu_all without a GPU.
-    """
-    found = []
-    for what in cfg.what:
-        if what != "gpu_all":
-            found.append((what, cfg, False))
-            continue
-        if kit.device.type != "cuda":
-            raise UserError("gpu_all wants a GPU; on the CPU: python -m harmony.bench train sample data memory")
-        for part, batch, steps in GPU_ALL:
-            asked = cfg.copy()
-            asked.compile, asked.sampling.steps = True, 50
-            asked.batch, asked.steps = batch or cfg.batch, steps or cfg.steps
-            found.append((part, asked, batch is not None))
-    return found
-
-
-def measured(part: str, cfg: DictConfig, kit, named: bool = False) -> Figures:
-    """The figures of one part; ``named`` by its batch where the same part is measured for several."""
-    print(f"\n{part}: kit {kit.name} on {kit.device.type}" + (f", batch {cfg.batch}" if named else ""), flush=True)
-    found = PARTS[part](cfg, kit)
-    torch._dynamo.reset()  # a compiled step of another batch size is another one
+def measure(part: str, cfg: DictConfig, kit) -> Figures:
+    """The figures of one part."""
+    print(f"\n{part}: kit {kit.name} on {kit.device.type}", flush=True)
+    figures = PARTS[part](cfg, kit)
+    torch._dynamo.reset()  # a compiled step of another task is another one
     torch.cuda.empty_cache()
-    return {f"{what}_b{cfg.batch}": figures for what, figures in found.items()} if named else found
+    return figures
 
 
 def table(found: Figures) -> str:
@@ -130,33 +103,52 @@ def words(overrides: list[str]) -> list[str]:
     return [*(word for word in overrides if word not in bare), *([f"what=[{','.join(bare)}]"] if bare else [])]
 
 
-@entry("bench", read=words)
-def main(cfg: DictConfig) -> None:
-    """Measure what is asked for and write ``bench.json``: <what>/<kit>/<device>/<figure>."""
-    if wrong := [what for what in cfg.what if what not in (*PARTS, "gpu_all")]:
-        raise UserError(f"{wrong[0]} cannot be measured: choose among {', '.join(PARTS)}, gpu_all")
+def check(cfg: DictConfig, device: str) -> None:
+    """UserError for what cannot be measured on this ``device``."""
+    from harmony.speed.sample import modes_of
+
+    if wrong := [what for what in cfg.what if what not in (*PARTS, "gpu")]:
+        raise UserError(f"{wrong[0]} cannot be measured: choose among {', '.join(PARTS)}, gpu")
+    if "gpu" in cfg.what and len(cfg.what) > 1:
+        raise UserError("gpu measures the other parts itself: give it alone")
     for name in COUNTS:
         if type(value := OmegaConf.select(cfg, name)) is not int or value < 1:
             raise UserError(f"{name}={value}: give a whole number of 1 or more")
-    from harmony.speed.sample import modes_of
+    if wrong := [name for name in cfg.sampling.modes or () if name not in modes_of(device)]:
+        raise UserError(f"sampling.modes={wrong[0]}: choose among {', '.join(modes_of(device))}")
 
+
+def measure_gpu(cfg: DictConfig, folder: Path, gpu: bool) -> None:
+    """All parts of ``speed.gpu`` as processes of their own; what is left is their table."""
+    from harmony.speed.gpu import parts, run_parts
+
+    beside = max(1, min(6, (os.cpu_count() or 1) // 2)) if gpu else 1
+    outcomes = run_parts(parts(folder), folder, gpu, beside, cfg.limit)
+    if skipped := [o.name for o in outcomes if o.status.startswith("skipped")]:
+        print(f"skipped, since there is no GPU: {', '.join(skipped)}")
+    print(f"\n{(folder / 'table.md').read_text()}\n{folder / 'parts.json'}")
+
+
+@entry("bench", read=words)
+def main(cfg: DictConfig) -> None:
+    """Measure what is asked for and write ``bench.json``: <what>/<kit>/<device>/<figure>."""
     where = "cuda" if torch.cuda.is_available() else "cpu"
-    if wrong := [name for name in cfg.sampling.modes or () if name not in modes_of(where)]:
-        raise UserError(f"sampling.modes={wrong[0]}: choose among {', '.join(modes_of(where))}")
+    check(cfg, where)
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    torch.set_float32_matmul_precision("high")
-    torch.manual_seed(0)
-    kit = instantiate(cfg.model).to(where)
-    parts, found = plan(cfg, kit), {}
     folder = new_folder(Path(cfg.paths.runs).resolve() / "bench")
     write_json(folder / "provenance.json", provenance(cfg))
-    for part, asked, named in parts:
-        found |= measured(part, asked, kit, named)
+    if "gpu" in cfg.what:
+        return measure_gpu(cfg, folder, where == "cuda")
+    torch.set_float32_matmul_precision("high")
+    torch.manual_seed(0)
+    kit, figures = instantiate(cfg.model).to(where), {}
+    for part in cfg.what:
+        figures |= measure(part, cfg, kit)
         # written after each part: what fails or is stopped loses nothing that was measured before
-        flat = {f"{what}/{kit.name}/{kit.device.type}/{k}": v for what, f in found.items() for k, v in f.items()}
+        flat = {f"{what}/{kit.name}/{kit.device.type}/{k}": v for what, f in figures.items() for k, v in f.items()}
         write_json(folder / "bench.json", flat)
-        write_text(folder / "table.md", table(found) + "\n")
-    print(f"\n{table(found)}\n\n{folder / 'bench.json'}")
+        write_text(folder / "table.md", table(figures) + "\n")
+    print(f"\n{table(figures)}\n\n{folder / 'bench.json'}")
 
 
 if __name__ == "__main__":
