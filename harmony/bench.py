@@ -1,4 +1,4 @@
-"""F6. ``python -m harmony.bench train sample``: ours against the common way, side by side on this machine.
+"""``python -m harmony.bench train sample``: ours against the common way, side by side on this machine.
 
 train     one ControlNet from cached latents, against the loop of the common training script
 joint     two ControlNets in one run, against two runs of that loop
@@ -16,9 +16,9 @@ import torch
 from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 
-from harmony.config import entry, new_folder, provenance
-from harmony.errors import UserError
-from harmony.files import write_json, write_text
+from harmony.cli.config import entry, new_folder, provenance
+from harmony.core.errors import UserError
+from harmony.core.files import write_json, write_text
 
 Figures = dict[str, dict[str, float]]  # what was measured -> figure -> number
 COUNTS = (
@@ -36,7 +36,7 @@ COUNTS = (
 
 
 def train(cfg: DictConfig, kit, branches: tuple[str, ...] = ("color",), what: str = "train") -> Figures:
-    from harmony.speed.train import Load, bench_train
+    from harmony.benchmarks.train import Load, bench_train
 
     load = Load(cfg.batch, cfg.steps, cfg.blocks, cfg.compile, cfg.checkpointing, cfg.offload)
     return {what: bench_train(kit, load, branches)}
@@ -47,14 +47,14 @@ def joint(cfg: DictConfig, kit) -> Figures:
 
 
 def sample(cfg: DictConfig, kit) -> Figures:
-    from harmony.speed.sample import bench_sample
+    from harmony.benchmarks.sample import bench_sample
 
     s = cfg.sampling
     return bench_sample(kit, s.batch, s.steps, s.guidance, cfg.blocks, s.modes)
 
 
 def data(cfg: DictConfig, kit) -> Figures:
-    from harmony.speed.data import bench_import, bench_selection
+    from harmony.benchmarks.data import bench_import, bench_selection
 
     folder, d = Path(cfg.paths.work).resolve() / "bench", cfg.data
     selection = bench_selection(folder, d.boxes, d.masks, cfg.blocks)
@@ -62,7 +62,7 @@ def data(cfg: DictConfig, kit) -> Figures:
 
 
 def memory(cfg: DictConfig, kit) -> Figures:
-    from harmony.speed.memory import bench_memory
+    from harmony.benchmarks.memory import bench_memory
 
     return {"memory": bench_memory(kit)}
 
@@ -105,7 +105,7 @@ def words(overrides: list[str]) -> list[str]:
 
 def check(cfg: DictConfig, device: str) -> None:
     """UserError for what cannot be measured on this ``device``."""
-    from harmony.speed.sample import modes_of
+    from harmony.benchmarks.sample import modes_of
 
     if wrong := [what for what in cfg.what if what not in (*PARTS, "gpu")]:
         raise UserError(f"{wrong[0]} cannot be measured: choose among {', '.join(PARTS)}, gpu")
@@ -120,7 +120,7 @@ def check(cfg: DictConfig, device: str) -> None:
 
 def measure_gpu(cfg: DictConfig, folder: Path, gpu: bool) -> None:
     """All parts of ``speed.gpu`` as processes of their own; what is left is their table."""
-    from harmony.speed.gpu import parts, run_parts
+    from harmony.benchmarks.gpu import parts, run_parts
 
     beside = max(1, min(6, (os.cpu_count() or 1) // 2)) if gpu else 1
     outcomes = run_parts(parts(folder), folder, gpu, beside, cfg.limit)

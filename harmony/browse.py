@@ -1,14 +1,14 @@
-"""F6. ``python -m harmony.browse dataset=open_images``: the FiftyOne App on a prepared dataset, kept and rejected."""
+"""``python -m harmony.browse dataset=open_images``: the FiftyOne App on a prepared dataset, kept and rejected."""
 
 from omegaconf import DictConfig, OmegaConf
 
-from harmony.config import entry
+from harmony.cli.config import entry
 
 
 @entry("browse")
 def main(cfg: DictConfig) -> None:
     """Look at a prepared dataset in the FiftyOne App: what was kept, and what was rejected for which reason."""
-    from harmony.data.open_images import browse
+    from harmony.data.sources.open_images.importer import browse
 
     browse(OmegaConf.to_container(cfg.dataset, resolve=True), cfg.port, cfg.address)
 

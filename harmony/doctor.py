@@ -1,4 +1,4 @@
-"""F6. What this installation has, in one screen, and how to mend what it has not.
+"""What this installation has, in one screen, and how to mend what it has not.
 
 Nothing is started and nothing is downloaded. The exit code is 1 when something is missing that no run can do without.
 
@@ -20,8 +20,8 @@ from pathlib import Path
 
 from omegaconf import DictConfig
 
-from harmony.config import PACKAGE, entry, options, places, version
-from harmony.errors import UserError
+from harmony.cli.config import PACKAGE, entry, options, places, version
+from harmony.core.errors import UserError
 
 INSTALL = "make install"
 FEW_GIB = 5  # an installed environment, one cache of the bundled dataset and a few runs

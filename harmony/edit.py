@@ -1,4 +1,4 @@
-"""F6. ``python -m harmony.edit``: change one photograph by the words that describe it.
+"""``python -m harmony.edit``: change one photograph by the words that describe it.
 
   image=I.jpg source="a cat on a sofa" target="a dog on a sofa"            another word: replace
   image=I.jpg source="a cat on a sofa" target="a black cat on a sofa"      further words: insert
@@ -17,12 +17,15 @@ import torch
 from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 
-from harmony.composites import paste_back
-from harmony.config import entry, literal, make_folder, new_folder
+from harmony.cli.config import entry, literal, make_folder, new_folder
+from harmony.core.errors import UserError
+from harmony.core.files import write_json, write_text
 from harmony.data.captions import caption_picture
-from harmony.errors import UserError
-from harmony.files import write_json, write_text
-from harmony.images import (
+from harmony.methods.prompt_editing import MODES, Edited, Mode, edit_picture, kept_inversion, mode_of, plan
+from harmony.metrics.fidelity import psnr
+from harmony.models.textual_inversion import learn, read_word
+from harmony.pixels.composites import paste_back
+from harmony.pixels.images import (
     Crop,
     crop_resize,
     from_model,
@@ -33,10 +36,7 @@ from harmony.images import (
     square_around,
     write_image,
 )
-from harmony.metrics.fidelity import psnr
-from harmony.models.textual_inversion import learn, read_word
 from harmony.sampling.ddim import timesteps
-from harmony.sampling.edit import MODES, Edited, Mode, edit_picture, kept_inversion, mode_of, plan
 from harmony.sampling.prompt_to_prompt import bare
 
 TEXTS = ("image", "source", "target", "output", "model.path", "words", "look_at", "square", "reweight")

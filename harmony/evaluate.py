@@ -1,4 +1,4 @@
-"""F6. ``python -m harmony.evaluate controlnet=RUN dataset=NAME`` or ``experiment=table1``: figures on held-out data.
+"""``python -m harmony.evaluate controlnet=RUN dataset=NAME`` or ``experiment=table1``: figures on held-out data.
 
 Without an experiment: one trained ControlNet, before (weight 0) and after. An experiment with a ``study`` compares
 methods on the same pictures, holes and noise; finished pictures are not made again by the same command, and
@@ -11,19 +11,19 @@ from pathlib import Path
 from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 
-from harmony.config import device, entry, provenance, rank, run_folder, world
+from harmony.cli.config import device, entry, provenance, rank, run_folder, world
+from harmony.core.files import write_json, write_text
 from harmony.data.manifest import manifest_hash
 from harmony.data.preparation import ensure
-from harmony.files import write_json, write_text
 
 
 def before_after(cfg: DictConfig, kit, manifest: Path, folder: Path) -> tuple[dict, dict, str, list[Path]]:
     """(figures, facts, table, pictures) of one ControlNet."""
-    from harmony.images import from_model, write_image
+    from harmony.evaluation.eval_sets import before_and_after, by_hints, load_bench, sample_grid, table
+    from harmony.methods.insert import Branch, asked_settings, hints
+    from harmony.models.backbone import placed
     from harmony.models.controlnet import load_controlnet, read_hint
-    from harmony.models.kit import placed
-    from harmony.sampling.benchmark import before_and_after, by_hints, load_bench, sample_grid, table
-    from harmony.sampling.harmonize import Branch, asked_settings, hints
+    from harmony.pixels.images import from_model, write_image
 
     facts = {"branch": "color", "parameters": {}} | read_hint(cfg.controlnet)
     net = placed(load_controlnet(cfg.controlnet, kit.dtype), kit.device)
@@ -44,17 +44,17 @@ def before_after(cfg: DictConfig, kit, manifest: Path, folder: Path) -> tuple[di
 
 def study(cfg: DictConfig, kit, manifest: Path, folder: Path):
     """The study of the configuration, with this process's share of its outputs."""
-    from harmony.sampling.harmonize import asked_settings
-    from harmony.sampling.study import Study
+    from harmony.evaluation.comparison import Study
+    from harmony.methods.insert import asked_settings
 
     settings, share = asked_settings(cfg), (rank(), world())
     if cfg.study.bench == "editing":
-        from harmony.sampling.editing_bench import EditingStudy
+        from harmony.evaluation.editing import EditingStudy
 
         spec = OmegaConf.to_container(cfg.study, resolve=True)
         return EditingStudy(cfg.name, spec, cfg.words, kit, manifest, folder, settings, cfg.limit, *share, cfg.clip)
     if cfg.study.bench == "judge":
-        from harmony.sampling.judge_bench import JudgeStudy
+        from harmony.evaluation.judges import JudgeStudy
 
         evaluators = OmegaConf.to_container(cfg.study.evaluators)
         return JudgeStudy(cfg.name, evaluators, manifest, folder, cfg.split, kit.resolution, cfg.limit, cfg.seed)
@@ -67,7 +67,7 @@ def study(cfg: DictConfig, kit, manifest: Path, folder: Path):
 def measured(cfg: DictConfig, folder: Path) -> tuple[dict, dict, str, list[Path]]:
     """(figures, facts, table, pictures) of what the configuration asks for; people need neither dataset nor kit."""
     if cfg.study.bench == "user_study":
-        from harmony.sampling.user_study import UserStudy
+        from harmony.evaluation.user_study import UserStudy
 
         spec = OmegaConf.to_container(cfg.user_study, resolve=True)
         return UserStudy(cfg.name, spec, folder, cfg.limit, cfg.seed, rank()).measure()

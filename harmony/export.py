@@ -1,4 +1,4 @@
-"""F6. ``python -m harmony.export RUN``: write what a run trained for other tools, with a model card.
+"""``python -m harmony.export RUN``: write what a run trained for other tools, with a model card.
 
 ``format=diffusers`` makes a folder whose ``controlnet/`` the stock StableDiffusionControlNetInpaintPipeline loads, with
 the same output as ours; ``format=comfyui`` makes one file for ComfyUI's models/controlnet, under a name of its own.
@@ -19,12 +19,12 @@ from omegaconf import DictConfig, OmegaConf
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from harmony.config import entry, literal, load_yaml, make_folder
-from harmony.errors import UserError
-from harmony.files import write_text
+from harmony.cli.config import entry, literal, load_yaml, make_folder
+from harmony.core.errors import UserError
+from harmony.core.files import write_text
+from harmony.models.backbone import kit_path, ship
 from harmony.models.controlnet import controlnet_folder, export_controlnet, from_unet, read_hint
-from harmony.models.exemplar import Painter, export_painter, load_painter
-from harmony.models.kit import kit_path, ship
+from harmony.models.paint_by_example import Painter, export_painter, load_painter
 
 FORMATS = ("diffusers", "comfyui")
 WEIGHTS = "diffusion_pytorch_model.safetensors"
@@ -42,7 +42,7 @@ and every other pixel keeps its value bit for bit.
 {grid}
 ## What it sees
 
-{sees}, as a picture in [0, 1] of the kit's resolution: `harmony.conditions.hint("{branch}", image, mask{arguments})`.
+{sees}, as a picture in [0, 1] of the kit's resolution: `harmony.pixels.hints.hint("{branch}", image, mask{arguments})`.
 Lengths are in pixels of a picture of side 512. The same facts lie in `controlnet/hint.json`.
 
 ## Usage
@@ -108,11 +108,11 @@ import torch
 from diffusers import ControlNetModel, StableDiffusionControlNetInpaintPipeline
 from PIL import Image
 
-from harmony.composites import paste_back
-from harmony.conditions import hint
-from harmony.images import read_image
-from harmony.masks import hole, read_mask
-from harmony.models.kit import kit_path
+from harmony.pixels.composites import paste_back
+from harmony.pixels.hints import hint
+from harmony.pixels.images import read_image
+from harmony.pixels.masks import hole, read_mask
+from harmony.models.backbone import kit_path
 
 facts = json.load(open("controlnet/hint.json"))
 controlnet = ControlNetModel.from_pretrained("controlnet")

@@ -1,4 +1,4 @@
-"""F6. ``python -m harmony.fit experiment=NAME``: prepare what is missing, train, evaluate before and after, export."""
+"""``python -m harmony.fit experiment=NAME``: prepare what is missing, train, evaluate before and after, export."""
 
 import os
 import time
@@ -9,12 +9,12 @@ import torch
 from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 
-from harmony.config import entry, literal, provenance, run_folder
+from harmony.cli.config import entry, literal, provenance, run_folder
+from harmony.core.files import write_json
 from harmony.data.manifest import manifest_hash
 from harmony.data.preparation import ensure
 from harmony.data.shards import hand_over, predictor
-from harmony.files import write_json
-from harmony.models.kit import DIFFUSION
+from harmony.models.backbone import DIFFUSION
 from harmony.training.callbacks import AtomicCheckpoints, trainer_callbacks
 
 
@@ -69,8 +69,8 @@ def main(cfg: DictConfig) -> None:
         known = OmegaConf.to_container(cfg.data.get("hints") or OmegaConf.create(), resolve=True)
         module.export(folder / "export", known)
     if (e := cfg.evaluate) is not None:
-        from harmony.sampling.benchmark import before_and_after, table
-        from harmony.sampling.harmonize import Settings
+        from harmony.evaluation.eval_sets import before_and_after, table
+        from harmony.sampling.guidance import Settings
 
         settings = Settings(e.steps, e.guidance, e.seed)
         methods = module.methods(settings, known).values()

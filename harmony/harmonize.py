@@ -1,4 +1,4 @@
-"""F6. ``python -m harmony.harmonize``: put one object into one photograph so that it belongs there.
+"""``python -m harmony.harmonize``: put one object into one photograph so that it belongs there.
 
 Pixels outside the hole (the mask and a small rim) stay as they are, bit for bit.
   background=B.jpg foreground=F.jpg mask=M.png             all of one size
@@ -22,27 +22,15 @@ import torch
 from hydra.utils import instantiate
 from omegaconf import DictConfig, ListConfig, OmegaConf
 
-from harmony.composites import copy_paste, place, poisson, reinhard
-from harmony.config import entry, literal, make_folder, new_folder, unfinished
+from harmony.cli.config import entry, literal, make_folder, new_folder, unfinished
+from harmony.core.errors import UserError
+from harmony.core.files import write_json, write_text
 from harmony.data.captions import caption_images
 from harmony.data.descriptions import Description, VisionLanguageModel, parsed, read_descriptions
-from harmony.errors import UserError
-from harmony.exemplars import cut_out, exemplar
-from harmony.files import write_json, write_text
-from harmony.images import crop_resize, grid, open_image, paste_crop, read_image, resize, sha256, write_image
-from harmony.masks import OBJECT, TEST_RADIUS, read_mask
-from harmony.models.controlnet import net_hash
-from harmony.models.exemplar import load_painter, painter_hash
-from harmony.models.judge import evaluator, judge_hash
-from harmony.models.kit import Kit
-from harmony.models.timing import blocks, now, timed
-from harmony.sampling.ddim import timesteps
-from harmony.sampling.exemplar import fill_by_example
-from harmony.sampling.harmonize import (
+from harmony.methods.insert import (
     Branch,
     Insertion,
     Result,
-    Settings,
     asked_settings,
     check_sizes,
     cut,
@@ -50,7 +38,19 @@ from harmony.sampling.harmonize import (
     load_branch,
     working_square,
 )
-from harmony.sampling.zero_shot import Parts, Round, best, rounds, run_together, word_scorer
+from harmony.methods.paint_by_example import fill_by_example
+from harmony.methods.zero_shot import Parts, Round, best, rounds, run_together, word_scorer
+from harmony.models.backbone import Kit
+from harmony.models.controlnet import net_hash
+from harmony.models.judge import evaluator, judge_hash
+from harmony.models.paint_by_example import load_painter, painter_hash
+from harmony.models.timing import blocks, now, timed
+from harmony.pixels.composites import copy_paste, place, poisson, reinhard
+from harmony.pixels.exemplars import cut_out, exemplar
+from harmony.pixels.images import crop_resize, grid, open_image, paste_crop, read_image, resize, sha256, write_image
+from harmony.pixels.masks import OBJECT, TEST_RADIUS, read_mask
+from harmony.sampling.ddim import timesteps
+from harmony.sampling.guidance import Settings
 
 PATHS = (
     "dir",

@@ -1,4 +1,4 @@
-"""F6. ``python -m harmony.prepare dataset=NAME``: from annotations (or a recipe for renders) to a manifest."""
+"""``python -m harmony.prepare dataset=NAME``: from annotations (or a recipe for renders) to a manifest."""
 
 from contextlib import nullcontext
 from pathlib import Path
@@ -6,7 +6,7 @@ from pathlib import Path
 from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 
-from harmony.config import entry
+from harmony.cli.config import entry
 from harmony.data.preparation import lock, prepare
 from harmony.data.shards import predictor
 

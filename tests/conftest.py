@@ -70,7 +70,7 @@ def build_random_kit(folder: Path) -> Path:
         CLIPVisionModelWithProjection,
     )
 
-    from harmony.training.kit import SCHEDULE, train_tokenizer, write_part
+    from harmony.training.backbone import SCHEDULE, train_tokenizer, write_part
 
     torch.manual_seed(0)
     folder.mkdir(parents=True, exist_ok=True)
@@ -126,7 +126,7 @@ def awake():
 @pytest.fixture(scope="session")
 def studio_rows() -> list:
     """Rows of the bundled renders, paths relative to the checkout: 12 train, 4 validation, 5 test (two of one kind)."""
-    from harmony.data.pool import rows_of
+    from harmony.data.sources.pixels import rows_of
 
     counts = {"train": 12, "validation": 4, "test": 4}
     listed = {split: rows_of(ROOT / "datasets" / "studio" / split, split, ROOT) for split in counts}
@@ -171,8 +171,8 @@ def prepared_work(small_manifest):
     """
     from omegaconf import OmegaConf
 
-    from harmony.config import compose
-    from harmony.files import write_json
+    from harmony.cli.config import compose
+    from harmony.core.files import write_json
 
     def lay(work: Path, overrides: list[str], command: str = "fit") -> Path:
         recipe = OmegaConf.to_container(compose(command, overrides).dataset, resolve=True)
@@ -186,8 +186,8 @@ def prepared_work(small_manifest):
 @pytest.fixture(scope="session")
 def latent_data(random_kit, small_manifest, tmp_path_factory):
     """``latent_data(**options)``: a prepared ``LatentData`` on the random kit; equal recipes share one cache."""
-    from harmony.data.datamodule import LatentData
-    from harmony.models.kit import Kit
+    from harmony.data.modules import LatentData
+    from harmony.models.backbone import Kit
 
     folder = tmp_path_factory.mktemp("latents")
     manifest = small_manifest(folder)

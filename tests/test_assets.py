@@ -7,18 +7,19 @@ import numpy as np
 import pytest
 import torch
 
-from harmony.composites import copy_paste
-from harmony.data.latents import example
-from harmony.data.pairs import under_other_light
-from harmony.data.pool import rows_of
-from harmony.images import from_model, to_model
+from harmony.data.latent_cache import example
+from harmony.data.relit_pairs import under_other_light
+from harmony.data.sources.pixels import rows_of
+from harmony.evaluation.eval_sets import SHOWN_TO, Bench, by_example, by_hints, pasted, scores
+from harmony.methods.insert import load_branch
 from harmony.metrics.classification import judged
 from harmony.metrics.fidelity import aggregate
-from harmony.models.exemplar import load_painter
+from harmony.models.backbone import ASSETS, Kit
 from harmony.models.judge import load_judge
-from harmony.models.kit import ASSETS, Kit
-from harmony.sampling.benchmark import SHOWN_TO, Bench, by_example, by_hints, pasted, scores
-from harmony.sampling.harmonize import Settings, load_branch
+from harmony.models.paint_by_example import load_painter
+from harmony.pixels.composites import copy_paste
+from harmony.pixels.images import from_model, to_model
+from harmony.sampling.guidance import Settings
 
 ROOT = Path(__file__).resolve().parents[1]
 CONTROLNETS = ("color", "structure")

@@ -12,12 +12,12 @@ from omegaconf import OmegaConf
 from PIL import Image
 
 from harmony import edit
-from harmony.config import compose
-from harmony.errors import UserError
-from harmony.images import Crop, crop_resize, read_image
+from harmony.cli.config import compose
+from harmony.core.errors import UserError
+from harmony.methods import prompt_editing as sampling
 from harmony.metrics.fidelity import psnr
 from harmony.models.textual_inversion import Word, save_word
-from harmony.sampling import edit as sampling
+from harmony.pixels.images import Crop, crop_resize, read_image
 
 STUDIO = Path(__file__).resolve().parents[1] / "datasets" / "studio" / "test"
 SOURCE, TARGET = "a red mushroom on snow", "a red car on snow"

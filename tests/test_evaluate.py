@@ -10,13 +10,13 @@ import numpy as np
 import pytest
 
 from harmony import evaluate
-from harmony.config import check_experiment, compose, load_yaml, options, why
-from harmony.errors import UserError
-from harmony.images import read_image, write_image
+from harmony.cli.config import check_experiment, compose, load_yaml, options, why
+from harmony.core.errors import UserError
+from harmony.evaluation import comparison as study
+from harmony.models.backbone import Kit
 from harmony.models.controlnet import export_controlnet
-from harmony.models.exemplar import export_painter, fresh_encoder, painting_unet
-from harmony.models.kit import Kit
-from harmony.sampling import study
+from harmony.models.paint_by_example import export_painter, fresh_encoder, painting_unet
+from harmony.pixels.images import read_image, write_image
 
 HERE = Path(__file__).resolve().parents[1]
 # The random kit reads too few tokens for these rows; the test of zero_shot runs such ones on the tiny kit.
@@ -196,7 +196,7 @@ def test_one_process_two_and_a_killed_one_make_the_same_table(ready, tmp_path, m
     assert one.returncode == 0, one.stderr
     two = command("two", "-m", "torch.distributed.run", "--nproc-per-node", "2", *plain)
     assert two.returncode == 0, two.stderr
-    kills = "import harmony.sampling.study as s, os, sys; w = s.store; k = []\n"
+    kills = "import harmony.evaluation.comparison as s, os, sys; w = s.store; k = []\n"
     kills += "s.store = lambda *a: (w(*a), k.append(1), len(k) == 4 and os.kill(os.getpid(), 9))\n"
     kills += "from harmony.evaluate import main; main()"
     killed = command("killed", "-c", kills)

@@ -11,11 +11,11 @@ import torch
 from diffusers import UNet2DConditionModel
 from omegaconf import OmegaConf
 
-from harmony.config import CONFIGS, check_experiment, compose, load_yaml, options, why
+from harmony.cli.config import CONFIGS, check_experiment, compose, load_yaml, options, why
 from harmony.fit import main
+from harmony.models.backbone import Kit, load_part
 from harmony.models.controlnet import export_controlnet
 from harmony.models.judge import load_judge
-from harmony.models.kit import Kit, load_part
 from harmony.models.textual_inversion import read_word
 
 FILES = {

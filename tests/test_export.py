@@ -16,12 +16,12 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 
 from harmony import export
-from harmony.images import read_image, write_image
-from harmony.masks import hole
+from harmony.models.backbone import Kit
 from harmony.models.controlnet import export_controlnet, load_controlnet, read_hint
-from harmony.models.exemplar import export_painter, fresh_encoder, load_painter, painting_unet
-from harmony.models.kit import Kit
-from harmony.sampling.inpaint import Schedule, inpaint
+from harmony.models.paint_by_example import export_painter, fresh_encoder, load_painter, painting_unet
+from harmony.pixels.images import read_image, write_image
+from harmony.pixels.masks import hole
+from harmony.sampling.guidance import Schedule, inpaint
 
 HINTS = {"color": {"sigma": 10, "normalize": True}, "structure": {"low": 100, "high": 200, "edge_source": "masked"}}
 
@@ -39,7 +39,7 @@ def run(tmp_path, kit, awake):
     net = awake(kit)
     OmegaConf.save(
         {
-            "model": {"_target_": "harmony.models.kit.Kit", "path": kit.path, "weights": "hub"},
+            "model": {"_target_": "harmony.models.backbone.Kit", "path": kit.path, "weights": "hub"},
             "module": {"_target_": "harmony.training.control.ControlTask", "branch": "color", "in_channels": 4},
             "data": {"hints": HINTS, "batch_size": 16},
             "dataset": {"name": "studio"},
@@ -191,8 +191,8 @@ def test_paint_by_example(command, kit, tmp_path):
     folder = tmp_path / "runs" / "paint_by_example" / "now"
     folder.mkdir(parents=True)
     cfg = {
-        "model": {"_target_": "harmony.models.kit.Kit", "path": kit.path, "weights": "hub"},
-        "module": {"_target_": "harmony.training.exemplar.ExemplarTask"}, "data": {"batch_size": 32},
+        "model": {"_target_": "harmony.models.backbone.Kit", "path": kit.path, "weights": "hub"},
+        "module": {"_target_": "harmony.training.paint_by_example.ExemplarTask"}, "data": {"batch_size": 32},
         "dataset": {"name": "kit"}, "trainer": {"max_steps": 20}, "seed": 0,
         "evaluate": {"split": "test", "limit": None, "steps": 20, "guidance": 3.0, "seed": 0},
     }  # fmt: skip

@@ -13,18 +13,29 @@ ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = ROOT / "harmony"
 FILES = sorted(path for path in PACKAGE.rglob("*.py") if path.name != "__init__.py")
 ONE_DOOR = ("fiftyone", "wandb", "gradio", "mitsuba")
+FLOORS = (  # from below; what lies directly in the package, the commands, stands on top
+    "core",
+    "cli",
+    "pixels",
+    "metrics",
+    "models",
+    "data",
+    "sampling",
+    "methods",
+    "evaluation",
+    "training",
+    "benchmarks",
+)
 
 
 def module_name(path: Path) -> str:
     return ".".join(path.relative_to(ROOT).with_suffix("").parts)
 
 
-@functools.cache
-def floor(path: Path) -> int:
-    """The number in the first word of the docstring, ``F3.``"""
-    word = (ast.get_docstring(ast.parse(path.read_text())) or "?").split()[0]
-    assert word[0] == "F" and word[1:-1].isdigit() and word[-1] == ".", f"{path}: the docstring begins with {word!r}"
-    return int(word[1:-1])
+def floor(module: str) -> int:
+    """The number of a module's folder from below; the commands, which lie in no folder, stand on top."""
+    folders = module.split(".")[1:-1]
+    return FLOORS.index(folders[0]) if folders else len(FLOORS)
 
 
 def imported(path: Path) -> set[str]:
@@ -46,15 +57,27 @@ def edges() -> dict[str, set[str]]:
     return {module_name(path): imported(path) & modules for path in FILES}
 
 
+def test_every_folder_is_a_floor():
+    """Guards the plan: a new folder has a place in it."""
+    folders = {path.relative_to(PACKAGE).parts[0] for path in FILES if path.parent != PACKAGE}
+    assert folders == set(FLOORS)
+
+
 @pytest.mark.parametrize("path", FILES, ids=module_name)
 def test_imports_go_to_lower_floors(path):
-    """Siblings in one folder may share a floor, and so may the pure functions of F1; anything else has to lie lower."""
-    floors = {module_name(other): floor(other) for other in FILES}
+    """A folder imports the folders below it; commands import no command."""
     here = module_name(path)
-    folder = here.rpartition(".")[0]
     for name in edges()[here]:
-        neighbours = floors[here] == 1 or (folder != "harmony" and name.rpartition(".")[0] == folder)
-        assert floors[name] < floors[here] + neighbours, f"{here} (F{floors[here]}) imports {name} (F{floors[name]})"
+        neighbors = here.split(".")[1:-1][:1] == name.split(".")[1:-1][:1] and floor(here) < len(FLOORS)
+        assert floor(name) < floor(here) or neighbors, f"{here} imports {name}"
+
+
+def test_hydra_has_one_door():
+    """Commands are composed, checked and explained in one place; ``instantiate`` is all that others take of Hydra."""
+    allowed = {"hydra", "hydra.utils", "hydra.utils.instantiate"}
+    for path in FILES:
+        names = {name for name in imported(path) if name.split(".")[0] == "hydra"}
+        assert module_name(path).startswith("harmony.cli.") or names <= allowed - {"hydra"}, path
 
 
 def test_no_circles():

@@ -12,11 +12,11 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from PIL import Image
 
 from harmony import harmonize
-from harmony.composites import place
-from harmony.images import read_image, write_image
+from harmony.models.backbone import Kit
 from harmony.models.controlnet import export_controlnet
-from harmony.models.exemplar import export_painter, fresh_encoder, painting_unet
-from harmony.models.kit import Kit
+from harmony.models.paint_by_example import export_painter, fresh_encoder, painting_unet
+from harmony.pixels.composites import place
+from harmony.pixels.images import read_image, write_image
 
 ROOT = Path(__file__).resolve().parents[1]
 FILES = ("harmonized", "raw", "composite", "hole", "sheet")

@@ -1,4 +1,4 @@
-"""F2. Captions of whole photographs: those that people wrote, and BLIP for the rest.
+"""Captions of whole photographs: those that people wrote, and BLIP for the rest.
 
 BLIP sees the full, unmasked image (METHOD 2.3, step 2). Its prompt prefix, beams and lengths are read from the
 captioner's own generation config; what that leaves open is set as the authors of BLIP (Li et al., 2022) do.
@@ -14,9 +14,9 @@ from tempfile import TemporaryDirectory
 import numpy as np
 import torch
 
-from harmony.errors import UserError
-from harmony.hub import fetched
-from harmony.images import read_image, sha256, write_image
+from harmony.core.errors import UserError
+from harmony.core.hub import fetched
+from harmony.pixels.images import read_image, sha256, write_image
 
 BLIP = "Salesforce/blip-image-captioning-large"  # where a kit has no captioner, as Stable Diffusion
 PREFIX, BEAMS, MIN_LENGTH, MAX_LENGTH = "a picture of", 3, 5, 20

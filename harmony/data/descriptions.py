@@ -1,4 +1,4 @@
-"""F2. What a composite shows, in words: the object, its own light, and the light around it (method sheet 4.2).
+"""What a composite shows, in words: the object, its own light, and the light around it (method sheet 4.2).
 
 Zero-shot harmonization leads an object from the one light to the other. Where the words come from: the user, a file, a
 vision-language model, or CLIP scores of word lists together with what can be measured in the picture.
@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from safetensors import SafetensorError
 
-from harmony.errors import UserError
+from harmony.core.errors import UserError
 from harmony.metrics.similarity import Clip, box_of, embeddings
 
 FORM = "OBJECT: its own light -> the light around it"

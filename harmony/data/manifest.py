@@ -1,4 +1,4 @@
-"""F2. ``manifest.jsonl``: a header line, then one ``Row`` a line. The only thing that training knows about a dataset.
+"""``manifest.jsonl``: a header line, then one ``Row`` a line. The only thing that training knows about a dataset.
 
 Paths in it are relative to its folder. Rows are ordered by (split, id) and hold nothing that changes between two runs
 of the same preparation, so that equal data give an equal ``manifest_hash``.
@@ -11,8 +11,8 @@ from collections.abc import Iterable
 from dataclasses import asdict, fields
 from pathlib import Path
 
-from harmony.errors import UserError
-from harmony.sample import SCHEMA_VERSION, SPLITS, Row
+from harmony.core.errors import UserError
+from harmony.core.row import SCHEMA_VERSION, SPLITS, Row
 
 FIELDS = {f.name for f in fields(Row)}
 

@@ -1,4 +1,4 @@
-"""F3. From a dataset's recipe to its manifest, whatever the recipe's layout; once for each recipe."""
+"""From a dataset's recipe to its manifest, whatever the recipe's layout; once for each recipe."""
 
 import json
 from concurrent.futures import ProcessPoolExecutor
@@ -8,13 +8,13 @@ from pathlib import Path
 import lightning
 from filelock import FileLock
 
-from harmony.data import editing
+from harmony.core.files import write_json
 from harmony.data.captions import BLIP
-from harmony.data.open_images import locate, prepare_dataset
-from harmony.data.pool import prepare_kit
 from harmony.data.shards import predictor
-from harmony.files import write_json
-from harmony.models.kit import kit_path
+from harmony.data.sources import editing
+from harmony.data.sources.open_images.importer import locate, prepare_dataset
+from harmony.data.sources.pixels import prepare_kit
+from harmony.models.backbone import kit_path
 
 
 def prepare(recipe: dict, kit: str, work: str, trainer: lightning.Trainer | None = None) -> Path:

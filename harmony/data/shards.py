@@ -1,4 +1,4 @@
-"""F2. Preparation at scale: Lightning's ``Trainer.predict`` over any number of processes, one shard at a time.
+"""Preparation at scale: Lightning's ``Trainer.predict`` over any number of processes, one shard at a time.
 
 Work that comes in shards is written shard by shard, each by one process and moved into place when it is complete. So a
 kill costs at most a shard a process, and the same command goes on, with the same number of processes or another.
@@ -18,7 +18,7 @@ from lightning.pytorch.utilities.exceptions import SIGTERMException
 from lightning.pytorch.utilities.seed import isolate_rng
 from torch.utils.data import DataLoader
 
-from harmony.errors import UserError
+from harmony.core.errors import UserError
 
 QUIET = {
     "logger": False,

@@ -1,4 +1,4 @@
-"""F1. How well probabilities of two classes tell them apart, and how far they can be believed."""
+"""How well probabilities of two classes tell them apart, and how far they can be believed."""
 
 import numpy as np
 from sklearn.metrics import roc_auc_score

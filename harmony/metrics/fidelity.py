@@ -1,4 +1,4 @@
-"""F1. Fidelity of one output to its truth: pixels, edges, colours, seams.
+"""Fidelity of one output to its truth: pixels, edges, colours, seams.
 
 Images are uint8 H x W x 3 RGB, masks bool H x W. All arithmetic is in floats on 0..255. A figure over no pixels at all
 (an empty mask) is NaN, which ``aggregate`` leaves out.
@@ -10,7 +10,7 @@ from collections.abc import Iterable
 import cv2
 import numpy as np
 
-from harmony.conditions import blur_hint, edge_hint
+from harmony.pixels.hints import blur_hint, edge_hint
 
 PSNR_LIMIT = 100.0  # dB: what an identical image counts in a mean; a single grey step in a 128 px image is 95 dB
 COLOR_SIGMA = 10  # px at a side of 512, the colour hint's own

@@ -1,4 +1,4 @@
-"""F1. Distances between two sets of images: Frechet distance (FID) and kernel distance (KID) of their features.
+"""Distances between two sets of images: Frechet distance (FID) and kernel distance (KID) of their features.
 
 A feature extractor is a callable on float N x 3 x H x W in [0, 255] that returns N x D, with two attributes: ``size``,
 the side it wants, and ``protocol``, the name that must stand beside every figure made with it. It also fits clean-fid's
@@ -6,9 +6,7 @@ the side it wants, and ``protocol``, the name that must stand beside every figur
 """
 
 import itertools
-import tempfile
 from collections.abc import Callable, Iterable
-from pathlib import Path
 from typing import Protocol
 
 import numpy as np
@@ -17,12 +15,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from cleanfid.resize import make_resizer
 
-from harmony.errors import UserError
-from harmony.images import to_clip
-
-INCEPTION_FILE = "inception-2015-12-05.pt"  # clean-fid's weights
-INCEPTION_SIZE = 299
-
+from harmony.pixels.images import to_clip
 
 # --- statistics and distances
 
@@ -147,54 +140,3 @@ def normalise_clip(images: torch.Tensor, size: int) -> torch.Tensor:
     if images.shape[-2:] != (size, size):
         images = F.interpolate(images, (size, size), mode="bicubic", antialias=True, align_corners=False).clamp(0, 255)
     return to_clip(images / 255)
-
-
-class KitFeatures:
-    """Pooled features, before the projection, of a kit's CLIP vision model (transformers' ``..WithProjection``)."""
-
-    protocol = "kit-clip"
-
-    def __init__(self, model: torch.nn.Module):
-        self.model = model
-        self.size = model.config.image_size
-
-    @torch.no_grad()
-    def __call__(self, images: torch.Tensor) -> torch.Tensor:
-        """Float N x 3 x H x W in [0, 255] to N x D; images of another side are resized to the tower's."""
-        pixels = normalise_clip(images.to(self.model.device, torch.float32), self.size)
-        return self.model.vision_model(pixel_values=pixels.to(self.model.dtype)).pooler_output
-
-
-class InceptionFeatures:
-    """Features of clean-fid's Inception-v3, 2048-d."""
-
-    protocol = "inception-clean"
-    size = INCEPTION_SIZE
-
-    def __init__(self, folder: Path, device: str | torch.device):
-        from cleanfid.inception_torchscript import InceptionV3W
-
-        self.device = device
-        self.model = InceptionV3W(str(folder), download=False).to(device)
-
-    @torch.no_grad()
-    def __call__(self, images: torch.Tensor) -> torch.Tensor:
-        """Float N x 3 x 299 x 299 in [0, 255] to N x 2048."""
-        return self.model(images.to(self.device))
-
-
-def inception_features(
-    folder: str | Path | None = None, device: str | torch.device = "cpu"
-) -> InceptionFeatures | None:
-    """clean-fid's Inception if its weights are on disk already, else None; never downloads.
-
-    ``folder`` is where they lie, by default where clean-fid puts them (the temporary folder). Raises UserError for a
-    file that cannot be loaded: clean-fid writes it in place, so that an interrupted download leaves a broken one.
-    """
-    path = Path(folder or tempfile.gettempdir()) / INCEPTION_FILE
-    if not path.is_file():
-        return None
-    try:
-        return InceptionFeatures(path.parent, device)
-    except RuntimeError:
-        raise UserError(f"the Inception weights {path} cannot be loaded; delete the file and fetch it again") from None

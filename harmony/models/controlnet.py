@@ -1,4 +1,4 @@
-"""F2. ControlNets for an inpainting UNet, in diffusers' own class and format.
+"""ControlNets for an inpainting UNet, in diffusers' own class and format.
 
 The trunk reads the noised latent alone (``conv_in`` keeps the first C of the UNet's 2C + 1 input channels): what the
 paper's prose says, and the only form that the stock ``StableDiffusionControlNetInpaintPipeline`` runs (2.5).
@@ -14,10 +14,10 @@ import torch
 from diffusers import ControlNetModel, UNet2DConditionModel
 from safetensors import SafetensorError
 
-from harmony.errors import UserError
-from harmony.hub import fetched
-from harmony.images import sha256
-from harmony.models.kit import ASSETS, Kit
+from harmony.core.errors import UserError
+from harmony.core.hub import fetched
+from harmony.models.backbone import ASSETS, Kit
+from harmony.pixels.images import sha256
 
 HINT_CHANNELS = (16, 32, 96, 256)  # widths of the hint encoder; each after the first halves the side
 SILU_GAIN = 1.68  # 1 / the root mean square of SiLU of a unit normal

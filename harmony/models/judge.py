@@ -1,4 +1,4 @@
-"""F2. The judge of composites: how natural an object looks in its photograph, from its colours and the mask.
+"""The judge of composites: how natural an object looks in its photograph, from its colours and the mask.
 
 A residual network with four input channels (RGB and mask) and two classes (method sheet 4.7). The folder of a judge
 holds ``judge.safetensors`` and ``judge.json``: architecture, side in pixels, temperature.
@@ -15,10 +15,10 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from harmony.errors import UserError
-from harmony.files import write_json
-from harmony.images import resize, sha256, to_model
-from harmony.models.kit import ASSETS
+from harmony.core.errors import UserError
+from harmony.core.files import write_json
+from harmony.models.backbone import ASSETS
+from harmony.pixels.images import resize, sha256, to_model
 
 WEIGHTS, FACTS = "judge.safetensors", "judge.json"
 NATURAL = 1  # the class of real photographs

@@ -1,4 +1,4 @@
-"""F2. Textual inversion's word: a token of its own, one or several vectors in the text encoder's table, its file.
+"""Textual inversion's word: a token of its own, one or several vectors in the text encoder's table, its file.
 
 Gal et al., An Image is Worth One Word (2022); method sheet 5.2. Names and file are those of diffusers: the vectors of
 ``<mug>`` are the tokens ``<mug>``, ``<mug>_1``, ..., and ``load_textual_inversion`` of its pipelines reads the file.
@@ -14,8 +14,8 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from harmony.errors import UserError
-from harmony.models.kit import ASSETS, Kit
+from harmony.core.errors import UserError
+from harmony.models.backbone import ASSETS, Kit
 
 WEIGHTS = "learned_embeds.safetensors"  # diffusers' name for the file
 

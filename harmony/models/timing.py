@@ -1,4 +1,4 @@
-"""F2. Where the time goes: seconds inside named modules, by their forward hooks.
+"""Where the time goes: seconds inside named modules, by their forward hooks.
 
 On a GPU the hooks record events, which the device passes when it gets there, and read them once at the end: what is
 timed never waits for its clock. While a CUDA graph is recorded nothing may be asked of the device, and a replay runs no

@@ -1,4 +1,4 @@
-"""F3. CUDA graphs: a step of a sampler is recorded once a shape and replayed, without the launch of each kernel.
+"""CUDA graphs: a step of a sampler is recorded once a shape and replayed, without the launch of each kernel.
 
 A graph reads and writes fixed addresses. So what a step depends on lies in buffers that are filled before each batch
 (the constants of a network) and before each step (the latent and its timestep).

@@ -1,4 +1,4 @@
-"""F3. DDIM: deterministic sampling and its exact algebraic inverse (method sheet 1.2; Song et al., 2021).
+"""DDIM: deterministic sampling and its exact algebraic inverse (method sheet 1.2; Song et al., 2021).
 
 A sampler is a function of an eps model, a latent and a list of timesteps; guidance, controls and masks live in the
 model.
@@ -8,7 +8,7 @@ from collections.abc import Callable
 
 import torch
 
-from harmony.errors import UserError
+from harmony.core.errors import UserError
 
 Eps = Callable[[torch.Tensor, int], torch.Tensor]  # (z_t, t) -> predicted noise, same shape
 

@@ -1,4 +1,4 @@
-"""F3. Null-text inversion: empty-prompt embeddings, one a step, under which guided sampling gives an image back.
+"""Null-text inversion: empty-prompt embeddings, one a step, under which guided sampling gives an image back.
 
 After Mokady et al., Null-text Inversion for Editing Real Images using Guided Diffusion Models (2022); method sheet 5.4.
 """
@@ -8,9 +8,9 @@ from dataclasses import dataclass
 
 import torch
 
-from harmony.models.kit import Kit
+from harmony.models.backbone import Kit
 from harmony.sampling.ddim import level, step, timesteps, to_eps
-from harmony.sampling.inpaint import predict
+from harmony.sampling.guidance import predict
 from harmony.sampling.text_to_image import whole_picture
 
 Denoiser = Callable[[torch.Tensor, int, torch.Tensor], torch.Tensor]  # (z_t, t, text B x T x D) -> eps

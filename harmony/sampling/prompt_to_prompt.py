@@ -1,4 +1,4 @@
-"""F3. Prompt-to-prompt: how the attention of a source prompt goes over to a target prompt (method sheet 5.5).
+"""Prompt-to-prompt: how the attention of a source prompt goes over to a target prompt (method sheet 5.5).
 
 After Hertz et al., Prompt-to-Prompt Image Editing with Cross Attention Control (2022). Positions count tokens, the
 beginning token included; a word may be several of them.
@@ -11,9 +11,9 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 
-from harmony.errors import UserError
+from harmony.core.errors import UserError
 from harmony.models.attention import AttentionControl, Layer, conditional, controlled
-from harmony.models.kit import Kit
+from harmony.models.backbone import Kit
 from harmony.sampling.ddim import step, timesteps
 from harmony.sampling.null_text import denoiser
 

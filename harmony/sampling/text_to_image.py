@@ -1,15 +1,14 @@
-"""F3. Text to image: an inpainting UNet whose hole is the whole picture, or one without a mask."""
+"""Text to image: an inpainting UNet whose hole is the whole picture, or one without a mask."""
 
 from collections.abc import Sequence
 
 import numpy as np
 import torch
 
-from harmony.images import from_model
-from harmony.models.kit import Kit
+from harmony.models.backbone import Kit
+from harmony.pixels.images import from_model
 from harmony.sampling.ddim import noise_for
-from harmony.sampling.harmonize import Settings
-from harmony.sampling.inpaint import sampled
+from harmony.sampling.guidance import Settings, sampled
 
 
 def whole_picture(kit: Kit, count: int = 1) -> torch.Tensor:

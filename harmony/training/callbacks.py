@@ -1,4 +1,4 @@
-"""F4. What watches a training: sample grids, throughput, the NaN guard, atomic checkpoints, the run folder's CSV."""
+"""What watches a training: sample grids, throughput, the NaN guard, atomic checkpoints, the run folder's CSV."""
 
 import csv
 import os
@@ -12,11 +12,11 @@ import torch
 from lightning.fabric.plugins import TorchCheckpointIO
 from lightning.pytorch.callbacks import Callback
 
-from harmony.data.datamodule import LatentData
-from harmony.errors import UserError
-from harmony.images import write_image
-from harmony.sampling.benchmark import load_bench, sample_grid
-from harmony.sampling.harmonize import Settings
+from harmony.core.errors import UserError
+from harmony.data.modules import LatentData
+from harmony.evaluation.eval_sets import load_bench, sample_grid
+from harmony.pixels.images import write_image
+from harmony.sampling.guidance import Settings
 
 
 class AtomicCheckpoints(TorchCheckpointIO):

@@ -1,4 +1,4 @@
-"""F4. Training one ControlNet on a frozen inpainting kit (system A of the method sheet, sections 2.3 to 2.7)."""
+"""Training one ControlNet on a frozen inpainting kit (system A of the method sheet, sections 2.3 to 2.7)."""
 
 from collections.abc import Callable, Sequence
 from functools import cached_property
@@ -9,15 +9,15 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from harmony.conditions import check_hint, hint
-from harmony.data.datamodule import LatentData
-from harmony.errors import UserError
+from harmony.core.errors import UserError
+from harmony.data.modules import LatentData
+from harmony.evaluation.eval_sets import Bench, Fill, by_hints
+from harmony.methods.insert import Branch, load_branch
+from harmony.models.backbone import Kit, placed, weights_hash
 from harmony.models.controlnet import BRANCHES, export_controlnet, from_unet, zero_convolutions
-from harmony.models.halves import Encoded, Residuals, decode, encode
-from harmony.models.kit import Kit, placed, weights_hash
-from harmony.sampling.benchmark import Bench, Fill, by_hints
-from harmony.sampling.harmonize import Branch, Settings, load_branch
-from harmony.sampling.inpaint import control_residuals, embedded, together
+from harmony.models.unet_halves import Encoded, Residuals, decode, encode
+from harmony.pixels.hints import check_hint, hint
+from harmony.sampling.guidance import Settings, control_residuals, embedded, together
 from harmony.training.objective import Objective, noised, target
 from harmony.training.schedule import adamw, to_host
 

@@ -1,4 +1,4 @@
-"""F4. Training the judge of composites: real photographs against the same with their object under another light."""
+"""Training the judge of composites: real photographs against the same with their object under another light."""
 
 import math
 from pathlib import Path
@@ -8,9 +8,9 @@ import torch
 import torch.nn.functional as F
 from scipy.optimize import minimize_scalar
 
-from harmony.images import from_model, grid, write_image
 from harmony.metrics.classification import judged
 from harmony.models.judge import NATURAL, Judge, judge_net, save_judge, seen
+from harmony.pixels.images import from_model, grid, write_image
 from harmony.training.schedule import adamw
 
 SHOWN = 8  # pairs on the grid

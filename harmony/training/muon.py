@@ -1,4 +1,4 @@
-"""F4. Muon: AdamW for vectors, orthogonalised momentum for matrices and convolutions.
+"""Muon: AdamW for vectors, orthogonalised momentum for matrices and convolutions.
 
 Jordan et al., "Muon: An optimizer for hidden layers in neural networks" (2024), with the scale of Liu et al., "Muon is
 Scalable for LLM Training" (2025), so that one learning rate serves both kinds of parameter. torch.optim.Muon takes

@@ -1,10 +1,10 @@
-"""F4. What a latent diffusion model is trained on: the noised latent, and the weight of each entry of the eps loss."""
+"""What a latent diffusion model is trained on: the noised latent, and the weight of each entry of the eps loss."""
 
 from dataclasses import dataclass
 
 import torch
 
-from harmony.models.kit import scaled_latent
+from harmony.models.backbone import scaled_latent
 
 
 def noised(

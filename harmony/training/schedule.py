@@ -1,4 +1,4 @@
-"""F4. AdamW, on the device or in host memory; learning-rate factors as functions of the optimiser step n = 0, 1, 2, ...
+"""AdamW, on the device or in host memory; learning-rate factors as functions of the optimiser step n = 0, 1, 2, ...
 
 The warm-up factor is (n + 1) / W, not n / W: with the latter the first step would change nothing (method sheet, 1.4).
 Paint by Example's begins at 1e-6 instead.
@@ -11,7 +11,7 @@ import lightning
 import torch
 from torch.optim.adamw import adamw as update
 
-from harmony.errors import UserError
+from harmony.core.errors import UserError
 
 
 def constant(warmup: int = 0) -> Callable[[int], float]:

@@ -1,4 +1,4 @@
-"""F4. Textual inversion: one word learnt from a few pictures, everything else as it was (method sheet 5.2).
+"""Textual inversion: one word learnt from a few pictures, everything else as it was (method sheet 5.2).
 
 After Gal et al., An Image is Worth One Word (2022).
 """
@@ -10,14 +10,13 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from harmony.errors import UserError
-from harmony.images import grid, write_image
+from harmony.core.errors import UserError
 from harmony.metrics.similarity import clip_t, embeddings
-from harmony.models.kit import DIFFUSION, Kit, scaled_latent
+from harmony.models.backbone import DIFFUSION, Kit, scaled_latent
+from harmony.models.clip import clip_of
 from harmony.models.textual_inversion import Word, add_tokens, initial, save_word, text_states
-from harmony.sampling.benchmark import clip_of
-from harmony.sampling.harmonize import Settings
-from harmony.sampling.inpaint import predict
+from harmony.pixels.images import grid, write_image
+from harmony.sampling.guidance import Settings, predict
 from harmony.sampling.text_to_image import text_to_image, whole_picture
 from harmony.training.objective import target
 

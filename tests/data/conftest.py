@@ -6,8 +6,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from harmony.data.select import FULL_HEADER
-from harmony.images import write_image
+from harmony.data.sources.open_images.select import FULL_HEADER
+from harmony.pixels.images import write_image
 
 DETECTIONS, SEGMENTATIONS = FULL_HEADER["detections.csv"], FULL_HEADER["segmentations.csv"]
 BOX = (0.25, 0.75, 0.25, 0.75)  # XMin, XMax, YMin, YMax

@@ -14,9 +14,9 @@ from transformers import (
     GenerationConfig,
 )
 
+from harmony.core.errors import UserError
 from harmony.data.captions import caption_images, captioner_name, given_captions, load_captioner, strip_prefix
-from harmony.errors import UserError
-from harmony.images import write_image
+from harmony.pixels.images import write_image
 
 WORDS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "a", "picture", "of", "red", "cat", "on", "grass", "snow", "the"]
 

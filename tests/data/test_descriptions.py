@@ -27,6 +27,7 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
+from harmony.core.errors import UserError
 from harmony.data.descriptions import (
     LIGHTS,
     PLAIN,
@@ -40,11 +41,10 @@ from harmony.data.descriptions import (
     read_descriptions,
     surroundings,
 )
-from harmony.errors import UserError
-from harmony.images import read_image
-from harmony.masks import read_mask
-from harmony.models.kit import Kit
-from harmony.sampling.benchmark import clip_of
+from harmony.models.backbone import Kit
+from harmony.models.clip import clip_of
+from harmony.pixels.images import read_image
+from harmony.pixels.masks import read_mask
 
 ROOT = Path(__file__).resolve().parents[2]
 MUG = Description("a mug", "warm light", "blue moonlight")

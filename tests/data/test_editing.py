@@ -7,12 +7,13 @@ import cv2
 import numpy as np
 import pytest
 
-from harmony.data import editing, preparation
-from harmony.data.editing import CONCEPTS, START, Case, concept_scene, concepts, edits_of, read_cases
-from harmony.data.studio import COLOURS, KINDS, LIGHTS, NOVEL, Frames, scene
-from harmony.errors import UserError
-from harmony.images import read_image, resize
+from harmony.core.errors import UserError
+from harmony.data import preparation
+from harmony.data.sources import editing
+from harmony.data.sources.editing import CONCEPTS, START, Case, concept_scene, concepts, edits_of, read_cases
+from harmony.data.sources.studio import COLOURS, KINDS, LIGHTS, NOVEL, Frames, scene
 from harmony.metrics.fidelity import psnr
+from harmony.pixels.images import read_image, resize
 
 BUNDLED = Path(__file__).resolve().parents[2] / "datasets" / "editing"
 SCENES = [s for s in (scene(START + i) for i in range(256)) if s.split == "test"]

@@ -6,9 +6,9 @@ from dataclasses import asdict, replace
 
 import pytest
 
+from harmony.core.errors import UserError
+from harmony.core.row import SCHEMA_VERSION, Row
 from harmony.data.manifest import manifest_hash, read_manifest, write_manifest
-from harmony.errors import UserError
-from harmony.sample import SCHEMA_VERSION, Row
 
 ROW = Row("a", "../a.jpg", "../a.png", (1.0, 2.0, 30.0, 20.0), "Cat", "a cat – où?", "train", 40, 32, "0" * 64)
 ROWS = [replace(ROW, id="z", split="test"), replace(ROW, id="b", extras={"plate": "p.jpg"}), ROW]

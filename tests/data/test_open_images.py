@@ -11,19 +11,19 @@ import numpy as np
 import pytest
 from omegaconf import OmegaConf
 
-from harmony.data import open_images
+from harmony.core.errors import UserError
 from harmony.data.manifest import manifest_hash, read_manifest
-from harmony.data.open_images import (
+from harmony.data.sources.open_images import importer as open_images
+from harmony.data.sources.open_images.importer import (
     dataset_name,
     forget_interrupted,
     prepare_dataset,
     progress,
     write_id_file,
 )
-from harmony.errors import UserError
-from harmony.images import read_image, sha256, write_image
-from harmony.masks import bounding_box, read_mask
-from harmony.models.kit import ASSETS
+from harmony.models.backbone import ASSETS
+from harmony.pixels.images import read_image, sha256, write_image
+from harmony.pixels.masks import bounding_box, read_mask
 
 ROOT = Path(__file__).resolve().parents[2]
 

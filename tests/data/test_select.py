@@ -5,7 +5,8 @@ import json
 import polars as pl
 import pytest
 
-from harmony.data.select import (
+from harmony.core.errors import UserError
+from harmony.data.sources.open_images.select import (
     ANNOTATION_REASONS,
     KEPT,
     Rules,
@@ -15,7 +16,6 @@ from harmony.data.select import (
     select,
     write_selection,
 )
-from harmony.errors import UserError
 
 
 def reasons(root, rules=None, split="train"):

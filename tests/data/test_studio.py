@@ -9,10 +9,10 @@ import cv2
 import numpy as np
 import pytest
 
-from harmony.data import studio
-from harmony.data.studio import COLOURS, GROUNDS, KINDS, LIGHTS, held_out, scene
-from harmony.errors import UserError
-from harmony.images import read_image, resize, write_image
+from harmony.core.errors import UserError
+from harmony.data.sources import studio
+from harmony.data.sources.studio import COLOURS, GROUNDS, KINDS, LIGHTS, held_out, scene
+from harmony.pixels.images import read_image, resize, write_image
 
 BUNDLED = Path(__file__).resolve().parents[2] / "datasets" / "studio"
 SPLITS = {"train": 352, "validation": 64, "test": 96}

@@ -10,10 +10,11 @@ import pytest
 import torch
 from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection
 
-from harmony import images
-from harmony.errors import UserError
+from harmony.core.errors import UserError
 from harmony.metrics import frechet
 from harmony.metrics.frechet import Statistics, frechet_distance, kid
+from harmony.models.features import INCEPTION_FILE, KitFeatures, inception_features
+from harmony.pixels import images
 
 
 def features(n, dim, seed=0, shift=0.0, scale=1.0):
@@ -37,7 +38,7 @@ def kit_features():
         hidden_size=16, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2, image_size=32, patch_size=8,
         projection_dim=8,
     )  # fmt: skip
-    return frechet.KitFeatures(CLIPVisionModelWithProjection(config).eval())
+    return KitFeatures(CLIPVisionModelWithProjection(config).eval())
 
 
 # --- statistics
@@ -183,10 +184,10 @@ def test_same_figure_as_clean_fid(tmp_path, kit_features, size):
 
 
 def test_absent_inception_is_none_and_a_broken_one_is_named(tmp_path):
-    assert frechet.inception_features(tmp_path) is None
-    (tmp_path / frechet.INCEPTION_FILE).write_bytes(b"half a download")
+    assert inception_features(tmp_path) is None
+    (tmp_path / INCEPTION_FILE).write_bytes(b"half a download")
     with pytest.raises(UserError, match="cannot be loaded"):
-        frechet.inception_features(tmp_path)
+        inception_features(tmp_path)
 
 
 def test_inception_is_wired_as_clean_fid_expects_it(tmp_path):
@@ -200,7 +201,7 @@ def test_inception_is_wired_as_clean_fid_expects_it(tmp_path):
         def forward(self, x):
             return self.layers(x)
 
-    torch.jit.script(Net()).save(str(tmp_path / frechet.INCEPTION_FILE))
-    extractor = frechet.inception_features(tmp_path)
+    torch.jit.script(Net()).save(str(tmp_path / INCEPTION_FILE))
+    extractor = inception_features(tmp_path)
     assert extractor.protocol == "inception-clean"
     assert frechet.extract(pictures(2), extractor, extractor.size).shape == (2, 2048)

@@ -9,6 +9,7 @@ import torch
 from transformers import CLIPTextConfig, CLIPTextModelWithProjection, CLIPVisionConfig, CLIPVisionModelWithProjection
 
 from harmony.metrics import similarity
+from harmony.models.clip import KitClip, OpenClip
 
 
 def pictures(n=3, side=40):
@@ -40,7 +41,7 @@ def test_kit_clip_projects_both_into_one_space():
     text = CLIPTextModelWithProjection(
         CLIPTextConfig(**common, vocab_size=64, max_position_embeddings=12, eos_token_id=63)
     ).eval()
-    clip = similarity.KitClip(vision, text.text_model, text.text_projection, Tokens())
+    clip = KitClip(vision, text.text_model, text.text_projection, Tokens())
     seen, read = clip.images(pictures()), clip.texts(["a red cup", "snow", "a caption far longer than twelve"])
     assert seen.shape == read.shape == (3, 8) and not seen.requires_grad
     ids = Tokens()(["snow"], 12).input_ids
@@ -59,6 +60,6 @@ def test_open_clip_by_name(tmp_path):
     open_clip.add_model_config(tmp_path)
     weights = tmp_path / "weights.pt"
     torch.save(open_clip.create_model("tiny").state_dict(), weights)
-    clip = similarity.OpenClip(f"tiny/{weights}")
+    clip = OpenClip(f"tiny/{weights}")
     assert clip.name == f"tiny/{weights}"
     assert clip.images(pictures()).shape == clip.texts(["a", "b", "c"]).shape == (3, 8)

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from harmony.models.attention import conditional, controlled, layers, map_side
-from harmony.models.kit import Kit
+from harmony.models.backbone import Kit
 
 
 @pytest.fixture(scope="module")

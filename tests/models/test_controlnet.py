@@ -5,11 +5,11 @@ import json
 import pytest
 import torch
 
-from harmony.errors import UserError
+from harmony.core.errors import UserError
+from harmony.models.backbone import Kit
 from harmony.models.controlnet import controlnet_folder, export_controlnet, from_unet, load_controlnet, read_hint
-from harmony.models.halves import decode, encode
-from harmony.models.kit import Kit
-from harmony.sampling.inpaint import control_residuals, embedded, predict
+from harmony.models.unet_halves import decode, encode
+from harmony.sampling.guidance import control_residuals, embedded, predict
 
 PARAMETERS = {"sigma": 10, "normalize": True}
 

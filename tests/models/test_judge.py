@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from harmony.errors import UserError
+from harmony.core.errors import UserError
 from harmony.models.judge import Judge, evaluator, judge_hash, judge_net, load_judge, save_judge, statistic
 
 OPTIONS = {"layers": [1, 1, 1, 1], "channels": [8, 8, 16, 16], "stem_width": 8}

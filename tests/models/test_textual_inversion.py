@@ -8,8 +8,8 @@ import torch
 from diffusers import StableDiffusionPipeline
 from safetensors.torch import save_file
 
-from harmony.errors import UserError
-from harmony.models.kit import Kit
+from harmony.core.errors import UserError
+from harmony.models.backbone import Kit
 from harmony.models.textual_inversion import Word, add_tokens, initial, learn, read_word, save_word, text_states
 
 WIDTH = 32

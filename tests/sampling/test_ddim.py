@@ -4,9 +4,9 @@ import pytest
 import torch
 from diffusers import DDIMScheduler
 
-from harmony.errors import UserError
+from harmony.core.errors import UserError
 from harmony.sampling.ddim import clean, noise_for, sample, step, timesteps
-from harmony.training.kit import SCHEDULE
+from harmony.training.backbone import SCHEDULE
 
 GOLDEN = {  # abar_t, computed independently in float64
     0: 0.999150, 1: 0.998296, 20: 0.981314, 21: 0.980381, 100: 0.894223, 250: 0.673793,

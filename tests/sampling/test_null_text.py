@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from harmony.models.kit import Kit
+from harmony.models.backbone import Kit
 from harmony.sampling.ddim import invert, sample, step, timesteps
 from harmony.sampling.null_text import Search, denoiser, enough, null_texts, rate, replay
 from harmony.sampling.text_to_image import whole_picture

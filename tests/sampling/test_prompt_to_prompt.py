@@ -3,11 +3,11 @@
 import pytest
 import torch
 
-from harmony.errors import UserError
+from harmony.core.errors import UserError
 from harmony.models.attention import controlled
-from harmony.models.kit import Kit
+from harmony.models.backbone import Kit
 from harmony.sampling.ddim import sample
-from harmony.sampling.inpaint import Guided, Schedule
+from harmony.sampling.guidance import Guided, Schedule
 from harmony.sampling.prompt_to_prompt import (
     LocalBlend,
     PromptToPrompt,

@@ -5,8 +5,8 @@ import pytest
 import torch
 from diffusers import UNet2DConditionModel
 
-from harmony.models.kit import Kit
-from harmony.sampling.harmonize import Settings
+from harmony.models.backbone import Kit
+from harmony.sampling.guidance import Settings
 from harmony.sampling.text_to_image import text_to_image, whole_picture
 
 PROMPTS = ["a red mushroom on snow", "a blue car on grass", "a red car on snow"]

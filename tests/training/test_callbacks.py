@@ -10,9 +10,9 @@ import pytest
 import torch
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 
-from harmony.errors import UserError
-from harmony.images import read_image
-from harmony.models.kit import Kit
+from harmony.core.errors import UserError
+from harmony.models.backbone import Kit
+from harmony.pixels.images import read_image
 from harmony.training.callbacks import (
     AtomicCheckpoints,
     MetricsCSV,

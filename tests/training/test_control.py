@@ -10,9 +10,9 @@ import torch
 from lightning.pytorch.callbacks import Callback
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from harmony.errors import UserError
+from harmony.core.errors import UserError
+from harmony.models.backbone import Kit
 from harmony.models.controlnet import export_controlnet, zero_convolutions
-from harmony.models.kit import Kit
 from harmony.training.callbacks import NaNGuard, Throughput
 from harmony.training.control import ControlTask, JointTask
 from harmony.training.schedule import HostAdamW

@@ -7,12 +7,12 @@ import numpy as np
 import pytest
 import torch
 
-from harmony.data.datamodule import JudgeData
-from harmony.data.pairs import VISIBLE, Composites, under_other_light
-from harmony.errors import UserError
+from harmony.core.errors import UserError
+from harmony.data.modules import JudgeData
+from harmony.data.relit_pairs import VISIBLE, Composites, under_other_light
+from harmony.evaluation.judges import JudgeStudy
 from harmony.metrics.classification import calibration_error, judged
 from harmony.models.judge import load_judge
-from harmony.sampling.judge_bench import JudgeStudy
 from harmony.training.judge import JudgeTask, calibrated
 
 OPTIONS = {"layers": [1, 1, 1, 1], "channels": [8, 8, 16, 16], "stem_width": 8}

@@ -5,7 +5,7 @@ import torch
 from diffusers import DDIMScheduler
 
 from harmony.sampling.ddim import clean, to_eps
-from harmony.training.kit import SCHEDULE
+from harmony.training.backbone import SCHEDULE
 from harmony.training.objective import Objective, noised, target
 
 ABAR = DDIMScheduler(**SCHEDULE).alphas_cumprod

@@ -4,7 +4,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from harmony.errors import UserError
+from harmony.core.errors import UserError
 from harmony.training.schedule import constant, linear_decay, total_steps, warm_up
 
 

@@ -11,11 +11,11 @@ import torch
 import torch.nn.functional as F
 from lightning.pytorch.callbacks import Callback
 
-from harmony.data.datamodule import PicturesData
-from harmony.errors import UserError
-from harmony.images import write_image
-from harmony.models.kit import Kit
+from harmony.core.errors import UserError
+from harmony.data.modules import PicturesData
+from harmony.models.backbone import Kit
 from harmony.models.textual_inversion import learn, read_word
+from harmony.pixels.images import write_image
 from harmony.training.textual_inversion import TEMPLATES, TextualInversionTask
 
 FROZEN = ("text_encoder", "unet", "vae", "text_tower", "image_encoder")

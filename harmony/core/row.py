@@ -1,0 +1,38 @@
+"""One manifest row, and the shapes and ranges that every floor agrees on.
+
+Legend of shapes
+    B  batch            H, W  pixels             h, w  latent cells (H / factor, W / factor)
+    C  latent channels  T     tokens of a prompt  D    width of the text states
+
+Value ranges
+    image  uint8 H x W x 3 RGB on disk and in NumPy, float B x 3 x H x W in [-1, 1] ("model range") in front of a
+    network hint   float B x 3 x H x W in [0, 1] ("hint range"), 0 outside the instance
+    mask   {0, 1}; 1 = hole, 0 = keep. M is the instance, M_e (the hole) contains M
+"""
+
+from dataclasses import dataclass, field
+
+SCHEMA_VERSION = 1
+SPLITS = ("train", "validation", "test")
+
+
+@dataclass(frozen=True)
+class Row:
+    """One instance in one photograph: a line of ``manifest.jsonl``. Paths are relative to the manifest's folder.
+
+    ``box`` is (x0, y0, x1, y1) in pixels of the stored image, x1 and y1 exclusive. ``sha256`` is that of the image
+    file. ``extras`` holds what only some datasets have: ``plate``, ``relit``, ``shadow`` (paths), ``relit_caption``,
+    ``source`` (``studio``), ``caption_source`` (``given`` or the name of the captioner).
+    """
+
+    id: str
+    image: str
+    mask: str
+    box: tuple[float, float, float, float]
+    label: str
+    caption: str
+    split: str
+    width: int
+    height: int
+    sha256: str
+    extras: dict[str, str] = field(default_factory=dict)

@@ -1,0 +1,109 @@
+"""A user's own photographs and masks, brought to the same ``Selection`` as Open Images.
+
+``<dir>/images/<name>.<jpg|png|...>`` with ``<dir>/masks/<name>.png`` (white = object), and if wanted
+``<dir>/captions.json`` ({name: caption}). Splits are drawn from the hash of the name, so that adding an image moves no
+other one; with ``<dir>/<split>/images`` and ``<dir>/<split>/masks`` they are as the folders say.
+"""
+
+import hashlib
+import json
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import polars as pl
+
+from harmony.core.errors import UserError
+from harmony.data.sources.open_images.select import COLUMNS, KEPT, Rules, Selection
+from harmony.pixels.images import open_image
+from harmony.pixels.masks import bounding_box, read_mask
+
+SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff")
+SHARES = {"train": 0.8, "validation": 0.1, "test": 0.1}
+LABEL = "object"
+SCHEMA = dict.fromkeys(COLUMNS, pl.String) | dict.fromkeys(("x0", "y0", "x1", "y1"), pl.Float32)
+
+
+def select_folder(root: Path, splits: Sequence[str], rules: Rules) -> Selection:
+    """Every image of the folder with its mask, or the reason why not. Areas are judged later, on the masks themselves.
+
+    Raises UserError where there is no ``images`` folder, or no image in it.
+    """
+    rows = [row for split, folder in split_folders(root, splits) for row in folder_rows(root, folder, split)]
+    if not rows:
+        raise UserError(f"{root}: no images found; put photographs into images/ and masks of the same name into masks/")
+    table = pl.DataFrame(rows, schema=SCHEMA, orient="row").filter(pl.col("split").is_in(list(splits)))
+    return Selection(root, table.sort("split", "id"), rules)
+
+
+def image_files(folder: Path) -> list[Path]:
+    """The picture files that lie in ``folder`` itself, by name."""
+    return sorted(path for path in folder.iterdir() if path.suffix.lower() in SUFFIXES)
+
+
+def pictures_in(folder: Path) -> list[Path]:
+    """The picture files of a folder by name, without looking into folders. UserError where there are none."""
+    if not folder.is_dir():
+        raise UserError(f"{folder}: no such folder; give one with three to five pictures")
+    found = image_files(folder)
+    if not found:
+        raise UserError(f"{folder}: no pictures ({', '.join(SUFFIXES)}) in it; put three to five there")
+    return found
+
+
+def split_folders(root: Path, splits: Sequence[str]) -> Iterator[tuple[str | None, Path]]:
+    """(split, folder) for each split folder; (None, root) where the hash of the name decides."""
+    if (root / "images").is_dir():
+        yield None, root
+        return
+    found = [split for split in splits if (root / split / "images").is_dir()]
+    if not found:
+        raise UserError(f"{root}: neither images/ nor <split>/images/ there; see datasets/folder/README.md")
+    yield from ((split, root / split) for split in found)
+
+
+def folder_rows(root: Path, folder: Path, split: str | None) -> Iterator[tuple]:
+    """One row of ``COLUMNS`` an image file."""
+    for image in image_files(folder / "images"):
+        mask = folder / "masks" / f"{image.stem}.png"
+        reason, box = mask_box(image, mask)
+        paths = (str(image.relative_to(root)), str(mask.relative_to(root)))
+        yield (split or draw_split(image.stem), image.stem, reason, LABEL, *box, *paths, None)
+
+
+def mask_box(image: Path, mask: Path) -> tuple[str, tuple[float | None, ...]]:
+    """(``kept`` or a reason, box of the mask in fractions of the image)."""
+    nothing = (None,) * 4
+    if not mask.is_file():
+        return "mask file missing", nothing
+    try:
+        size = open_image(image).size
+    except UserError:
+        return "image undecodable", nothing
+    try:
+        if open_image(mask, "mask").size != size:
+            return "mask shape differs", nothing
+        x0, y0, x1, y1 = bounding_box(read_mask(mask, size))
+    except UserError as error:
+        return ("mask empty" if "empty" in str(error) else "mask undecodable"), nothing
+    return KEPT, (x0 / size[0], y0 / size[1], x1 / size[0], y1 / size[1])
+
+
+def draw_split(name: str) -> str:
+    """A split by the hash of the name, in the proportions of ``SHARES``."""
+    draw = int.from_bytes(hashlib.sha256(name.encode()).digest()[:8], "big") / 2**64
+    for split, share in SHARES.items():
+        if (draw := draw - share) < 0:
+            return split
+    return "test"
+
+
+def folder_captions(folder: Path) -> dict[str, list[str]]:
+    """``captions.json`` of the folder: {name: caption} or {name: [caption, ...]}; empty where there is none."""
+    path = folder / "captions.json"
+    if not path.is_file():
+        return {}
+    try:
+        captions = json.loads(path.read_text(encoding="utf-8"))
+        return {name: [texts] if isinstance(texts, str) else list(texts) for name, texts in captions.items()}
+    except (json.JSONDecodeError, AttributeError, TypeError) as error:
+        raise UserError(f'{path}: expected {{"<name>": "<caption>", ...}} ({error}); mend it or remove it') from None

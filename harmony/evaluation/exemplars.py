@@ -1,0 +1,143 @@
+"""A bench for painting by example, after COCOEE (method sheet 3.10): another object of the same kind as exemplar.
+
+Each source picture has one box, which is painted over; the exemplar is the crop of the most similar object of the same
+label in another picture of the split, by the cosine of CLIP image features. There is no truth: what counts is whether
+the box looks like the exemplar (``clip_i``), whether the picture looks like a picture (``clip_fid``, ``fid``,
+``qs_own``), and whether pixels were merely copied (``copying``). ``clip_i``, ``clip_fid`` and ``qs_own`` are made of
+CLIP's image embeddings, ``fid`` and ``kid`` of the features that the other tables use.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+
+import numpy as np
+import torch
+
+from harmony.core.errors import UserError
+from harmony.evaluation.eval_sets import Bench, distances, pasted, spread
+from harmony.metrics.fidelity import aggregate, bg_drift
+from harmony.metrics.frechet import Statistics, extract, frechet_distance
+from harmony.metrics.similarity import Clip, box_of, clip_i, embeddings
+from harmony.pixels.images import resize
+from harmony.pixels.masks import bounding_box, box_mask
+
+COMPONENTS = 20  # of the Gaussian mixture behind qs_own
+LARGEST = 0.5  # share of the picture that a box may take
+
+
+def exemplar_bench(
+    bench: Bench,
+    crops: Sequence[np.ndarray],
+    labels: Sequence[str],
+    objects: Sequence[str],
+    clip: Clip,
+    limit: int | None = None,
+    say: Callable[[str], None] = print,
+) -> Bench:
+    """Up to ``limit`` pictures of ``bench`` whose label occurs in another one, and the most similar object there.
+
+    Of each example: ``crops``, uint8 of any size, the box of its object in the photograph; ``labels``; ``objects``, a
+    name that two pictures of one object (a scene under two lights) share. UserError when nothing can be paired.
+    """
+    boxes = [box_mask(bounding_box(e.mask), *e.mask.shape[::-1]) for e in bench.examples]
+    features = embeddings(crops, clip)
+    alike = (features @ features.T).numpy()
+    labels, objects = np.array(labels), np.array(objects)
+    other = (labels[:, None] == labels[None]) & (objects[:, None] != objects[None])
+    small = np.array([box.mean() <= LARGEST for box in boxes])
+    kept = np.flatnonzero(other.any(1) & small).tolist()
+    alone, large = int((~other.any(1)).sum()), int((other.any(1) & ~small).sum())
+    if not kept:
+        raise UserError(
+            f"{bench.name}: of {len(boxes)} pictures {alone} show a kind of object that no other one shows and {large} "
+            "have a box of more than half of the picture: nothing is left, take a larger dataset"
+        )
+    if alone or large:
+        say(f"of {len(boxes)} pictures {alone} have no other of their kind, {large} a box above half of the picture")
+    kept = spread(kept, limit)
+    chosen = np.where(other, alike, -np.inf).argmax(1)
+    examples = [replace(bench.examples[i], hole=boxes[i]) for i in kept]
+    return replace(bench.part(kept), examples=examples, exemplars=[crops[chosen[i]] for i in kept])
+
+
+def copying(box: np.ndarray, shown: np.ndarray) -> float:
+    """Correlation in [-1, 1] of the pixels of a painted box and the exemplar in its size; 1 = copied. A flat one: 0."""
+    shown = resize(shown, box.shape[1], box.shape[0])
+    a, b = (x.astype(np.float64) - x.mean((0, 1)) for x in (box, shown))
+    return float((a * b).sum() / max(np.sqrt((a**2).sum() * (b**2).sum()), 1e-9))
+
+
+class Quality:
+    """Own quality score: the log-likelihood of a picture's features under a mixture of Gaussians fitted on ``real``.
+
+    The released score (QS) maps the log-likelihood of a mixture of 20 Gaussians, fitted on COCO, from [0, 300] to
+    [0, 1]; that mixture is a download. Here 20 diagonal ones are fitted on one half of ``real``, and the figure is a
+    rank: the percentage of the other half that is less likely. 50 = like a picture of the set.
+    """
+
+    def __init__(self, real: torch.Tensor, seed: int = 0):
+        from sklearn.mixture import GaussianMixture
+
+        order = np.random.default_rng(seed).permutation(len(real))
+        fitted, held = real.numpy()[order[::2]], real.numpy()[order[1::2]]
+        count = max(1, min(COMPONENTS, len(fitted) // 4))
+        self.mixture = GaussianMixture(count, covariance_type="diag", reg_covar=1e-3, random_state=seed).fit(fitted)
+        self.held = np.sort(self.mixture.score_samples(held))
+
+    def __call__(self, features: torch.Tensor) -> float:
+        """Mean over N x D features, 0..100."""
+        ranks = np.searchsorted(self.held, self.mixture.score_samples(features.numpy())) / len(self.held)
+        return float(100 * ranks.mean())
+
+
+@dataclass(frozen=True)
+class Likeness:
+    """The figures of this bench: ``real`` are pictures of the train split."""
+
+    bench: Bench
+    clip: Clip
+    extractor: Callable
+    real: list[np.ndarray]
+
+    @property
+    def protocol(self) -> str:
+        """What each figure is made of."""
+        clip = f"clip_i, clip_fid and qs_own on {self.clip.name} embeddings"
+        return f"{self.extractor.protocol} features, {clip}"
+
+    @cached_property
+    def real_features(self) -> torch.Tensor:
+        return extract(self.real, self.extractor, self.extractor.size)
+
+    @cached_property
+    def real_embeddings(self) -> torch.Tensor:
+        return embeddings(self.real, self.clip)
+
+    @cached_property
+    def quality(self) -> Quality:
+        return Quality(self.real_embeddings)
+
+    @cached_property
+    def shown(self) -> torch.Tensor:
+        return embeddings(self.bench.exemplars, self.clip)
+
+    def figures(self, raw: Sequence[np.ndarray]) -> dict[str, float]:
+        """``<split>/raw/<metric>`` and ``<split>/pasted/<metric>``."""
+        bench, results = self.bench, {}
+        for kind, outputs in (("raw", list(raw)), ("pasted", pasted(bench, raw))):
+            holes = [e.hole for e in bench.examples]
+            boxes = [box_of(y, h) for y, h in zip(outputs, holes, strict=True)]
+            numbers = aggregate(
+                [
+                    {"bg_drift": bg_drift(y, x, h), "copying": copying(b, s)}
+                    for y, x, h, b, s in zip(outputs, bench.seen(), holes, boxes, bench.exemplars, strict=True)
+                ]
+            )
+            whole = embeddings(outputs, self.clip)
+            sets = (Statistics(f.shape[1]).update(f) for f in (whole, self.real_embeddings))
+            numbers |= {"clip_i": 100 * clip_i(embeddings(boxes, self.clip), self.shown)}
+            numbers |= {"clip_fid": frechet_distance(*sets), "qs_own": self.quality(whole)}
+            numbers |= distances(extract(outputs, self.extractor, self.extractor.size), self.real_features)
+            results |= {f"{bench.name}/{kind}/{name}": float(value) for name, value in numbers.items()}
+        return results

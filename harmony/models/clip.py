@@ -1,0 +1,87 @@
+"""CLIP models behind one interface: a backbone's own towers, or any model of open_clip."""
+
+import numpy as np
+import torch
+
+from harmony.core.errors import UserError
+from harmony.metrics.frechet import clean_resize, normalise_clip
+from harmony.metrics.similarity import Clip
+from harmony.models.backbone import Kit
+
+
+class KitClip:
+    """A kit's own CLIP: the two towers of transformers and their projections into the common space.
+
+    ``vision`` is a CLIPVisionModelWithProjection, ``text`` a CLIPTextModel, ``text_projection`` the linear layer that
+    follows it.
+    """
+
+    name = "kit-clip"
+
+    def __init__(self, vision: torch.nn.Module, text: torch.nn.Module, text_projection: torch.nn.Module, tokenizer):
+        self.vision, self.text, self.text_projection, self.tokenizer = vision, text, text_projection, tokenizer
+
+    @torch.no_grad()
+    def images(self, images: list[np.ndarray]) -> torch.Tensor:
+        """Features N x P of uint8 images."""
+        size = self.vision.config.image_size
+        pixels = normalise_clip(clean_resize(images, size), size).to(self.vision.device, self.vision.dtype)
+        return self.vision(pixel_values=pixels).image_embeds.float()
+
+    @torch.no_grad()
+    def texts(self, texts: list[str]) -> torch.Tensor:
+        """Features N x P of captions, cut off at the length that the tower knows."""
+        tokens = self.tokenizer(
+            texts,
+            padding="max_length",
+            truncation=True,
+            max_length=self.text.config.max_position_embeddings,
+            return_tensors="pt",
+        )
+        pooled = self.text(input_ids=tokens.input_ids.to(self.text.device)).pooler_output
+        return self.text_projection(pooled).float()
+
+
+class OpenClip:
+    """Any model of open_clip: NAME/WEIGHTS, the latter its name for them or a path. UserError where there is none."""
+
+    def __init__(self, name: str, device: str | torch.device = "cpu"):
+        import open_clip
+
+        self.name, self.device = name, device
+        model, _, weights = name.partition("/")
+        if not weights:
+            raise UserError(f"clip={name}: give open_clip's NAME/WEIGHTS, ViT-B-32/laion2b_s34b_b79k for instance")
+        try:
+            made = open_clip.create_model_and_transforms(model, pretrained=weights, device=device)
+        except Exception as error:  # an unknown name, a hub that is not reached, a torn file: each raises its own
+            raise UserError(f"clip={name} cannot be loaded: {(str(error) or repr(error)).splitlines()[0]}") from error
+        self.preprocess, self.model, self.tokenizer = made[2], made[0].eval(), open_clip.get_tokenizer(model)
+
+    @torch.no_grad()
+    def images(self, images: list[np.ndarray]) -> torch.Tensor:
+        """Features N x P of uint8 images, by the model's own preprocessing."""
+        from PIL import Image
+
+        pixels = torch.stack([self.preprocess(Image.fromarray(image)) for image in images])
+        return self.model.encode_image(pixels.to(self.device)).float()
+
+    @torch.no_grad()
+    def texts(self, texts: list[str]) -> torch.Tensor:
+        """Features N x P of captions."""
+        return self.model.encode_text(self.tokenizer(texts).to(self.device)).float()
+
+
+def kit_clip(kit: Kit) -> KitClip:
+    """CLIP as the kit itself has it. UserError for a kit without an image tower."""
+    return KitClip(kit.image_encoder, kit.text_tower.text_model, kit.text_tower.text_projection, kit.tokenizer)
+
+
+def clip_of(kit: Kit, name: str | None = None) -> Clip | None:
+    """open_clip's NAME/WEIGHTS, or the kit's own CLIP; None for a kit without an image tower."""
+    if name is not None:
+        return OpenClip(name, kit.device)
+    try:
+        return kit_clip(kit)
+    except UserError:
+        return None

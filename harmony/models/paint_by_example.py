@@ -1,0 +1,290 @@
+"""Paint by Example's networks: the exemplar encoder, and the UNet that paints by its token (method sheet 3.6, 3.7).
+
+Channel order and mask polarity differ from Stable Diffusion inpainting: latent, masked latent, *keep* mask.
+``known_by_example`` is the one place where ours become theirs.
+"""
+
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from diffusers import UNet2DConditionModel
+from diffusers.models.attention import BasicTransformerBlock
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from transformers import CLIPVisionConfig, CLIPVisionModel
+
+from harmony.core.errors import UserError
+from harmony.core.hub import fetched
+from harmony.models.backbone import ASSETS, Kit, load_part, weights_hash
+from harmony.pixels.images import sha256, to_clip
+
+WEIGHTS = "model.safetensors"
+LAYERS_A_BLOCK = 5  # the mapper has (layers of the tower + 1) // 5 blocks
+
+
+class Mapper(torch.nn.Module):
+    """Pre-norm transformer blocks with one head."""
+
+    def __init__(self, width: int, blocks: int):
+        super().__init__()
+        self.blocks = torch.nn.ModuleList(
+            BasicTransformerBlock(width, 1, width, activation_fn="gelu", attention_bias=True) for _ in range(blocks)
+        )
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        for block in self.blocks:
+            x = block(x)
+        return x
+
+
+class ExemplarEncoder(torch.nn.Module):
+    """Exemplars B x 3 x S x S in [0, 1] -> context B x T x D; T = 1, the bottleneck.
+
+    CLIP's vision tower (``model``, frozen), mapper, layer norm, projection to the UNet's width D, and the learnt
+    ``uncond_vector`` 1 x 1 x D that stands for no exemplar. Keys are those of diffusers' PaintByExampleImageEncoder.
+
+    ``all_tokens`` (an ablation) keeps the patch tokens too: T = 1 + patches, and the exemplar's layout gets through.
+    """
+
+    def __init__(self, config: CLIPVisionConfig, all_tokens: bool = False):
+        super().__init__()
+        self.config, self.all_tokens = config, all_tokens
+        self.model = CLIPVisionModel(config).requires_grad_(False).eval()
+        self.mapper = Mapper(config.hidden_size, (config.num_hidden_layers + 1) // LAYERS_A_BLOCK)
+        self.final_layer_norm = torch.nn.LayerNorm(config.hidden_size)
+        self.proj_out = torch.nn.Linear(config.hidden_size, config.projection_dim)
+        self.uncond_vector = torch.nn.Parameter(torch.randn(1, 1, config.projection_dim))
+
+    @property
+    def size(self) -> int:
+        """Side S of an exemplar in pixels."""
+        return self.config.image_size
+
+    def train(self, mode: bool = True) -> "ExemplarEncoder":
+        """The tower stays in eval mode."""
+        super().train(mode)
+        self.model.eval()
+        return self
+
+    def trained(self) -> Iterator[torch.nn.Parameter]:
+        """Everything but the tower."""
+        return (p for name, p in self.named_parameters() if not name.startswith("model."))
+
+    @torch.no_grad()
+    def features(self, exemplars: torch.Tensor) -> torch.Tensor:
+        """The frozen tower: B x T x width."""
+        out = self.model(pixel_values=to_clip(exemplars).to(self.uncond_vector.dtype))
+        if self.all_tokens:
+            return self.model.post_layernorm(out.last_hidden_state)
+        return out.pooler_output[:, None]
+
+    def forward(self, exemplars: torch.Tensor) -> torch.Tensor:
+        return self.proj_out(self.final_layer_norm(self.mapper(self.features(exemplars))))
+
+
+def known_by_example(hole: torch.Tensor, masked: torch.Tensor) -> torch.Tensor:
+    """[masked latent, keep mask] B x (C + 1) x h x w from our hole B x 1 x h x w (1 = paint) and masked latent."""
+    return torch.cat([masked, 1 - hole], 1)
+
+
+# ---------------------------------------------------------------------------------------------------- beginning
+
+
+def fresh_encoder(tower: CLIPVisionModel, width: int, all_tokens: bool = False) -> ExemplarEncoder:
+    """An encoder around a CLIP vision tower, all behind it untrained; ``width`` is the UNet's D.
+
+    The tower may have a projection, which is left out.
+    """
+    config = CLIPVisionConfig(**{**tower.config.to_dict(), "projection_dim": width})
+    encoder = ExemplarEncoder(config, all_tokens)
+    state = tower.state_dict()
+    encoder.model.load_state_dict(tower_keys(state, "vision_model.") or state)
+    return encoder
+
+
+def load_tower(path: str) -> CLIPVisionModel:
+    """The frozen CLIP vision tower in a folder or of a hub id. UserError where there is none; never unpickles."""
+    try:
+        where = path if Path(path).is_dir() else fetched(path)
+        return CLIPVisionModel.from_pretrained(where, use_safetensors=True).requires_grad_(False).eval()
+    except (OSError, ValueError, UserError) as error:
+        raise UserError(f"module.tower={path} is no CLIP vision tower: {str(error).splitlines()[0]}") from error
+
+
+def tower_keys(state: dict[str, torch.Tensor], prefix: str) -> dict[str, torch.Tensor]:
+    """The entries below ``prefix``, without it."""
+    return {name.removeprefix(prefix): value for name, value in state.items() if name.startswith(prefix)}
+
+
+def painting_unet(unet: UNet2DConditionModel) -> UNet2DConditionModel:
+    """A trainable float32 copy whose input is latent, masked latent, keep mask.
+
+    From nine channels (inpainting: latent, hole, masked latent) the slices are put into the other order. A hole is
+    1 - keep, so its slice changes sign and its sum goes to the bias: the same network, except at the picture's rim,
+    where the convolution's zero padding is a keep mask of 0. From four channels the five new slices are zero: at first
+    the network does not see what is known (Paint by Example's own beginning).
+    """
+    c = unet.config.out_channels
+    if unet.config.in_channels not in (c, 2 * c + 1):
+        raise UserError(f"a UNet with {unet.config.in_channels} input channels can begin no Paint by Example")
+    state = {name: value.detach().float().clone() for name, value in unet.state_dict().items()}
+    kernel = state["conv_in.weight"]
+    if unet.config.in_channels == c:
+        new = kernel.new_zeros(len(kernel), c + 1, *kernel.shape[2:])
+        state["conv_in.weight"] = torch.cat([kernel, new], 1)
+    else:
+        latent, hole, masked = kernel.split([c, 1, c], 1)
+        state["conv_in.weight"] = torch.cat([latent, masked, -hole], 1)
+        state["conv_in.bias"] = state["conv_in.bias"] + hole.sum((1, 2, 3))
+    painting = UNet2DConditionModel.from_config({**unet.config, "in_channels": 2 * c + 1})
+    painting.load_state_dict(state)
+    return painting.requires_grad_(True).train()
+
+
+# ---------------------------------------------------------------------------------------------------- files
+
+
+@dataclass
+class Painter:
+    """Paint by Example, ready to run: ``kit`` with the painting UNet in the place of its own, and the encoder."""
+
+    kit: Kit
+    encoder: ExemplarEncoder
+
+
+def painter_folder(path: str | os.PathLike) -> Path | None:
+    """The folder that ``path`` means: a shipped name, a run folder, or itself; None when it may be a hub id."""
+    shipped = ASSETS / path
+    folder = shipped if shipped.parent == ASSETS and shipped.name != ".." and shipped.is_dir() else Path(path)
+    for candidate in (folder / "export" / "paint_by_example", folder / "paint_by_example", folder):
+        if (candidate / "image_encoder" / "config.json").exists():
+            return candidate
+    if folder.exists():
+        raise UserError(f"{path} holds no Paint by Example (image_encoder/, unet/): give a run or a diffusers folder")
+    if str(path).count("/") != 1:
+        raise UserError(f"there is no Paint by Example {path}: give a run folder, diffusers folder or hub id")
+    return None
+
+
+def load_painter(path: str | os.PathLike, kit: Kit) -> Painter:
+    """A frozen Paint by Example from a run, a shipped name, a diffusers folder or a hub id. Never unpickles.
+
+    A folder with a VAE of its own (released weights) brings its own kit; otherwise the VAE and the schedule are those
+    of ``kit``, on which it was trained.
+    """
+    folder = painter_folder(path)
+    where = str(folder or path)
+    own = folder is None or (folder / "vae").is_dir()
+    unet = load_part(where, "unet", dtype=kit.dtype)
+    if own:
+        kit = Kit(where, dtype=kit.dtype, device=kit.device)
+    elif unet.config.out_channels != kit.channels or unet.config.sample_size * kit.factor != kit.resolution:
+        raise UserError(f"{path} does not fit kit {kit.name}: give the model.path that it was trained on")
+    elif (facts := kit_facts(folder)).get("vae", kit.hash("vae")) != kit.hash("vae"):
+        raise UserError(f"{path} was trained on another VAE than that of kit {kit.name}: model.path={facts['kit']}")
+    encoder = read_encoder(where, kit).to(kit.device, kit.dtype)
+    if encoder.config.projection_dim != unet.config.cross_attention_dim:
+        raise UserError(f"{path}: the encoder's width {encoder.config.projection_dim} is not the UNet's")
+    return Painter(kit.with_unet(unet), encoder)
+
+
+def painter_hash(path: str | os.PathLike) -> str:
+    """sha256 over the weight files of a Paint by Example; of one on the hub its id."""
+    folder = painter_folder(path)
+    return "+".join(sha256(file) for file in sorted(folder.glob("*/*.safetensors"))) if folder else str(path)
+
+
+def kit_facts(folder: Path) -> dict:
+    """Name and VAE of the kit that it was trained on; nothing for files of other origin."""
+    file = folder / "kit.json"
+    return json.loads(file.read_text()) if file.exists() else {}
+
+
+def kit_tower(kit: Kit, config: CLIPVisionConfig) -> CLIPVisionModel:
+    """The kit's vision tower in float32, of the architecture ``config``. UserError where it is of another."""
+    tower = CLIPVisionModel(config).requires_grad_(False).eval()
+    state = tower_keys(load_part(kit.path, "image_encoder").state_dict(), "vision_model.")
+    try:
+        tower.load_state_dict(state)
+    except RuntimeError:
+        raise UserError(
+            f"the CLIP tower of kit {kit.name} is of another architecture: give the kit it was trained on"
+        ) from None
+    return tower
+
+
+def fetch(where: str, name: str) -> Path:
+    """A file of the encoder, from a folder or the hub."""
+    if os.path.isdir(where):
+        return Path(where) / "image_encoder" / name
+    from huggingface_hub import hf_hub_download
+
+    return Path(hf_hub_download(where, f"image_encoder/{name}"))
+
+
+def read_encoder(where: str, kit: Kit) -> ExemplarEncoder:
+    """The frozen encoder in ``where/image_encoder``; released files name the tower's weights in the older way.
+
+    Files without a tower get that of ``kit``, if it is the one that they were trained behind.
+    """
+    try:
+        config = json.loads(fetch(where, "config.json").read_text())
+        encoder = ExemplarEncoder(CLIPVisionConfig(**config), config.get("all_tokens", False))
+        state = load_file(fetch(where, WEIGHTS))
+    except (OSError, ValueError, SafetensorError) as error:
+        raise UserError(f"cannot load image_encoder of {where}: {str(error).splitlines()[0]}") from error
+    state = {name.replace("model.vision_model.", "model.", 1): value for name, value in state.items()}
+    state.pop("model.embeddings.position_ids", None)  # a constant that older files carry
+    if not any(name.startswith("model.") for name in state):
+        tower = kit_tower(kit, encoder.config)
+        if weights_hash(tower) != kit_facts(Path(where)).get("tower"):
+            raise UserError(
+                f"{where} was trained behind another CLIP tower than that of kit {kit.name}: give its model.path"
+            )
+        state |= {f"model.{name}": value for name, value in tower.state_dict().items()}
+    try:
+        encoder.load_state_dict(state)
+    except RuntimeError as error:
+        raise UserError(f"{where}/image_encoder does not fit its config.json: {str(error).splitlines()[-1]}") from None
+    return encoder.requires_grad_(False).eval()
+
+
+def export_painter(
+    unet: UNet2DConditionModel,
+    encoder: ExemplarEncoder,
+    folder: Path,
+    kit: Kit,
+    half: bool = False,
+    tower: bool = True,
+) -> Path:
+    """Write ``folder/paint_by_example``: ``unet`` and ``image_encoder`` in diffusers layout, and ``kit.json``.
+
+    ``half``: weights in float16. ``tower=False`` leaves out CLIP's tower, which must then be the kit's own: diffusers
+    does not load that, harmony does.
+    """
+    target, partial = Path(folder) / "paint_by_example", Path(folder) / ".paint_by_example.partial"
+    shutil.rmtree(partial, ignore_errors=True)
+    facts = {"kit": kit.name, "vae": kit.hash("vae"), "tower": weights_hash(encoder.model)}
+    if not tower and facts["tower"] != weights_hash(kit_tower(kit, encoder.config)):
+        raise UserError(f"its CLIP tower is not that of kit {kit.name}, so it cannot be left out: tower=true")
+    dtype = torch.float16 if half else torch.float32
+    plain = UNet2DConditionModel.from_config(unet.config)
+    plain.load_state_dict({name: value.detach().cpu() for name, value in unet.state_dict().items()})
+    torch.nn.Module.to(plain, dtype)  # diffusers' own warns of modules to keep in float32, of which there are none
+    plain.save_pretrained(partial / "unet")
+    (partial / "image_encoder").mkdir()
+    config = encoder.config.to_dict() | {"architectures": ["PaintByExampleImageEncoder"]}
+    config |= {"all_tokens": True} if encoder.all_tokens else {}
+    (partial / "image_encoder" / "config.json").write_text(json.dumps(config, indent=2, default=str) + "\n")
+    state = {name: value for name, value in encoder.state_dict().items() if tower or not name.startswith("model.")}
+    state = {name: value.detach().cpu().to(dtype).contiguous() for name, value in state.items()}
+    save_file(state, partial / "image_encoder" / WEIGHTS, {"format": "pt"})
+    (partial / "kit.json").write_text(json.dumps(facts, indent=2) + "\n")
+    shutil.rmtree(target, ignore_errors=True)
+    os.replace(partial, target)
+    return target

@@ -1,0 +1,164 @@
+"""Masks: True = instance or hole. M is the instance, M_e the hole that contains it."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import cv2
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+from harmony.core.errors import UserError
+from harmony.pixels.images import open_image
+
+OBJECT = 122  # stored grey values above this are the object (masks re-coded by lossy tools are not exactly 0 and 255)
+REFERENCE_SIDE = 512  # lengths in pixels are given at this image side and scaled to the actual one
+TEST_RADIUS = 16  # px at 512: dilation of the hole at test time
+TRAIN_RADIUS = 32  # px at 512: largest dilation of the hole in training
+RULES = ("instance", "dilate", "train", "kit")
+KIT_MIX = {"instance": 0.15, "dilate": 0.3, "box": 0.2, "elsewhere": 0.15, "full": 0.2}
+
+
+def scaled(length: float, shape: Sequence[int]) -> float:
+    """A length given in pixels at a side of 512, in pixels of an image of ``shape`` (its longer side counts)."""
+    return length / REFERENCE_SIDE * max(shape[:2])
+
+
+# --- files
+
+
+def read_mask(path: str | Path, size: tuple[int, int], resize: bool = False, empty: bool = False) -> np.ndarray:
+    """Mask file as bool H x W of ``size`` = (width, height).
+
+    Open Images stores masks at a size of their own: ``resize`` brings them to ``size`` by nearest. Otherwise another
+    size is refused. Raises UserError for a mask that is missing, undecodable, of another size, or empty, unless it may
+    be ``empty`` (a shadow may fall outside of the picture).
+    """
+    image = open_image(path, "mask")
+    if image.size != size and not resize:
+        found, expected = (f"{w} x {h}" for w, h in (image.size, size))
+        raise UserError(f"mask {path} is {found} but its image is {expected}; save the mask at the image's size")
+    values = np.asarray(image) if image.mode == "1" else np.asarray(image.convert("L")) > OBJECT
+    if values.shape != (size[1], size[0]):
+        values = resize_mask(values, *size)
+    if not (values.any() or empty):
+        raise UserError(f"mask {path} is empty; paint the object white (above {OBJECT} of 255)")
+    return values
+
+
+# --- geometry
+
+
+def resize_mask(mask: np.ndarray, width: int, height: int) -> np.ndarray:
+    """Bool mask to height x width by nearest."""
+    return cv2.resize(mask.astype(np.uint8), (width, height), interpolation=cv2.INTER_NEAREST).astype(bool)
+
+
+def dilate(mask: np.ndarray, radius_px: int) -> np.ndarray:
+    """All pixels within ``radius_px`` (Euclidean) of ``mask``."""
+    if radius_px <= 0 or not mask.any():
+        return mask.copy()
+    # a distance transform costs the same for every radius; a structuring element of 65 x 65 does not
+    return cv2.distanceTransform((~mask).astype(np.uint8), cv2.DIST_L2, cv2.DIST_MASK_PRECISE) <= radius_px + 1e-3
+
+
+def bounding_box(mask: np.ndarray) -> tuple[int, int, int, int]:
+    """The smallest (x0, y0, x1, y1) around ``mask``, x1 and y1 exclusive. Raises UserError if it is empty."""
+    columns, rows = np.flatnonzero(mask.any(axis=0)), np.flatnonzero(mask.any(axis=1))
+    if not len(columns):
+        raise UserError("the mask is empty; it must mark at least one pixel")
+    return int(columns[0]), int(rows[0]), int(columns[-1]) + 1, int(rows[-1]) + 1
+
+
+def box_mask(box: Sequence[float], w: int, h: int) -> np.ndarray:
+    """Bool h x w, True on every pixel that (x0, y0, x1, y1) touches."""
+    mask = np.zeros((h, w), dtype=bool)
+    x0, y0 = (max(int(np.floor(v)), 0) for v in box[:2])
+    x1, y1 = (max(int(np.ceil(v)), 0) for v in box[2:])
+    mask[y0:y1, x0:x1] = True
+    return mask
+
+
+def feather(mask: np.ndarray, radius: float) -> np.ndarray:
+    """Soft mask, float32 in [0, 1]: 0 outside ``mask``, rising from its rim inwards to 1 at depth ``radius`` px."""
+    if radius <= 0 or mask.all():  # without an outside there is no rim to measure from
+        return mask.astype(np.float32)
+    depth = cv2.distanceTransform(mask.astype(np.uint8), cv2.DIST_L2, cv2.DIST_MASK_PRECISE)
+    return np.clip(depth / (radius + 1), 0, 1)
+
+
+# --- the way to the latent grid
+
+
+def to_latent(mask: torch.Tensor, factor: int) -> torch.Tensor:
+    """Mask B x 1 x H x W to B x 1 x h x w by nearest, as Stable Diffusion inpainting does: every factor-th pixel."""
+    return F.interpolate(mask, size=(mask.shape[-2] // factor, mask.shape[-1] // factor), mode="nearest")
+
+
+def coverage(mask: torch.Tensor, factor: int) -> torch.Tensor:
+    """Share in [0, 1] of each latent cell that the mask covers: B x 1 x H x W to B x 1 x h x w."""
+    return F.avg_pool2d(mask, factor)
+
+
+# --- holes
+
+
+def hole(
+    mask: np.ndarray, rule: str, rng: np.random.Generator | None = None, radius: float = TEST_RADIUS
+) -> np.ndarray:
+    """The hole M_e, bool H x W, for the instance mask M: what the model may repaint.
+
+    ``instance``  M itself (the paper's reading)
+    ``dilate``    M dilated by ``radius``, px at 512 (test default, no randomness)
+    ``train``     M dilated by a random 0..32 px at 512 with probability 0.7, else the bounding box
+    ``kit``       the mixture KIT_MIX for training the inpainting kit: also holes elsewhere, and the whole image, which
+                  turns the inpainting network into a text-to-image model
+    M_e contains M, except for the holes elsewhere of ``kit``. The random rules need ``rng``.
+    """
+    match rule:
+        case "instance":
+            return mask.copy()
+        case "dilate":
+            return dilate(mask, round(scaled(radius, mask.shape)))
+        case "train":
+            return _dilated_at_random(mask, rng) if rng.random() < 0.7 else _box(mask)
+        case "kit":
+            return _kit_hole(mask, rng)
+        case _:
+            raise UserError(f"hole rule '{rule}' is unknown; use one of {', '.join(RULES)}")
+
+
+def _box(mask: np.ndarray) -> np.ndarray:
+    return box_mask(bounding_box(mask), mask.shape[1], mask.shape[0])
+
+
+def _dilated_at_random(mask: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    return dilate(mask, round(scaled(rng.uniform(0, TRAIN_RADIUS), mask.shape)))
+
+
+def _kit_hole(mask: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    match rng.choice(list(KIT_MIX), p=list(KIT_MIX.values())):
+        case "instance":
+            return mask.copy()
+        case "dilate":
+            return _dilated_at_random(mask, rng)
+        case "box":
+            return _box(mask)
+        case "elsewhere":
+            return _rectangle(mask.shape, rng) if rng.random() < 0.5 else _strokes(mask.shape, rng)
+        case _:
+            return np.ones_like(mask)
+
+
+def _rectangle(shape: tuple[int, int], rng: np.random.Generator) -> np.ndarray:
+    """A rectangle anywhere, its sides 15 % to 60 % of the image's."""
+    h, w = (max(1, round(rng.uniform(0.15, 0.6) * length)) for length in shape)
+    y, x = rng.integers(0, shape[0] - h + 1), rng.integers(0, shape[1] - w + 1)
+    return box_mask((x, y, x + w, y + h), shape[1], shape[0])
+
+
+def _strokes(shape: tuple[int, int], rng: np.random.Generator) -> np.ndarray:
+    """A free-form blob anywhere: one thick brush stroke through 3 to 6 random points."""
+    points = (rng.random((rng.integers(3, 7), 2)) * (shape[1], shape[0])).astype(np.int32)
+    thickness = max(1, round(rng.uniform(0.06, 0.2) * max(shape)))
+    return cv2.polylines(np.zeros(shape, np.uint8), [points], isClosed=False, color=1, thickness=thickness).astype(bool)

@@ -1,0 +1,450 @@
+"""The four trainings that make a kit: CLIP, the VAE, the captioner and the inpainting UNet.
+
+Each is a LightningModule that trains one part, keeps an exponential average of its weights, measures itself on held-out
+pictures, draws a grid, and at the end writes its part into the kit folder in diffusers / transformers layout.
+"""
+
+import json
+import logging
+import os
+import shutil
+from collections.abc import Iterable
+from pathlib import Path
+
+import lightning
+import numpy as np
+import torch
+import torch.nn.functional as F
+from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
+from diffusers.training_utils import EMAModel
+from torch import nn
+
+from harmony.models.backbone import Kit, kit_path, write_model_index
+from harmony.models.steady_norms import steady_norms
+from harmony.pixels.images import CLIP_MEAN, CLIP_STD, from_model, grid, to_clip, write_image
+from harmony.training.muon import Muon
+from harmony.training.objective import noised, target
+from harmony.training.schedule import linear_decay, total_steps
+
+logging.getLogger("transformers").setLevel(logging.ERROR)
+
+SCHEDULE = {  # section 1.2 of the method sheet; the flags that diffusers' defaults get wrong for latents are explicit
+    "num_train_timesteps": 1000,
+    "beta_start": 0.00085,
+    "beta_end": 0.012,
+    "beta_schedule": "scaled_linear",
+    "clip_sample": False,
+    "set_alpha_to_one": False,
+    "steps_offset": 1,
+    "prediction_type": "epsilon",  # of a kit of random weights; InpaintTask says its own
+}
+
+
+def write_part(folder: Path, name: str, *parts) -> None:
+    """Save ``parts`` (anything with save_pretrained) into ``folder / name``, replacing it only when all is written."""
+    partial = folder / f".{name}.partial"
+    shutil.rmtree(partial, ignore_errors=True)
+    for part in parts:
+        part.save_pretrained(partial)
+    shutil.rmtree(folder / name, ignore_errors=True)
+    os.replace(partial, folder / name)
+    write_model_index(folder)
+
+
+class KitTask(lightning.LightningModule):
+    """What the four have in common: a linearly decaying rate, an EMA of the trained network, one grid, one save.
+
+    ``kit`` is the folder the part is written to, and from which earlier parts are read.
+    """
+
+    optimiser = torch.optim.AdamW
+
+    def __init__(self, kit: str, lr: float, warmup: int = 100, weight_decay: float = 0.01, ema: float = 0.999):
+        super().__init__()
+        self.save_hyperparameters(logger=False)
+        self.folder = Path(kit_path(kit))
+        self.net: nn.Module | None = None
+        self.averaged: EMAModel | None = None
+
+    def configure_optimizers(self):
+        h = self.hparams
+        optimiser = self.optimiser(
+            [p for p in self.net.parameters() if p.requires_grad], lr=h.lr, weight_decay=h.weight_decay
+        )
+        factor = linear_decay(total_steps(self.trainer), h.warmup)
+        schedule = torch.optim.lr_scheduler.LambdaLR(optimiser, factor)
+        return {"optimizer": optimiser, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+    def setup(self, stage=None):
+        if self.net is None:
+            self.net = self.build().to(memory_format=torch.channels_last)  # convolutions on CPU and GPU prefer it
+            self.averaged = EMAModel(self.net.parameters(), decay=self.hparams.ema, use_ema_warmup=True, power=0.75)
+
+    def on_fit_start(self):
+        self.averaged.to(self.device)
+
+    def on_train_batch_end(self, *_):
+        self.averaged.step(self.net.parameters())
+
+    def on_save_checkpoint(self, checkpoint):
+        checkpoint["averaged"] = self.averaged.state_dict()
+
+    def on_load_checkpoint(self, checkpoint):
+        self.averaged.load_state_dict(checkpoint["averaged"])
+
+    def on_validation_epoch_start(self):
+        self.averaged.store(self.net.parameters())
+        self.averaged.copy_to(self.net.parameters())
+
+    def on_validation_epoch_end(self):
+        self.measure(self.trainer.datamodule)
+        self.averaged.restore(self.net.parameters())
+
+    def on_train_end(self):
+        if self.trainer.is_global_zero and not self.trainer.interrupted:
+            self.averaged.copy_to(self.net.parameters())
+            self.net.eval()
+            self.save()
+
+    def validation_step(self, batch, index):
+        pass
+
+    def picture(self, name: str, image: np.ndarray) -> None:
+        """Write a grid into the run folder (every run has one; a bare Trainer in a test need not)."""
+        folder = Path(self.trainer.default_root_dir) / "grids"
+        folder.mkdir(parents=True, exist_ok=True)
+        write_image(folder / f"{name}_{self.global_step:06d}.png", image)
+
+    def build(self) -> nn.Module:
+        """The network that is trained."""
+        raise NotImplementedError
+
+    def measure(self, data) -> None:
+        """Log metrics on held-out data and draw the grid; the averaged weights are in place."""
+        raise NotImplementedError
+
+    def save(self) -> None:
+        """Write the part into the kit folder; the averaged weights are in place."""
+        raise NotImplementedError
+
+
+def opponent(x: torch.Tensor) -> torch.Tensor:
+    """Colour without brightness, B x 3 x H x W -> B x 2 x H x W: red - green and blue - (red + green) / 2."""
+    red, green, blue = x.unbind(1)
+    return torch.stack([red - green, blue - (red + green) / 2], 1)
+
+
+def psnr(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+    """Per-image PSNR in dB of two batches in [-1, 1], on rounded 0..255 values. B."""
+    a, b = (((v.clamp(-1, 1) + 1) * 127.5).round() for v in (x, y))
+    return 10 * torch.log10(255**2 / (a - b).square().flatten(1).mean(1).clamp_min(1e-8))
+
+
+# ---------------------------------------------------------------------------------------------------- VAE
+
+
+class VAETask(KitTask):
+    """AutoencoderKL by squared error, that of colour alone, the L1 distance of image gradients, and a small KL term.
+
+    loss = |d|^2 + chroma |opponent(d)|^2 + gradient |grad d|_1 + kl KL(q(z|x) || N(0, 1)),
+    all means, with d = x' - x. By the plain error brightness is learnt first and colour very late. Norms that start as
+    the identity and orthogonalised steps are what make minutes enough: see ``steady_norms`` and ``Muon``.
+    """
+
+    optimiser = Muon
+
+    def __init__(
+        self,
+        kit: str,
+        config: dict,
+        lr: float = 1e-3,
+        chroma: float = 0.5,
+        gradient: float = 0.1,
+        kl: float = 1e-6,
+        **options,
+    ):
+        super().__init__(kit, lr, **options)
+        self.save_hyperparameters("config", "chroma", "gradient", "kl", logger=False)
+
+    def build(self):
+        return steady_norms(AutoencoderKL(**self.hparams.config))
+
+    def training_step(self, batch, index):
+        x = batch["image"]
+        q = self.net.encode(x).latent_dist
+        y = self.net.decode(q.sample()).sample
+        mse = F.mse_loss(y, x)
+        edges = sum((y.diff(dim=d) - x.diff(dim=d)).abs().mean() for d in (2, 3))
+        kl = 0.5 * (q.mean.square() + q.var - 1 - q.logvar).mean()
+        self.log_dict({"train/mse": mse, "train/kl": kl}, prog_bar=True)
+        return (
+            mse
+            + self.hparams.chroma * opponent(y - x).square().mean()
+            + self.hparams.gradient * edges
+            + self.hparams.kl * kl
+        )
+
+    @torch.no_grad()
+    def measure(self, data):
+        shown = {}
+        for kind, images in data.held_out().items():
+            x = images.to(self.device)
+            y = torch.cat([self.net.decode(self.net.encode(b).latent_dist.mean).sample for b in x.split(64)])
+            self.log(f"validation/psnr_{kind}", psnr(x, y).mean(), prog_bar=True)
+            shown[kind] = [[from_model(a), from_model(b)] for a, b in zip(x[:6], y[:6], strict=True)]
+        rows = [sum(pair, []) for pair in zip(*shown.values(), strict=False)]
+        self.picture("vae", grid(rows, ["truth", "decoded"] * len(shown), scale=2))
+
+    @torch.no_grad()
+    def save(self):
+        latents = [
+            self.net.encode(b.to(self.device)).latent_dist.mean for b in self.trainer.datamodule.sample(512).split(64)
+        ]
+        self.net.register_to_config(scaling_factor=round(1 / torch.cat(latents).std().item(), 5))
+        write_part(self.folder, "vae", self.net)
+
+
+# ---------------------------------------------------------------------------------------------------- CLIP
+
+
+def train_tokenizer(texts: Iterable[str], vocabulary: int, length: int):
+    """CLIP's byte-pair encoding learnt from these texts; ``length`` is the number of tokens of a padded prompt."""
+    from transformers import CLIPTokenizer
+
+    learnt = CLIPTokenizer(model_max_length=length).train_new_from_iterator(texts, vocabulary)
+    model = json.loads(learnt.backend_tokenizer.to_str())["model"]
+    merges = [tuple(m.split(" ")) if isinstance(m, str) else tuple(m) for m in model["merges"]]
+    return CLIPTokenizer(vocab=model["vocab"], merges=merges, model_max_length=length)
+
+
+class CLIPTask(KitTask):
+    """CLIP from scratch: symmetric cross-entropy over a batch of (picture, caption) pairs.
+
+    Pairs with the same caption in one batch are each other's positives. Writes tokenizer, text encoder and image
+    encoder.
+    """
+
+    def __init__(self, kit: str, config: dict, vocabulary: int = 2048, length: int = 32, lr: float = 1e-3, **options):
+        super().__init__(kit, lr, **options)
+        self.save_hyperparameters("config", "vocabulary", "length", logger=False)
+
+    def build(self):
+        from transformers import CLIPConfig, CLIPModel
+
+        h = self.hparams
+        self.tokenizer = train_tokenizer(sorted(self.trainer.datamodule.captions()), h.vocabulary, h.length)
+        config = CLIPConfig(**h.config)
+        config.text_config.vocab_size = len(self.tokenizer)
+        config.text_config.max_position_embeddings = h.length
+        for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
+            setattr(config.text_config, name, getattr(self.tokenizer, name))
+        return CLIPModel(config)
+
+    def tokens(self, captions: list[str]) -> torch.Tensor:
+        options = {"padding": "max_length", "truncation": True, "return_tensors": "pt"}
+        return self.tokenizer(captions, **options).input_ids.to(self.device)
+
+    def features(self, images: torch.Tensor, captions: list[str]) -> tuple[torch.Tensor, torch.Tensor]:
+        """Unit vectors of both towers, B x P each. Pictures in [-1, 1]."""
+        out = self.net(input_ids=self.tokens(captions), pixel_values=to_clip((images + 1) / 2))
+        return F.normalize(out.image_embeds, dim=-1), F.normalize(out.text_embeds, dim=-1)
+
+    def training_step(self, batch, index):
+        image, text = self.features(batch["image"], batch["caption"])
+        logits = self.net.logit_scale.exp().clamp(max=100) * image @ text.T
+        captions = np.array(batch["caption"])
+        target = torch.from_numpy((captions[:, None] == captions[None]).astype(np.float32)).to(logits)
+        target = target / target.sum(1, keepdim=True)
+        loss = (
+            F.cross_entropy(logits, target) + F.cross_entropy(logits.T, target.T / target.T.sum(1, keepdim=True))
+        ) / 2
+        self.log("train/loss", loss, prog_bar=True)
+        return loss
+
+    @torch.no_grad()
+    def measure(self, data):
+        images, captions = data.retrieval()
+        image, text = self.features(images.to(self.device), captions)
+        chosen = (image @ text.T).argmax(1)
+        right = chosen == torch.arange(len(captions), device=self.device)
+        self.log("validation/retrieval", right.float().mean(), prog_bar=True)
+        pairs = [[from_model(images[i]), from_model(images[j])] for i, j in enumerate(chosen[:8].tolist())]
+        self.picture("clip", grid(pairs, ["picture", "of the caption chosen"], scale=2))
+
+    def save(self):
+        from transformers import CLIPTextModelWithProjection, CLIPVisionModelWithProjection
+
+        for part, cls, config in (
+            ("text_encoder", CLIPTextModelWithProjection, self.net.config.text_config),
+            ("image_encoder", CLIPVisionModelWithProjection, self.net.config.vision_config),
+        ):
+            tower = cls(config)
+            tower.load_state_dict({k: v for k, v in self.net.state_dict().items() if k in tower.state_dict()})
+            write_part(self.folder, part, tower)
+        write_part(self.folder, "tokenizer", self.tokenizer)
+
+
+# ---------------------------------------------------------------------------------------------------- captioner
+
+
+def train_wordpiece(texts: Iterable[str], vocabulary: int):
+    """A BERT tokenizer learnt from these texts, with BLIP's two extra tokens left out (they belong to retrieval)."""
+    from tokenizers import BertWordPieceTokenizer
+    from transformers import BertTokenizer
+
+    learnt = BertWordPieceTokenizer()
+    learnt.train_from_iterator(texts, vocab_size=vocabulary, min_frequency=2)
+    return BertTokenizer(vocab=learnt.get_vocab())
+
+
+class CaptionerTask(KitTask):
+    """BLIP from scratch: the language-modelling loss of the caption given the whole picture."""
+
+    optimiser = Muon
+
+    def __init__(self, kit: str, config: dict, vocabulary: int = 1500, length: int = 24, lr: float = 1e-3, **options):
+        super().__init__(kit, lr, **options)
+        self.save_hyperparameters("config", "vocabulary", "length", logger=False)
+
+    def build(self):
+        from transformers import BlipConfig, BlipForConditionalGeneration, BlipImageProcessor, BlipProcessor
+
+        h = self.hparams
+        tokenizer = train_wordpiece(sorted(self.trainer.datamodule.captions()), h.vocabulary)
+        tokenizer.model_max_length = h.length
+        side = h.config["vision_config"]["image_size"]
+        images = BlipImageProcessor(size={"height": side, "width": side}, image_mean=CLIP_MEAN, image_std=CLIP_STD)
+        self.processor = BlipProcessor(images, tokenizer)
+        config = BlipConfig(**h.config)
+        text = config.text_config
+        text.vocab_size, text.max_position_embeddings = len(tokenizer), h.length
+        text.bos_token_id, text.eos_token_id = tokenizer.cls_token_id, tokenizer.sep_token_id
+        text.sep_token_id, text.pad_token_id = tokenizer.sep_token_id, tokenizer.pad_token_id
+        net = BlipForConditionalGeneration(config)
+        net.generation_config.update(
+            bos_token_id=text.bos_token_id, eos_token_id=text.eos_token_id, pad_token_id=text.pad_token_id
+        )
+        return net
+
+    def training_step(self, batch, index):
+        tokens = self.processor.tokenizer(
+            list(batch["caption"]), padding=True, truncation=True, max_length=self.hparams.length, return_tensors="pt"
+        ).to(self.device)
+        labels = tokens.input_ids.masked_fill(tokens.attention_mask == 0, -100)
+        out = self.net(
+            pixel_values=to_clip((batch["image"] + 1) / 2),
+            input_ids=tokens.input_ids,
+            attention_mask=tokens.attention_mask,
+            labels=labels,
+        )
+        self.log("train/loss", out.loss, prog_bar=True)
+        return out.loss
+
+    @torch.no_grad()
+    def caption(self, images: torch.Tensor) -> list[str]:
+        """B x 3 x H x W in [-1, 1] -> B captions, by beam search of width 3."""
+        net = self.net.eval()
+        tokens = net.generate(to_clip((images + 1) / 2), num_beams=3, max_length=self.hparams.length, min_length=5)
+        return self.processor.batch_decode(tokens, skip_special_tokens=True)
+
+    def measure(self, data):
+        images, captions = data.retrieval()
+        said = self.caption(images.to(self.device))
+        right = [kind_and_colour(a) == kind_and_colour(b) for a, b in zip(said, captions, strict=True)]
+        self.log("validation/kind_and_colour", float(np.mean(right)), prog_bar=True)
+        self.net.train()
+        lines = [f"{'ok ' if ok else '-- '}{b!r} said {a!r}" for a, b, ok in zip(said, captions, right, strict=True)]
+        folder = Path(self.trainer.default_root_dir) / "grids"
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / f"captions_{self.global_step:06d}.txt").write_text("\n".join(lines) + "\n")
+
+    def save(self):
+        write_part(self.folder, "captioner", self.net, self.processor)
+
+
+def kind_and_colour(caption: str) -> tuple[str, ...]:
+    """The colour and the kind of a studio caption: its second and third words."""
+    return tuple(caption.split()[1:3])
+
+
+# ---------------------------------------------------------------------------------------------------- UNet
+
+
+class InpaintTask(KitTask):
+    """The nine-channel inpainting UNet by the plain loss over the whole latent, text frozen, 10 % empty prompts.
+
+    It predicts v by default: an eps error at high noise says next to nothing of the picture, so that a short training
+    by the eps loss settles neither colour nor layout, and does not even copy what is known outside the hole.
+
+    Holes come from the cache (rule ``kit``): instances, dilations, boxes, strokes elsewhere, and full holes, for which
+    the network is a text-to-image model.
+    """
+
+    def __init__(
+        self,
+        kit: str,
+        config: dict,
+        lr: float = 5e-4,
+        prompt_dropout: float = 0.1,
+        prediction_type: str = "v_prediction",
+        **options,
+    ):
+        super().__init__(kit, lr, **options)
+        self.save_hyperparameters("config", "prompt_dropout", "prediction_type", logger=False)
+        self.kit = Kit(kit)
+
+    def build(self):
+        kit = self.kit
+        DDIMScheduler(**SCHEDULE | {"prediction_type": self.hparams.prediction_type}).save_pretrained(
+            self.folder / "scheduler"
+        )
+        width = kit.text_encoder.config.hidden_size
+        self.register_buffer("abar", DDIMScheduler(**SCHEDULE).alphas_cumprod, persistent=False)
+        self.register_buffer("empty", kit.prompt([""]), persistent=False)
+        return UNet2DConditionModel(cross_attention_dim=width, **self.hparams.config)
+
+    def on_fit_start(self):
+        super().on_fit_start()
+        self.kit.to(self.device)
+
+    def training_step(self, batch, index):
+        text = self.kit.text(batch["tokens"])
+        text = torch.where((batch["drop"] < self.hparams.prompt_dropout)[:, None, None], self.empty, text)
+        z, known, t = noised(batch, self.kit.vae.config.scaling_factor, self.abar)
+        predicted = self.net(torch.cat([z, known], 1), t, text).sample
+        wanted = target(self.kit.prediction_type, z, batch["noise"], self.abar[t])
+        loss = F.mse_loss(predicted, wanted)
+        self.log("train/loss", loss, prog_bar=True)
+        return loss
+
+    def measure(self, data):
+        """Fixed-seed grids: pictures from words alone, and holes filled by words."""
+        from harmony.sampling.guidance import Schedule, inpaint
+
+        kit = self.kit
+        vars(kit)["unet"] = self.net.eval()
+        batch = {name: value.to(self.device) for name, value in data.examples(12).items()}
+        count = len(batch["image"])
+        everything = torch.ones_like(batch["hole"])
+        nothing = kit.latent(kit.moments(torch.zeros_like(batch["image"][:1])))
+        rows = [[from_model(x)] for x in batch["image"]]
+        noise = torch.randn(count, *nothing.shape[1:], generator=torch.Generator().manual_seed(0)).to(self.device)
+        text = kit.text(batch["tokens"])
+        holed = batch["image"] * (1 - batch["pixel_hole"])
+        for guidance in (1.0, 2.0, 3.0):
+            free = inpaint(kit, noise, everything, nothing.expand_as(noise), text, self.empty, Schedule(25, guidance))
+            for row, x in zip(rows, kit.decode(free), strict=True):
+                row.append(from_model(x))
+        for row, x in zip(rows, holed, strict=True):
+            row.append(from_model(x))
+        for guidance in (1.0, 2.0, 3.0):
+            masked = kit.latent(kit.moments(holed))
+            filled = inpaint(kit, noise, batch["hole"], masked, text, self.empty, Schedule(25, guidance))
+            for row, x in zip(rows, kit.decode(filled), strict=True):
+                row.append(from_model(x))
+        titles = ["truth", "text w=1", "w=2", "w=3", "hole", "fill w=1", "w=2", "w=3"]
+        self.picture("inpaint", grid(rows, titles, scale=2))
+        self.net.train()
+
+    def save(self):
+        write_part(self.folder, "unet", self.net)

@@ -1,0 +1,72 @@
+"""The bench of selection: annotations of the true schema, and two ways that agree about what is kept."""
+
+import csv
+
+import pytest
+
+from harmony.benchmarks import data
+from harmony.benchmarks.data import (
+    BENCH,
+    Cost,
+    bench_import,
+    bench_selection,
+    fiftyone_imported,
+    forget_imported,
+    ours,
+    ours_imported,
+    with_pandas,
+    write_annotations,
+    write_photographs,
+)
+from harmony.data.sources.open_images.importer import load_fiftyone
+from harmony.data.sources.open_images.select import FULL_HEADER
+from harmony.pixels.images import read_image
+
+
+@pytest.fixture(scope="module")
+def split(tmp_path_factory):
+    return write_annotations(tmp_path_factory.mktemp("annotations"), 20_000, 4_000, say=lambda line: None)
+
+
+def test_annotations_have_the_true_schema(split):
+    """Guards the bench: 21 columns a box, ten a mask, several boxes on most images, no image cut in two."""
+    with open(split / "labels" / "detections.csv", newline="") as file:
+        head, *rows = csv.reader(file)
+    assert len(head) == 21 and head[:13] == FULL_HEADER["detections.csv"].split(",")
+    assert 18_000 < len(rows) < 22_000 and all(len(row) == 21 for row in rows)
+    images = [row[0] for row in rows]
+    assert 5 < len(images) / len(set(images)) < 12 and len(images[0]) == 16
+    with open(split / "labels" / "segmentations.csv", newline="") as file:
+        head, *rows = csv.reader(file)
+    assert head == FULL_HEADER["segmentations.csv"].split(",") and 3_200 < len(rows) < 4_800
+
+
+def test_both_ways_keep_the_same_images(split):
+    assert ours(split) == with_pandas(split) > 50
+
+
+def test_the_bench_of_selection(tmp_path, monkeypatch):
+    """Guards the figures, that annotations are written once, and that a disagreement is no result."""
+    figures = bench_selection(tmp_path, 5_000, 1_000, 1, say=lambda line: None)
+    assert {"ours", "ratio", "memory_gib", "reference_memory_gib", "kept"} <= set(figures) and figures["kept"] > 0
+    monkeypatch.setattr(data, "write_annotations", lambda *a, **k: 1 / 0)
+    monkeypatch.setattr(data, "alone", lambda way, folder: Cost(int(way is ours), 1.0, 1.0, 1.0))
+    with pytest.raises(ValueError, match="by pandas"):
+        bench_selection(tmp_path, 5_000, 1_000, 1, say=lambda line: None)
+
+
+def test_the_bench_of_import(tmp_path):
+    """Guards the comparison in the real database: both import every photograph with its mask, and leave nothing."""
+    fo = load_fiftyone()
+    folder = write_photographs(tmp_path / "few", 6, say=lambda line: None)
+    assert ours_imported(folder) == 6
+    sample = fo.load_dataset(BENCH).first()
+    assert sample.instance.mask is None and read_image(sample.instance.mask_path).shape == (384, 512, 3)
+    forget_imported(folder)
+    assert fiftyone_imported(folder) == 6
+    (theirs,) = fo.load_dataset(BENCH).first().segmentations.detections
+    assert theirs.mask.shape == (384, 512) and theirs.mask.mean() > 0.99  # cut elsewhere by a pixel
+    forget_imported(folder)
+    figures = bench_import(tmp_path, 9, 4, 1, say=lambda line: None)
+    assert figures["ratio"] > 0 and figures["at_scale"] > 0 and figures["samples"] == 9
+    assert not fo.list_datasets(f"{BENCH}*") and not (tmp_path / "photographs-9" / "work").exists()

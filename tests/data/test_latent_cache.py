@@ -1,0 +1,295 @@
+"""The latent cache holds what a direct computation gives, survives kills, and refuses what it was not made for."""
+
+import errno
+import json
+import multiprocessing
+import os
+import shutil
+import signal
+import time
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+
+from harmony.core.errors import UserError
+from harmony.data import latent_cache as latents
+from harmony.data.latent_cache import Cache, Latents, Recipe, describe, example, key
+from harmony.data.manifest import read_manifest, write_manifest
+from harmony.data.modules import build
+from harmony.models.backbone import Kit
+from harmony.pixels.hints import hint
+from harmony.pixels.images import to_model
+
+HINTS = {"color": {"sigma": 10, "normalize": True}, "structure": {"low": 100, "high": 200}}
+RECIPE = Recipe("jitter", "train", 2, HINTS, seed=3)
+ITEMS = 24  # 12 rows, 2 variants
+
+
+@pytest.fixture(scope="module")
+def kit(random_kit):
+    return Kit(str(random_kit))
+
+
+@pytest.fixture(scope="module")
+def manifest(small_manifest, tmp_path_factory):
+    return small_manifest(tmp_path_factory.mktemp("manifest"))
+
+
+@pytest.fixture
+def small_shards(monkeypatch):
+    """Four shards instead of one."""
+    monkeypatch.setattr(latents, "SHARD", 7)
+
+
+@pytest.fixture
+def cache(kit, manifest, small_shards, tmp_path):
+    return built(manifest, "train", kit, RECIPE, tmp_path / "cache", lambda line: None)
+
+
+def built(manifest, split, kit, recipe, root, say=print):
+    return build([Cache(manifest, split, kit, recipe, root, say)])[0]
+
+
+def shards(folder):
+    return {path.name: path.read_bytes() for path in sorted(folder.glob("*.safetensors"))}
+
+
+def ages(folder):
+    return {path.name: path.stat().st_mtime_ns for path in folder.glob("*.safetensors")}
+
+
+def test_items_equal_a_direct_computation(cache, kit, manifest):
+    """Guards the contents: both posteriors, the hole by nearest, coverage, hints, and which item belongs to which
+    row.
+    """
+    rows, data = read_manifest(manifest, "train")[1], Latents(cache)
+    assert len(data) == ITEMS
+    for i in (0, 1, 13, ITEMS - 1):
+        item, e = data[i], example(rows[i // 2], manifest.parent, RECIPE, kit.resolution, i % 2)
+        x = to_model(e.image)[None]
+        hole = torch.from_numpy(e.hole)[None, None].float()
+        assert (item["row"], item["index"]) == (i // 2, i)
+        assert torch.allclose(item["moments"], kit.vae.encode(x).latent_dist.parameters[0], atol=2e-3, rtol=2e-3)
+        masked = kit.vae.encode(torch.where(hole > 0, torch.zeros_like(x), x)).latent_dist.parameters[0]
+        assert torch.allclose(item["masked_moments"], masked, atol=2e-3, rtol=2e-3)
+        assert torch.equal(item["hole"], hole[0, :, ::4, ::4])
+        covered = torch.from_numpy(e.mask).float().view(8, 4, 8, 4).mean((1, 3))
+        assert torch.allclose(item["weight"][0], covered, atol=0.5 / 255)
+        for branch, parameters in HINTS.items():
+            pixels = hint(branch, e.image, e.mask, **parameters)
+            assert torch.equal(
+                (item[f"hint_{branch}"] * 255).round(), torch.from_numpy(pixels).permute(2, 0, 1).float()
+            )
+            assert item[f"hint_{branch}"].max() <= 1
+    moments = torch.stack([data[i]["moments"] for i in range(ITEMS)])
+    assert not torch.equal(moments[0], moments[1]), "the variants of a row have crops of their own"
+    assert (moments[:, :4].std() > 0) and torch.isfinite(moments).all()
+
+
+def test_examples_depend_on_row_and_variant_alone(kit, manifest):
+    """Guards determinism: an item is the same whatever was made before it; the hole holds the instance."""
+    rows = read_manifest(manifest, "train")[1]
+    first = example(rows[4], manifest.parent, RECIPE, kit.resolution, 1)
+    example(rows[5], manifest.parent, RECIPE, kit.resolution, 0)
+    again = example(rows[4], manifest.parent, RECIPE, kit.resolution, 1)
+    assert np.array_equal(first.image, again.image) and np.array_equal(first.hole, again.hole)
+    assert (first.hole | ~first.mask).all()
+    other = example(rows[4], manifest.parent, replace(RECIPE, seed=4), kit.resolution, 1)
+    assert not (np.array_equal(first.hole, other.hole) and np.array_equal(first.image, other.image))
+
+
+def test_build_is_deterministic(cache, kit, manifest, tmp_path):
+    again = built(manifest, "train", kit, RECIPE, tmp_path / "again", lambda line: None)
+    assert again.name == cache.name and len(shards(cache)) == 4
+    assert shards(again) == shards(cache)
+
+
+def test_a_stopped_build_goes_on(kit, manifest, small_shards, tmp_path, monkeypatch, cache):
+    """Guards resumption: what the first go finished is not redone, and the result is that of an unbroken build."""
+    root = tmp_path / "stopped"
+    original, written = latents.write_shard, []
+
+    def stop_after_two(path, tensors):
+        if len(written) == 2:
+            raise KeyboardInterrupt
+        written.append(path.name)
+        return original(path, tensors)
+
+    monkeypatch.setattr(latents, "write_shard", stop_after_two)
+    with pytest.raises(KeyboardInterrupt):
+        built(manifest, "train", kit, RECIPE, root, lambda line: None)
+    folder = root / cache.name
+    before = ages(folder)
+    assert sorted(before) == ["00000.safetensors", "00001.safetensors"]
+    with pytest.raises(UserError, match="no complete latent cache"):
+        Latents(folder)
+    monkeypatch.setattr(latents, "write_shard", original)
+    said = []
+    built(manifest, "train", kit, RECIPE, root, said.append)
+    after = ages(folder)
+    assert {name: after[name] for name in before} == before and len(said) == 2
+    assert shards(folder) == shards(cache)
+    built(manifest, "train", kit, RECIPE, root, said.append)
+    assert ages(folder) == after and len(said) == 2, "a complete cache is left alone, silently"
+
+
+@pytest.mark.parametrize("harm", ["flip", "truncate", "record", "index"])
+def test_damage_is_found_and_mended(cache, kit, manifest, harm):
+    """Guards the checksums: a changed byte, a cut shard, a torn record or index are rebuilt, never trained on."""
+    good = shards(cache)
+    path = cache / "00001.safetensors"
+    if harm == "flip":
+        content = bytearray(good[path.name])
+        content[-100] ^= 1
+        path.write_bytes(content)
+    elif harm == "truncate":
+        path.write_bytes(good[path.name][:-50])
+    elif harm == "record":
+        (cache / "00001.json").write_text('{"sha2')
+    else:
+        (cache / "index.json").write_text('{"key": "')
+        with pytest.raises(UserError, match="index.json is damaged"):
+            Latents(cache)
+    said, before = [], ages(cache)
+    built(manifest, "train", kit, RECIPE, cache.parent, said.append)
+    assert shards(cache) == good and len(Latents(cache)) == ITEMS
+    redone = {name for name, age in ages(cache).items() if age != before[name]}
+    assert redone == (set() if harm == "index" else {path.name})
+    assert any("00001.safetensors is damaged" in line for line in said) == (harm != "index")
+
+
+def test_foreign_caches_are_refused_by_name(cache, kit, manifest):
+    """Guards the key: everything that decides the contents is in it, and the refusal says what differs."""
+    rows = read_manifest(manifest, "train")[1]
+    fitting = describe(kit, RECIPE, rows)
+    Latents(cache, fitting)
+
+    class Larger(Kit):
+        resolution = 64
+
+    other_hints = HINTS | {"color": {"sigma": 4, "normalize": True}}
+    others = {
+        "resolution": describe(Larger(kit.path), RECIPE, rows),
+        "rows": describe(kit, RECIPE, rows[1:]),
+        "hints": describe(kit, replace(RECIPE, hints=other_hints), rows),
+        "hole": describe(kit, replace(RECIPE, hole="dilate"), rows),
+        "crop": describe(kit, replace(RECIPE, crop="centre"), rows),
+        "seed": describe(kit, replace(RECIPE, seed=9), rows),
+        "vae": fitting | {"vae": "f00"},
+        "schema": fitting | {"schema": 0},
+    }
+    for name, description in others.items():
+        assert key(description) != key(fitting), name
+        with pytest.raises(UserError, match=f"{cache.name} is stale or foreign.*{name} ") as refused:
+            Latents(cache, description)
+        assert "\n" not in str(refused.value)
+    changed = [replace(rows[0], sha256="0" * 64), *rows[1:]]
+    assert key(describe(kit, RECIPE, changed)) != key(fitting), "another image under the same name is another cache"
+
+
+def test_a_missing_image_is_named(kit, manifest, tmp_path, studio_rows):
+    """Guards bad input: a picture that went away after preparation is one line with its path."""
+    row = replace(studio_rows[0], image="gone.jpg")
+    write_manifest(tmp_path / "manifest.jsonl", [row], "studio")
+    with pytest.raises(UserError, match=r"gone\.jpg does not exist"):
+        built(tmp_path / "manifest.jsonl", "train", kit, Recipe(), tmp_path / "cache")
+    with pytest.raises(UserError, match="no rows in split test"):
+        built(tmp_path / "manifest.jsonl", "test", kit, Recipe(), tmp_path / "cache")
+
+
+@pytest.mark.parametrize(
+    "failure", [OSError(errno.ENOSPC, "No space left on device"), RuntimeError("I/O error: os error 28")]
+)
+def test_a_full_disk_leaves_nothing_half_written(kit, manifest, small_shards, tmp_path, monkeypatch, failure, cache):
+    """Guards the disk: one line, no partial file, finished shards kept, and the same command goes on."""
+    original, calls = latents.save_file, []
+
+    def fill(tensors, path):
+        calls.append(path)
+        if len(calls) == 2:
+            path.write_bytes(b"half")
+            raise failure
+        original(tensors, path)
+
+    monkeypatch.setattr(latents, "save_file", fill)
+    with pytest.raises(UserError, match="disk full while writing .*00001.safetensors") as full:
+        built(manifest, "train", kit, RECIPE, tmp_path / "full", lambda line: None)
+    assert "\n" not in str(full.value)
+    folder = tmp_path / "full" / cache.name
+    assert sorted(path.name for path in folder.iterdir()) == ["00000.json", "00000.safetensors"]
+    monkeypatch.setattr(latents, "save_file", original)
+    built(manifest, "train", kit, RECIPE, tmp_path / "full", lambda line: None)
+    assert shards(folder) == shards(cache)
+
+
+def build_slowly(manifest, kit_folder, root):
+    """In a process of its own: a shard every 0.2 s."""
+    torch.set_num_threads(1)
+    original = latents.write_shard
+
+    def slow(path, tensors):
+        digest = original(path, tensors)
+        time.sleep(0.2)
+        return digest
+
+    latents.write_shard = slow
+    built(manifest, "train", Kit(kit_folder), RECIPE, root, lambda line: None)
+
+
+def test_a_killed_build_goes_on(kit, manifest, small_shards, tmp_path, cache):
+    """Guards SIGKILL: a real process dies in the middle of a build; completing it gives the same bytes."""
+    root = tmp_path / "killed"
+    process = multiprocessing.get_context("fork").Process(target=build_slowly, args=(manifest, kit.path, root))
+    process.start()
+    folder = root / cache.name
+    while not (folder / "00000.safetensors").exists() and process.is_alive():
+        time.sleep(0.01)
+    os.kill(process.pid, signal.SIGKILL)
+    process.join()
+    assert process.exitcode == -signal.SIGKILL
+    assert 0 < len(shards(folder)) < 4 and not (folder / "index.json").exists()
+    built(manifest, "train", kit, RECIPE, root, lambda line: None)
+    assert shards(folder) == shards(cache)
+    left = {path.name for path in folder.iterdir()}
+    assert left == {path.name for path in cache.iterdir()}, "no partial file stays"
+
+
+def test_copies_for_loader_processes_open_their_own_files(cache):
+    """Guards pickling: a cache travels to loader processes without its open files and without its place changing."""
+    import pickle
+
+    data = Latents(cache)
+    data[0]
+    assert torch.equal(pickle.loads(pickle.dumps(data))[9]["moments"], data[9]["moments"])
+    moved = cache.parent / "moved"
+    shutil.copytree(cache, moved)
+    assert torch.equal(Latents(moved)[9]["moments"], data[9]["moments"])
+    assert json.loads((moved / "index.json").read_text())["sizes"] == dict(
+        zip(shards(moved), (7, 7, 7, 3), strict=True)
+    )
+
+
+def test_hints_may_come_from_another_light(kit, manifest, tmp_path):
+    """Guards ``mismatch``: picture, mask and hole stay, the hint is that of the object under its second light, or of a
+    photometric change where there is no second light.
+    """
+    rows = read_manifest(manifest, "train")[1]
+    plain, other = (Recipe("jitter", "train", 1, HINTS, 3, mismatch) for mismatch in (0.0, 1.0))
+    for row in rows[:4]:
+        a, b = (example(row, manifest.parent, recipe, 32) for recipe in (plain, other))
+        c = example(replace(row, extras={}), manifest.parent, other, 32)
+        assert a.relit is None and np.array_equal(a.instance, a.image)
+        for e in (b, c):
+            assert (
+                np.array_equal(e.image, a.image) and np.array_equal(e.hole, a.hole) and np.array_equal(e.mask, a.mask)
+            )
+            assert np.abs(e.instance.astype(int) - a.image)[a.mask].mean() > 2
+        second = example(replace(row, image=row.extras["relit"]), manifest.parent, plain, 32)
+        assert np.array_equal(b.instance, second.image) and not np.array_equal(c.instance, b.instance)
+    folder = built(manifest, "train", kit, other, tmp_path / "cache", lambda line: None)
+    e = example(rows[1], manifest.parent, other, kit.resolution)
+    stored = Latents(folder)[1]["hint_color"]
+    seen = hint("color", e.instance, e.mask, **HINTS["color"])
+    assert np.array_equal((stored.numpy() * 255).round().astype(np.uint8), np.moveaxis(seen, -1, 0))

@@ -1,0 +1,512 @@
+"""User studies: the scores are Bradley and Terry's, bad answers are named, and the page works in a real browser."""
+
+import base64
+import json
+import os
+import shutil
+import subprocess
+import time
+from itertools import combinations
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from harmony.core.errors import UserError
+from harmony.evaluation.user_study import (
+    PRIOR,
+    TEMPLATE,
+    Answer,
+    UserStudy,
+    answer_files,
+    bradley_terry,
+    count_wins,
+    data_uri,
+    intervals,
+    results_of,
+    with_maximum,
+)
+from harmony.pixels.images import write_image
+
+CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+TRUTH = np.array([0.9, 0.3, -0.2, -1.0])
+# key: (code, Windows' number), as the DevTools protocol wants them
+KEYS = {
+    "ArrowLeft": ("ArrowLeft", 37), "ArrowRight": ("ArrowRight", 39), "Backspace": ("Backspace", 8),
+    "a": ("KeyA", 65), "l": ("KeyL", 76), "Enter": ("Enter", 13),
+}  # fmt: skip
+
+
+def simulated(raters: int, each: int, seed: int) -> np.ndarray:
+    """Wins (R x K x K) of raters who choose as Bradley and Terry say, by TRUTH."""
+    rng, wins = np.random.default_rng(seed), np.zeros((raters, len(TRUTH), len(TRUTH)))
+    for rater in range(raters):
+        for _ in range(each):
+            i, j = rng.choice(len(TRUTH), 2, replace=False)
+            first = rng.random() < 1 / (1 + np.exp(TRUTH[j] - TRUTH[i]))
+            wins[rater, i if first else j, j if first else i] += 1
+    return wins
+
+
+# --- Bradley-Terry
+
+
+def test_two_methods_are_a_logit():
+    """Golden: 7 of 10 wins are a lead of log(7 / 3), shared out around 0; in a batch as alone."""
+    wins = np.array([[0.0, 7.0], [3.0, 0.0]])
+    lead = np.log(7 / 3)
+    assert bradley_terry(wins) == pytest.approx([lead / 2, -lead / 2], abs=1e-12)
+    assert bradley_terry(np.stack([wins, wins.T]))[1] == pytest.approx([-lead / 2, lead / 2], abs=1e-12)
+
+
+def test_known_strengths_are_found_again():
+    """Guards the fit: the truth from many choices, and what logistic regression finds on the same ones."""
+    from sklearn.linear_model import LogisticRegression
+
+    wins = simulated(1, 8000, seed=0)[0]
+    scores = bradley_terry(wins)
+    assert scores == pytest.approx(TRUTH, abs=0.1) and scores.sum() == pytest.approx(0, abs=1e-9)
+    pairs = [(i, j) for i in range(4) for j in range(4) if i != j]
+    met = np.array([np.eye(4)[i] - np.eye(4)[j] for i, j in pairs])[:, :3]  # leads over the last method are fitted
+    met = np.concatenate([met, -met])  # scikit-learn wants to see either outcome
+    weights = np.tile([wins[i, j] for i, j in pairs], 2)
+    won = np.repeat([1, 0], len(pairs))
+    fitted = LogisticRegression(C=np.inf, fit_intercept=False, tol=1e-10).fit(met, won, weights).coef_[0]
+    assert scores[:3] - scores[3] == pytest.approx(fitted, abs=1e-5)
+
+
+def test_intervals_hold_the_truth():
+    """Guards the bootstrap: of 95 % intervals over 20 raters nearly all hold it, and more raters make them narrower."""
+    found = [intervals(simulated(20, 30, seed), seed, draws=200) for seed in range(12)]
+    assert np.mean([(low <= TRUTH) & (TRUTH <= high) for low, high in found]) > 0.85
+    (low, high), (few_low, few_high) = found[0], intervals(simulated(5, 30, 0), 0, draws=200)
+    assert (high - low).mean() < 0.75 * (few_high - few_low).mean()
+    assert (intervals(simulated(20, 30, 0), 0, draws=200) == found[0]).all()
+
+
+def test_where_no_maximum_exists():
+    """Guards the limits: one that never lost, and one that was never met, get finite scores by the stated prior."""
+    assert with_maximum(wins := simulated(1, 200, 0)[0]) is wins
+    never = np.array([[0.0, 10.0], [0.0, 0.0]])
+    high, low = bradley_terry(with_maximum(never))
+    assert high - low == pytest.approx(np.log((10 + PRIOR) / PRIOR))
+    apart = np.zeros((3, 3))
+    apart[0, 1] = apart[1, 0] = 4
+    assert bradley_terry(with_maximum(apart)) == pytest.approx([0, 0, 0], abs=1e-6)
+
+
+# --- folders
+
+
+@pytest.fixture
+def spec(tmp_path) -> dict:
+    """The node ``user_study`` for two runs of harmonize and one plain folder, two pictures of 64 px each; the plain
+    folder has none of the third.
+    """
+    rng = np.random.default_rng(0)
+    for name in ("0000", "0001", "0002"):
+        for method in ("ours", "paper"):
+            folder = tmp_path / method / name
+            folder.mkdir(parents=True)
+            write_image(folder / "harmonized.png", rng.integers(0, 255, (64, 64, 3), dtype=np.uint8))
+            write_image(folder / "composite.png", np.full((64, 64, 3), 90, np.uint8))
+    (tmp_path / "plain").mkdir()
+    for name in ("0000.png", "0001.jpg"):
+        write_image(tmp_path / "plain" / name, rng.integers(0, 255, (64, 64, 3), dtype=np.uint8))
+    methods = {method: str(tmp_path / method) for method in ("ours", "paper", "plain")}
+    asked = {"question": "Which looks more real?", "reference": "composite", "trials": None, "pixelated": False}
+    return {"methods": methods, "answers": None} | asked
+
+
+@pytest.fixture
+def study(spec, tmp_path):
+    """``study(**changes)``: the study of ``spec``, writing into ``run``."""
+    return lambda **changes: UserStudy("user_study", spec | changes, tmp_path / "run")
+
+
+def test_only_common_pictures_are_shown(study, spec, tmp_path):
+    """Guards the comparison: names that all methods have, the others named; as many trials as asked for."""
+    first = study()
+    assert first.pictures == ["0000", "0001"] and first.trials == 6 and len(first.references) == 2
+    assert first.notes == ["left out, missing in some methods: 0002 (plain)"]
+    assert study(trials=4).trials == 4 and study(trials=40).trials == 6
+    assert UserStudy("user_study", spec, tmp_path, limit=1).pictures == ["0000"]
+    assert study(reference=None).references == {}
+    other = study(reference=str(tmp_path / "plain"))
+    assert [file.name for file in other.references.values()] == ["0000.png", "0001.jpg"]
+
+
+def test_a_study_is_what_it_is_made_of(study, tmp_path):
+    """Guards answers against other pictures: other question, look or pixels make another study, fewer trials do not."""
+    first = study().id
+    assert study().id == study(trials=3).id == first
+    assert len({first, study(question="Which is nicer?").id, study(pixelated=True).id, study(reference=None).id}) == 4
+    write_image(tmp_path / "plain" / "0000.png", np.zeros((64, 64, 3), np.uint8))
+    assert study().id != first
+
+
+def test_the_page_tells_nothing_and_needs_nothing(study):
+    """Guards blindness and privacy: one small template, every picture inside, no name of a method, no address; and a
+    question cannot break out of its place.
+    """
+    page = study(question="</script><b>Which & what?").page()
+    assert TEMPLATE.stat().st_size < 15_000
+    tells = ("ours", "paper", "plain", "http://", "https://", "</script><b>", "import ")
+    assert not any(word in page for word in tells)
+    assert page.count("data:image/png;base64,") == 2 * 2 + 1 + 2 and page.count("data:image/jpeg;base64,") == 1
+    first, second = study(), study()
+    assert first.page() == second.page()
+
+
+def test_folders_that_cannot_be_compared(study, spec, tmp_path):
+    """Guards bad input: one line that names folder, picture or key."""
+
+    def refused(said: str, **changes):
+        with pytest.raises(UserError, match=said) as caught:
+            study(**changes)
+        assert "\n" not in str(caught.value)
+
+    methods, plain = spec["methods"], tmp_path / "plain"
+    for few in (None, {}, {"ours": methods["ours"]}, {"ours": methods["ours"], "paper": None}):
+        refused("give at least two folders", methods=few)
+    refused("user_study.methods.paper=.*nowhere: there is no such folder", methods=methods | {"paper": "nowhere"})
+    (tmp_path / "empty").mkdir()
+    refused("empty has neither NAME/harmonized.png nor", methods=methods | {"paper": str(tmp_path / "empty")})
+    refused("harmonize dir=FOLDER makes many", methods=methods | {"paper": str(tmp_path / "ours" / "0000")})
+    refused("user_study.trials=0: give a whole number", trials=0)
+    refused("user_study.question is empty", question=" ")
+    refused("user_study.reference=True", reference=True)
+    refused("user_study.answers=", answers=[3])
+    with pytest.raises(UserError, match="limit=0: give a whole number"):
+        UserStudy("user_study", spec, tmp_path, limit=0)
+    write_image(tmp_path / "empty" / "other.png", np.zeros((64, 64, 3), np.uint8))
+    others = {"ours": methods["ours"], "other": str(tmp_path / "empty")}
+    refused("no picture has the same name in all of ours, other", methods=others)
+    shutil.copy(plain / "0000.png", plain / "0001.png")
+    refused("both 0001.jpg and 0001.png|both 0001.png and 0001.jpg")
+    (plain / "0001.jpg").unlink()
+    write_image(plain / "0001.png", np.zeros((32, 64, 3), np.uint8))
+    refused("picture 0001 is 64 x 64 in ours, 64 x 64 in paper, 64 x 32 in plain")
+    (plain / "0001.png").write_text("no picture")
+    refused("0001.png cannot be decoded")
+
+
+# --- answers
+
+
+def record_of(study: UserStudy, rater: str, best: str | None = "ours", swapped: float = 0.0) -> dict:
+    """Answers as the page hands them out: ``best`` is always chosen, else the first, the other way round by chance."""
+    code = {method: code for code, method in study.codes.items()}
+    rng, answers = np.random.default_rng(int(rater, 16)), []
+    for picture in study.pictures:
+        for pair in combinations(study.methods, 2):
+            left, right = rng.permutation(pair).tolist()
+            chosen = best if best in pair else pair[0]
+            if rng.random() < swapped:
+                chosen = pair[0] if chosen == pair[1] else pair[1]
+            sides = {"left": code[left], "right": code[right], "chosen": code[chosen]}
+            answers.append({"picture": picture, **sides, "milliseconds": 900})
+    return {"schema": 1, "study": study.id, "rater": rater, "seed": 1, "answers": answers}
+
+
+@pytest.fixture
+def answered(tmp_path):
+    """``answered(record, name)``: write a file of answers; returns the folder of all."""
+
+    def write(record, name: str | None = None) -> Path:
+        folder = tmp_path / "answers"
+        folder.mkdir(exist_ok=True)
+        text = record if isinstance(record, str) else json.dumps(record)
+        (folder / (name or f"answers_{record['rater']}.json")).write_text(text)
+        return folder
+
+    return write
+
+
+def test_wins_are_counted_by_who_was_chosen():
+    answers = [Answer("p", "a", "b", "b", 1), Answer("p", "b", "c", "b", 1), Answer("q", "b", "a", "a", 1)]
+    assert count_wins(answers, ["a", "b", "c"]).tolist() == [[0, 1, 0], [1, 0, 1], [0, 0, 0]]
+
+
+def test_scores_of_several_raters(study, answered, tmp_path):
+    """Guards the table: scores, intervals, shares and numbers of all raters; the notes say who chose, and how sure it
+    is.
+    """
+    for rater in range(12):
+        folder = answered(record_of(study(), f"{rater:x}", swapped=0.25))
+    flat, facts, text, drawn = study(answers=str(folder)).measure()
+    head, *rows = (tmp_path / "run" / "table.csv").read_text().splitlines()
+    assert head == "method,score,low,high,win_share,comparisons" and len(rows) == 3
+    table = {row.split(",")[0]: [float(cell) for cell in row.split(",")[1:]] for row in rows}
+    assert all(low <= score <= high and met == 48 for score, low, high, _, met in table.values())
+    assert sum(row[0] for row in table.values()) == pytest.approx(0, abs=1e-5)
+    assert table["ours"][3] == max(row[3] for row in table.values()) > 0.6
+    assert table["ours"][0] == pytest.approx(flat["ours/score"], abs=1e-5) and flat["paper/comparisons"] == 48
+    assert "raters: 12, answers: 72" in text and "bootstrap over 12 raters" in text and "strongly" not in text
+    assert "too narrow" not in text and "0.9 s each" in text and str(tmp_path / "run" / "study.html") in text
+    assert drawn == [tmp_path / "run" / "figure.png"] and drawn[0].stat().st_size > 5000
+    assert facts["study"] == study().id and len(facts["raters"]) == 12
+    assert json.loads((tmp_path / "run" / "study.json").read_text())["methods"] == study().codes
+
+
+def test_one_rater_and_no_maximum(study, answered, tmp_path):
+    """Guards small studies: one rater's answers are drawn instead, and that a method never lost is said."""
+    file = answered(record_of(study(), "ab")) / "answers_ab.json"
+    flat, _, text, _ = study(answers=[str(file)]).measure()
+    assert flat["ours/win_share"] == 1 and np.isfinite(flat["ours/score"]) and flat["ours/high"] >= flat["ours/low"]
+    assert "not strongly connected" in text and "0.5 wins each way" in text and "the answers of one rater" in text
+    answered(record_of(study(), "cd"))
+    assert "with fewer than 10 raters" in study(answers=str(file.parent)).measure()[2]
+
+
+def test_without_answers_there_is_a_page_alone(study, tmp_path):
+    """Guards the first step: no scores, where the page is, and how to go on."""
+    flat, _, text, drawn = study().measure()
+    assert flat == {"ours/comparisons": 0, "paper/comparisons": 0, "plain/comparisons": 0} and drawn == []
+    assert (tmp_path / "run" / "table.csv").read_text() == "method,comparisons\nours,0\npaper,0\nplain,0\n"
+    assert "no scores yet" in text and "user_study.answers=FOLDER" in text
+    assert text.splitlines()[-1] == str(tmp_path / "run" / "study.html")
+
+
+def test_answers_that_are_none(study, answered, tmp_path):
+    """Guards the scores: whatever is not an answer to this very page is refused in one line that names the file."""
+    good = record_of(study(), "ab")
+
+    def refused(said: str, record, **first):
+        """``record`` is the file, or, with ``first``, its first answer is changed so."""
+        if first:
+            record = good | {"answers": [good["answers"][0] | first, *good["answers"][1:]]}
+        folder = answered(record, "answers_x.json")
+        with pytest.raises(UserError, match=f"answers_x.json.*{said}") as caught:
+            study(answers=str(folder)).measure()
+        assert "\n" not in str(caught.value) and not (tmp_path / "run").exists()
+
+    refused("cannot be read as JSON", "{")
+    refused("cannot be read as JSON", "\udcff".encode("utf-8", "surrogateescape").decode("latin-1") + "{")
+    refused("holds no answers of a user study", "[]")
+    refused("holds no answers of a user study", good | {"schema": 2})
+    refused(f"belongs to study beef, this is {study().id}", good | {"study": "beef"})
+    refused("names no rater", good | {"rater": None})
+    refused("holds no answers", good | {"answers": []})
+    refused("answer 0 holds other keys", good | {"answers": [[]]})
+    refused("answer 0 is of an unknown picture '0009'", None, picture="0009")
+    refused("answer 0 is of an unknown method 'ours'", None, left="ours")
+    refused("answer 0 is of an unknown method \\[\\]", None, right=[])
+    refused("answer 0 does not choose", None, chosen="ours")
+    refused("answer 0 does not choose", None, right=good["answers"][0]["left"])
+    refused("answer 0 has no time", None, milliseconds="900")
+    refused("answer 6 repeats an earlier one", good | {"answers": [*good["answers"], good["answers"][0]]})
+    folder = answered(good, "answers_x.json")
+    answered(good, "answers_y.json")
+    with pytest.raises(UserError, match="answers_x.json and .*answers_y.json are both of rater ab"):
+        study(answers=str(folder)).measure()
+    (tmp_path / "none").mkdir()
+    for place, said in (("none", "there are no .json files"), ("gone.json", "does not exist")):
+        with pytest.raises(UserError, match=said):
+            study(answers=str(tmp_path / place)).measure()
+    assert answer_files([str(folder), str(folder / "answers_x.json")])[-1].name == "answers_x.json"
+
+
+# --- the page in a browser
+
+
+class Browser:
+    """Chromium without a window, spoken to in its DevTools protocol over a pipe: no driver and no further package."""
+
+    def __init__(self, folder: Path):
+        theirs, self.to = os.pipe()
+        back, their_back = os.pipe()
+        flags = ["--headless=new", "--remote-debugging-pipe", "--no-sandbox", "--disable-gpu", "--no-first-run"]
+        command = ["sh", "-c", f'exec "$0" "$@" 3</dev/fd/{theirs} 4>/dev/fd/{their_back}', CHROMIUM, *flags]
+        quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+        profile = f"--user-data-dir={folder / 'profile'}"
+        self.process = subprocess.Popen([*command, profile], pass_fds=(theirs, their_back), **quiet)
+        os.close(theirs)
+        os.close(their_back)
+        self.back, self.sent, self.session, self.events = os.fdopen(back, "rb"), 0, None, []
+        target = self.call("Target.createTarget", url="about:blank")["targetId"]
+        self.session = self.call("Target.attachToTarget", targetId=target, flatten=True)["sessionId"]
+        for domain in ("Page", "Runtime", "Network"):
+            self.call(f"{domain}.enable")
+        self.size(1280, 800)
+
+    def call(self, method: str, **parameters) -> dict:
+        """The answer to one command; events that come before it are kept."""
+        self.sent += 1
+        message = {"id": self.sent, "method": method, "params": parameters}
+        message |= {"sessionId": self.session} if self.session and not method.startswith("Browser.") else {}
+        os.write(self.to, json.dumps(message).encode() + b"\0")
+        while True:
+            found = json.loads(self.receive())
+            if found.get("id") == self.sent:
+                assert "error" not in found, found
+                return found["result"]
+            self.events.append(found)
+
+    def receive(self) -> bytes:
+        parts = []
+        while (part := self.back.read(1)) != b"\0":
+            assert part, "Chromium has ended"
+            parts.append(part)
+        return b"".join(parts)
+
+    def read(self, expression: str):
+        """The value of an expression of JavaScript."""
+        found = self.call("Runtime.evaluate", expression=expression, returnByValue=True)
+        assert "exceptionDetails" not in found, found
+        return found["result"].get("value")
+
+    def until(self, expression: str) -> None:
+        end = time.monotonic() + 60
+        while not self.read(expression):
+            assert time.monotonic() < end, f"never came true: {expression}"
+            time.sleep(0.02)
+
+    def open(self, page: Path) -> None:
+        self.call("Page.navigate", url=page.as_uri())
+        self.until("document.readyState == 'complete' && typeof trials == 'object' && began !== null")
+
+    def press(self, key: str, **more) -> None:
+        code, number = KEYS[key]
+        event = {"key": key, "code": code, "windowsVirtualKeyCode": number} | more
+        text = {"text": "\r"} if key == "Enter" else {}
+        self.call("Input.dispatchKeyEvent", type="keyDown" if text else "rawKeyDown", **event, **text)
+        self.call("Input.dispatchKeyEvent", type="keyUp", **event)
+
+    def size(self, width: int, height: int) -> None:
+        self.call("Emulation.setDeviceMetricsOverride", width=width, height=height, deviceScaleFactor=1, mobile=False)
+
+    def screenshot(self, file: Path) -> None:
+        file.write_bytes(base64.b64decode(self.call("Page.captureScreenshot")["data"]))
+
+    def close(self) -> None:
+        self.call("Browser.close")
+        self.process.wait(60)
+        os.close(self.to)
+        self.back.close()
+
+
+@pytest.fixture
+def browser(tmp_path):
+    if CHROMIUM is None:
+        pytest.skip("needs Chromium on the PATH (apt-get install chromium)")
+    browser = Browser(tmp_path)
+    yield browser
+    browser.close()
+
+
+@pytest.fixture
+def shown(study, tmp_path):
+    """``shown(browser)``: what is to be seen; methods are told by their pixels, as no name is on the page."""
+    names = {}
+    for method, files in study().results.items():
+        names |= {data_uri(file): (method, name) for name, file in files.items()}
+
+    def look(browser: Browser) -> dict:
+        left, right = (names[browser.read(f"at('{side}').firstChild.src")] for side in ("left", "right"))
+        assert left[1] == right[1] and left[0] != right[0]
+        count = browser.read("at('count').textContent")
+        return {"left": left[0], "right": right[0], "picture": left[1], "count": count}
+
+    return look
+
+
+def test_a_rater_goes_through_the_page(browser, study, shown, tmp_path, capsys):
+    """Guards the whole way: keys through all trials, a reload in the middle, an answer taken back, a held key that
+    answers once, the file, and the table of it; nothing is fetched and nothing fails on the way.
+    """
+    from harmony import evaluate
+    from harmony.cli.config import compose
+
+    study().measure()
+    browser.call("Browser.setDownloadBehavior", behavior="allow", downloadPath=str(tmp_path / "saved"))
+    browser.open(tmp_path / "run" / "study.html")
+    assert browser.read("at('question').textContent") == "Which looks more real?"
+    wide = [browser.read(f"at('{side}').firstChild.getBoundingClientRect().width") for side in ("left", "right")]
+    assert wide[0] == wide[1] > 250 and browser.read("document.documentElement.scrollHeight <= innerHeight")
+    told = []
+
+    def answer(keys=("ArrowLeft", "ArrowRight")) -> None:
+        """Choose ours where it is, else paper."""
+        seen = shown(browser)
+        best = "ours" if "ours" in (seen["left"], seen["right"]) else "paper"
+        told.append(seen | {"chosen": best})
+        browser.press(keys[best == seen["right"]])
+        browser.until("began !== null || !at('end').hidden")
+
+    answer()
+    answer(("a", "l"))
+    browser.press("ArrowLeft", autoRepeat=True)
+    answer()
+    before = shown(browser)
+    assert before["count"] == "3 of 6"
+    browser.open(tmp_path / "run" / "study.html")
+    assert shown(browser) == before
+    browser.press("Backspace")
+    browser.until("began !== null")
+    taken = told.pop()
+    assert taken == shown(browser) | {"chosen": taken["chosen"]} and taken["count"] == "2 of 6"
+    for _ in range(4):
+        answer()
+    assert browser.read("at('count').textContent") == "6 of 6" and browser.read("at('trial').hidden")
+    browser.press("ArrowLeft")
+    browser.press("Enter")
+    browser.until("!at('anew').disabled")
+    end = time.monotonic() + 60
+    while not (files := list((tmp_path / "saved").glob("*.json"))) and time.monotonic() < end:
+        time.sleep(0.05)
+    record = json.loads(files[0].read_text())
+    assert files[0].name == f"answers_{record['rater']}.json" and record["study"] == study().id
+    assert record["schema"] == 1 and isinstance(record["seed"], int)
+    code = {method: code for code, method in study().codes.items()}
+    sides = ("left", "right", "chosen")
+    assert [[a["picture"], *(a[s] for s in sides)] for a in record["answers"]] == [
+        [t["picture"], *(code[t[s]] for s in sides)] for t in told
+    ]
+    assert all(0 <= a["milliseconds"] < 60_000 for a in record["answers"])
+
+    methods = ", ".join(f"{method}: {tmp_path / method}" for method in study().methods)
+    words = ["experiment=user_study", f"user_study.methods={{{methods}}}", f"user_study.answers={tmp_path / 'saved'}"]
+    words += ["user_study.question='Which looks more real?'", f"paths.runs={tmp_path / 'runs'}", "logger=none"]
+    evaluate.main(compose("evaluate", words))
+    (folder,) = (tmp_path / "runs" / "user_study").iterdir()
+    rows = [row.split(",") for row in (folder / "table.csv").read_text().splitlines()]
+    assert {row[0]: row[4:] for row in rows[1:]} == {"ours": ["1", "4"], "paper": ["0.5", "4"], "plain": ["0", "4"]}
+    assert "not strongly connected" in capsys.readouterr().out
+
+    events = [event["params"] for event in browser.events if event["method"] == "Network.requestWillBeSent"]
+    addresses = {event["request"]["url"].split(":")[0] for event in events}
+    assert addresses <= {"file", "data", "blob"} and "file" in addresses
+    assert not [event for event in browser.events if event["method"] == "Runtime.exceptionThrown"]
+
+
+def test_order_and_sides_follow_from_the_seed(browser, study, tmp_path):
+    """Guards the design: every picture with every pair once, one order for a seed, others for others, sides balanced; a
+    shorter session is the beginning of the longer one; and another person begins anew.
+    """
+    study(trials=4).measure()
+    browser.open(tmp_path / "run" / "study.html")
+    assert browser.read("at('count').textContent") == "0 of 4"
+    brief = "study.trials = {}; trialsOf({}).map(t => [t.picture.name, t.left, t.right])"
+    orders = [browser.read(brief.format(6, seed)) for seed in range(200)]
+    every = {(name, pair) for name in ("0000", "0001") for pair in combinations(range(3), 2)}
+    assert all({(name, tuple(sorted(pair))) for name, *pair in order} == every for order in orders)
+    assert browser.read(brief.format(6, 7)) == orders[7] and browser.read(brief.format(4, 7)) == orders[7][:4]
+    assert len({str(order) for order in orders}) > 190
+    assert np.mean([left < right for order in orders for _, left, right in order]) == pytest.approx(0.5, abs=0.05)
+    assert np.mean([order[0][0] == "0000" for order in orders]) == pytest.approx(0.5, abs=0.12)
+    first = browser.read("[state.rater, state.seed]")
+    browser.press("ArrowLeft")
+    browser.read("anew()")
+    assert browser.read("state.answers.length") == 0
+    assert all(a != b for a, b in zip(first, browser.read("[state.rater, state.seed]"), strict=True))
+
+
+def test_results_are_found_in_both_forms(tmp_path):
+    """Guards a run's own sheet.png, which is no result."""
+    folder = tmp_path / "run" / "0007"
+    folder.mkdir(parents=True)
+    picture = np.zeros((4, 4, 3), np.uint8)
+    write_image(folder / "harmonized.png", picture)
+    write_image(folder.parent / "sheet.png", picture)
+    assert results_of(folder.parent, "key") == {"0007": folder / "harmonized.png"}

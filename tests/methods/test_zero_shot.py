@@ -1,0 +1,664 @@
+"""Zero-shot harmonization: the invariants of method sheet 4.11 on a random kit, and the policy on scripted scores."""
+
+import resource
+from contextlib import contextmanager
+from dataclasses import replace
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from diffusers import UNet2DConditionModel
+from hydra.utils import instantiate
+
+from harmony.cli.config import compose
+from harmony.core.errors import UserError
+from harmony.data.descriptions import Description
+from harmony.methods import zero_shot
+from harmony.methods.zero_shot import (
+    CONCLUDE,
+    CONTINUE,
+    REGENERATE,
+    CopyAttention,
+    Looks,
+    Parts,
+    Round,
+    Words,
+    attention_loss,
+    best,
+    decide,
+    descriptors,
+    edge_loss,
+    harmonize_once,
+    refined_texts,
+    rounds,
+    run_together,
+    sobel,
+)
+from harmony.models.attention import Layer, controlled
+from harmony.models.backbone import Kit, weights_hash
+from harmony.models.textual_inversion import states_of
+from harmony.pixels.images import from_model, to_hint, to_model
+from harmony.sampling.null_text import denoiser, guided_step, replay
+
+WORDS = Description("a red mushroom", "warm sunset", "blue snow light")
+SAME = Description("a red mushroom", "warm sunset", "warm sunset")
+OTHER = Description("moonlight car", "grass", "warm light")
+SHORT = Parts(steps=2)
+BARE = Parts(steps=2, refine=0, edges=0.0)  # inversion, null texts and the copied attention
+
+
+@pytest.fixture(scope="module")
+def kit(random_kit):
+    return Kit(str(random_kit))
+
+
+@pytest.fixture(scope="module")
+def scene():
+    """(composite, mask)."""
+    mask = np.zeros((32, 32), bool)
+    mask[8:22, 6:20] = True
+    return np.random.default_rng(0).integers(0, 256, (32, 32, 3), dtype=np.uint8), mask
+
+
+@pytest.fixture(scope="module")
+def second():
+    """(another composite, another mask)."""
+    mask = np.zeros((32, 32), bool)
+    mask[4:12, 10:30] = True
+    return np.random.default_rng(1).integers(0, 256, (32, 32, 3), dtype=np.uint8), mask
+
+
+def once(kit, scene, words=WORDS, parts=SHORT) -> np.ndarray:
+    """One round of one composite."""
+    return harmonize_once(kit, [scene[0]], [scene[1]], [words], parts)[0]
+
+
+def apart(a: np.ndarray, b: np.ndarray) -> int:
+    """Largest difference in grey levels."""
+    return int(np.abs(a.astype(int) - b).max())
+
+
+@contextmanager
+def calls(module: torch.nn.Module, rows: int | None = None):
+    """The first argument of each call of ``module``, of so many rows or any."""
+    seen = []
+    hook = module.register_forward_pre_hook(lambda _, args: seen.append(args[0]))
+    try:
+        yield seen
+    finally:
+        hook.remove()
+        seen[:] = [x for x in seen if rows in (None, len(x))]
+
+
+@pytest.fixture
+def watched(monkeypatch):
+    """What the last ``null_texts`` was given (``trajectory``, ``texts``, ``search``) and found (``nulls``), and the
+    loss of each improvement, summed over pictures.
+    """
+    seen, usual = SimpleNamespace(), zero_shot.null_texts
+
+    def watch(eps, trajectory, texts, *more):
+        *more, search = more
+        losses = []
+
+        def loss(*pair: torch.Tensor) -> torch.Tensor:
+            found = search.loss(*pair)
+            losses.append(found.sum().item())
+            return found
+
+        nulls = usual(eps, trajectory, texts, *more, replace(search, loss=loss))
+        vars(seen).update(trajectory=trajectory, texts=texts, search=search, losses=losses, nulls=nulls)
+        return nulls
+
+    monkeypatch.setattr(zero_shot, "null_texts", watch)
+    return seen
+
+
+# --- words
+
+
+@pytest.mark.parametrize(
+    ("object_", "light", "first"),
+    [("a red mushroom", "warm light", 4), ("mushroom", "moonlight", 2), ("moonlight car", "warm moonlight", 6)],
+)
+def test_where_the_descriptors_are(kit, object_, light, first):
+    """Guards invariant 15: behind the object phrase up to the last word, also where words are several tokens."""
+    prompt = f"{object_} {light}"
+    found = descriptors(kit, prompt, object_)
+    (ids,) = kit.tokens([prompt])
+    assert ids[found].tolist() == [i for word in light.split() for i in kit.encode(word)]
+    assert found.nonzero()[0].item() == first and ids[found.nonzero()[-1] + 1] == kit.tokenizer.eos_token_id
+
+
+@pytest.mark.parametrize(
+    ("prompt", "object_", "said"),
+    [
+        ("a red mushroom", "a red mushroom", "says nothing of the light"),
+        ("a red mushroom " + "warm " * 12, "a red mushroom", "has 15 tokens, the model reads 14"),
+    ],
+)
+def test_prompts_that_cannot_lead(kit, prompt, object_, said):
+    """Guards bad input: no words behind the object, or more than the text encoder reads."""
+    with pytest.raises(UserError, match=said):
+        descriptors(kit, prompt, object_)
+
+
+def test_the_attention_loss_is_about_places():
+    """Guards invariant 6: 0 where the map is the mask, whatever its scale; 1 at worst, each picture by itself."""
+    mask = torch.tensor([[1.0, 0, 1, 0], [1, 0, 1, 0], [1, 1, 0, 0]])
+    heat = torch.stack([7 * mask[0], 1 - mask[1], torch.tensor([0.2, 0.1, 0.1, 0.0])])
+    found = attention_loss(mask, heat)
+    assert torch.allclose(found, torch.tensor([0.0, 1.0, (0 + 0.25 + 0.25 + 0) / 4]))
+    assert torch.allclose(attention_loss(mask, 1e-3 * heat), found)
+    noise = torch.rand(50, 4, generator=torch.Generator().manual_seed(0))
+    both = attention_loss(mask[:1], noise) + attention_loss(1 - mask[:1], noise.flip(0))
+    assert both.min() >= 0 and both.max() <= 2
+    assert attention_loss(mask, torch.zeros(3, 4)).tolist() == [0.5] * 3, "an object that no word looks at"
+
+
+def test_words_are_held_and_weighed():
+    """Guards invariants 5 and 7: nothing holds words that have not moved, then the mean square of both prompts'; the
+    weights are a simplex over the background's descriptors, even at first.
+    """
+    where = torch.tensor([[0, 1, 1, 0], [0, 0, 1, 0], [0, 1, 1, 1], [0, 1, 0, 0]], dtype=torch.bool)
+    words = Words(where, torch.zeros(4, 4, 2), torch.zeros(2, 4))
+    assert words.held().tolist() == [0, 0]
+    assert torch.allclose(words.weights, torch.tensor([[0, 1 / 3, 1 / 3, 1 / 3], [0, 1, 0, 0]]))
+    words.change[0], words.change[2, 1], words.change[3] = 3.0, 2.0, 1.0
+    assert torch.allclose(words.held(), torch.tensor([9 + 4 / 3, 1.0])), "what is no descriptor does not count"
+    words.logits = torch.tensor([[90.0, 1, 2, 3], [5, 1, 1, 1]])
+    assert torch.allclose(words.weights.sum(1), torch.ones(2)) and (words.weights[~where[2:]] == 0).all()
+
+
+def test_looks_are_the_mean_over_layers_and_heads(kit):
+    """Guards the maps: words' attention in the wanted size outside the middle block, summing to 1, with a gradient."""
+    found, text, z = [], kit.prompt(["a red mushroom", "a car"]).requires_grad_(True), torch.randn(2, 4, 8, 8)
+
+    class Record(Looks):
+        def __call__(self, probabilities, layer, step):
+            found.append((layer, probabilities.detach()))
+            return super().__call__(probabilities, layer, step)
+
+    with controlled(kit.unet, looks := Record(64)):
+        denoiser(kit)(z, 501, text)
+    assert {layer.place for layer, _ in found} == {"down", "up"} and all(layer.cross for layer, _ in found)
+    expected = torch.stack([p.mean(1) for _, p in found]).mean(0)
+    assert looks.mean.shape == (2, 64, 16) and torch.allclose(looks.mean, expected, atol=1e-6)
+    assert torch.allclose(looks.mean.sum(-1), torch.ones(2, 64), atol=1e-5)
+    assert not Looks(64).wants(Layer("x", "mid", True), 64, 0)
+    (gradient,) = torch.autograd.grad(looks.mean[:, :, 1].sum(), text)
+    assert gradient.abs().sum() > 0
+
+
+# --- refinement
+
+
+@pytest.fixture
+def refined(kit, monkeypatch):
+    """``refined(parts)``: refines the words of two composites on latents of noise; ``texts`` of each step, ``rows``
+    that went into the text encoder each time, ``words`` in the end, ``tokens``, ``where``, ``masks``, the latent ``z``,
+    and the masks and maps that were ``compared``.
+    """
+    made, compared = [], []
+    usual = zero_shot.attention_loss
+    monkeypatch.setattr(zero_shot, "Words", lambda *given: (made.append(Words(*given)), made[-1])[1])
+
+    monkeypatch.setattr(zero_shot, "attention_loss", lambda *pair: (compared.append(pair), usual(*pair))[1])
+
+    def run(parts: Parts) -> SimpleNamespace:
+        prompts, objects = [WORDS.prompts, OTHER.prompts], [WORDS.object, OTHER.object] * 2
+        prompts = [pair[0] for pair in prompts] + [pair[1] for pair in prompts]
+        tokens = kit.tokens(prompts)
+        where = torch.stack([descriptors(kit, *pair) for pair in zip(prompts, objects, strict=True)])
+        rng, masks = torch.Generator().manual_seed(0), torch.zeros(2, 1, 32, 32)
+        masks[0, :, 8:24, 8:24] = masks[1, :, :16] = 1
+        z = torch.randn(2, 4, 8, 8, generator=rng)
+        rows = []
+        hook = embeddings(kit).register_forward_hook(lambda module, args, out: rows.append(out.detach()))
+        try:
+            texts = refined_texts(kit, [z] * (parts.steps + 1), masks, tokens, where, parts)
+        finally:
+            hook.remove()
+        found = {"texts": texts, "rows": rows, "words": made[-1], "compared": compared}
+        return SimpleNamespace(**found, tokens=tokens, where=where, masks=masks, z=z)
+
+    return run
+
+
+def embeddings(kit: Kit) -> torch.nn.Module:
+    """What adds up the rows of tokens and of positions."""
+    return next(part for name, part in kit.text_encoder.named_modules() if name.endswith("embeddings"))
+
+
+def test_refinement_changes_descriptors_alone(kit, refined):
+    """Guards invariant 5: what goes into the text encoder is that of the bare prompts but for the descriptors, which
+    all move; states before them are bit for bit the bare ones.
+    """
+    found = refined(Parts(steps=3, refine=2, lr=0.05, hold=0.0))
+    plain = embeddings(kit)(found.tokens)
+    assert len(found.texts) == 3 and len(found.rows) == 3 * (2 + 1), "each improvement, and what is kept of each step"
+    assert torch.equal(found.rows[0], plain), "the words begin as they are"
+    for rows in found.rows[1:]:
+        assert torch.equal(rows[~found.where], plain[~found.where])
+        assert (rows - plain)[found.where].abs().amax(1).min() > 0
+    bare = kit.text(found.tokens)
+    for text in found.texts:
+        for row, old, where in zip(text, bare, found.where, strict=True):
+            first = where.nonzero()[0, 0]
+            assert torch.allclose(row[:first], old[:first], atol=1e-6) and not torch.equal(row[first:], old[first:])
+
+
+def test_the_backgrounds_words_are_one(kit, refined):
+    """Guards 4.4: in the states of the backgrounds all descriptors are their weighted sum, those of the foregrounds and
+    whatever else stay; the weights are a simplex that has moved.
+    """
+    found = refined(Parts(steps=2, refine=2, lr=0.05, hold=0.0))
+    weights, words = found.words.weights, found.words
+    assert torch.allclose(weights.sum(1), torch.ones(2)) and (weights >= 0).all()
+    assert (weights[~found.where[2:]] == 0).all()
+    assert all(w[here].std() > 1e-4 for w, here in zip(weights, found.where[2:], strict=True))
+    with torch.no_grad():
+        moved = states_of(kit.text_encoder, found.tokens, lambda rows: rows + words.change * found.where[..., None])
+    for row in range(4):
+        here, text = found.where[row], found.texts[-1][row]
+        summed = moved[row] if row < 2 else (moved[row] * weights[row - 2, :, None]).sum(0, keepdim=True).expand(16, -1)
+        assert torch.allclose(text[here], summed[here], atol=1e-5)
+        assert torch.allclose(text[~here], moved[row][~here], atol=1e-5)
+
+
+def test_where_words_should_look(kit, refined):
+    """Guards 4.4: the maps of all descriptors of a prompt together, the background's each by its weight, against the
+    share of the object in each position for the foreground and the rest for the background.
+    """
+    found = refined(Parts(steps=1, refine=1))
+    ((mask, heat),) = found.compared
+    inside = F.avg_pool2d(found.masks, 4).flatten(1)
+    assert torch.allclose(mask, torch.cat([inside, 1 - inside])) and set(inside.unique().tolist()) == {0, 1}
+    with torch.no_grad(), controlled(kit.unet, looks := Looks(64)):
+        denoiser(kit)(found.z.repeat(2, 1, 1, 1), 1, kit.text(found.tokens))
+    weights = found.where.float()
+    weights[2:] /= weights[2:].sum(1, keepdim=True)
+    assert torch.allclose(heat, (looks.mean * weights[:, None]).sum(2), atol=1e-5)
+
+
+def test_refinement_makes_words_look_where_they_should(refined):
+    """Guards the purpose of 4.4: within the steps, the loss of where the words look falls."""
+    compared = refined(Parts(steps=2, refine=5, lr=5e-3, hold=0.0)).compared
+    losses = [attention_loss(*pair).sum().item() for pair in compared]
+    assert len(losses) == 10 and losses[4] < losses[0] and losses[9] < losses[5]
+
+
+def test_words_that_are_held_stay(refined):
+    """Guards invariant 7: with a huge weight they never go further than Adam's first step, without it they do."""
+    lr = 1e-2
+    held, free = (refined(Parts(steps=2, refine=4, lr=lr, hold=hold)) for hold in (1e9, 0.0))
+    far = [found.words.change.detach().abs().max().item() for found in (held, free)]
+    assert far[0] <= lr and far[1] > 3 * lr
+    plain = free.rows[0]
+    assert max((rows - plain).abs().max().item() for rows in held.rows) <= 1.01 * lr
+
+
+# --- edges
+
+
+def test_golden_edges_of_a_ramp():
+    """Guards the kernels: a ramp of slope s has the edge sqrt(s^2 + 1e-6) within, half of s at its repeated rims,
+    across as along; channels do not mix.
+    """
+    ramp = (0.05 * torch.arange(8.0)).expand(1, 1, 8, 8)
+    x = torch.cat([ramp, ramp.transpose(2, 3), torch.zeros_like(ramp)], 1)
+    found = sobel(x)
+    inner, rim = (torch.tensor(s**2 + 1e-6).sqrt() for s in (0.05, 0.025))
+    assert torch.allclose(found[0, 0, :, 1:-1], inner) and torch.allclose(found[0, 1, 1:-1], inner)
+    assert torch.allclose(found[0, 0, :, [0, -1]], rim) and torch.allclose(found[0, 1, [0, -1]], rim)
+    assert torch.allclose(found[0, 2], torch.tensor(1e-3))
+    assert torch.allclose(sobel(x + 0.3), found, atol=1e-5)
+
+
+def test_what_the_edge_loss_sees(scene):
+    """Guards invariant 10: nothing between a picture and itself, or itself made brighter; pixels that do not touch the
+    object do not count, those that touch it do, each picture by itself.
+    """
+    x, mask = to_hint(scene[0])[None], torch.from_numpy(scene[1])[None, None].float()
+    assert edge_loss(x, x, mask, Parts()).item() == 0
+    assert edge_loss(x, x + 0.2, mask, Parts()).item() == pytest.approx(0, abs=1e-9)
+    near = F.max_pool2d(mask, 3, 1, 1).bool()
+    far, touched = torch.where(near, x, 1 - x), torch.where(mask.bool(), x, 1 - x)
+    assert edge_loss(x, far, mask, Parts()).item() == 0
+    assert edge_loss(x, touched, mask, Parts()).item() > 1e-5
+    both = edge_loss(torch.cat([x, x]), torch.cat([x, touched]), mask, Parts())
+    assert both.shape == (2,) and both[0] == 0 and both[1] == edge_loss(x, touched, mask, Parts())
+
+
+@pytest.fixture
+def deep():
+    """A tiny differentiable edge detector."""
+    torch.manual_seed(0)
+    return torch.nn.Conv2d(3, 1, 3, padding=1).requires_grad_(False)
+
+
+def test_a_deep_detector_adds_its_share(scene, second, deep):
+    """Guards 4.5: its squared differences inside the mask come on top, by its share."""
+    x, y = to_hint(np.stack([scene[0], second[0]])).split(1)
+    mask = torch.from_numpy(scene[1])[None, None].float()
+    more = edge_loss(x, y, mask, Parts(deep=deep, deep_share=0.3)) - edge_loss(x, y, mask, Parts())
+    assert more.item() == pytest.approx(0.3 * ((deep(x) - deep(y)) * mask).square().mean().item(), rel=1e-4)
+
+
+def test_a_deep_detector_carries_gradient(kit, scene, deep, watched):
+    """Guards invariant 11: from the deep edges alone to the null embedding, and it leads to other null texts."""
+    text, empty = kit.prompt([WORDS.prompts[0]]), kit.prompt([""]).requires_grad_(True)
+    z, mask = torch.randn(1, 4, 8, 8), torch.from_numpy(scene[1])[None, None].float()
+    reached = guided_step(denoiser(kit), z, 501, empty, denoiser(kit)(z, 501, text), 2.5, 500, kit.alphas_cumprod)
+    made = kit.decode(reached) / 2 + 0.5
+    with_, without = (edge_loss(made, to_hint(scene[0])[None], mask, Parts(deep=d)) for d in (deep, None))
+    (gradient,) = torch.autograd.grad((with_ - without).sum(), empty)
+    assert gradient.abs().max() > 0
+    found = []
+    for detector in (None, deep):
+        once(kit, scene, parts=Parts(steps=2, refine=0, deep=detector))
+        found.append(watched.nulls[-1])
+    assert not torch.equal(*found)
+
+
+def test_edges_are_taken_in_one_range(kit, scene, monkeypatch):
+    """Guards invariant 12: a codec without loss gives edges that are the composite's own, and the composite back."""
+    found, usual = [], zero_shot.edge_loss
+    monkeypatch.setattr(zero_shot, "edge_loss", lambda *given: (found.append(usual(*given)), found[-1])[1])
+    picture = to_model(scene[0])
+    monkeypatch.setattr(kit, "decode", lambda z: picture.expand(len(z), -1, -1, -1) + 0 * z.mean())
+    assert np.array_equal(once(kit, scene, parts=Parts(steps=2, refine=0, detail=False)), scene[0])
+    assert len(found) > 1 and all(loss.abs().max() < 1e-9 for loss in found)
+
+
+# --- null texts
+
+
+def test_golden_schedule_of_the_null_texts(kit, scene, watched):
+    """Guards 4.3: one improvement a step for the first tenth of 50, five at last, none left out; rate 0.1."""
+    once(kit, scene, parts=replace(BARE, steps=4))
+    search = watched.search
+    assert [search.inner(i, 50) for i in range(50)] == [1 + i // 10 for i in range(50)]
+    assert search.rate(0) == search.rate(49) == Parts().null_lr == 0.1
+    assert len(watched.losses) == 1 + 2 + 3 + 4
+
+
+def test_the_null_texts_lower_their_loss(kit, scene, watched):
+    """Guards invariant 9: with edges and without, the last loss of the steps is below the first in sum; ten times the
+    distance is what is lowered.
+    """
+    for edges in (1.0, 0.0):
+        once(kit, scene, parts=replace(BARE, steps=4, edges=edges))
+        first, last = ([watched.losses[i] for i in at] for at in ((0, 1, 3, 6), (0, 2, 5, 9)))
+        assert sum(last) < sum(first)
+    a, b = watched.trajectory[0], watched.trajectory[1]
+    assert torch.allclose(watched.search.loss(a, b), 10 * (a - b).square().mean((1, 2, 3)))
+
+
+def test_nothing_is_decoded_without_edges(kit, scene):
+    """Guards invariant 9: the decoder is called for the result alone; with edges once more for each improvement."""
+    for edges, count in ((0.0, 1), (1.0, 1 + 1 + 3)):
+        with calls(kit.vae.decoder) as decoded:
+            once(kit, scene, parts=Parts(steps=2, refine=0, edges=edges))
+        assert len(decoded) == count and len(decoded[-1]) == 2
+
+
+def test_the_composite_is_inverted_without_words(kit, scene, watched):
+    """Guards 4.3 and invariant 14: from the posterior's mean, under the empty prompt, whatever the words."""
+    found = []
+    for words in (WORDS, OTHER):
+        once(kit, scene, words, BARE)
+        found.append(watched.trajectory)
+    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True)) and len(found[0]) == 3
+    mean = kit.moments(to_model(scene[0])[None]).chunk(2, dim=1)[0] * kit.vae.config.scaling_factor
+    assert torch.allclose(found[0][0], mean, atol=1e-6)
+
+
+# --- copied attention
+
+
+def test_golden_copy_of_attention():
+    """Guards 4.6: position by position, in every layer, the background's rows that see words take those of their own
+    foreground; what guidance goes away from is left alone.
+    """
+    layers = [Layer("x", place, cross) for place in ("down", "mid", "up") for cross in (True, False)]
+    assert all(CopyAttention(4).wants(layer, 4096, step) for layer in layers for step in (0, 49))
+    assert [CopyAttention(4, own=False).wants(layer, 64, 0) for layer in layers] == [True, False] * 3
+    maps = torch.rand(8, 2, 3, 5, generator=torch.Generator().manual_seed(0))
+    made = CopyAttention(4)(maps, layers[0], 0)
+    assert torch.equal(made, maps[[0, 1, 2, 3, 4, 5, 4, 5]])
+    assert torch.equal(CopyAttention(4)(maps[4:], layers[0], 0), maps[[4, 5, 4, 5]])
+
+
+def test_the_same_words_lead_nowhere(kit, scene):
+    """Guards invariant 3: the background's row is the foreground's, bit for bit at every step, and the composite comes
+    back; other words lead it away.
+    """
+    for words, same in ((SAME, True), (WORDS, False)):
+        with calls(kit.unet, rows=4) as seen:
+            made = once(kit, scene, words, BARE)
+        assert len(seen) == 2 and torch.equal(seen[1][0], seen[1][1]) == torch.equal(seen[1][2], seen[1][3]) == same
+        assert torch.equal(seen[0][0], seen[0][1]), "both begin with the same noise"
+        assert np.array_equal(made, scene[0]) == same
+
+
+@pytest.mark.parametrize("copied", [True, False])
+def test_the_same_words_are_plain_guided_sampling(kit, scene, watched, monkeypatch, copied):
+    """Guards invariant 4: with the composite's noise, words and null texts; attention copied or not."""
+    if not copied:
+        monkeypatch.setattr(CopyAttention, "wants", lambda *given: False)
+    made = once(kit, scene, SAME, replace(BARE, detail=False))
+    text = kit.prompt([SAME.prompts[0]])
+    z = replay(denoiser(kit), watched.trajectory[-1], text, watched.nulls, BARE.guidance, kit.alphas_cumprod)[-1]
+    assert all(torch.equal(used, text) for used in watched.texts)
+    assert apart(made, from_model(kit.decode(z))[0]) <= 1
+
+
+def test_self_attention_may_be_left_alone(kit, scene):
+    """Guards own=: it changes what other words lead to."""
+    assert apart(once(kit, scene, WORDS, BARE), once(kit, scene, WORDS, replace(BARE, own=False))) > 2
+
+
+def test_detail_adds_what_the_words_change(kit, scene):
+    """Guards detail=: the composite and the difference that the words make; without, the picture itself."""
+    plain = replace(BARE, detail=False)
+    back, led = (once(kit, scene, words, plain).astype(int) for words in (SAME, WORDS))
+    kept = once(kit, scene, WORDS, BARE)
+    clear = (np.minimum(back, led) > 0) & (np.maximum(back, led) < 255)
+    expected = np.clip(scene[0] + led - back, 0, 255)
+    assert clear.mean() > 0.5 and np.abs(kept - expected)[clear].max() <= 1
+
+
+# --- a round
+
+
+def test_a_round_is_deterministic_whatever_the_batch(kit, scene, second):
+    """Guards invariant 14: no dice; the words, masks and pictures of a batch do not mix."""
+    torch.manual_seed(1)
+    first = once(kit, scene)
+    torch.manual_seed(2)
+    assert np.array_equal(first, once(kit, scene)) and first.shape == (32, 32, 3) and first.dtype == np.uint8
+    both = harmonize_once(kit, *zip(scene, second, strict=True), [WORDS, OTHER], SHORT)
+    assert apart(both[0], first) <= 2 and apart(both[1], once(kit, second, OTHER)) <= 2
+
+
+def test_an_empty_mask_gives_the_composite_back(kit, scene):
+    """Guards invariant 2: nothing to look at and no edges, but every loss is a number, and all is background."""
+    nothing = np.zeros_like(scene[1])
+    (made,) = run_together(kit, [rounds(scene[0], nothing, 1, 2)], [[WORDS]], [nothing], SHORT)
+    assert len(made) == 2 and all(np.array_equal(r.image, scene[0]) for r in made)
+
+
+@pytest.mark.parametrize("where", [None, "refinement", "null texts", "copy"])
+def test_nothing_of_the_kit_changes(kit, scene, monkeypatch, where):
+    """Guards invariant 8: weights, gradients, attention processors and hooks, after a round and after one that fails
+    in any of its stages.
+    """
+    networks = kit.unet, kit.vae, kit.text_encoder
+    before, own = [weights_hash(network) for network in networks], dict(kit.unet.attn_processors)
+
+    def boom(*given):
+        raise KeyboardInterrupt
+
+    spots = {"refinement": (Looks, "__call__"), "null texts": (kit, "decode"), "copy": (CopyAttention, "__call__")}
+    with monkeypatch.context() as patch:
+        if where is None:
+            once(kit, scene)
+        else:
+            patch.setattr(*spots[where], boom)
+            with pytest.raises(KeyboardInterrupt):
+                once(kit, scene)
+    assert [weights_hash(network) for network in networks] == before
+    assert not any(p.requires_grad or p.grad is not None for network in networks for p in network.parameters())
+    assert all(kit.unet.attn_processors[name] is processor for name, processor in own.items())
+    assert not any(part._forward_hooks for network in networks for part in network.modules())
+
+
+def test_a_kit_whose_latents_are_not_a_power_of_two(kit):
+    """Guards the maps: a UNet without a layer of 16 x 16 positions (96 px here, Stable Diffusion at 768) has others."""
+    torch.manual_seed(0)
+    shape = {"down_block_types": ["CrossAttnDownBlock2D"] * 2, "up_block_types": ["CrossAttnUpBlock2D"] * 2}
+    config = {**kit.unet.config, "sample_size": 24, **shape}
+    large = kit.with_unet(UNet2DConditionModel.from_config(config).requires_grad_(False).eval())
+    mask = np.zeros((96, 96), bool)
+    mask[20:60, 20:60] = True
+    picture = np.random.default_rng(0).integers(0, 256, (96, 96, 3), dtype=np.uint8)
+    assert once(large, (picture, mask), parts=Parts(steps=1, edges=0.0)).shape == (96, 96, 3)
+
+
+# --- rounds
+
+BLACK, SPOT = np.zeros((4, 4, 3), np.uint8), np.eye(4, dtype=bool)
+
+
+def play(scores, prompts: int = 1, count: int = 10, judge: bool = True, mask: np.ndarray = SPOT, say=lambda made: None):
+    """(all rounds, what was asked for) where the evaluator says ``scores`` one by one. The n-th raw output is full of n
+    everywhere, so that a picture is known by what it shows; 0 is the composite.
+    """
+    script, asked = iter(scores), []
+    generator = rounds(BLACK, mask, prompts, count, (lambda image, mask: next(script)) if judge else None, say)
+    try:
+        wanted = next(generator)
+        while True:
+            asked.append((int(wanted[0].max()), wanted[1]))
+            wanted = generator.send(np.full_like(BLACK, len(asked)))
+    except StopIteration as end:
+        assert not judge or next(script, None) is None, "every score was asked for"
+        return end.value, asked
+
+
+def test_golden_decisions():
+    """Guards 4.7: three scores that fall strictly, the last three alone; another description once, then the end."""
+    assert [decide(s, 1, False) for s in ([], [3], [3, 2], [3, 2, 2], [3, 3, 2], [1, 3, 2])] == [CONTINUE] * 6
+    assert decide([3, 2, 1], 1, False) == decide([0, 3, 2, 1], 2, False) == REGENERATE
+    assert decide([3, 2, 1], 0, False) == decide([3, 2, 1], 1, True) == CONCLUDE
+
+
+def test_one_description_concludes_at_the_first_fall():
+    """Guards invariant 13: each round goes on from the last; the best of all is what is given."""
+    made, asked = play([0.5, 0.6, 0.9, 0.8, 0.7])
+    assert asked == [(n, 0) for n in range(5)]
+    assert [r.decision for r in made] == [CONTINUE] * 4 + [CONCLUDE] and [r.number for r in made] == [1, 2, 3, 4, 5]
+    assert best(made) is made[2] and best(made).image.max() == 3
+
+
+def test_the_first_round_tries_every_description():
+    """Guards invariant 13: each from the raw composite; the best one goes on from its own result."""
+    made, asked = play([0.2, 0.9, 0.4, 0.95, 0.96], prompts=3, count=3)
+    assert asked == [(0, 0), (0, 1), (0, 2), (2, 1), (4, 1)]
+    assert [(r.number, r.prompt, r.score) for r in made] == [
+        (1, 0, 0.2),
+        (1, 1, 0.9),
+        (1, 2, 0.4),
+        (2, 1, 0.95),
+        (3, 1, 0.96),
+    ]
+    assert [r.decision for r in made] == [CONTINUE] * 4 + [CONCLUDE]
+
+
+def test_another_description_after_a_fall():
+    """Guards invariant 13: it takes two rounds back, the next best description goes on with scores of its own; the
+    second fall is the end though a third description is left.
+    """
+    made, asked = play([0.2, 0.9, 0.4, 0.8, 0.7, 0.6, 0.5, 0.4], prompts=3)
+    assert asked == [(0, 0), (0, 1), (0, 2), (2, 1), (4, 1), (2, 2), (6, 2), (7, 2)]
+    assert [r.decision for r in made[3:]] == [CONTINUE, REGENERATE, CONTINUE, CONTINUE, CONCLUDE]
+    assert [r.number for r in made] == [1, 1, 1, 2, 3, 4, 5, 6] and best(made) is made[1]
+
+
+def test_two_rounds_are_taken_back_from_further_on():
+    """Guards invariant 13: not to the beginning, but to before the last two of the three that fell."""
+    _, asked = play([0.2, 0.1, 0.3, 0.9, 0.8, 0.7, 0.6], prompts=2, count=6)
+    assert asked[-1] == (4, 1) and asked[:6] == [(0, 0), (0, 1), (1, 0), (3, 0), (4, 0), (5, 0)]
+
+
+@pytest.mark.parametrize("count", [1, 2, 4])
+def test_there_are_so_many_rounds_at_most(count):
+    """Guards rounds=: scores that rise go on until then; the last decision is the end."""
+    made, asked = play([0.1 * n for n in range(1, count + 1)], count=count)
+    assert len(asked) == count and [r.decision for r in made] == [CONTINUE] * (count - 1) + [CONCLUDE]
+    assert best(made) is made[-1]
+
+
+def test_without_an_evaluator_all_rounds_are_made():
+    """Guards evaluator=null: the first description, as many rounds as asked for, the last is what is given."""
+    made, asked = play([], prompts=3, count=4, judge=False)
+    assert asked == [(n, 0) for n in range(4)] and [r.score for r in made] == [None] * 4
+    assert best(made) is made[-1] and made[-1].decision == CONCLUDE
+
+
+def test_the_background_is_never_touched():
+    """Guards invariants 1 and 2: bit for bit in every round, whatever is made of it; all of it for an empty mask."""
+    for mask in (SPOT, np.zeros_like(SPOT)):
+        for count in (1, 3):
+            made, _ = play([0.1] * count, count=count, mask=mask)
+            assert all((r.image[~mask] == 0).all() and (r.image[mask] > 0).all() for r in made)
+
+
+def test_rounds_are_told_as_they_end():
+    """Guards the progress of a long run: each as it is returned, its decision included."""
+    told: list[Round] = []
+    made, _ = play([0.1, 0.2, 0.3], count=3, say=told.append)
+    assert [(r.number, r.score, r.decision) for r in told] == [(r.number, r.score, r.decision) for r in made]
+
+
+def test_several_composites_side_by_side(kit, scene, second, monkeypatch):
+    """Guards the batch: composites that need fewer rounds leave it; each has the rounds that it has alone, its own
+    background around them.
+    """
+    batches, usual = [], zero_shot.harmonize_once
+    monkeypatch.setattr(zero_shot, "harmonize_once", lambda *given: (batches.append(given), usual(*given))[1])
+    descriptions, masks = [[WORDS, SAME], [OTHER]], [scene[1], second[1]]
+
+    def asked() -> list:
+        judge = iter([0.1, 0.9, 0.8])  # of the first: two descriptions, then the better one goes on
+        return [rounds(*scene, 2, 2, lambda *given: next(judge)), rounds(*second, 1, 1)]
+
+    together = run_together(kit, asked(), descriptions, masks, BARE)
+    assert [len(pictures) for _, pictures, *_ in batches] == [2, 1, 1]
+    assert [[m is scene[1] for m in given] for _, _, given, *_ in batches] == [[True, False], [True], [True]]
+    assert [[r.prompt for r in made] for made in together] == [[0, 1, 1], [0]]
+    for n, (image, mask) in enumerate((scene, second)):
+        (alone,) = run_together(kit, [asked()[n]], [descriptions[n]], [mask], BARE)
+        assert all(apart(a.image, b.image) <= 2 for a, b in zip(together[n], alone, strict=True))
+        assert all(np.array_equal(r.image[~mask], image[~mask]) for r in together[n])
+    assert (together[0][0].image != scene[0]).any() and (together[0][1].image == scene[0]).all()
+
+
+@pytest.mark.slow
+def test_a_round_at_true_size(capsys):
+    """Guards the path at the size of Stable Diffusion 2, with random weights: a round of two steps, edges decoded, all
+    maps copied, every processor put back; says how much memory it took.
+    """
+    kit = instantiate(compose("edit", ["image=x", "target=x", "model=sd2_base", "model.weights=random"]).model)
+    rng, mask = np.random.default_rng(0), np.zeros((512, 512), bool)
+    mask[150:400, 180:360] = True
+    picture, before = rng.integers(0, 256, (512, 512, 3), np.uint8), dict(kit.unet.attn_processors)
+    words = Description("a red car on snow,", "pink neon light", "grey overcast light")
+    (made,) = run_together(kit, [rounds(picture, mask, 1, 1)], [[words]], [mask], Parts(steps=2, refine=1))
+    assert made[0].image.shape == (512, 512, 3) and np.array_equal(made[0].image[~mask], picture[~mask])
+    assert (made[0].image != picture)[mask].any() and kit.unet.attn_processors == before
+    with capsys.disabled():
+        print(f"\n{resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20:.1f} GiB at most")

@@ -1,0 +1,140 @@
+"""Masks: files, geometry, the way to the latent grid, and the rules for holes."""
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from harmony.core.errors import UserError
+from harmony.pixels import masks
+
+
+def disc(side=128, radius=20, centre=None):
+    y, x = np.mgrid[0:side, 0:side]
+    cx, cy = centre or (side // 2, side // 2)
+    return (x - cx) ** 2 + (y - cy) ** 2 <= radius**2
+
+
+# --- files
+
+
+def save(path, values):
+    Image.fromarray(values).save(path)
+    return path
+
+
+def test_threshold(tmp_path):
+    path = save(tmp_path / "m.png", np.array([[0, 122, 123, 255]], np.uint8))
+    assert masks.read_mask(path, (4, 1)).tolist() == [[False, False, True, True]]
+
+
+@pytest.mark.parametrize("mode", ["1", "P", "RGB", "L", "RGBA"])
+def test_every_mode_gives_the_same_mask(tmp_path, mode):
+    Image.fromarray(disc(32, 8).astype(np.uint8) * 255).convert(mode).save(tmp_path / "m.png")
+    assert np.array_equal(masks.read_mask(tmp_path / "m.png", (32, 32)), disc(32, 8))
+
+
+def test_another_size_is_refused_with_both_sizes_or_resized_on_request(tmp_path):
+    path = save(tmp_path / "m.png", disc(32, 8).astype(np.uint8) * 255)
+    with pytest.raises(UserError, match="32 x 32.*64 x 48"):
+        masks.read_mask(path, (64, 48))
+    resized = masks.read_mask(path, (64, 64), resize=True)
+    assert np.array_equal(resized, disc(32, 8).repeat(2, 0).repeat(2, 1))
+
+
+def test_bad_mask_files(tmp_path):
+    with pytest.raises(UserError, match="mask .*absent.png does not exist"):
+        masks.read_mask(tmp_path / "absent.png", (4, 4))
+    (tmp_path / "text.png").write_text("no picture")
+    with pytest.raises(UserError, match="mask .*text.png cannot be decoded"):
+        masks.read_mask(tmp_path / "text.png", (4, 4))
+    path = save(tmp_path / "empty.png", np.ones((4, 4), np.uint8))
+    with pytest.raises(UserError, match="empty.png is empty"):
+        masks.read_mask(path, (4, 4))
+
+
+# --- geometry
+
+
+def test_dilate_is_a_euclidean_disc():
+    point = np.zeros((41, 41), bool)
+    point[20, 20] = True
+    for radius in (0, 1, 3, 8, 15):
+        assert np.array_equal(masks.dilate(point, radius), disc(41, radius))
+    assert not masks.dilate(np.zeros((5, 5), bool), 3).any()
+    assert masks.dilate(np.ones((5, 5), bool), 3).all()
+
+
+def test_box_and_its_mask_are_inverse():
+    assert masks.bounding_box(masks.box_mask((3, 4, 9, 12), 20, 30)) == (3, 4, 9, 12)
+    assert masks.bounding_box(disc(64, 10)) == (22, 22, 43, 43)
+    assert masks.box_mask((-5, 2.5, 3.2, 99), 10, 8).sum() == 4 * 6  # outwards to whole pixels, cut at the rim
+    with pytest.raises(UserError, match="empty"):
+        masks.bounding_box(np.zeros((4, 4), bool))
+
+
+def test_feather_stays_inside():
+    soft = masks.feather(disc(), 8)
+    assert (soft[~disc()] == 0).all() and (soft[disc()] > 0).all() and soft[64, 64] == 1
+    assert 0 < soft[64, 64 + 18] < soft[64, 64 + 14] < 1
+    assert np.array_equal(masks.feather(disc(), 0), disc())
+    assert (masks.feather(np.ones((9, 9), bool), 4) == 1).all()  # the image's own border is no rim
+
+
+# --- latent grid
+
+
+def test_nearest_takes_every_eighth_pixel():
+    mask = torch.from_numpy(np.random.default_rng(0).random((2, 1, 512, 512)) > 0.5).float()
+    small = masks.to_latent(mask, 8)
+    assert small.shape == (2, 1, 64, 64) and torch.equal(small, mask[..., ::8, ::8])
+    for constant in (torch.zeros, torch.ones):
+        assert torch.equal(masks.to_latent(constant(1, 1, 64, 64), 4), constant(1, 1, 16, 16))
+
+
+def test_coverage_is_the_share_of_each_cell():
+    mask = torch.zeros(1, 1, 8, 8)
+    mask[..., :4, :2] = 1
+    assert masks.coverage(mask, 4).flatten().tolist() == [0.5, 0, 0, 0]
+
+
+# --- holes
+
+
+def test_deterministic_rules():
+    mask = disc(512, 60)
+    assert np.array_equal(masks.hole(mask, "instance"), mask)
+    assert np.array_equal(masks.hole(mask, "dilate"), masks.dilate(mask, 16))
+    small = disc(64, 10)
+    assert np.array_equal(masks.hole(small, "dilate"), masks.dilate(small, 2))  # 16 px at 512
+
+
+def test_train_rule_mixes_dilations_and_boxes():
+    mask, rng = disc(128, 20), np.random.default_rng(0)
+    holes = [masks.hole(mask, "train", rng) for _ in range(300)]
+    boxes = sum(np.array_equal(hole, masks.box_mask(masks.bounding_box(mask), 128, 128)) for hole in holes)
+    assert all((hole | ~mask).all() for hole in holes)
+    assert 60 < boxes < 120  # p 0.3
+    widest = max(masks.bounding_box(hole)[2] for hole in holes) - masks.bounding_box(mask)[2]
+    assert 6 <= widest <= 8  # 32 px at 512
+
+
+def test_kit_rule_has_every_kind_of_hole():
+    mask, rng = disc(64, 10), np.random.default_rng(0)
+    holes = [masks.hole(mask, "kit", rng) for _ in range(1000)]
+    assert all(hole.any() and hole.dtype == bool and hole.shape == mask.shape for hole in holes)
+    full = sum(hole.all() for hole in holes)
+    exact = sum(np.array_equal(hole, mask) for hole in holes)
+    elsewhere = sum(not (hole | ~mask).all() for hole in holes)
+    assert 160 < full < 240 and 150 <= exact < 260 and 100 < elsewhere < 160
+    assert np.isclose(sum(masks.KIT_MIX.values()), 1)
+
+
+def test_same_seed_same_hole():
+    first, second = (masks.hole(disc(), "kit", np.random.default_rng(7)) for _ in range(2))
+    assert np.array_equal(first, second)
+
+
+def test_unknown_rule_is_named():
+    with pytest.raises(UserError, match="'bigger'.*instance, dilate, train, kit"):
+        masks.hole(disc(), "bigger")

@@ -1,0 +1,190 @@
+"""The four trainings of a kit, in small: what they write loads, the averaged weights are what is written, runs go
+on.
+"""
+
+import lightning
+import pytest
+import torch
+
+from harmony.data.modules import LatentData, PixelData
+from harmony.models.backbone import Kit, load_part
+from harmony.training.backbone import (
+    CaptionerTask,
+    CLIPTask,
+    InpaintTask,
+    VAETask,
+    kind_and_colour,
+    psnr,
+    train_tokenizer,
+)
+from harmony.training.callbacks import AtomicCheckpoints
+
+SIZE = 16
+TOWER = {
+    "hidden_size": 16,
+    "intermediate_size": 32,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+    "projection_dim": 16,
+}
+CLIP = {"projection_dim": 16, "text_config": TOWER, "vision_config": TOWER | {"image_size": SIZE, "patch_size": 8}}
+BLIP = {
+    "projection_dim": 16, "text_config": TOWER | {"encoder_hidden_size": 16},
+    "vision_config": TOWER | {"image_size": SIZE, "patch_size": 8},
+}  # fmt: skip
+VAE = {
+    "down_block_types": ["DownEncoderBlock2D"] * 2, "up_block_types": ["UpDecoderBlock2D"] * 2,
+    "block_out_channels": [8, 8], "layers_per_block": 1, "latent_channels": 4, "norm_num_groups": 1,
+    "mid_block_add_attention": False, "sample_size": SIZE,
+}  # fmt: skip
+UNET = {
+    "sample_size": SIZE // 2, "in_channels": 9, "out_channels": 4, "block_out_channels": [8, 16], "layers_per_block": 1,
+    "down_block_types": ["CrossAttnDownBlock2D", "DownBlock2D"], "up_block_types": ["UpBlock2D", "CrossAttnUpBlock2D"],
+    "norm_num_groups": 4, "attention_head_dim": 2,
+}  # fmt: skip
+
+
+def fit(folder, task, data, steps, resume=None):
+    torch.manual_seed(0)
+    run = lightning.Trainer(
+        accelerator="cpu", max_steps=steps, logger=False, default_root_dir=str(folder), plugins=[AtomicCheckpoints()],
+        enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False, log_every_n_steps=1,
+        num_sanity_val_steps=0, val_check_interval=1,
+    )  # fmt: skip
+    run.fit(task, data, ckpt_path=resume)
+    return run
+
+
+@pytest.fixture(scope="module")
+def manifest(small_manifest, tmp_path_factory):
+    return small_manifest(tmp_path_factory.mktemp("manifest"))
+
+
+def pixels(manifest, **options):
+    return PixelData(str(manifest), SIZE, batch_size=4, photos=0.0, share=(0.8, 1.0), **options)
+
+
+@pytest.fixture(scope="module")
+def kit_folder(manifest, tmp_path_factory):
+    """A kit made by two steps of each training, in the order of the experiments."""
+    folder = tmp_path_factory.mktemp("made") / "kit"
+    run = folder.parent / "run"
+    measured = {}
+    for task in (
+        VAETask(str(folder), VAE, warmup=1),
+        CLIPTask(str(folder), CLIP, vocabulary=400, length=16, warmup=1),
+        CaptionerTask(str(folder), BLIP, vocabulary=200, length=16, warmup=1),
+    ):
+        measured |= fit(run, task, pixels(manifest), 2).callback_metrics
+    data = LatentData(str(manifest), Kit(str(folder)), str(folder.parent / "cache"), 4, None, hole="kit", variants=2)
+    data.prepare(say=lambda line: None)
+    fit(run, InpaintTask(str(folder), UNET, warmup=1), data, 2)
+    return folder, {name: float(value) for name, value in measured.items()}
+
+
+def test_the_parts_make_a_kit(kit_folder):
+    """Guards the hand-over from training to a kit folder: every part loads, and the whole fills a hole."""
+    from diffusers import StableDiffusionInpaintPipeline
+
+    from harmony.sampling.guidance import Schedule, inpaint
+
+    folder, _ = kit_folder
+    kit = Kit(str(folder))
+    assert (kit.factor, kit.channels, kit.resolution, kit.prediction_type) == (2, 4, SIZE, "v_prediction")
+    assert not list(folder.glob(".*.partial"))
+    moments = kit.moments(torch.zeros(1, 3, SIZE, SIZE))
+    noise, text = torch.randn(1, 4, 8, 8), kit.prompt(["a red mushroom"])
+    z = inpaint(kit, noise, torch.ones(1, 1, 8, 8), kit.latent(moments), text, kit.prompt([""]), Schedule(2, 2.0))
+    assert kit.decode(z).shape == (1, 3, SIZE, SIZE) and torch.isfinite(z).all()
+    assert kit.text(kit.tokens(["a"])).shape[-1] == 16 and kit.image_encoder.config.image_size == SIZE
+    assert kit.captioner.generate(torch.zeros(1, 3, SIZE, SIZE), max_length=8).shape[0] == 1
+    StableDiffusionInpaintPipeline.from_pretrained(str(folder), safety_checker=None, feature_extractor=None)
+
+
+def test_figures_and_grids_are_there(kit_folder):
+    """Guards the measurements of each training on held-out pictures."""
+    folder, measured = kit_folder
+    assert {"validation/psnr_renders", "validation/retrieval", "validation/kind_and_colour"} <= set(measured)
+    assert 0 <= measured["validation/retrieval"] <= 1 and measured["validation/psnr_renders"] > 3
+    grids = {path.name for path in (folder.parent / "run" / "grids").iterdir()}
+    assert {"vae_000002.png", "clip_000002.png", "captions_000002.txt", "inpaint_000002.png"} <= grids
+
+
+def test_the_scale_makes_latents_of_unit_deviation(kit_folder, manifest):
+    """Guards the VAE's scaling factor: it is that of the training pictures."""
+    kit, data = Kit(str(kit_folder[0])), pixels(manifest)
+    data.setup()
+    z = kit.latent(kit.moments(data.sample(200)))
+    assert float(z.std()) == pytest.approx(1, abs=0.05)
+
+
+def test_the_average_is_what_is_written(manifest, tmp_path):
+    """Guards the EMA: measured and written are the averaged weights, trained on are the others."""
+    task = VAETask(str(tmp_path / "kit"), VAE, lr=1e-2, warmup=0, ema=0.9)
+    seen = {}
+
+    class Last(lightning.Callback):
+        def on_train_batch_end(self, trainer, module, outputs, batch, index):
+            seen["trained"] = module.net.encoder.conv_in.weight.detach().clone()
+
+    run = lightning.Trainer(
+        accelerator="cpu", max_steps=3, logger=False, default_root_dir=str(tmp_path), callbacks=[Last()],
+        enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False, num_sanity_val_steps=0,
+    )  # fmt: skip
+    run.fit(task, pixels(manifest))
+    written = load_part(str(tmp_path / "kit"), "vae")
+    shadow = dict(zip((n for n, _ in task.net.named_parameters()), task.averaged.shadow_params, strict=True))
+    assert all(torch.equal(shadow[name], p) for name, p in written.named_parameters())
+    assert not torch.equal(written.encoder.conv_in.weight, seen["trained"])
+
+
+def test_a_stopped_training_goes_on(manifest, tmp_path):
+    """Guards resumption: step, weights, optimiser and average come back; nothing is written before the end."""
+
+    class Stop(lightning.Callback):
+        def on_train_batch_end(self, trainer, module, outputs, batch, index):
+            if trainer.global_step == 2:
+                trainer.save_checkpoint(tmp_path / "two.ckpt")
+                raise InterruptedError
+
+    first = VAETask(str(tmp_path / "kit"), VAE, warmup=1)
+    run = lightning.Trainer(
+        accelerator="cpu", max_steps=4, logger=False, default_root_dir=str(tmp_path), callbacks=[Stop()],
+        plugins=[AtomicCheckpoints()], enable_checkpointing=False, enable_progress_bar=False,
+        enable_model_summary=False,
+    )  # fmt: skip
+    with pytest.raises(InterruptedError):
+        run.fit(first, pixels(manifest))
+    assert not (tmp_path / "kit" / "vae").exists()
+    second = VAETask(str(tmp_path / "kit"), VAE, warmup=1)
+    begun = []
+
+    class Begin(lightning.Callback):
+        def on_train_start(self, trainer, module):
+            same = zip(module.net.parameters(), first.net.parameters(), strict=True)
+            average = zip(module.averaged.shadow_params, first.averaged.shadow_params, strict=True)
+            begun.append((trainer.global_step, all(torch.equal(a, b) for a, b in (*same, *average))))
+            begun.append(len(trainer.optimizers[0].state))
+
+    run = lightning.Trainer(
+        accelerator="cpu", max_steps=4, logger=False, default_root_dir=str(tmp_path), callbacks=[Begin()],
+        plugins=[AtomicCheckpoints()], enable_checkpointing=False, enable_progress_bar=False,
+        enable_model_summary=False,
+    )  # fmt: skip
+    run.fit(second, pixels(manifest), ckpt_path=tmp_path / "two.ckpt")
+    assert begun[0] == (2, True) and begun[1] > 0 and run.global_step == 4
+    assert (tmp_path / "kit" / "vae" / "config.json").exists()
+
+
+def test_small_helpers():
+    """Guards psnr (rounded 0..255 values), the caption's words, and prompts of fixed length with the special tokens."""
+    a, b = torch.full((2, 3, 4, 4), -1.0), torch.full((2, 3, 4, 4), -1 + 16 / 127.5)
+    assert psnr(a, b).tolist() == pytest.approx([24.048] * 2, abs=1e-3)  # MSE 256, table 7.3
+    assert kind_and_colour("a red mushroom on snow, warm sunset light") == ("red", "mushroom")
+    tokenizer = train_tokenizer(["a red mushroom on snow"] * 4, 400, 12)
+    ids = tokenizer(["a red mushroom", ""], padding="max_length", truncation=True).input_ids
+    assert {len(i) for i in ids} == {12} and ids[0][0] == ids[1][0] == tokenizer.bos_token_id
+    assert (
+        ids[1][1] == tokenizer.eos_token_id
+        and tokenizer.decode(ids[0], skip_special_tokens=True).strip() == "a red mushroom"
+    )
