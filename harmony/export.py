@@ -74,8 +74,8 @@ In diffusers, on a square picture at the kit's resolution in which the object ha
 PAINTER_CARD = """
 # {title}
 
-Paint by Example (Yang et al., 2023) on the kit `{kit}`: what an exemplar shows is painted where the mask is white, seen
-through {tokens} of CLIP's. Everything outside the mask keeps its value bit for bit.
+Paint by Example (Yang et al., 2022, arXiv 2211.13227) on the kit `{kit}`: what an exemplar shows is painted where the
+mask is white, seen through {tokens} of CLIP's. Everything outside the mask keeps its value bit for bit.
 {grid}
 ## Usage
 

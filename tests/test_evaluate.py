@@ -151,8 +151,8 @@ def test_what_is_left_out_and_nothing_left(ready, tmp_path):
     assert len(list((tmp_path / "runs").glob("*/*/metrics.json"))) == 1
 
 
-def test_fewer_lambdas_than_the_paper(ready, tmp_path):
-    """Guards the paper's column: it stands beside rows that were measured, and makes none of its own."""
+def test_fewer_lambdas_than_printed(ready, tmp_path):
+    """Guards the column of printed figures: it stands beside rows that were measured, and makes none of its own."""
     evaluate.main(study_of(ready("table2", "study.lambdas=[0.5,1]")))
     (folder,) = (tmp_path / "runs" / "table2").iterdir()
     rows = (folder / "table.csv").read_text().splitlines()[1:]

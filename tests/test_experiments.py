@@ -75,8 +75,8 @@ def restore_precision():
 
 
 @pytest.mark.parametrize("name", ["color", "structure", "raw", "joint"])
-def test_with_eight_gpus_it_is_the_papers_run(name):
-    """Guards ``trainer=ddp8``: the setting of the paper in the place of the embedded one, below what is typed; several
+def test_with_eight_gpus_it_is_the_run_of_liu_2025(name):
+    """Guards ``trainer=ddp8``: the setting of Liu 2025 in the place of the embedded one, below what is typed; several
     machines keep the global batch.
     """
     words = ["trainer=ddp8", "model=sd2", "dataset=open_images"]

@@ -95,7 +95,7 @@ def same_run(folder: Path, other: Path, steps: int = STEPS) -> None:
 
 
 def test_the_run_folder_holds_everything(finished, random_kit, work):
-    """Guards DESIGN 4: each file, flat metrics under their names, provenance that identifies data and weights."""
+    """Guards the run folder: each file, flat metrics under their names, provenance that identifies data and weights."""
     folder, _ = finished
     config = OmegaConf.load(folder / "config.yaml")
     assert "${" not in (folder / "config.yaml").read_text() and config.trainer.max_steps == STEPS

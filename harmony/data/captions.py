@@ -1,7 +1,7 @@
 """Captions of whole photographs: those that people wrote, and BLIP for the rest.
 
-BLIP sees the full, unmasked image (METHOD 2.3, step 2). Its prompt prefix, beams and lengths are read from the
-captioner's own generation config; what that leaves open is set as the authors of BLIP (Li et al., 2022) do.
+BLIP (Li 2022) sees the full, unmasked image, so that a caption names the instance too. Its prompt prefix, beams and
+lengths are read from the captioner's own generation config; what that leaves open is set as the authors of BLIP do.
 """
 
 import hashlib

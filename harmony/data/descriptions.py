@@ -1,7 +1,7 @@
-"""What a composite shows, in words: the object, its own light, and the light around it (method sheet 4.2).
+"""What a composite shows, in words: the object, its own light, and the light around it.
 
-Zero-shot harmonization leads an object from the one light to the other. Where the words come from: the user, a file, a
-vision-language model, or CLIP scores of word lists together with what can be measured in the picture.
+Zero-shot harmonization (Chen 2023) leads an object from the one light to the other. The words come from the user,
+a file, a vision-language model, or CLIP scores of word lists together with what can be measured in the picture.
 """
 
 import json

@@ -162,7 +162,7 @@ def extended_example(
     crop = square_crop(extended, width, height, rng)
     if crop is not None:
         image, mask, painted = (crop_resize(a, crop, resolution) for a in (image, mask, painted))
-    else:  # no square holds the box: the reference squashes the whole picture
+    else:  # no square holds the box: squash the whole picture, as the released code of Yang 2022 does
         image = resize(image, resolution, resolution)
         mask, painted = (resize_mask(m, resolution, resolution) for m in (mask, painted))
     return Example(image, mask, painted, crop)

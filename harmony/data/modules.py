@@ -293,7 +293,7 @@ class Views(torch.utils.data.Dataset):
 
 
 class PicturesData(lightning.LightningDataModule):
-    """The few pictures of a concept, in ``folder`` itself; encoded once, in memory. Method sheet 5.2.
+    """The few pictures of a concept, in ``folder`` itself; encoded once, in memory.
 
     A ``captions.json`` beside them may say what else they show, with {} where the word belongs: ``{"1.jpg": "a {} on
     grass"}``. ``center_crop``: the central square of each; otherwise it is squashed to one. Validation has one batch of

@@ -1,8 +1,8 @@
 """The editing bench: pictures brought back, one word changed, words learnt; every figure against a render.
 
-Method sheet 5.8. Reconstruction stands between two bounds: the autoencoder's own above, plain DDIM inversion under
-guidance below. An edit is measured against the render of the scene so changed, its background (outside the object of
-source and truth) against the source. A learnt word is measured by views that it was not learnt from.
+Reconstruction stands between two bounds: the autoencoder's own above, plain DDIM inversion under guidance below. An
+edit is measured against the render of the scene so changed, its background (outside the object of source and truth)
+against the source. A learnt word is measured by views that it was not learnt from.
 """
 
 import os

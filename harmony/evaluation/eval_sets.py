@@ -1,7 +1,7 @@
 """Benches, on which every method sees the same pictures, holes and noise, and the figures of their outputs.
 
-Reconstruction: the instance's own photograph is the truth; hole and hints come from the same photograph (section 2.9,
-situation 1). Relighting (studio): the object lit by light B goes onto the empty plate lit by light A, and the render of
+Reconstruction (Liu 2025, Tables 1 and 2): the instance's own photograph is the truth; hole and hints come from the same
+photograph. Relighting (studio): the object lit by light B goes onto the empty plate lit by light A, and the render of
 the object under light A, with its shadow, is the truth. Sampling starts from pure noise; figures are given for the raw
 output and after paste-back.
 """
@@ -135,7 +135,7 @@ def between(caption: str, relit: str) -> Description:
 
 
 def degraded(bench: Bench, factor: int) -> Bench:
-    """The same bench with instances taken from pictures that were shrunk by ``factor`` and enlarged again (fig. 7)."""
+    """The same bench with instances from pictures shrunk by ``factor`` and enlarged again (Liu 2025, Fig. 7)."""
 
     def poor(picture: np.ndarray, width: int, height: int) -> np.ndarray:
         """Shrunk to what is left of ``width`` x ``height``, and enlarged again."""
@@ -165,7 +165,7 @@ def by_hints(kit: Kit, branches: Sequence[Branch], settings: Settings) -> Fill:
 
 
 def by_example(painter: Painter, settings: Settings) -> Fill:
-    """Paint by Example, no words; what it is shown: see ``exemplars`` (method sheet 2.10)."""
+    """Paint by Example, no words; what it is shown: see ``exemplars``."""
 
     def make(bench: Bench, indices: Sequence[int] | None = None) -> list[np.ndarray]:
         holes = [e.hole for e in bench.examples]

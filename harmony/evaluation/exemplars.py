@@ -1,4 +1,4 @@
-"""A bench for painting by example, after COCOEE (method sheet 3.10): another object of the same kind as exemplar.
+"""A bench for painting by example, after COCOEE (Yang 2022): another object of the same kind as exemplar.
 
 Each source picture has one box, which is painted over; the exemplar is the crop of the most similar object of the same
 label in another picture of the split, by the cosine of CLIP image features. There is no truth: what counts is whether

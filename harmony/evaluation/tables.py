@@ -37,7 +37,7 @@ def to_csv(table: Table, first: str) -> str:
 
 
 def to_markdown(table: Table, first: str, notes: Sequence[str], every: bool = False) -> str:
-    """The columns of SHOWN and the paper's (or ``every`` one), then ``notes``, a line each."""
+    """The columns of SHOWN and those of printed figures (or ``every`` one), then ``notes``, a line each."""
     wanted = [c for c in columns(table) if every or c.partition("/")[2] in SHOWN or c.startswith("paper/")]
     lines = [f"| {first} | {' | '.join(wanted)} |", "|" + "---|" * (len(wanted) + 1)]
     for name, row in table.items():

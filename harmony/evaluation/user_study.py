@@ -55,7 +55,7 @@ def with_maximum(wins: np.ndarray) -> np.ndarray:
 def bradley_terry(wins: np.ndarray) -> np.ndarray:
     """Scores (... x K), mean 0, of maximum likelihood; ``wins[..., i, j]``: how often i was chosen over j.
 
-    The MM algorithm of Hunter (2004), equation 3. Each graph of wins has to be strongly connected (``with_maximum``).
+    The MM algorithm of Hunter 2004, eq. 3. Each graph of wins has to be strongly connected (``with_maximum``).
     """
     won, met = wins.sum(-1), wins + wins.swapaxes(-1, -2)
     scores = np.zeros(won.shape)

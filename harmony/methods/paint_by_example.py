@@ -1,4 +1,4 @@
-"""Sampling Paint by Example: the exemplar's token in the place of words (method sheet 3.9).
+"""Sampling Paint by Example (Yang 2022): the exemplar's token in the place of words.
 
 Sampled by DDIM as every method here, so that tables compare methods and not samplers; the released scripts use PLMS.
 """

@@ -1,7 +1,7 @@
-"""Editing a photograph by its words: invert it, then lead a target prompt by its source (method sheet 5.1, 5.6).
+"""Editing a photograph by its words: invert it, then lead a target prompt by its source.
 
-Inversion is the expensive part and does not depend on the target: it is kept in a file, and a further edit of the same
-picture costs its sampling only.
+Mokady 2022 and Hertz 2022 joined. Inversion is the expensive part and does not depend on the target: it is kept in a
+file, and a further edit of the same picture costs its sampling only.
 """
 
 import hashlib
@@ -68,7 +68,7 @@ def invert_pictures(
     """DDIM inversion of each picture under its prompt without guidance, then ``null_texts`` for guidance ``w``.
 
     ``inner=0`` is the fast mode: the condition itself stands for the empty prompt, so that guidance is inert in the
-    source's row and the reconstruction is that of plain DDIM (negative-prompt inversion).
+    source's row and the reconstruction is that of plain DDIM (Miyake 2023).
     """
     trajectory, text = trajectories(kit, images, prompts, steps)
     if inner == 0:
@@ -155,7 +155,7 @@ class Mode:
     local: bool
 
 
-MODES = {  # shares as in the papers' notebooks, factors milder than theirs (method sheet 5.5)
+MODES = {  # shares as in the notebooks of Hertz 2022 and Mokady 2022, factors milder than theirs
     "replace": Mode(0.8, 0.5, 1.0, True),
     "insert": Mode(0.8, 0.6, 1.0, True),
     "style": Mode(0.8, 0.7, 2.0, False),

@@ -1,7 +1,7 @@
-"""Zero-shot harmonization with a generative prior (method sheet 4.3 to 4.7).
+"""Zero-shot harmonization with a generative prior.
 
-After Chen et al., Zero-Shot Image Harmonization with Generative Model Prior (2023). Nothing is trained: a composite is
-inverted, its prompt is tuned to its object, and it is made again under the prompt of its surroundings while all
+Chen 2023 (Zero-Shot Image Harmonization with Generative Model Prior, arXiv 2307.08182). Nothing is trained: a composite
+is inverted, its prompt is tuned to its object, and it is made again under the prompt of its surroundings while all
 attention stays that of the composite. ``harmonize_once`` is one such round; ``rounds`` decides how many there are.
 """
 
@@ -33,13 +33,13 @@ NUMBERS = {"refine": int, "lr": float, "hold": float, "null_lr": float, "edges":
 
 @dataclass(frozen=True)
 class Parts:
-    """How a round is made; the defaults are the method sheet's (4.3).
+    """How a round is made; the defaults, but for ``detail``, are those of the released code of Chen 2023.
 
     ``refine``: inner iterations a step of the words' refinement (0 = off), at rate ``lr``, held by ``hold``.
     ``null_lr``: rate of the null texts. ``edges``: weight of the edges in their loss (0 = off: nothing is decoded);
     ``deep``: a differentiable edge detector B x 3 x H x W in [0, 1] -> maps, and its share. ``own``: whether
     self-attention is copied too. ``detail``: what the two prompts differ in is added to the composite, which keeps what
-    the autoencoder cannot hold; otherwise (the paper) the background prompt's picture takes its place.
+    the autoencoder cannot hold; otherwise (Chen 2023) the background prompt's picture takes its place.
     """
 
     steps: int = 50
@@ -91,7 +91,10 @@ class Looks:
 
 
 def attention_loss(mask: torch.Tensor, heat: torch.Tensor) -> torch.Tensor:
-    """mean (M - A / max A)^2 of each of B maps, B x N each: 0 where the words look where ``mask`` is 1, at most 1."""
+    """mean (M - A / max A)^2 of each of B maps, B x N each: 0 where the words look where ``mask`` is 1, at most 1.
+
+    Chen 2023, L_Emb.
+    """
     return (mask - heat / heat.amax(1, keepdim=True).clamp(min=1e-12)).square().mean(1)
 
 
@@ -124,7 +127,7 @@ def refined_texts(
     where: torch.Tensor,
     parts: Parts,
 ) -> list[torch.Tensor]:
-    """For each step the text states 2B x T x D, foregrounds first, whose words look where they should (4.4).
+    """For each step the text states 2B x T x D, foregrounds first, whose words look where they should (L_Emb).
 
     ``trajectory`` z_0 .. z_N of B composites; ``masks`` B x 1 x R x R; ``tokens`` and ``where`` (the descriptors)
     2B x T. In the background's states all descriptors are their weighted sum.
@@ -173,7 +176,7 @@ def sobel(x: torch.Tensor) -> torch.Tensor:
 
 
 def edge_loss(x: torch.Tensor, y: torch.Tensor, masks: torch.Tensor, parts: Parts) -> torch.Tensor:
-    """Squared differences inside ``masks`` of the edges of two batches in [0, 1], B (4.5)."""
+    """Squared differences inside ``masks`` of the edges of two batches in [0, 1], B (Chen 2023, L_Edge)."""
     loss = distance(sobel(x) * masks, sobel(y) * masks)
     if parts.deep is not None:
         loss = loss + parts.deep_share * distance(parts.deep(x) * masks, parts.deep(y) * masks)
@@ -181,7 +184,7 @@ def edge_loss(x: torch.Tensor, y: torch.Tensor, masks: torch.Tensor, parts: Part
 
 
 class CopyAttention:
-    """Every attention map of the second half of the prompts is that of the first half (4.6), position by position.
+    """Every attention map of the second half of the prompts is that of the first half, position by position.
 
     ``own=False`` leaves self-attention alone.
     """
@@ -276,9 +279,9 @@ def rounds(
 ) -> Generator[tuple[np.ndarray, int], np.ndarray, list[Round]]:
     """Asks for (picture, number of its description) to be harmonized, is sent the raw output, and returns all rounds.
 
-    Method sheet 4.7. The first round tries each of the ``prompts`` descriptions; the best goes on from its own result,
-    and ``decide`` has the last word, for ``count`` rounds at most. Without an evaluator there are ``count`` rounds of
-    the first description. ``say`` is told each round as it ends.
+    The policy of Chen 2023. The first round tries each of the ``prompts`` descriptions; the best goes on from its own
+    result, and ``decide`` has the last word, for ``count`` rounds at most. Without an evaluator there are ``count``
+    rounds of the first description. ``say`` is told each round as it ends.
     """
     made: list[Round] = []
 

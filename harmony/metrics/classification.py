@@ -8,7 +8,7 @@ BINS = 10  # of the calibration error
 
 def calibration_error(probabilities: np.ndarray, labels: np.ndarray) -> float:
     """Expected calibration error in [0, 1] of N probabilities of class 1: by how much its frequency misses them, over
-    ten bins of equal width, weighted by how many fall into each (Guo et al., 2017).
+    ten bins of equal width, weighted by how many fall into each (Guo 2017).
     """
     bins = np.minimum((probabilities * BINS).astype(int), BINS - 1)
     missed = (abs(np.sum(labels[bins == b] - probabilities[bins == b])) for b in np.unique(bins))

@@ -98,7 +98,7 @@ def _lab(pixels: np.ndarray) -> np.ndarray:
 def ciede2000(lab1: np.ndarray, lab2: np.ndarray) -> np.ndarray:
     """Colour difference Delta E_00 of Lab colours ... x 3, with k_L = k_C = k_H = 1.
 
-    After Sharma, Wu, Dalal, The CIEDE2000 color-difference formula (2005), eqs. 2 to 22.
+    Sharma 2005 (The CIEDE2000 Color-Difference Formula), eq. 2 to 22.
     """
     (l1, a1, b1), (l2, a2, b2) = np.moveaxis(lab1, -1, 0), np.moveaxis(lab2, -1, 0)
     g = 0.5 * (1 - _saturating((np.hypot(a1, b1) + np.hypot(a2, b2)) / 2))

@@ -71,7 +71,7 @@ class Statistics:
 
 
 def frechet_distance(a: Gaussian, b: Gaussian) -> float:
-    """|mu_a - mu_b|^2 + tr(C_a + C_b - 2 (C_a C_b)^(1/2)), never negative (Heusel et al. 2017, eq. 6).
+    """|mu_a - mu_b|^2 + tr(C_a + C_b - 2 (C_a C_b)^(1/2)), never negative (Heusel 2017, eq. 6).
 
     The trace of the root comes from the eigenvalues of the symmetric product C_a^(1/2) C_b C_a^(1/2), which are real
     and not negative however singular the covariances are.
@@ -87,7 +87,7 @@ def frechet_distance(a: Gaussian, b: Gaussian) -> float:
 def kid(x: torch.Tensor, y: torch.Tensor, subsets: int = 100, subset_size: int = 1000, seed: int = 0) -> float:
     """Kernel distance of features N x D and M x D: unbiased MMD^2 with k(u, v) = (u.v / D + 1)^3.
 
-    After Binkowski et al. 2018. Mean over random subsets of ``subset_size``, or of all that there are. Unbiased also
+    Binkowski 2018. Mean over random subsets of ``subset_size``, or of all that there are. Unbiased also
     means that it may fall below 0. Raises ValueError with fewer than two images.
     """
     m = min(len(x), len(y), subset_size)

@@ -1,4 +1,4 @@
-"""Attention control: one mechanism for prompt-to-prompt and zero-shot harmonization (method sheet 4 and 5.5).
+"""Attention control: one mechanism for prompt-to-prompt (Hertz 2022) and zero-shot harmonization (Chen 2023).
 
 Inside ``controlled(unet, control)`` every attention layer asks ``control`` whether it wants to see this layer at this
 step; only then the probabilities are computed one by one and handed over, otherwise the layer runs as it always does.

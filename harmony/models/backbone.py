@@ -1,8 +1,8 @@
 """A backbone ("kit"): a folder in diffusers layout, and everything the rest of the code may ask of it.
 
 All code is blind to which kit it runs on: latent factor, channels, resolution, prediction type and latent scale come
-from the kit's own configuration files. Sections 1.1 to 1.3 of the method sheet: latents are scaled by the VAE's factor,
-hints are in [0, 1], images in [-1, 1].
+from the kit's own configuration files. Latents are multiplied by the VAE's scaling factor, hints are in [0, 1], images
+in [-1, 1].
 """
 
 import hashlib

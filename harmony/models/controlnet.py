@@ -1,7 +1,7 @@
 """ControlNets for an inpainting UNet, in diffusers' own class and format.
 
-The trunk reads the noised latent alone (``conv_in`` keeps the first C of the UNet's 2C + 1 input channels): what the
-paper's prose says, and the only form that the stock ``StableDiffusionControlNetInpaintPipeline`` runs (2.5).
+The trunk reads the noised latent alone (``conv_in`` keeps the first C of the UNet's 2C + 1 input channels): what eq. 6
+of Liu 2025 names, and the only form that the stock ``StableDiffusionControlNetInpaintPipeline`` runs.
 """
 
 import json

@@ -1,7 +1,7 @@
 """The judge of composites: how natural an object looks in its photograph, from its colours and the mask.
 
-A residual network with four input channels (RGB and mask) and two classes (method sheet 4.7). The folder of a judge
-holds ``judge.safetensors`` and ``judge.json``: architecture, side in pixels, temperature.
+A residual network with four input channels (RGB and mask) and two classes, as the evaluator of Chen 2023. The folder of
+a judge holds ``judge.safetensors`` and ``judge.json``: architecture, side in pixels, temperature.
 """
 
 import json

@@ -1,4 +1,4 @@
-"""Paint by Example's networks: the exemplar encoder, and the UNet that paints by its token (method sheet 3.6, 3.7).
+"""Paint by Example's networks: the exemplar encoder, and the UNet that paints by its token (Yang 2022).
 
 Channel order and mask polarity differ from Stable Diffusion inpainting: latent, masked latent, *keep* mask.
 ``known_by_example`` is the one place where ours become theirs.

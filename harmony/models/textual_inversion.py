@@ -1,7 +1,7 @@
 """Textual inversion's word: a token of its own, one or several vectors in the text encoder's table, its file.
 
-Gal et al., An Image is Worth One Word (2022); method sheet 5.2. Names and file are those of diffusers: the vectors of
-``<mug>`` are the tokens ``<mug>``, ``<mug>_1``, ..., and ``load_textual_inversion`` of its pipelines reads the file.
+Gal 2022 (An Image is Worth One Word, arXiv 2208.01618). Names and file are those of diffusers: the vectors of ``<mug>``
+are the tokens ``<mug>``, ``<mug>_1``, ..., and ``load_textual_inversion`` of its pipelines reads the file.
 """
 
 import os

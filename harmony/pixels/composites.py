@@ -30,8 +30,8 @@ def reinhard(foreground: np.ndarray, mask: np.ndarray, background: np.ndarray) -
     """Colour transfer: mean and deviation of the masked pixels become those of the background, per channel of CIE Lab.
 
     The background is what lies outside ``mask`` (all of it where the mask is everything): under it there may be the
-    object itself. After Reinhard et al., Color transfer between images (2001), in Lab instead of l-alpha-beta. Pixels
-    outside ``mask`` are untouched.
+    object itself. Reinhard 2001 (Color Transfer between Images), in Lab instead of l-alpha-beta. Pixels outside
+    ``mask`` are untouched.
     """
     if not mask.any():
         return foreground.copy()
@@ -48,7 +48,7 @@ def _lab(image: np.ndarray) -> np.ndarray:
 
 
 def poisson(background: np.ndarray, foreground: np.ndarray, mask: np.ndarray) -> np.ndarray:
-    """Gradient-domain composite (Perez et al., Poisson image editing, 2003), bit-exact outside ``mask``."""
+    """Gradient-domain composite (Perez 2003, Poisson Image Editing), bit-exact outside ``mask``."""
     if not mask.any():
         return background.copy()
     # The solver needs a rim of background all around, and erodes its mask: pad the canvas, then grow the mask.

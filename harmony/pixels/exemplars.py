@@ -1,7 +1,7 @@
 """What Paint by Example sees: the exemplar and its augmentation, the extended box, the mask of any shape, the crop.
 
-Method sheet 3.2 to 3.5. Boxes are (x0, y0, x1, y1) in pixels, x1 and y1 exclusive. Pictures are uint8 H x W x 3, masks
-bool H x W, True = to be painted. Everything random comes from the ``rng`` that is handed in.
+After the released code of Yang 2022. Boxes are (x0, y0, x1, y1) in pixels, x1 and y1 exclusive. Pictures are uint8
+H x W x 3, masks bool H x W, True = to be painted. Everything random comes from the ``rng`` that is handed in.
 """
 
 import math
@@ -45,7 +45,7 @@ def exemplar(part: np.ndarray, size: int = TOWER) -> np.ndarray:
 def augment(image: np.ndarray, rng: np.random.Generator) -> np.ndarray:
     """Mirror (p 0.5), turn by up to 20 degrees (0.5), box blur of 3 to 7 px (0.3), affine jitter by up to 50 px (0.3).
 
-    Lengths hold at 224 px. The jitter is what the reference's elastic transform visibly does: its displacement field
+    Lengths hold at 224 px. The jitter is what the released elastic transform visibly does: its displacement field
     (alpha 1, sigma 50) stays far below a pixel.
     """
     side = image.shape[0]
@@ -102,7 +102,7 @@ def bezier(points: np.ndarray, t: np.ndarray) -> np.ndarray:
 
 
 def shaped_mask(box: Box, extended: Box, width: int, height: int, rng: np.random.Generator, jitter: float = JITTER):
-    """Bool H x W: the closed outline of four curves, each sampled 18 times and jittered; 3.4 of the method sheet."""
+    """Bool H x W: the closed outline of four curves, each sampled 18 times and jittered."""
     reach = round(scaled(jitter, (height, width)))
     outline = np.concatenate([bezier(points, CURVE) for points in control_points(box, extended)])
     outline = outline + rng.integers(-reach, reach + 1, outline.shape)
@@ -124,7 +124,7 @@ def painted_mask(
 
 
 def square_crop(extended: Box, width: int, height: int, rng: np.random.Generator) -> Crop | None:
-    """A random square that holds the extended box (3.5); None = no square does, or the picture is one.
+    """A random square that holds the extended box; None = no square does, or the picture is one.
 
     It has the picture's short side, then shrinks on all sides alike by up to 60 % of the smallest margin.
     """

@@ -23,7 +23,7 @@ def blur_hint(image: np.ndarray, mask: np.ndarray, sigma: float = 10, normalize:
     """Colour (low frequency): Gaussian blur of the instance, 0 outside M.
 
     ``sigma`` is in pixels at a side of 512. ``normalize`` divides by the blurred mask, so that the rim is not darkened
-    by the black around it; False is the paper's literal reading (and also cut off at M).
+    by the black around it; False is the literal reading of Liu 2025 (and also cut off at M).
     """
     sigma_px = scaled(sigma, mask.shape)
     size = 2 * math.ceil(3 * sigma_px) + 1  # +-3 sigma: 61 taps at sigma 10
@@ -58,7 +58,7 @@ def canny(image: np.ndarray, low: float = 100, high: float = 200) -> np.ndarray:
 
 
 def raw_hint(image: np.ndarray, mask: np.ndarray) -> np.ndarray:
-    """The instance itself on black: the ablation of the paper's figure 7."""
+    """The instance itself on black: the ablation of Liu 2025, Fig. 7."""
     return instance_on_black(image, mask)
 
 

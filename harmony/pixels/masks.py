@@ -108,7 +108,7 @@ def hole(
 ) -> np.ndarray:
     """The hole M_e, bool H x W, for the instance mask M: what the model may repaint.
 
-    ``instance``  M itself (the paper's reading)
+    ``instance``  M itself (Liu 2025, eq. 9 and 10, read literally)
     ``dilate``    M dilated by ``radius``, px at 512 (test default, no randomness)
     ``train``     M dilated by a random 0..32 px at 512 with probability 0.7, else the bounding box
     ``kit``       the mixture KIT_MIX for training the inpainting kit: also holes elsewhere, and the whole image, which

@@ -1,4 +1,4 @@
-"""DDIM: deterministic sampling and its exact algebraic inverse (method sheet 1.2; Song et al., 2021).
+"""DDIM: deterministic sampling and its exact algebraic inverse (Song 2021, arXiv 2010.02502).
 
 A sampler is a function of an eps model, a latent and a list of timesteps; guidance, controls and masks live in the
 model.
@@ -33,7 +33,7 @@ def clean(z: torch.Tensor, eps: torch.Tensor, a: torch.Tensor) -> torch.Tensor:
 def to_eps(kind: str, predicted: torch.Tensor, z: torch.Tensor, a: torch.Tensor) -> torch.Tensor:
     """The noise that a network's output means: itself (``epsilon``), or sqrt(a) v + sqrt(1 - a) z (``v_prediction``).
 
-    v = sqrt(a) eps - sqrt(1 - a) x0 (Salimans and Ho, 2022). UserError for other kinds.
+    v = sqrt(a) eps - sqrt(1 - a) x0 (Salimans 2022). UserError for other kinds.
     """
     if kind == "epsilon":
         return predicted
@@ -43,7 +43,7 @@ def to_eps(kind: str, predicted: torch.Tensor, z: torch.Tensor, a: torch.Tensor)
 
 
 def step(z: torch.Tensor, eps: torch.Tensor, t: int, s: int, abar: torch.Tensor) -> torch.Tensor:
-    """One DDIM step (eta = 0) from level t to level s: z_s = sqrt(a_s) x0 + sqrt(1 - a_s) eps.
+    """One DDIM step from level t to level s: z_s = sqrt(a_s) x0 + sqrt(1 - a_s) eps (Song 2021, eq. 12 with sigma = 0).
 
     s < t samples, s > t inverts; with the same eps the two are each other's inverse.
     """
@@ -62,7 +62,7 @@ def invert(eps: Eps, z: torch.Tensor, steps: int, abar: torch.Tensor, offset: in
     """Clean latent -> the trajectory z_0 .. z_N whose end is the noise that ``sample`` would have begun from.
 
     Exact for a constant eps; otherwise it is evaluated at the latent before the step, which is close for an eps without
-    guidance (method sheet 5.3). Wants float32.
+    guidance. Wants float32.
     """
     trajectory = [z]
     for t in reversed(timesteps(steps, offset, len(abar))):

@@ -1,8 +1,8 @@
 """Inpainting by words and ControlNets: the nine-channel UNet with guidance and a weighted sum of residuals.
 
-Corrected eq. 7 of the method sheet (2.6): skip_i <- skip_i + sum_k lambda_k r_i^(k), the same for the middle block. A
-net whose weight is 0 is not run at all, so that all weights 0 is plain inpainting exactly. What does not change from
-step to step, a hint's embedding and the keys and values of the words, is computed once.
+Liu 2025, eq. 7 with the names of its two branches put right: skip_i <- skip_i + sum_k lambda_k r_i^(k), the same for
+the middle block. A net whose weight is 0 is not run at all, so that all weights 0 is plain inpainting exactly. What
+does not change from step to step, a hint's embedding and the keys and values of the words, is computed once.
 """
 
 import functools
@@ -30,7 +30,7 @@ class Schedule:
 
     ``guided``: the share of the steps, from the noisiest on, that are guided. ``encoder_every``: the ControlNets and
     the first half of the UNet run in every n-th step, and the steps between take over their activations (encoder
-    propagation; Li et al., Faster Diffusion, 2023). ``graphs``: what a step computes is recorded as a CUDA graph, once
+    propagation; Li 2023, Faster Diffusion). ``graphs``: what a step computes is recorded as a CUDA graph, once
     a shape, and replayed: the same numbers, without the launch of each kernel. ``compile``: both halves of the UNet and
     the ControlNets are compiled, which takes minutes once and changes numbers by rounding alone. UserError for values
     that mean nothing.

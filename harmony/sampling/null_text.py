@@ -1,6 +1,6 @@
 """Null-text inversion: empty-prompt embeddings, one a step, under which guided sampling gives an image back.
 
-After Mokady et al., Null-text Inversion for Editing Real Images using Guided Diffusion Models (2022); method sheet 5.4.
+Mokady 2022 (Null-text Inversion for Editing Real Images using Guided Diffusion Models, arXiv 2211.09794), Algorithm 1.
 """
 
 from collections.abc import Callable, Sequence
@@ -159,7 +159,7 @@ def replay(
     """The latents of guided sampling from ``z`` with an empty prompt of its own at each step, clean one last.
 
     One embedding N times is one shared by all steps; the condition itself makes guidance inert, so that any w gives
-    what w = 1 gives (negative-prompt inversion, the fast mode).
+    what w = 1 gives (negative-prompt inversion, the fast mode; Miyake 2023).
     """
     latents, gap = [], len(abar) // len(nulls)
     for null, t in zip(nulls, timesteps(len(nulls), offset, len(abar)), strict=True):

@@ -1,6 +1,6 @@
-"""Prompt-to-prompt: how the attention of a source prompt goes over to a target prompt (method sheet 5.5).
+"""Prompt-to-prompt: how the attention of a source prompt goes over to a target prompt.
 
-After Hertz et al., Prompt-to-Prompt Image Editing with Cross Attention Control (2022). Positions count tokens, the
+Hertz 2022 (Prompt-to-Prompt Image Editing with Cross Attention Control, arXiv 2208.01626). Positions count tokens, the
 beginning token included; a word may be several of them.
 """
 
@@ -64,7 +64,7 @@ def replacement(source: Sequence[Span], target: Sequence[Span], length: int) -> 
 def alignment(source: Sequence[int], target: Sequence[int], length: int) -> tuple[torch.Tensor, torch.Tensor]:
     """(source position of each target position, int64; whether it has one, bool), ``length`` each.
 
-    A global alignment of the tokens (match 1, mismatch -1, gap 0; Needleman and Wunsch, 1970), so that words that were
+    A global alignment of the tokens (match 1, mismatch -1, gap 0; Needleman 1970), so that words that were
     added keep an attention of their own. Positions past the end belong to themselves.
     """
     n, m = len(source), len(target)

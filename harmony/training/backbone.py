@@ -28,7 +28,7 @@ from harmony.training.schedule import linear_decay, total_steps
 
 logging.getLogger("transformers").setLevel(logging.ERROR)
 
-SCHEDULE = {  # section 1.2 of the method sheet; the flags that diffusers' defaults get wrong for latents are explicit
+SCHEDULE = {  # Stable Diffusion's; explicit are the flags that diffusers' defaults get wrong for latents
     "num_train_timesteps": 1000,
     "beta_start": 0.00085,
     "beta_end": 0.012,

@@ -1,4 +1,4 @@
-"""Training one ControlNet on a frozen inpainting kit (system A of the method sheet, sections 2.3 to 2.7)."""
+"""Training one ControlNet on a frozen inpainting kit (Liu 2025, eq. 6 and 8 to 11)."""
 
 from collections.abc import Callable, Sequence
 from functools import cached_property
@@ -62,18 +62,18 @@ class Controls(lightning.LightningModule):
 
 
 class ControlTask(Controls):
-    """Fill the instance back into its own photograph, seeing only its hint: eq. 8 over the whole latent.
+    """Fill the instance back into its own photograph, seeing only its hint: Liu 2025, eq. 8 over the whole latent.
 
     Trained: the ControlNet, in float32. Frozen, in the kit's own dtype, and absent from checkpoints: VAE, text encoder
     and UNet (the kit is no submodule). The UNet is not under no_grad: the gradient must pass through its decoder to the
-    residuals. Defaults are the paper's setting (AdamW, lr 1e-6, warm-up 10,000, lambda 1).
+    residuals. Defaults are those of Liu 2025 (AdamW, lr 1e-6, warm-up 10,000, lambda 1).
 
     ``zero_lr``: learning rate of the zero convolutions and of the hint encoder's last layer, which start at 0 and hold
     everything else back; None = ``lr``. ``decay``: linear to 0 at the end instead of constant.
     ``prompt_dropout``: share of samples trained with the empty prompt.
     ``companion``: a trained ControlNet (see ``controlnet_folder``) that runs beside this one, frozen, in ``share`` of
-    the samples; its hint must travel with the batch too. The paper trains each alone, and then both tell the UNet what
-    they have in common (where the object ends, say) twice: see the notes of ``experiment=structure_long``.
+    the samples; its hint must travel with the batch too. Liu 2025 trains each alone, and then both tell the UNet what
+    they have in common (where the object ends, say) twice: see ``experiments/structure_long.yaml``.
     ``compile``: one graph of UNet, ControlNet and loss. ``checkpointing``: activations are computed again for the
     gradient instead of kept. ``offload``: AdamW's moments and the update in host memory.
     """

@@ -17,7 +17,7 @@ SHOWN = 8  # pairs on the grid
 
 
 def calibrated(logits: torch.Tensor, labels: torch.Tensor) -> float:
-    """The temperature that makes the likelihood of ``labels`` largest (Guo et al., 2017); logits N x 2."""
+    """The temperature that makes the likelihood of ``labels`` largest (Guo 2017); logits N x 2."""
     found = minimize_scalar(lambda log: float(F.cross_entropy(logits / math.exp(log), labels)), bounds=(-4, 4))
     return math.exp(found.x)
 

@@ -1,8 +1,8 @@
 """Muon: AdamW for vectors, orthogonalised momentum for matrices and convolutions.
 
-Jordan et al., "Muon: An optimizer for hidden layers in neural networks" (2024), with the scale of Liu et al., "Muon is
-Scalable for LLM Training" (2025), so that one learning rate serves both kinds of parameter. torch.optim.Muon takes
-matrices alone and cannot share a step with AdamW, which Lightning's automatic optimisation asks for.
+Jordan 2024 (Muon), with the scale of Liu J. 2025 (Muon is Scalable for LLM Training, arXiv 2502.16982), so that one
+learning rate serves both kinds of parameter. torch.optim.Muon takes matrices alone and cannot share a step with AdamW,
+which Lightning's automatic optimisation asks for.
 """
 
 import torch

@@ -35,12 +35,12 @@ def target(kind: str, z: torch.Tensor, noise: torch.Tensor, a: torch.Tensor) -> 
 
 @dataclass(frozen=True)
 class Objective:
-    """Weights of the squared error of the network's output; the defaults are eq. 8 of the paper (all 1).
+    """Weights of the squared error of the network's output; the defaults are Liu 2025, eq. 8 (all 1).
 
     ``weighting``: ``plain`` (1) or ``x0``, the weight (1 - abar) / abar clipped to ``clip``, which turns the eps error
     into that of the predicted clean latent where it is not clipped: colour is decided at high noise, and the plain loss
-    spends its gradient elsewhere (KIT notes: it reaches in minutes what the plain loss does not begin to show). For a
-    network that predicts v the same is the weight 1 - abar, and no clip is needed.
+    spends its gradient elsewhere (minutes of training with this weight show what the plain loss does not begin to). For
+    a network that predicts v the same is the weight 1 - abar, and no clip is needed.
     ``t_min``: smallest timestep. ``inside``: extra weight of latent cells that the instance covers; the weights of an
     image are normalised to mean 1, so that the scale of the loss does not depend on the size of the instance.
     """

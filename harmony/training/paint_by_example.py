@@ -1,4 +1,4 @@
-"""Training Paint by Example on a kit (method sheet 3.2 to 3.8): the whole UNet and the exemplar encoder."""
+"""Training Paint by Example (Yang 2022) on a kit: the whole UNet and the exemplar encoder."""
 
 from dataclasses import replace
 from functools import cached_property
@@ -33,9 +33,9 @@ class ExemplarTask(lightning.LightningModule):
 
     Trained in float32: UNet (from the kit's inpainting UNet), mapper, final layer norm, projection, and the vector
     that stands for no exemplar. Frozen and absent from checkpoints: VAE and CLIP's tower. Loss: mean
-    squared error of the whole latent. Defaults are the reference's (AdamW, lr 1e-5, warm-up 10,000).
+    squared error of the whole latent. Defaults are those of the released code (AdamW, lr 1e-5, warm-up 10,000).
 
-    ``dropout``: share of samples, or with ``dropout_by="batch"`` (the reference) of batches, without exemplar.
+    ``dropout``: share of samples, or with ``dropout_by="batch"`` (the released code) of batches, without exemplar.
     ``encoder_lr``: learning rate of what is untrained at the beginning; None = ``lr``. ``decay``: linear to 0.
     ``all_tokens``: the ablation that keeps the patch tokens. ``tower``: folder or hub id of the CLIP vision tower that
     sees the exemplars, where it is not the kit's own (Stable Diffusion brings none). ``offload``: AdamW's moments and

@@ -1,6 +1,6 @@
 """AdamW, on the device or in host memory; learning-rate factors as functions of the optimiser step n = 0, 1, 2, ...
 
-The warm-up factor is (n + 1) / W, not n / W: with the latter the first step would change nothing (method sheet, 1.4).
+The warm-up factor is (n + 1) / W, not n / W: with the latter the first step would change nothing.
 Paint by Example's begins at 1e-6 instead.
 """
 
@@ -15,12 +15,12 @@ from harmony.core.errors import UserError
 
 
 def constant(warmup: int = 0) -> Callable[[int], float]:
-    """Linear from 1 / W to 1 over W steps, then constant (the paper's schedule, W = 10,000)."""
+    """Linear from 1 / W to 1 over W steps, then constant (Liu 2025: W = 10,000)."""
     return lambda n: min(1.0, (n + 1) / max(1, warmup))
 
 
 def warm_up(warmup: int, start: float = 1e-6) -> Callable[[int], float]:
-    """Linear from ``start`` to 1 over W steps, then constant (Paint by Example's schedule, W = 10,000)."""
+    """Linear from ``start`` to 1 over W steps, then constant (released code of Yang 2022: W = 10,000)."""
     return lambda n: min(1.0, start + (1 - start) * n / warmup) if warmup else 1.0
 
 
@@ -38,7 +38,7 @@ def total_steps(trainer) -> int:
 
 
 class HostAdamW(torch.optim.AdamW):
-    """AdamW whose moments lie in host memory, where the update is made too (ZeRO-Offload; Ren et al., 2021).
+    """AdamW whose moments lie in host memory, where the update is made too (ZeRO-Offload; Ren 2021).
 
     Of the 16 bytes a trained parameter that AdamW needs, 8 leave the device; weights and gradients cross the bus in
     every step. Numbers are those of AdamW's fused kernel on the CPU.

@@ -1,6 +1,6 @@
-"""Textual inversion: one word learnt from a few pictures, everything else as it was (method sheet 5.2).
+"""Textual inversion: one word learnt from a few pictures, everything else as it was.
 
-After Gal et al., An Image is Worth One Word (2022).
+Gal 2022 (An Image is Worth One Word, arXiv 2208.01618), eq. 2.
 """
 
 from pathlib import Path

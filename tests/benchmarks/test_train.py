@@ -44,7 +44,7 @@ def test_both_sides_train_the_same_net(kit):
 
 def test_the_work_of_stable_diffusion_2():
     """Guards the count, and that the frozen UNet costs no weight gradients: 2.267 TFLOP an image, of one ControlNet
-    on cached latents (method sheet's companion on performance, 1.1: counted there with attention's plain backward).
+    on cached latents (with attention's plain backward).
     """
     shapes = shapes_of(Kit("sd2/sd2", weights="random", geometry="sd2"))
     task = ready(shapes, ("color",), Load(1, 1, 1))

@@ -145,7 +145,7 @@ def test_files_that_cannot_be_read(tmp_path, data):
 
 
 def test_both_prompts_begin_with_the_object():
-    """Guards invariant 15: the phrase of the object, then the words for either light."""
+    """Guards the order of words: the phrase of the object, then those for either light."""
     assert MUG.prompts == ("a mug warm light", "a mug blue moonlight")
 
 

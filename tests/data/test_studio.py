@@ -49,9 +49,7 @@ def test_held_out_combinations_are_seen_in_the_test_split_alone(scenes):
 
 
 def test_scenes_show_the_whole_range(scenes):
-    """Guards DESIGN 5: at least 12 kinds, 8 colours, 3 finishes, 6 grounds, 5 lights; others in a third of the
-    scenes.
-    """
+    """Guards variety: at least 12 kinds, 8 colours, 3 finishes, 6 grounds, 5 lights; others in a third of them."""
     seen = {
         name: {getattr(s, name) for s in scenes} for name in ("kind", "colour", "finish", "ground", "light", "backdrop")
     }

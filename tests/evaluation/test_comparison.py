@@ -122,7 +122,7 @@ def test_scores_compare_with_the_truth_and_drift_with_what_was_given(bench):
 
 
 def test_degraded_instances_lose_detail_alone(bench):
-    """Guards figure 7: what the instance is taken from is blurred, the truth and the background stay."""
+    """Guards Fig. 7 of Liu 2025: what the instance is taken from is blurred, the truth and the background stay."""
     cuts = [np.repeat(np.repeat(e.image[8:20, 10:22], 9, 0), 9, 1) for e in bench.examples]
     bench = replace(bench, examples=[replace(e, exemplar=c) for e, c in zip(bench.examples, cuts, strict=True)])
     poor = degraded(bench, 4)

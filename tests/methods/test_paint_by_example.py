@@ -1,4 +1,4 @@
-"""Method sheet 3.13: sampling by an exemplar, against diffusers' deprecated pipeline."""
+"""Sampling by an exemplar, against diffusers' deprecated pipeline."""
 
 import copy
 
@@ -38,7 +38,7 @@ def holes():
 
 
 def test_it_agrees_with_the_pipeline(painter, holes):
-    """Guards invariant 15: same weights, noise, mask: latents of PaintByExamplePipeline within 1e-5 of their size."""
+    """Guards equality: same weights, noise, mask; latents of PaintByExamplePipeline within 1e-5 of their size."""
     kit = painter.kit
     theirs = PaintByExampleImageEncoder(painter.encoder.config).eval()
     theirs.load_state_dict(painter.encoder.state_dict())
@@ -62,7 +62,7 @@ def test_it_agrees_with_the_pipeline(painter, holes):
 
 
 def test_guidance_is_linear(painter):
-    """Guards invariant 6: w = 1 is the conditional output, 0 that of the vector, and in between it is linear."""
+    """Guards guidance: w = 1 is the conditional output, 0 that of the vector, and in between it is linear."""
     kit, encoder = painter.kit, painter.encoder
     z, masked = torch.randn(2, 1, 4, 8, 8, generator=torch.Generator().manual_seed(0))
     known = known_by_example(torch.ones(1, 1, 8, 8), masked)

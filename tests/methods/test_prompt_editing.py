@@ -1,4 +1,4 @@
-"""Method sheet 5.3 to 5.6 put together: inversions that are kept, and edits of a picture, on a random kit."""
+"""Editing by words: inversions that are kept, and edits of a picture, on a random kit."""
 
 import numpy as np
 import pytest
@@ -87,7 +87,7 @@ def test_the_words_that_change(source, target, gone, come, mode):
 
 
 def test_a_learnt_word_of_two_vectors_is_one_word(toy, inversion, monkeypatch):
-    """Guards 5.6: it replaces one word, a local edit looks at both its tokens, and it has one map."""
+    """Guards long words: it replaces one word, a local edit looks at both its tokens, and it has one map."""
     kit, seen, target = toy(0.1), [], "a red <toy> on snow"
     assert len(kit.words["<toy>"]) == 2 and mode_of(SOURCE, target) == "replace"
     assert changes(SOURCE, target) == Changes([2], [2])
@@ -102,7 +102,7 @@ def test_a_learnt_word_of_two_vectors_is_one_word(toy, inversion, monkeypatch):
 
 
 def test_the_fast_mode_is_blind_to_guidance(kit, image, inversion):
-    """Guards 5.10.7: the condition stands for the empty prompt; what comes back does not depend on w."""
+    """Guards the fast mode: the condition stands for the empty prompt; what comes back does not depend on w."""
     assert len(inversion.nulls) == STEPS and all(torch.equal(n, kit.prompt([SOURCE])) for n in inversion.nulls)
     one, many = (latent(kit, inversion, inversion.nulls, w) for w in (1.0, 20.0))
     assert torch.allclose(one, many, atol=1e-4)
@@ -112,7 +112,7 @@ def test_the_fast_mode_is_blind_to_guidance(kit, image, inversion):
 
 
 def test_null_texts_bring_a_picture_back(kit, image, inversion):
-    """Guards 5.10.6 and 5.10.8: N embeddings 1 x T x D; nearer to the picture's latent than with the empty prompt, and
+    """Guards reconstruction: N embeddings 1 x T x D; nearer to the picture's latent than with the empty prompt, and
     that latent is the picture, encoded.
     """
     lines = []
@@ -229,7 +229,7 @@ def perform(kit, inversion, source, target, mode, factors=None, look_at=None, th
 
 
 def test_identical_prompts_give_the_reconstruction(kit, inversion):
-    """Guards 5.10.9: with a factor of 1 both rows are what reconstructs the picture; every word has its map."""
+    """Guards the null edit: with a factor of 1 both rows are what reconstructs the picture; every word has its map."""
     for factors in (None, {"red": 1.0}):
         edited = perform(kit, inversion, SOURCE, SOURCE, MODES["reweight"], factors)
         assert np.array_equal(*edited.pictures) and edited.masks is None
@@ -240,7 +240,7 @@ def test_identical_prompts_give_the_reconstruction(kit, inversion):
 
 
 def test_the_source_is_reconstructed_whatever_the_target(kit, inversion):
-    """Guards 5.10.11: the source's picture is the reconstruction in every mode; the target's is another."""
+    """Guards the source's row: its picture is the reconstruction in every mode; the target's is another."""
     back = reconstruct(kit, [inversion], [SOURCE], W)[0]
     for name, target in (("replace", TARGET), ("insert", "a big red mushroom on snow"), ("style", f"{SOURCE} car")):
         edited = perform(kit, inversion, SOURCE, target, MODES[name])
@@ -264,7 +264,7 @@ def test_factors_reach_the_edit(kit, inversion):
 
 
 def test_shares_become_steps(kit, inversion, monkeypatch):
-    """Guards 5.5: floor(f N) steps of cross- and self-attention; maps of at most 16 x 16 positions, here 8 x 8."""
+    """Guards counts: floor(f N) steps of cross- and self-attention; maps of at most 16 x 16 positions, here 8 x 8."""
     made = []
     control = lambda *given, **more: (made.append((given[1:], more)), PromptToPrompt(*given, **more))[1]  # noqa: E731
     monkeypatch.setattr(edit, "PromptToPrompt", control)
@@ -274,8 +274,8 @@ def test_shares_become_steps(kit, inversion, monkeypatch):
 
 
 def test_a_local_edit_stays_where_its_words_look(kit, inversion, monkeypatch):
-    """Guards 5.10.15: outside both masks the target's latent is the source's, inside it is not; masks are pixels of the
-    picture, one for each prompt.
+    """Guards locality: outside both masks the target's latent is the source's, inside it is not; masks are pixels of
+    the picture, one for each prompt.
     """
     latents = []
     usual = edit.edit_latents
@@ -308,7 +308,7 @@ def test_what_a_local_edit_looks_at(kit, inversion, monkeypatch):
 
 
 def test_the_unet_is_itself_again(kit, inversion, monkeypatch):
-    """Guards 5.10.15: its own attention processors and no hooks, after an edit and after one that failed."""
+    """Guards the kit: its own attention processors and no hooks, after an edit and after one that failed."""
     before = dict(kit.unet.attn_processors)
 
     def whole() -> bool:

@@ -1,4 +1,4 @@
-"""Zero-shot harmonization: the invariants of method sheet 4.11 on a random kit, and the policy on scripted scores."""
+"""Zero-shot harmonization (Chen 2023): its invariants on a random kit, and the policy on scripted scores."""
 
 import resource
 from contextlib import contextmanager
@@ -124,7 +124,7 @@ def watched(monkeypatch):
     [("a red mushroom", "warm light", 4), ("mushroom", "moonlight", 2), ("moonlight car", "warm moonlight", 6)],
 )
 def test_where_the_descriptors_are(kit, object_, light, first):
-    """Guards invariant 15: behind the object phrase up to the last word, also where words are several tokens."""
+    """Guards the places: behind the object phrase up to the last word, also where words are several tokens."""
     prompt = f"{object_} {light}"
     found = descriptors(kit, prompt, object_)
     (ids,) = kit.tokens([prompt])
@@ -146,7 +146,7 @@ def test_prompts_that_cannot_lead(kit, prompt, object_, said):
 
 
 def test_the_attention_loss_is_about_places():
-    """Guards invariant 6: 0 where the map is the mask, whatever its scale; 1 at worst, each picture by itself."""
+    """Guards L_Emb: 0 where the map is the mask, whatever its scale; 1 at worst, each picture by itself."""
     mask = torch.tensor([[1.0, 0, 1, 0], [1, 0, 1, 0], [1, 1, 0, 0]])
     heat = torch.stack([7 * mask[0], 1 - mask[1], torch.tensor([0.2, 0.1, 0.1, 0.0])])
     found = attention_loss(mask, heat)
@@ -159,7 +159,7 @@ def test_the_attention_loss_is_about_places():
 
 
 def test_words_are_held_and_weighed():
-    """Guards invariants 5 and 7: nothing holds words that have not moved, then the mean square of both prompts'; the
+    """Guards what holds the words: nothing where they have not moved, then the mean square of both prompts'; the
     weights are a simplex over the background's descriptors, even at first.
     """
     where = torch.tensor([[0, 1, 1, 0], [0, 0, 1, 0], [0, 1, 1, 1], [0, 1, 0, 0]], dtype=torch.bool)
@@ -233,7 +233,7 @@ def embeddings(kit: Kit) -> torch.nn.Module:
 
 
 def test_refinement_changes_descriptors_alone(kit, refined):
-    """Guards invariant 5: what goes into the text encoder is that of the bare prompts but for the descriptors, which
+    """Guards what is refined: the text encoder's input is that of the bare prompts but for the descriptors, which
     all move; states before them are bit for bit the bare ones.
     """
     found = refined(Parts(steps=3, refine=2, lr=0.05, hold=0.0))
@@ -251,8 +251,8 @@ def test_refinement_changes_descriptors_alone(kit, refined):
 
 
 def test_the_backgrounds_words_are_one(kit, refined):
-    """Guards 4.4: in the states of the backgrounds all descriptors are their weighted sum, those of the foregrounds and
-    whatever else stay; the weights are a simplex that has moved.
+    """Guards the pooling: in the backgrounds' states all descriptors are their weighted sum, those of the foregrounds
+    and whatever else stay; the weights are a simplex that has moved.
     """
     found = refined(Parts(steps=2, refine=2, lr=0.05, hold=0.0))
     weights, words = found.words.weights, found.words
@@ -269,7 +269,7 @@ def test_the_backgrounds_words_are_one(kit, refined):
 
 
 def test_where_words_should_look(kit, refined):
-    """Guards 4.4: the maps of all descriptors of a prompt together, the background's each by its weight, against the
+    """Guards L_Emb: the maps of all descriptors of a prompt together, the background's each by its weight, against the
     share of the object in each position for the foreground and the rest for the background.
     """
     found = refined(Parts(steps=1, refine=1))
@@ -284,14 +284,14 @@ def test_where_words_should_look(kit, refined):
 
 
 def test_refinement_makes_words_look_where_they_should(refined):
-    """Guards the purpose of 4.4: within the steps, the loss of where the words look falls."""
+    """Guards the purpose of the refinement: within the steps, the loss of where the words look falls."""
     compared = refined(Parts(steps=2, refine=5, lr=5e-3, hold=0.0)).compared
     losses = [attention_loss(*pair).sum().item() for pair in compared]
     assert len(losses) == 10 and losses[4] < losses[0] and losses[9] < losses[5]
 
 
 def test_words_that_are_held_stay(refined):
-    """Guards invariant 7: with a huge weight they never go further than Adam's first step, without it they do."""
+    """Guards the hold: with a huge weight they never go further than Adam's first step, without it they do."""
     lr = 1e-2
     held, free = (refined(Parts(steps=2, refine=4, lr=lr, hold=hold)) for hold in (1e9, 0.0))
     far = [found.words.change.detach().abs().max().item() for found in (held, free)]
@@ -318,7 +318,7 @@ def test_golden_edges_of_a_ramp():
 
 
 def test_what_the_edge_loss_sees(scene):
-    """Guards invariant 10: nothing between a picture and itself, or itself made brighter; pixels that do not touch the
+    """Guards L_Edge: nothing between a picture and itself, or itself made brighter; pixels that do not touch the
     object do not count, those that touch it do, each picture by itself.
     """
     x, mask = to_hint(scene[0])[None], torch.from_numpy(scene[1])[None, None].float()
@@ -340,7 +340,7 @@ def deep():
 
 
 def test_a_deep_detector_adds_its_share(scene, second, deep):
-    """Guards 4.5: its squared differences inside the mask come on top, by its share."""
+    """Guards the deep edges: their squared differences inside the mask come on top, by their share."""
     x, y = to_hint(np.stack([scene[0], second[0]])).split(1)
     mask = torch.from_numpy(scene[1])[None, None].float()
     more = edge_loss(x, y, mask, Parts(deep=deep, deep_share=0.3)) - edge_loss(x, y, mask, Parts())
@@ -348,7 +348,7 @@ def test_a_deep_detector_adds_its_share(scene, second, deep):
 
 
 def test_a_deep_detector_carries_gradient(kit, scene, deep, watched):
-    """Guards invariant 11: from the deep edges alone to the null embedding, and it leads to other null texts."""
+    """Guards the gradient from the deep edges alone to the null embedding, and that it leads to other null texts."""
     text, empty = kit.prompt([WORDS.prompts[0]]), kit.prompt([""]).requires_grad_(True)
     z, mask = torch.randn(1, 4, 8, 8), torch.from_numpy(scene[1])[None, None].float()
     reached = guided_step(denoiser(kit), z, 501, empty, denoiser(kit)(z, 501, text), 2.5, 500, kit.alphas_cumprod)
@@ -364,7 +364,7 @@ def test_a_deep_detector_carries_gradient(kit, scene, deep, watched):
 
 
 def test_edges_are_taken_in_one_range(kit, scene, monkeypatch):
-    """Guards invariant 12: a codec without loss gives edges that are the composite's own, and the composite back."""
+    """Guards the range: a codec without loss gives edges that are the composite's own, and the composite back."""
     found, usual = [], zero_shot.edge_loss
     monkeypatch.setattr(zero_shot, "edge_loss", lambda *given: (found.append(usual(*given)), found[-1])[1])
     picture = to_model(scene[0])
@@ -377,7 +377,7 @@ def test_edges_are_taken_in_one_range(kit, scene, monkeypatch):
 
 
 def test_golden_schedule_of_the_null_texts(kit, scene, watched):
-    """Guards 4.3: one improvement a step for the first tenth of 50, five at last, none left out; rate 0.1."""
+    """Guards the counts: one improvement a step for the first tenth, five at last, none left out; rate 0.1."""
     once(kit, scene, parts=replace(BARE, steps=4))
     search = watched.search
     assert [search.inner(i, 50) for i in range(50)] == [1 + i // 10 for i in range(50)]
@@ -386,7 +386,7 @@ def test_golden_schedule_of_the_null_texts(kit, scene, watched):
 
 
 def test_the_null_texts_lower_their_loss(kit, scene, watched):
-    """Guards invariant 9: with edges and without, the last loss of the steps is below the first in sum; ten times the
+    """Guards the descent: with edges and without, the last loss of the steps is below the first in sum; ten times the
     distance is what is lowered.
     """
     for edges in (1.0, 0.0):
@@ -398,7 +398,7 @@ def test_the_null_texts_lower_their_loss(kit, scene, watched):
 
 
 def test_nothing_is_decoded_without_edges(kit, scene):
-    """Guards invariant 9: the decoder is called for the result alone; with edges once more for each improvement."""
+    """Guards the cost: the decoder is called for the result alone; with edges once more for each improvement."""
     for edges, count in ((0.0, 1), (1.0, 1 + 1 + 3)):
         with calls(kit.vae.decoder) as decoded:
             once(kit, scene, parts=Parts(steps=2, refine=0, edges=edges))
@@ -406,7 +406,7 @@ def test_nothing_is_decoded_without_edges(kit, scene):
 
 
 def test_the_composite_is_inverted_without_words(kit, scene, watched):
-    """Guards 4.3 and invariant 14: from the posterior's mean, under the empty prompt, whatever the words."""
+    """Guards the inversion: from the posterior's mean, under the empty prompt, whatever the words."""
     found = []
     for words in (WORDS, OTHER):
         once(kit, scene, words, BARE)
@@ -420,8 +420,8 @@ def test_the_composite_is_inverted_without_words(kit, scene, watched):
 
 
 def test_golden_copy_of_attention():
-    """Guards 4.6: position by position, in every layer, the background's rows that see words take those of their own
-    foreground; what guidance goes away from is left alone.
+    """Guards the copy: position by position, in every layer, the background's rows that see words take those of their
+    own foreground; what guidance goes away from is left alone.
     """
     layers = [Layer("x", place, cross) for place in ("down", "mid", "up") for cross in (True, False)]
     assert all(CopyAttention(4).wants(layer, 4096, step) for layer in layers for step in (0, 49))
@@ -433,8 +433,8 @@ def test_golden_copy_of_attention():
 
 
 def test_the_same_words_lead_nowhere(kit, scene):
-    """Guards invariant 3: the background's row is the foreground's, bit for bit at every step, and the composite comes
-    back; other words lead it away.
+    """Guards the null edit: the background's row is the foreground's, bit for bit at every step, and the composite
+    comes back; other words lead it away.
     """
     for words, same in ((SAME, True), (WORDS, False)):
         with calls(kit.unet, rows=4) as seen:
@@ -446,7 +446,7 @@ def test_the_same_words_lead_nowhere(kit, scene):
 
 @pytest.mark.parametrize("copied", [True, False])
 def test_the_same_words_are_plain_guided_sampling(kit, scene, watched, monkeypatch, copied):
-    """Guards invariant 4: with the composite's noise, words and null texts; attention copied or not."""
+    """Guards equality with the composite's noise, words and null texts; attention copied or not."""
     if not copied:
         monkeypatch.setattr(CopyAttention, "wants", lambda *given: False)
     made = once(kit, scene, SAME, replace(BARE, detail=False))
@@ -475,7 +475,7 @@ def test_detail_adds_what_the_words_change(kit, scene):
 
 
 def test_a_round_is_deterministic_whatever_the_batch(kit, scene, second):
-    """Guards invariant 14: no dice; the words, masks and pictures of a batch do not mix."""
+    """Guards determinism: no dice; the words, masks and pictures of a batch do not mix."""
     torch.manual_seed(1)
     first = once(kit, scene)
     torch.manual_seed(2)
@@ -485,7 +485,7 @@ def test_a_round_is_deterministic_whatever_the_batch(kit, scene, second):
 
 
 def test_an_empty_mask_gives_the_composite_back(kit, scene):
-    """Guards invariant 2: nothing to look at and no edges, but every loss is a number, and all is background."""
+    """Guards the empty mask: nothing to look at and no edges, but every loss is a number, and all is background."""
     nothing = np.zeros_like(scene[1])
     (made,) = run_together(kit, [rounds(scene[0], nothing, 1, 2)], [[WORDS]], [nothing], SHORT)
     assert len(made) == 2 and all(np.array_equal(r.image, scene[0]) for r in made)
@@ -493,7 +493,7 @@ def test_an_empty_mask_gives_the_composite_back(kit, scene):
 
 @pytest.mark.parametrize("where", [None, "refinement", "null texts", "copy"])
 def test_nothing_of_the_kit_changes(kit, scene, monkeypatch, where):
-    """Guards invariant 8: weights, gradients, attention processors and hooks, after a round and after one that fails
+    """Guards the kit: weights, gradients, attention processors and hooks, after a round and after one that fails
     in any of its stages.
     """
     networks = kit.unet, kit.vae, kit.text_encoder
@@ -550,14 +550,14 @@ def play(scores, prompts: int = 1, count: int = 10, judge: bool = True, mask: np
 
 
 def test_golden_decisions():
-    """Guards 4.7: three scores that fall strictly, the last three alone; another description once, then the end."""
+    """Guards the end: three scores that fall strictly, the last three alone; first another description."""
     assert [decide(s, 1, False) for s in ([], [3], [3, 2], [3, 2, 2], [3, 3, 2], [1, 3, 2])] == [CONTINUE] * 6
     assert decide([3, 2, 1], 1, False) == decide([0, 3, 2, 1], 2, False) == REGENERATE
     assert decide([3, 2, 1], 0, False) == decide([3, 2, 1], 1, True) == CONCLUDE
 
 
 def test_one_description_concludes_at_the_first_fall():
-    """Guards invariant 13: each round goes on from the last; the best of all is what is given."""
+    """Guards the policy: each round goes on from the last; the best of all is what is given."""
     made, asked = play([0.5, 0.6, 0.9, 0.8, 0.7])
     assert asked == [(n, 0) for n in range(5)]
     assert [r.decision for r in made] == [CONTINUE] * 4 + [CONCLUDE] and [r.number for r in made] == [1, 2, 3, 4, 5]
@@ -565,7 +565,7 @@ def test_one_description_concludes_at_the_first_fall():
 
 
 def test_the_first_round_tries_every_description():
-    """Guards invariant 13: each from the raw composite; the best one goes on from its own result."""
+    """Guards the policy: each from the raw composite; the best one goes on from its own result."""
     made, asked = play([0.2, 0.9, 0.4, 0.95, 0.96], prompts=3, count=3)
     assert asked == [(0, 0), (0, 1), (0, 2), (2, 1), (4, 1)]
     assert [(r.number, r.prompt, r.score) for r in made] == [
@@ -579,7 +579,7 @@ def test_the_first_round_tries_every_description():
 
 
 def test_another_description_after_a_fall():
-    """Guards invariant 13: it takes two rounds back, the next best description goes on with scores of its own; the
+    """Guards the policy: it takes two rounds back, the next best description goes on with scores of its own; the
     second fall is the end though a third description is left.
     """
     made, asked = play([0.2, 0.9, 0.4, 0.8, 0.7, 0.6, 0.5, 0.4], prompts=3)
@@ -589,7 +589,7 @@ def test_another_description_after_a_fall():
 
 
 def test_two_rounds_are_taken_back_from_further_on():
-    """Guards invariant 13: not to the beginning, but to before the last two of the three that fell."""
+    """Guards the policy: not to the beginning, but to before the last two of the three that fell."""
     _, asked = play([0.2, 0.1, 0.3, 0.9, 0.8, 0.7, 0.6], prompts=2, count=6)
     assert asked[-1] == (4, 1) and asked[:6] == [(0, 0), (0, 1), (1, 0), (3, 0), (4, 0), (5, 0)]
 
@@ -610,7 +610,7 @@ def test_without_an_evaluator_all_rounds_are_made():
 
 
 def test_the_background_is_never_touched():
-    """Guards invariants 1 and 2: bit for bit in every round, whatever is made of it; all of it for an empty mask."""
+    """Guards the background: bit for bit in every round, whatever is made of it; all of it for an empty mask."""
     for mask in (SPOT, np.zeros_like(SPOT)):
         for count in (1, 3):
             made, _ = play([0.1] * count, count=count, mask=mask)

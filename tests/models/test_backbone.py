@@ -103,7 +103,7 @@ COUNTS = {
     "sd1": 859_520_964,
     "sd2": 865_925_124,
     "sd2_base": 865_910_724,
-}  # method sheet 7.6
+}  # parameters of the released UNets
 
 
 @pytest.mark.parametrize("name", COUNTS)

@@ -1,4 +1,4 @@
-"""Method sheet 3.13: encoder, painting UNet, files of Paint by Example."""
+"""Encoder, painting UNet and files of Paint by Example (Yang 2022)."""
 
 import json
 import shutil
@@ -80,7 +80,7 @@ class Shuffled(torch.nn.Module):
 
 
 def test_only_the_class_token_gets_through(kit):
-    """Guards invariant 2: one token, and the order of the patches does not matter; the ablation sees all of them."""
+    """Guards the bottleneck: one token, and the order of the patches does not matter; the ablation sees all of them."""
     ours, every = encoder(kit), encoder(kit, all_tokens=True)
     one, many = ours(pictures()), every(pictures())
     assert one.shape[1] == 1 and many.shape[1] == 1 + (32 // 8) ** 2
@@ -106,7 +106,7 @@ def test_painting_unet_from_nine_channels_is_the_same_network(kit):
 
 
 def test_widened_from_four_channels_it_does_not_see_what_is_known(kit):
-    """Guards invariant 1: zero-extended, the output on [z, anything] equals the four-channel UNet's on z exactly."""
+    """Guards the beginning: zero-extended, the output on [z, anything] equals the four-channel UNet's on z exactly."""
     torch.manual_seed(0)
     plain = UNet2DConditionModel.from_config({**kit.unet.config, "in_channels": 4}).eval()
     z, hole, masked = latents(kit)
@@ -119,7 +119,7 @@ def test_widened_from_four_channels_it_does_not_see_what_is_known(kit):
 
 
 def test_polarity_is_an_involution(kit):
-    """Guards invariant 10: latent, masked latent, keep mask; keep is 0 exactly where our hole is 1."""
+    """Guards the channel order: latent, masked latent, keep mask; keep is 0 exactly where our hole is 1."""
     _, hole, masked = latents(kit)
     known = known_by_example(hole, masked)
     assert torch.equal(known[:, :-1], masked) and torch.equal(known[:, -1:], 1 - hole)
@@ -127,7 +127,7 @@ def test_polarity_is_an_involution(kit):
 
 
 def test_one_token_makes_queries_and_keys_dead(kit):
-    """Guards invariant 3: gradients of q and k are zero, those of v are not; noise in q and k changes nothing."""
+    """Guards the single token: gradients of q and k are zero, those of v are not; noise in q and k changes nothing."""
     ours, painting = encoder(kit), painting_unet(kit.unet)
     ours.requires_grad_(True)
     z, hole, masked = latents(kit)
@@ -210,8 +210,8 @@ def test_released_files_with_older_names_load(kit, tmp_path):
     assert torch.equal(again(pictures()), ours(pictures()))
 
 
-def test_released_geometry_has_the_papers_parameter_counts():
-    """Guards method sheet 7.6 at the true size, on no memory at all."""
+def test_released_geometry_has_the_released_parameter_counts():
+    """Guards the architecture at its true size, on no memory at all."""
     config = CLIPVisionConfig(
         hidden_size=1024, intermediate_size=4096, num_hidden_layers=24, num_attention_heads=16, image_size=224,
         patch_size=14, projection_dim=768,

@@ -1,4 +1,4 @@
-"""Method sheet 5.2: a learnt word's file, the kit that knows it, and text states through vectors that stand alone."""
+"""Textual inversion: a word's file, the kit that knows it, and text states through vectors that stand alone."""
 
 import os
 from pathlib import Path
@@ -37,7 +37,7 @@ def state(kit: Kit) -> tuple:
 
 @pytest.mark.parametrize("count", [1, 2])
 def test_prompts_without_the_word_mean_what_they_meant(kit, count):
-    """Guards invariant 2: their states are identical before and after, and so is every tensor of the text encoder."""
+    """Guards other prompts: their states are identical before and after, and so is every tensor of the text encoder."""
     before, weights = kit.prompt(PLAIN), {n: v.clone() for n, v in kit.text_encoder.state_dict().items()}
     spoken = kit.prompt(PROMPTS)
     assert learn(kit, word(count)) is kit
@@ -67,7 +67,7 @@ def test_a_word_stands_wherever_it_is_written(kit):
 
 
 def test_a_word_begins_as_init(kit):
-    """Guards invariant 2: the vectors are the row of the init word, so that a prompt with the one is a prompt with
+    """Guards the beginning: the vectors are the row of the init word, so that a prompt with the one is a prompt with
     the other; what is not one token of the kit is refused.
     """
     row = kit.text_encoder.get_input_embeddings().weight[kit.encode("mushroom")[0]].clone()
@@ -88,7 +88,7 @@ def test_case_does_not_matter(kit):
 
 
 def test_words_that_do_not_fit_are_refused(kit):
-    """Guards invariant 3: a token of the vocabulary, learnt or not, one that other words may hold, another width."""
+    """Guards the vocabulary: refused are a token of it, learnt or not, one that other words may hold, another width."""
     learn(kit, word(2, "<hat>"))
     before, spoken = state(kit), kit.prompt(PLAIN)
     for token, count in (("<|endoftext|>", 1), ("<hat>", 1), ("<HAT>", 2)):
@@ -107,7 +107,7 @@ def test_words_that_do_not_fit_are_refused(kit):
 
 @pytest.mark.parametrize("count", [1, 2])
 def test_the_stock_pipeline_reads_the_file(kit, random_kit, tmp_path, count):
-    """Guards invariant 3: ``load_textual_inversion`` of diffusers gives the text states of ``learn``."""
+    """Guards the file: ``load_textual_inversion`` of diffusers gives the text states of ``learn``."""
     file, stock = save_word(word(count), tmp_path), Kit(str(random_kit))
     parts = {name: getattr(stock, name) for name in ("vae", "unet", "text_encoder", "tokenizer", "scheduler")}
     pipeline = StableDiffusionPipeline(
@@ -195,7 +195,7 @@ def test_states_are_those_of_a_kit_that_has_learnt_the_word(kit, random_kit, cou
 
 
 def test_gradients_reach_the_rows_that_are_used_and_nothing_else(kit):
-    """Guards invariant 1: each vector learns from its own places; neither encoder nor unused vectors have gradients."""
+    """Guards the gradients: each vector learns from its own places; encoder and unused vectors have none."""
     first = add_tokens(kit, "<mug>", 3)
     vectors = word(3).vectors.requires_grad_()
 

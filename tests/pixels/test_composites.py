@@ -1,4 +1,4 @@
-"""Composites: not one background pixel changes; the baselines do what their papers say."""
+"""Composites: not one background pixel changes; the baselines do what Reinhard 2001 and Perez 2003 say."""
 
 import cv2
 import numpy as np

@@ -1,4 +1,4 @@
-"""Method sheet 3.13 (7 to 12) and 7.2: what Paint by Example sees of a picture."""
+"""What Paint by Example (Yang 2022) sees of a picture."""
 
 import numpy as np
 import pytest
@@ -37,7 +37,7 @@ def boxes(count: int, width: int, height: int):
 
 
 def test_extended_box_moves_each_side_by_at_most_two_fifths_of_its_space():
-    """Guards invariant 7 and 7.2: a side with 57 px to the border moves by 0 to 22 px, one at the border not at all."""
+    """Guards the extension: a side with 57 px to the border moves by 0 to 22 px, one at the border not at all."""
     assert extended_box((57, 0, 100, 80), 160, 80, Largest()) == (57 - 22, 0, 124, 80)
     for i, box in enumerate(boxes(200, 160, 120)):
         x0, y0, x1, y1 = extended_box(box, 160, 120, rng(i))
@@ -48,8 +48,8 @@ def test_extended_box_moves_each_side_by_at_most_two_fifths_of_its_space():
     assert lefts == set(range(35, 58))
 
 
-def test_the_curves_are_those_of_the_sheet():
-    """Guards 7.2: control polygon and points of the top curve; the bulge is half of the extension."""
+def test_curves_of_a_box():
+    """Guards the curves: control polygon and points of the top curve; the bulge is half of the extension."""
     top, right, bottom, left = control_points((10, 10, 110, 60), (0, 0, 130, 80))
     assert top.tolist() == [[10, 10], [60, 0], [110, 10]]
     assert right.tolist() == [[110, 10], [130, 35], [110, 60]]
@@ -59,7 +59,7 @@ def test_the_curves_are_those_of_the_sheet():
 
 
 def test_shapes_stay_near_the_extended_box():
-    """Guards invariant 8: inside the extended box grown by the jitter, with the centre; the box itself without both."""
+    """Guards the shapes: inside the extended box grown by the jitter, with the centre; the box itself without both."""
     for i, box in enumerate(boxes(100, 512, 400)):
         if min(box[2] - box[0], box[3] - box[1]) < 40:
             continue
@@ -73,7 +73,7 @@ def test_shapes_stay_near_the_extended_box():
 
 
 def test_half_of_the_masks_are_shapes():
-    """Guards 3.4: the share of arbitrary shapes, and that the others are the extended box."""
+    """Guards the share of arbitrary shapes, and that the others are the extended box."""
     box, extended = (40, 40, 90, 90), (30, 30, 100, 100)
     whole = box_mask(extended, 128, 128)
     masks = [painted_mask(box, extended, 128, 128, rng(i)) for i in range(400)]
@@ -82,8 +82,8 @@ def test_half_of_the_masks_are_shapes():
     assert all((painted_mask(box, extended, 128, 128, rng(i), shaped=0) == whole).all() for i in range(20))
 
 
-def test_crop_of_the_sheet():
-    """Guards 7.2: the largest left edge is 160, and the shrink at most 60 % of the smallest margin there."""
+def test_crop_of_a_wide_picture():
+    """Guards the crop: the largest left edge is 160, and the shrink at most 60 % of the smallest margin there."""
     crop = square_crop((200, 100, 400, 300), 640, 480, Largest())
     shrink = int(0.6 * min(200 - 160, 160 + 480 - 400, 100, 180))
     assert (crop.x0, crop.y0, crop.side) == (160 + shrink, shrink, 480 - 2 * shrink)
@@ -101,7 +101,7 @@ def test_crop_of_the_sheet():
 
 @pytest.mark.parametrize("size", [(160, 120), (120, 160), (300, 90)])
 def test_the_crop_holds_the_extended_box(size):
-    """Guards invariant 9 in landscape and portrait: a square inside the picture, or None where no square holds it."""
+    """Guards the crop in landscape and portrait: a square inside the picture, or None where no square holds it."""
     width, height = size
     crops = 0
     for i, box in enumerate(boxes(200, width, height)):
@@ -120,7 +120,7 @@ def test_the_crop_holds_the_extended_box(size):
 
 
 def test_the_exemplar_is_the_padded_box():
-    """Guards invariant 11: at most 10 px at 512 around the box, clipped at the border, deterministic."""
+    """Guards the padding: at most 10 px at 512 around the box, clipped at the border, deterministic."""
     image = rng().integers(0, 256, (512, 512, 3), dtype=np.uint8)
     mask = box_mask((100, 50, 230, 200), 512, 512)
     part = cut_out(image, mask)
@@ -131,7 +131,7 @@ def test_the_exemplar_is_the_padded_box():
 
 
 def test_the_augmentation_varies_and_repeats():
-    """Guards 3.3: the share of pictures left alone or only mirrored, and that the same draw gives the same picture."""
+    """Guards the share of pictures left alone or only mirrored, and that the same draw gives the same picture."""
     image = rng().integers(0, 256, (224, 224, 3), dtype=np.uint8)
     views = [augment(image, rng(i)) for i in range(400)]
     same = sum((v == image).all() for v in views) / 400

@@ -1,4 +1,4 @@
-"""Null-text inversion: the invariants of method sheet 5.10 on a random kit, in float64 where they are exact."""
+"""Null-text inversion (Mokady 2022): its invariants on a random kit, in float64 where they are exact."""
 
 import pytest
 import torch
@@ -29,13 +29,13 @@ def miss(latents: list[torch.Tensor], trajectory: list[torch.Tensor]) -> float:
 
 
 def test_golden_schedules():
-    """Guards 7.5: learning rate and early stop."""
+    """Guards learning rate and early stop of the released code."""
     assert [round(rate(i), 4) for i in (0, 10, 49)] == [0.01, 0.009, 0.0051]
     assert [enough(i) for i in (0, 10, 49)] == pytest.approx([1e-5, 2.1e-4, 9.9e-4])
 
 
 def test_constant_eps_comes_back_exactly():
-    """Guards invariants 4 and 5: the ladder up is the mirror image of the ladder down, a constant eps is undone."""
+    """Guards inversion: the ladder up is the mirror image of the ladder down, a constant eps is undone."""
     abar = torch.linspace(0.999, 0.01, 1000, dtype=torch.float64)
     z, e = torch.randn(2, 3, dtype=torch.float64), torch.randn(2, 3, dtype=torch.float64)
     asked = []
@@ -46,7 +46,7 @@ def test_constant_eps_comes_back_exactly():
 
 
 def test_null_texts_bring_the_image_back(world):
-    """Guards invariants 6 and 8: nearer than guidance alone and than fewer improvements; what is stored replays it."""
+    """Guards reconstruction: nearer than guidance alone and than fewer improvements; what is stored replays it."""
     eps, abar, text, empty, trajectory = world
     lines = []
     nulls = null_texts(eps, trajectory, [text] * STEPS, empty, W, abar, say=lines.append)
@@ -67,7 +67,7 @@ def test_null_texts_bring_the_image_back(world):
 
 
 def test_without_guidance_nothing_moves(world):
-    """Guards invariant 7: at w = 1 the embeddings have no gradient; the condition in their place makes w inert."""
+    """Guards guidance: at w = 1 the embeddings have no gradient; the condition in their place makes w inert."""
     eps, abar, text, empty, trajectory = world
     found = null_texts(eps, trajectory, [text] * STEPS, empty, 1.0, abar, search=Search(lambda i, n: 2))
     assert all(torch.equal(null, empty) for null in found)

@@ -1,4 +1,4 @@
-"""Method sheet 5.5 and 7.4: how attention goes over from one prompt to another."""
+"""Prompt-to-prompt (Hertz 2022): how attention goes over from one prompt to another."""
 
 import pytest
 import torch
@@ -29,7 +29,7 @@ def encode(word: str) -> list[int]:
 
 
 def test_golden_replacement():
-    """Guards 7.4: a word of one token becomes one of two; what follows moves along (the reference: row 3 empty)."""
+    """Guards the suffix: one token becomes two, and what follows moves along (the released code errs)."""
     a, b = (spans(p, encode, 10) for p in ("a cat on the mat", "a sculpture on the mat"))
     matrix = replacement([*a.values()], [*b.values()], 10)
     wanted = {(0, 0): 1, (1, 1): 1, (2, 2): 0.5, (2, 3): 0.5, (3, 4): 1, (4, 5): 1, (5, 6): 1, (6, 7): 1}
@@ -39,7 +39,7 @@ def test_golden_replacement():
 
 
 def test_replacement_of_the_same_is_the_identity_and_loses_nothing():
-    """Guards invariant 13: identity for identical prompts; rows sum to 1 both ways; other word counts are refused."""
+    """Guards the matrix: identity for identical prompts; rows sum to 1 both ways; other word counts are refused."""
     words = [*spans("a sculpture on the mat", encode, 10).values()]
     assert torch.equal(replacement(words, words, 10), torch.eye(10))
     shorter = [*spans("a cat on the mat", encode, 10).values()]
@@ -49,7 +49,7 @@ def test_replacement_of_the_same_is_the_identity_and_loses_nothing():
 
 
 def test_golden_refinement():
-    """Guards 7.4: an added word keeps its own attention, the others take that of their fellows."""
+    """Guards the alignment: an added word keeps its own attention, the others take that of their fellows."""
     a, b = (["<", *p.split(), ">"] for p in ("a cat on the mat", "a big cat on the mat"))
     index, known = alignment(a, b, 10)
     assert index[known].tolist() == [0, 1, 2, 3, 4, 5, 6, 8, 9] and known.tolist().index(False) == 2
@@ -57,7 +57,7 @@ def test_golden_refinement():
 
 
 def test_refinement_takes_columns_of_the_source():
-    """Guards invariant 14: aligned columns are the source's, new ones the target's own; a factor comes last."""
+    """Guards refinement: aligned columns are the source's, new ones the target's own; a factor comes last."""
     source, own = torch.rand(2, 2, 4, 10, generator=torch.Generator().manual_seed(0)).softmax(-1)
     edit = edit_between("a cat on the mat", "a big cat on the mat", encode, 10, {"cat": 2.0})
     made = edit(source, own)
@@ -66,7 +66,7 @@ def test_refinement_takes_columns_of_the_source():
 
 
 def test_replaced_attention_still_sums_to_one():
-    """Guards invariant 14: after Replace it is a distribution over the keys, after Reweight it need not be."""
+    """Guards the mass: after Replace it is a distribution over the keys, after Reweight it need not be."""
     source, own = torch.rand(2, 2, 4, 10, generator=torch.Generator().manual_seed(0)).softmax(-1)
     prompts = "a cat on the mat", "a sculpture on the mat"
     made = edit_between(*prompts, encode, 10)(source, own)
@@ -120,21 +120,21 @@ def edit_of(kit, source=SOURCE, target=TARGET, **more):
 
 @pytest.mark.parametrize("w", [1.0, 3.0])
 def test_identical_prompts_stay_identical(kit, w):
-    """Guards invariant 9: whatever is injected, the edited branch is the source branch exactly."""
+    """Guards the null edit: whatever is injected, the edited branch is the source branch exactly."""
     control = PromptToPrompt([edit_of(kit, target=SOURCE)], cross=3, own=2)
     source, target = edited(kit, control, (SOURCE, SOURCE), w)
     assert torch.equal(source, target)
 
 
 def test_nothing_injected_is_uncontrolled_sampling(kit):
-    """Guards invariant 10: with 0 and 0 steps the output is the plain one, and the control is never called."""
+    """Guards the null control: with 0 and 0 steps the output is the plain one, and the control is never called."""
     control, calls = PromptToPrompt([edit_of(kit)], 0, 0), []
     control.__class__ = type("Counting", (PromptToPrompt,), {"__call__": lambda self, *a: calls.append(a)})
     assert torch.equal(edited(kit, control), edited(kit)) and not calls
 
 
 def test_the_control_is_asked_in_its_steps_alone(kit):
-    """Guards invariant 10: words in the first ``cross`` steps, layout in the first ``own``, small layers only."""
+    """Guards the counting: words in the first ``cross`` steps, layout in the first ``own``, small layers only."""
 
     class Counting(PromptToPrompt):
         calls = []
@@ -149,7 +149,7 @@ def test_the_control_is_asked_in_its_steps_alone(kit):
 
 
 def test_the_source_row_is_not_touched(kit):
-    """Guards invariant 11: it is bit for bit that of a control which looks at the same layers and changes nothing."""
+    """Guards the source's row: bit for bit that of a control which looks at the same layers and changes nothing."""
 
     class Watching(PromptToPrompt):
         def __call__(self, probabilities, layer, step):
@@ -162,7 +162,7 @@ def test_the_source_row_is_not_touched(kit):
 
 
 def test_injected_attention_brings_the_edit_nearer_to_the_source(kit):
-    """Guards invariant 12: against two prompts on their own, from the same noise."""
+    """Guards the effect, against two prompts on their own from the same noise."""
     apart = edited(kit)
     near = edited(kit, PromptToPrompt([edit_of(kit)], STEPS, STEPS))
     distances = [(pair[0] - pair[1]).square().mean() for pair in (near, apart)]
@@ -189,7 +189,7 @@ def test_the_mask_is_where_the_words_look():
 
 
 def test_a_local_edit(kit):
-    """Guards invariant 15 and the loop: outside the mask the target is the source; without edits and blend the loop is
+    """Guards locality and the loop: outside the mask the target is the source; without edits and blend the loop is
     guided sampling with the empty prompt.
     """
     texts, null = kit.prompt([SOURCE, TARGET]), kit.prompt([""])

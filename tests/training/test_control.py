@@ -1,6 +1,4 @@
-"""Training one ControlNet: what is trained, what stays, where gradients go, and what the loss is (method sheet
-2.13).
-"""
+"""Training one ControlNet (Liu 2025): what is trained, what stays, where gradients go, and what the loss is."""
 
 import copy
 
@@ -62,7 +60,7 @@ def gradients(task: ControlTask) -> tuple[dict[str, torch.Tensor], set[str]]:
 
 
 def test_gradients_arrive_in_order(kit, data):
-    """Guards 2.13 item 3: zero convolutions first, then trunk and the hint encoder's end, then the whole hint encoder.
+    """Guards their order: zero convolutions first, then trunk and the hint encoder's end, then the whole hint encoder.
 
     Every other gradient exists and is exactly 0, so that DDP finds no unused parameter.
     """
@@ -100,7 +98,7 @@ class Watch(Callback):
 
 
 def test_only_the_controlnet_changes(kit, data, tmp_path):
-    """Guards 2.13 item 4: after k steps frozen tensors are byte-equal, and checkpoints hold ControlNet keys alone."""
+    """Guards what is frozen: after k steps its tensors are byte-equal, and checkpoints hold ControlNet keys alone."""
     before = {part: copy.deepcopy(getattr(kit, part).state_dict()) for part in FROZEN}
     task = ControlTask(kit, lr=1e-3, warmup=0)
     run = trainer(tmp_path, 3, Watch())
@@ -120,9 +118,7 @@ def test_only_the_controlnet_changes(kit, data, tmp_path):
 
 
 def test_the_loss_starts_at_that_of_the_frozen_model(kit, data, tmp_path):
-    """Guards 2.13 item 12: a fresh ControlNet changes nothing, so hint and no hint give the same loss to the last
-    bit.
-    """
+    """Guards the beginning: a fresh ControlNet changes nothing; hint and no hint give the same loss to the last bit."""
     task = ControlTask(kit, prompt_dropout=0.0)
     run = trainer(tmp_path, 1)
     first = run.validate(task, data, verbose=False)[0]
@@ -139,7 +135,7 @@ def test_the_loss_starts_at_that_of_the_frozen_model(kit, data, tmp_path):
 
 
 def test_prompt_dropout_empties_the_dropped_prompts_alone(kit, data):
-    """Guards 2.7: a sample is trained with the empty prompt exactly when its draw lies below the rate."""
+    """Guards the dropout: a sample is trained with the empty prompt exactly when its draw lies below the rate."""
     b = batch_of(data)
     b["drop"] = torch.tensor([0.05, 0.5, 0.09, 0.95])
     mixed = fresh(kit, prompt_dropout=0.1).errors(b)[0]
@@ -151,7 +147,7 @@ def test_prompt_dropout_empties_the_dropped_prompts_alone(kit, data):
 
 
 def test_hints_of_another_range_are_refused(kit, data):
-    """Guards 2.13 item 11: a hint in [-1, 1] is one clear line, not a bad training."""
+    """Guards the range: a hint in [-1, 1] is one clear line, not a bad training."""
     task = fresh(kit)
     b = batch_of(data)
     with pytest.raises(UserError, match=r"hint must lie in \[0, 1\]"):

@@ -1,4 +1,4 @@
-"""The training objective: eq. 8 by default, golden weights otherwise, and the noised latent by its definition."""
+"""The training objective: Liu 2025, eq. 8 by default, golden weights otherwise; the noised latent by its definition."""
 
 import pytest
 import torch
@@ -21,7 +21,7 @@ def covered():
 
 
 def test_the_default_is_eq_8(covered):
-    """Guards the paper's loss: every entry counts the same."""
+    """Guards the plain loss: every entry counts the same."""
     weight = Objective().weight(ABAR[[0, 500, 999]], covered)
     assert weight.shape == (3, 1, 8, 8) and torch.equal(weight, torch.ones_like(weight))
 
@@ -39,7 +39,7 @@ def test_extra_weight_inside_keeps_the_mean(covered):
     [
         (0, 0.2),  # (1 - 0.999150) / 0.999150 = 0.00085, clipped
         (100, 0.2),  # 1 / 8.454 = 0.118, clipped
-        (250, (1 - 0.673793) / 0.673793),  # abar from table 7.1
+        (250, (1 - 0.673793) / 0.673793),  # abar of Stable Diffusion's schedule
         (500, (1 - 0.276333) / 0.276333),
         (750, 5.0),  # 1 / 0.05951 = 16.8, clipped
         (999, 5.0),
@@ -79,7 +79,7 @@ def batch(times):
 
 
 def test_the_noised_latent_by_its_definition():
-    """Guards 1.1 and 1.2: scaled posterior samples, z_t = sqrt(abar) z_0 + sqrt(1 - abar) eps, [hole, masked
+    """Guards the input: scaled posterior samples, z_t = sqrt(abar) z_0 + sqrt(1 - abar) eps, [hole, masked
     latent].
     """
     b = batch([0.25, 0.9])

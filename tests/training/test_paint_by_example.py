@@ -1,4 +1,4 @@
-"""Method sheet 3.13: what Paint by Example trains, what stays frozen, how exemplars are dropped, and going on."""
+"""What Paint by Example (Yang 2022) trains, what stays frozen, how exemplars are dropped, and going on."""
 
 import copy
 
@@ -59,7 +59,7 @@ def grads(task: ExemplarTask, batch: dict) -> dict[str, torch.Tensor]:
 
 
 def test_gradients_reach_what_is_trained_and_nothing_else(kit, data):
-    """Guards invariant 4: all nine slices of conv_in, the mapper's v, final norm, projection; never tower or VAE."""
+    """Guards the gradients: all nine slices of conv_in, the mapper's v, final norm, projection; never tower or VAE."""
     task = fresh(kit, dropout=0.5)
     batch = batch_of(data)
     batch["drop"] = torch.tensor([0.1, 0.9, 0.2, 0.8])
@@ -74,7 +74,7 @@ def test_gradients_reach_what_is_trained_and_nothing_else(kit, data):
 
 
 def test_frozen_parts_do_not_move(kit, data, tmp_path):
-    """Guards invariant 4 over real steps: tower, VAE and the kit's own UNet stay bit for bit, the rest learns."""
+    """Guards real steps: tower, VAE and the kit's own UNet stay bit for bit, the rest learns."""
     task = fresh(kit)
     before = copy.deepcopy(task.state_dict())
     frozen = {part: copy.deepcopy(getattr(kit, part).state_dict()) for part in ("vae", "unet", "image_encoder")}
@@ -88,7 +88,7 @@ def test_frozen_parts_do_not_move(kit, data, tmp_path):
 
 
 def test_dropout(kit, data):
-    """Guards invariant 5: never, always, and the share in between, a sample each or a batch at once."""
+    """Guards the rate: never, always, and the share in between, a sample each or a batch at once."""
     batch = batch_of(data)
     found = grads(fresh(kit, dropout=0.0), batch)
     assert "encoder.uncond_vector" not in found and "encoder.proj_out.weight" in found
@@ -147,7 +147,7 @@ def test_a_tower_of_its_own(kit, tmp_path):
 
 
 def test_exemplars_are_augmented_in_training_alone(data):
-    """Guards 3.3: the same item at another position looks different; validation and augment=False do not change."""
+    """Guards the augmentation: at another position an item looks different; not in validation or with augment=False."""
     data.setup()
     train = data.sets["train"]
     views = torch.stack([train[position, 0]["hint_exemplar"] for position in range(12)])

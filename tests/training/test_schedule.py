@@ -1,4 +1,4 @@
-"""Learning-rate factors against a table; each value is the method sheet's or worked out by hand."""
+"""Learning-rate factors against a table; each value is worked out by hand."""
 
 from types import SimpleNamespace
 
@@ -11,7 +11,7 @@ from harmony.training.schedule import constant, linear_decay, total_steps, warm_
 @pytest.mark.parametrize(
     "n, factor",
     [
-        (0, 1e-4),  # not 0: the first step must change something (method sheet 1.4, item 8)
+        (0, 1e-4),  # not 0: the first step must change something
         (1, 2e-4),
         (4_999, 0.5),
         (9_999, 1.0),  # the last step of the warm-up
@@ -19,7 +19,7 @@ from harmony.training.schedule import constant, linear_decay, total_steps, warm_
         (100_000, 1.0),
     ],
 )
-def test_the_papers_warm_up(n, factor):
+def test_the_warm_up_of_liu_2025(n, factor):
     assert constant(10_000)(n) == pytest.approx(factor, rel=1e-12)
 
 
@@ -27,7 +27,7 @@ def test_the_papers_warm_up(n, factor):
     "n, factor", [(0, 1e-6), (1, 1.01e-4), (5_000, 0.5000005), (9_999, 0.9999), (10_000, 1.0), (50_000, 1.0)]
 )
 def test_paint_by_examples_warm_up(n, factor):
-    """Guards method sheet 7.5 and invariant 14 of 3.13."""
+    """Guards the warm-up of the released code of Yang 2022, which begins at 1e-6."""
     assert warm_up(10_000)(n) == pytest.approx(factor, rel=1e-4)
 
 

@@ -1,4 +1,4 @@
-"""Method sheet 5.10, invariants 1 to 3: what textual inversion trains, what stays, what it leaves, and going on."""
+"""What textual inversion (Gal 2022) trains, what stays, what it leaves, and going on."""
 
 import json
 import shutil
@@ -69,8 +69,8 @@ class Watch(Callback):
 
 
 def test_only_the_vectors_change(kit, pictures, tmp_path):
-    """Guards invariant 1: after k steps, with weight decay too, every other tensor is byte-equal, and checkpoints hold
-    the vectors alone.
+    """Guards what is trained: after k steps, with weight decay too, every other tensor is byte-equal, and checkpoints
+    hold the vectors alone.
     """
     before, task = frozen(kit), fresh(kit, weight_decay=0.5, vectors=2)
     start = task.vectors.detach().clone()
@@ -88,7 +88,7 @@ def test_only_the_vectors_change(kit, pictures, tmp_path):
 
 
 def test_the_word_begins_as_init_and_moves_no_other(kit, random_kit, pictures, tmp_path):
-    """Guards invariants 2 and 3: before training it means what ``init`` means; after it, the export gives another kit
+    """Guards beginning and end: before training it means what ``init`` means; after it, the export gives another kit
     the text states of the training, and prompts without the word are as they were.
     """
     rows = kit.text_encoder.get_input_embeddings().weight
@@ -105,8 +105,8 @@ def test_the_word_begins_as_init_and_moves_no_other(kit, random_kit, pictures, t
 
 
 @pytest.mark.parametrize("prediction", ["epsilon", "v_prediction"])
-def test_the_loss_is_that_of_the_method_sheet(kit, random_kit, pictures, monkeypatch, tmp_path, prediction):
-    """Guards 5.2: squared error over the whole latent, all being hole, with a caption or a template that holds the
+def test_the_loss_is_that_of_gal_2022(kit, random_kit, pictures, monkeypatch, tmp_path, prediction):
+    """Guards eq. 2: squared error over the whole latent, all being hole, with a caption or a template that holds the
     word, drawn with the step.
     """
     kit.scheduler.register_to_config(prediction_type=prediction)
@@ -163,7 +163,7 @@ def test_stopped_it_goes_on_exactly(random_kit, pictures, tmp_path):
 
 
 def test_the_learning_rate_grows_with_what_a_step_sees(kit, pictures, tmp_path):
-    """Guards 5.2: lr times batch, accumulation and processes; the decay that was asked for, on the vectors alone."""
+    """Guards the rate: lr times batch, accumulation, processes; the decay that was asked for, on the vectors alone."""
     task = fresh(kit, lr=1e-3, weight_decay=0.25)
     run = trainer(tmp_path, 1, accumulate_grad_batches=2)
     run.fit(task, data_of(pictures, kit, batch_size=3))

@@ -84,7 +84,7 @@ COLUMNS = ("split", "id", "reason", "label", "x0", "y0", "x1", "y1", "image", "m
 
 @dataclass(frozen=True)
 class Rules:
-    """Thresholds of a recipe's ``select``. Areas are fractions of the image (METHOD 2.8); None switches a list off."""
+    """Thresholds of a recipe's ``select``. Areas are fractions of the image; None switches a list off."""
 
     min_area: float = 0.02
     max_area: float = 0.8
