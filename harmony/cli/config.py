@@ -62,6 +62,9 @@ LIBRARIES = ("torch", "torchvision", "lightning", "diffusers", "transformers", "
 WAIT_SECONDS = 60  # how long a rank that was started from outside waits for rank 0 to make the run folder
 
 
+OmegaConf.register_new_resolver("default", lambda value, other: other if value is None else value, replace=True)
+
+
 # Experiments and datasets -------------------------------------------------------------------------------------------
 
 
@@ -216,6 +219,12 @@ def default_groups(name: str, config_dir: Path) -> dict[str, str | None]:
     return {group: option for group, option in cleaned.items() if not group.startswith("hydra/")}
 
 
+def parts_of(name: str, config_dir: Path) -> list[str]:
+    """Files beside a primary configuration that it takes settings from."""
+    entries = OmegaConf.to_container(load_yaml(config_dir / f"{name}.yaml")).get("defaults", [])
+    return [entry for entry in entries if isinstance(entry, str) and entry != "_self_"]
+
+
 def group_options(group: str, config_dir: Path) -> list[str]:
     """Names that a group may take."""
     if group in GROUPS:
@@ -308,8 +317,12 @@ def help_text(task: Callable, name: str, config_dir: Path) -> str:
     if "experiment" in groups:
         lines += ["", "Experiments"]
         lines += [f"  {option:<20} {why(path)}" for option, path in options("experiment").items()]
-    settings = re.sub(r"(?m)^defaults:\n(?:[ \t-].*\n|\n)*", "", (config_dir / f"{name}.yaml").read_text())
-    lines += ["", "Settings and their defaults", *(f"  {line}" for line in settings.strip().splitlines()), ""]
+    for file in (name, *parts_of(name, config_dir)):
+        text = (config_dir / f"{file}.yaml").read_text()
+        settings = re.sub(r"(?m)^defaults:\n(?:[ \t-].*\n|\n)*", "", text).strip().splitlines()
+        title = "Settings and their defaults" if file == name else settings.pop(0).lstrip("# ")
+        lines += ["", title, *(f"  {line}" for line in settings)]
+    lines.append("")
     lines += [
         "Flags",
         "  --cfg job [--resolve]   print the configuration and stop",

@@ -6,7 +6,6 @@ against the source. A learnt word is measured by views that it was not learnt fr
 """
 
 import os
-import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -17,11 +16,14 @@ import torch
 
 from harmony.core.errors import UserError
 from harmony.core.files import write_text
+from harmony.core.progress import MINUTE, Progress
 from harmony.data.sources.editing import Case, concepts, read_cases
 from harmony.data.sources.folder import folder_captions
-from harmony.evaluation.comparison import await_blocks, blocks, outputs_of
-from harmony.evaluation.eval_sets import spread
+from harmony.evaluation.blocks import await_files, blocks
+from harmony.evaluation.eval_sets import subsample
+from harmony.evaluation.report import Report
 from harmony.evaluation.tables import pictures, to_csv, to_markdown
+from harmony.methods.method import fingerprint, seeds_of
 from harmony.methods.prompt_editing import (
     MODES,
     Edited,
@@ -69,7 +71,7 @@ def load_items(file: Path, side: int, limit: int | None = None) -> list[Item]:
     for case in read_cases(file):
         scenes.setdefault(case.id, []).append(case)
     items = []
-    for cases in spread(list(scenes.values()), limit):
+    for cases in subsample(list(scenes.values()), limit):
         truths = [resize(read_image(root / case.truth), side, side) for case in cases]
         masks = [None if c.mask is None else read_mask(root / c.mask, (side, side), resize=True) for c in cases]
         items.append(Item(resize(read_image(root / cases[0].image), side, side), cases[0].source, cases, truths, masks))
@@ -77,7 +79,7 @@ def load_items(file: Path, side: int, limit: int | None = None) -> list[Item]:
 
 
 class EditingStudy:
-    """The study of ``experiment=editing``, with the interface of ``study.Study``.
+    """The study of ``experiment=editing``, with the interface of ``Comparison``.
 
     ``spec``: the node ``study`` of configs/evaluate.yaml; ``words``: a folder with a learnt word for each concept
     (None: their rows are left out). Pictures are made in blocks that are kept, so that the same
@@ -93,6 +95,7 @@ class EditingStudy:
         file: Path,
         folder: Path,
         settings: Settings,
+        seed: int = 0,
         limit: int | None = None,
         rank: int = 0,
         world: int = 1,
@@ -101,7 +104,7 @@ class EditingStudy:
         if unknown := set(spec["parts"]) - set(PARTS):
             raise UserError(f"study.parts={unknown.pop()}: choose among {', '.join(PARTS)}")
         self.name, self.spec, self.words, self.kit, self.file, self.folder = name, spec, words, kit, file, folder
-        self.settings, self.limit, self.rank, self.world, self.notes = settings, limit, rank, world, []
+        self.settings, self.seed, self.limit, self.rank, self.world, self.notes = settings, limit, rank, world, []
         self.clip = clip_of(kit, clip)
         if self.clip is None:
             raise UserError(f"kit {kit.name} has no CLIP image tower: give clip=NAME/WEIGHTS of open_clip")
@@ -119,8 +122,9 @@ class EditingStudy:
     @property
     def made(self) -> Path:
         """Where reconstructions and edits lie; another word is no reason to make them again."""
-        decides = {name: value for name, value in self.made_of.items() if not name.startswith("words/")}
-        return outputs_of(self.folder, decides)
+        weights = {name: value for name, value in self.made_of.items() if not name.startswith("words/")}
+        options = {name: self.spec[name] for name in ("inner", "own", "threshold", "parts")}
+        return self.folder / "outputs" / fingerprint(weights, self.settings, options)[:16]
 
     def learnt(self) -> dict[str, Path]:
         """Name of each concept that a word was learnt for -> its file."""
@@ -189,17 +193,14 @@ class EditingStudy:
         makers = {part: make for part, make in makers.items() if part in self.spec["parts"]}
         jobs = [(block, self.made / f"{block.start:05d}.npz") for block in blocks(len(self.items)) if makers]
         mine = [(block, file) for block, file in jobs[self.rank :: self.world] if not file.exists()]
-        began, done, total = time.monotonic(), 0, sum(len(block) for block, _ in mine)
+        progress = Progress(self.name, sum(len(block) for block, _ in mine), "scenes", per=MINUTE)
         for block, file in mine:
             items = [self.items[i] for i in block]
             inversions = self.inverted(items)
             made = {f"{part}/{r}": v for part, make in makers.items() for r, v in make(items, inversions).items()}
             store(file, made)
-            done += len(block)
-            rate = done / (time.monotonic() - began)
-            left = (total - done) / rate
-            print(f"{self.name}: {done}/{total} scenes, {60 * rate:.1f} a minute, {left:.0f} s left", flush=True)
-        await_blocks([file for _, file in jobs])
+            progress.advance(len(block))
+        await_files([file for _, file in jobs])
         if self.rank > 0 or not jobs:
             return {}
         stored = [np.load(file) for _, file in jobs]
@@ -220,7 +221,7 @@ class EditingStudy:
             found[name] = {"held out": [image for image, _ in views]}
             for row, spoken in (("plain word", name.partition("_")[2]), ("learnt word", word.token)):
                 text = self.kit.prompt([prompt.replace("{}", spoken) for prompt in prompts])
-                found[name][row] = text_to_image(self.kit, text, self.settings, indices)
+                found[name][row] = text_to_image(self.kit, text, self.settings, seeds_of(self.seed, indices))
         return found
 
     # --- figures
@@ -267,10 +268,10 @@ class EditingStudy:
             table[row] = {"concept/clip_i": 100 * mean(alike), "concept/clip_t": 100 * mean(said)}
         return table
 
-    def measure(self) -> tuple[dict, dict, str, list[Path]]:
-        """(figures, facts, tables, pictures); on other ranks than the first the share of pictures alone is made."""
+    def measure(self) -> Report:
+        """The report; on other ranks than the first the share of pictures alone is made."""
         s = self.settings
-        protocol = f"DDIM {s.steps} steps, guidance {s.guidance:g}, {self.spec['inner']} inner steps, seed {s.seed}"
+        protocol = f"DDIM {s.steps} steps, guidance {s.guidance:g}, {self.spec['inner']} inner steps, seed {self.seed}"
         line = f"{self.name}: n = {len(self.items)} scenes of {self.file.parent.name}, {protocol}"
         if self.rank == 0:
             print(line, flush=True)
@@ -278,7 +279,7 @@ class EditingStudy:
             self.notes.append("concepts: left out, give words=FOLDER with a learnt word for each")
         made = self.run()
         if self.rank > 0:
-            return {}, {}, "", []
+            return Report()
         spoken = self.spoken()
         tables = [self.brought_back(made), self.changed(made), self.understood(spoken)]
         whole = {row: figures for table in tables for row, figures in table.items()}
@@ -289,11 +290,11 @@ class EditingStudy:
         write_text(self.folder / "table.md", text)
         flat = {f"{row}/{name}": value for row, numbers in whole.items() for name, value in numbers.items()}
         facts = {"protocol": f"clip on {self.clip.name} embeddings", "count": len(self.items), "made_of": self.made_of}
-        return flat, facts, text, self.draw(made, spoken)
+        return Report(flat, facts | {"manifest": sha256(self.file)}, text, self.draw(made, spoken))
 
     def draw(self, made: dict[str, np.ndarray], spoken: dict) -> list[Path]:
         """``figure.png``: sources brought back and edited; ``concepts.png``: what the words have learnt."""
-        drawn, few = [], spread(list(range(len(self.items))), ROWS)
+        drawn, few = [], subsample(list(range(len(self.items))), ROWS)
         back, edits = part_of(made, "reconstruction"), part_of(made, "edits")
         columns: dict[str, list[np.ndarray]] = {"source": [self.items[i].image for i in few]}
         columns |= {row: [outputs[i] for i in few] for row, outputs in back.items() if "null" in row or "ddim" in row}

@@ -10,37 +10,60 @@ CLIP's image embeddings, ``fid`` and ``kid`` of the features that the other tabl
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
+from pathlib import Path
 
 import numpy as np
 import torch
 
 from harmony.core.errors import UserError
-from harmony.evaluation.eval_sets import Bench, distances, pasted, spread
+from harmony.core.row import Row
+from harmony.evaluation.eval_sets import EXEMPLAR, EvalSet, paste_outputs, subsample
+from harmony.evaluation.figures import distances
 from harmony.metrics.fidelity import aggregate, bg_drift
 from harmony.metrics.frechet import Statistics, extract, frechet_distance
 from harmony.metrics.similarity import Clip, box_of, clip_i, embeddings
-from harmony.pixels.images import resize
-from harmony.pixels.masks import bounding_box, box_mask
+from harmony.pixels.exemplars import cut_out
+from harmony.pixels.images import read_image, resize
+from harmony.pixels.masks import bounding_box, box_mask, read_mask
 
 COMPONENTS = 20  # of the Gaussian mixture behind qs_own
 LARGEST = 0.5  # share of the picture that a box may take
 
 
-def exemplar_bench(
-    bench: Bench,
+def object_of(row: Row, root: Path) -> np.ndarray:
+    """The bare box of a row's object, cut out of the photograph."""
+    mask = read_mask(root / row.mask, (row.width, row.height), resize=True)
+    return cut_out(read_image(root / row.image), mask, pad=0)
+
+
+def load_exemplars(
+    items: EvalSet,
+    rows: Sequence[Row],
+    root: Path,
+    clip: Clip,
+    limit: int | None = None,
+    say: Callable[[str], None] = print,
+) -> EvalSet:
+    """``pair_exemplars`` of the photographs of ``rows``, which ``items`` show."""
+    crops = [object_of(row, root) for row in rows]
+    return pair_exemplars(items, crops, [row.label for row in rows], [row.mask for row in rows], clip, limit, say)
+
+
+def pair_exemplars(
+    items: EvalSet,
     crops: Sequence[np.ndarray],
     labels: Sequence[str],
     objects: Sequence[str],
     clip: Clip,
     limit: int | None = None,
     say: Callable[[str], None] = print,
-) -> Bench:
-    """Up to ``limit`` pictures of ``bench`` whose label occurs in another one, and the most similar object there.
+) -> EvalSet:
+    """Up to ``limit`` pictures of ``items`` whose label occurs in another one, and the most similar object there.
 
     Of each example: ``crops``, uint8 of any size, the box of its object in the photograph; ``labels``; ``objects``, a
     name that two pictures of one object (a scene under two lights) share. UserError when nothing can be paired.
     """
-    boxes = [box_mask(bounding_box(e.mask), *e.mask.shape[::-1]) for e in bench.examples]
+    boxes = [box_mask(bounding_box(c.mask), *c.mask.shape[::-1]) for c in items.composites]
     features = embeddings(crops, clip)
     alike = (features @ features.T).numpy()
     labels, objects = np.array(labels), np.array(objects)
@@ -50,15 +73,15 @@ def exemplar_bench(
     alone, large = int((~other.any(1)).sum()), int((other.any(1) & ~small).sum())
     if not kept:
         raise UserError(
-            f"{bench.name}: of {len(boxes)} pictures {alone} show a kind of object that no other one shows and {large} "
+            f"{items.name}: of {len(boxes)} pictures {alone} show a kind of object that no other one shows and {large} "
             "have a box of more than half of the picture: nothing is left, take a larger dataset"
         )
     if alone or large:
         say(f"of {len(boxes)} pictures {alone} have no other of their kind, {large} a box above half of the picture")
-    kept = spread(kept, limit)
-    chosen = np.where(other, alike, -np.inf).argmax(1)
-    examples = [replace(bench.examples[i], hole=boxes[i]) for i in kept]
-    return replace(bench.part(kept), examples=examples, exemplars=[crops[chosen[i]] for i in kept])
+    kept = subsample(kept, limit)
+    nearest = np.where(other, alike, -np.inf).argmax(1)
+    composites = [replace(items.composites[i], hole=boxes[i], exemplar=crops[nearest[i]]) for i in kept]
+    return replace(items.part(kept), composites=composites, kind=EXEMPLAR)
 
 
 def copying(box: np.ndarray, shown: np.ndarray) -> float:
@@ -95,7 +118,7 @@ class Quality:
 class Likeness:
     """The figures of this bench: ``real`` are pictures of the train split."""
 
-    bench: Bench
+    items: EvalSet
     clip: Clip
     extractor: Callable
     real: list[np.ndarray]
@@ -120,18 +143,17 @@ class Likeness:
 
     @cached_property
     def shown(self) -> torch.Tensor:
-        return embeddings(self.bench.exemplars, self.clip)
+        return embeddings([c.exemplar for c in self.items.composites], self.clip)
 
     def figures(self, raw: Sequence[np.ndarray]) -> dict[str, float]:
         """``<split>/raw/<metric>`` and ``<split>/pasted/<metric>``."""
-        bench, results = self.bench, {}
-        for kind, outputs in (("raw", list(raw)), ("pasted", pasted(bench, raw))):
-            holes = [e.hole for e in bench.examples]
-            boxes = [box_of(y, h) for y, h in zip(outputs, holes, strict=True)]
+        items, results = self.items, {}
+        for kind, outputs in (("raw", list(raw)), ("pasted", paste_outputs(items, raw))):
+            boxes = [box_of(y, c.hole) for y, c in zip(outputs, items.composites, strict=True)]
             numbers = aggregate(
                 [
-                    {"bg_drift": bg_drift(y, x, h), "copying": copying(b, s)}
-                    for y, x, h, b, s in zip(outputs, bench.seen(), holes, boxes, bench.exemplars, strict=True)
+                    {"bg_drift": bg_drift(y, c.background, c.hole), "copying": copying(box, c.exemplar)}
+                    for y, c, box in zip(outputs, items.composites, boxes, strict=True)
                 ]
             )
             whole = embeddings(outputs, self.clip)
@@ -139,5 +161,5 @@ class Likeness:
             numbers |= {"clip_i": 100 * clip_i(embeddings(boxes, self.clip), self.shown)}
             numbers |= {"clip_fid": frechet_distance(*sets), "qs_own": self.quality(whole)}
             numbers |= distances(extract(outputs, self.extractor, self.extractor.size), self.real_features)
-            results |= {f"{bench.name}/{kind}/{name}": float(value) for name, value in numbers.items()}
+            results |= {f"{items.name}/{kind}/{name}": float(value) for name, value in numbers.items()}
         return results

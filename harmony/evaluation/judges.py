@@ -6,18 +6,20 @@ import numpy as np
 
 from harmony.core.errors import UserError
 from harmony.core.files import write_text
+from harmony.data.manifest import manifest_hash
 from harmony.data.relit_pairs import Composites
-from harmony.evaluation.eval_sets import spread
+from harmony.evaluation.eval_sets import subsample
+from harmony.evaluation.report import Report
 from harmony.evaluation.tables import pictures, to_csv, to_markdown
 from harmony.metrics.classification import judged
-from harmony.models.judge import evaluator, judge_hash
+from harmony.models.judge import judge_hash, load_evaluator
 from harmony.pixels.images import from_model
 
 SHOWN = 8  # pairs on the figure
 
 
 class JudgeStudy:
-    """The study of ``experiment=judge_bench``, with the interface of ``study.Study``, for any dataset.
+    """The study of ``experiment=judge_bench``, with the interface of ``Comparison``, for any dataset.
 
     ``evaluators``: row -> ``statistic``, a judge (run, folder or shipped name), or None for one that is left out.
     ``side``: of the squares; ``limit``: pairs at most.
@@ -41,11 +43,11 @@ class JudgeStudy:
         if not self.evaluators:
             raise UserError(f"{name} has nothing to compare: {'; '.join(self.notes)}")
 
-    def measure(self) -> tuple[dict, dict, str, list[Path]]:
-        """(figures, facts, table, pictures)."""
-        scores = {row: evaluator(at) for row, at in self.evaluators.items()}
+    def measure(self) -> Report:
+        """Figures of every evaluator, their table and a picture."""
+        scores = {row: load_evaluator(at) for row, at in self.evaluators.items()}
         composites = Composites(self.manifest, self.split, self.side, "centre", self.seed)
-        drawn = [composites[i, i] for i in spread(list(range(len(composites))), self.limit)]
+        drawn = [composites[i, i] for i in subsample(list(range(len(composites))), self.limit)]
         pairs = [([from_model(x) for x in item["image"]], item["mask"][0, 0].numpy() > 0) for item in drawn]
         labels, table, found = np.tile([0.0, 1.0], len(pairs)), {}, {}
         for row, score in scores.items():
@@ -57,10 +59,10 @@ class JudgeStudy:
         text = to_markdown(table, "method", notes, every=True)
         write_text(self.folder / "table.csv", to_csv(table, "method"))
         write_text(self.folder / "table.md", text)
-        few, row = spread(list(range(len(pairs))), SHOWN), next(reversed(found))
+        few, row = subsample(list(range(len(pairs))), SHOWN), next(reversed(found))
         titles = [f"{found[row][2 * i]:.2f} / {found[row][2 * i + 1]:.2f}" for i in few]
         figure = self.folder / "figure.png"
         pictures(figure, [[pairs[i][0][label] for i in few] for label in (0, 1)], titles)
         facts = {"count": len(pairs), "made_of": {row: judge_hash(at) for row, at in self.evaluators.items()}}
         flat = {f"{row}/{name}": value for row, numbers in table.items() for name, value in numbers.items()}
-        return flat, facts, text, [figure]
+        return Report(flat, facts | {"manifest": manifest_hash(self.manifest)}, text, [figure])

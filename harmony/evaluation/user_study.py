@@ -21,6 +21,7 @@ from scipy.sparse.csgraph import connected_components
 
 from harmony.core.errors import UserError
 from harmony.core.files import write_json, write_text
+from harmony.evaluation.report import Report
 from harmony.evaluation.tables import to_csv, to_markdown
 from harmony.pixels.images import read_image, sha256
 
@@ -233,7 +234,7 @@ def data_uri(file: Path) -> str:
 
 
 class UserStudy:
-    """The study of ``experiment=user_study``, with the interface of ``study.Study``; no dataset, no kit.
+    """The study of ``experiment=user_study``, with the interface of ``Comparison``; no dataset, no kit.
 
     ``spec``: the node ``user_study`` of configs/evaluate.yaml. Raters see codes in the place of methods; which is
     which stands in the run folder's ``study.json`` alone.
@@ -327,10 +328,10 @@ class UserStudy:
             )
         return notes
 
-    def measure(self) -> tuple[dict, dict, str, list[Path]]:
-        """(figures, facts, table, pictures); the page, ``study.json``, table and figure are in the run folder."""
+    def measure(self) -> Report:
+        """The report; the page, ``study.json``, table and figure are in the run folder."""
         if self.rank > 0:
-            return {}, {}, "", []
+            return Report()
         raters = self.raters()
         page, drawn = self.folder / "study.html", []
         write_text(page, self.page())
@@ -350,7 +351,7 @@ class UserStudy:
         write_text(self.folder / "table.md", text)
         flat = {f"{method}/{name}": value for method, row in table.items() for name, value in row.items()}
         facts = {"study": self.id, "raters": sorted(raters), "count": len(self.pictures), "made_of": self.made_of}
-        return flat, facts, text, drawn
+        return Report(flat, facts, text, drawn)
 
 
 def check(spec: Mapping[str, Any], limit: int | None = None) -> None:

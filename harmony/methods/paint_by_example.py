@@ -1,15 +1,21 @@
-"""Sampling Paint by Example (Yang 2022): the exemplar's token in the place of words.
+"""Paint by Example (Yang 2022): the exemplar's token in the place of words.
 
 Sampled by DDIM as every method here, so that tables compare methods and not samplers; the released scripts use PLMS.
 """
 
+import functools
 from collections.abc import Sequence
 
 import numpy as np
 import torch
 
-from harmony.methods.insert import filled
-from harmony.models.paint_by_example import Painter, known_by_example
+from harmony.core.errors import UserError
+from harmony.methods.inpainting import fill_holes
+from harmony.methods.method import EXEMPLAR, Composite, Method, Seed, fingerprint
+from harmony.models.backbone import Kit, weights_hash
+from harmony.models.paint_by_example import Painter, known_by_example, load_painter, painter_hash
+from harmony.models.timing import blocks
+from harmony.pixels.exemplars import exemplar
 from harmony.pixels.images import to_hint
 from harmony.sampling.guidance import Schedule, Settings, sampled
 
@@ -32,20 +38,61 @@ def paint(
     return sampled(painter.kit, noise, known_by_example(hole, masked), context, nothing, schedule)
 
 
-@torch.no_grad()
-def fill_by_example(
-    painter: Painter,
-    images: Sequence[np.ndarray],
-    exemplars: Sequence[np.ndarray],
-    holes: Sequence[np.ndarray],
-    settings: Settings,
-    indices: Sequence[int] | None = None,
-) -> list[np.ndarray]:
-    """Raw outputs, uint8 R x R x 3: what ``exemplars`` (uint8 S x S x 3) show, painted into the holes of ``images``."""
-    kit = painter.kit
+class PaintByExample(Method):
+    """What each composite's exemplar shows, painted into its hole; ``source``: sha256 of the weights' files."""
 
-    def draw(part: slice, noise: torch.Tensor, hole: torch.Tensor, masked: torch.Tensor) -> torch.Tensor:
-        pictures = torch.stack([to_hint(e) for e in exemplars[part]]).to(kit.device)
-        return paint(painter, noise, hole, masked, painter.encoder(pictures), settings)
+    wants = frozenset({EXEMPLAR})
 
-    return filled(kit, images, holes, draw, settings, indices)
+    def __init__(self, painter: Painter, settings: Settings = Settings(guidance=3.0), source: str | None = None):
+        self.painter, self.settings, self.source = painter, settings, source
+        self.resolution, self.device = painter.kit.resolution, painter.kit.device
+
+    @functools.cached_property
+    def fingerprint(self) -> str:
+        backbone = self.painter.kit
+        weights = self.source or [weights_hash(net) for net in (backbone.unet, self.painter.encoder)]
+        return fingerprint("paint_by_example", backbone.hash("vae"), str(backbone.dtype), weights, self.settings)
+
+    def exemplars(self, composites: Sequence[Composite], side: int) -> list[np.ndarray]:
+        """What is shown for each composite, uint8 side x side x 3."""
+        return [exemplar(c.exemplar, side) for c in composites]
+
+    def fill(self, composites: Sequence[Composite], seeds: Sequence[Seed]) -> list[np.ndarray]:
+        painter = self.painter
+
+        def draw(part: slice, noise: torch.Tensor, hole: torch.Tensor, masked: torch.Tensor) -> torch.Tensor:
+            pictures = self.exemplars(composites[part], painter.encoder.size)
+            context = painter.encoder(torch.stack([to_hint(picture) for picture in pictures]).to(self.device))
+            return paint(painter, noise, hole, masked, context, self.settings)
+
+        return fill_holes(painter.kit, composites, seeds, draw, self.settings.batch)
+
+    def describe(self) -> str:
+        where = f"{self.painter.kit.name} at {self.resolution} px, {self.device.type}"
+        return f"Paint by Example on {where}, guidance {self.settings.guidance:g}"
+
+    def views(self, composites: Sequence[Composite]) -> dict[str, list[np.ndarray]]:
+        return {"exemplar": self.exemplars(composites, self.painter.encoder.size)}
+
+    def networks(self) -> dict[str, list[torch.nn.Module]]:
+        vae = self.painter.kit.vae
+        return {
+            "UNet": blocks(self.painter.kit.unet),
+            "exemplar encoder": [self.painter.encoder],
+            "VAE": [vae.encoder, vae.decoder],
+        }
+
+
+def load(backbone: Kit, painter: str, **sampling) -> PaintByExample:
+    """``PaintByExample`` by options: ``painter`` is a run folder, a diffusers folder, a hub id or a shipped name.
+
+    UserError for one that works at another resolution than ``backbone``.
+    """
+    key = ("painter", str(painter))
+    if key not in backbone.loaded:
+        backbone.loaded[key] = load_painter(painter, backbone)
+    loaded = backbone.loaded[key]
+    if loaded.kit.resolution != backbone.resolution:
+        sizes = f"{loaded.kit.resolution} px, kit {backbone.name} at {backbone.resolution}"
+        raise UserError(f"painter={painter} works at {sizes}: give model.path={painter}")
+    return PaintByExample(loaded, Settings(**sampling), painter_hash(painter))

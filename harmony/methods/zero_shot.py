@@ -5,23 +5,29 @@ is inverted, its prompt is tuned to its object, and it is made again under the p
 attention stays that of the composite. ``harmonize_once`` is one such round; ``rounds`` decides how many there are.
 """
 
+import functools
 import math
 from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 
 from harmony.core.errors import UserError
+from harmony.core.files import write_json
 from harmony.data.captions import caption_picture
-from harmony.data.descriptions import Description, WordScorer
+from harmony.data.descriptions import Describer, Description, VisionLanguageModel, WordScorer
+from harmony.methods.method import LIGHTS, Composite, Method, Seed, fingerprint
 from harmony.models.attention import Layer, conditional, controlled, map_side
-from harmony.models.backbone import Kit
+from harmony.models.backbone import DIFFUSION, Kit, weights_hash
 from harmony.models.clip import clip_of
+from harmony.models.judge import Evaluator, load_evaluator
 from harmony.models.textual_inversion import states_of
+from harmony.models.timing import blocks
 from harmony.pixels.composites import copy_paste
-from harmony.pixels.images import from_model, to_model
+from harmony.pixels.images import from_model, grid, to_model, write_image
 from harmony.sampling.ddim import invert, timesteps
 from harmony.sampling.null_text import Search, denoiser, distance, null_texts
 from harmony.sampling.prompt_to_prompt import edit_latents, spans
@@ -244,7 +250,6 @@ def harmonize_once(
 
 # --- rounds
 
-Evaluator = Callable[[np.ndarray, np.ndarray], float]  # (uint8 H x W x 3, its object bool H x W) -> naturalness
 CONTINUE, REGENERATE, CONCLUDE = "continue", "regenerate", "conclude"
 BACK = 2  # rounds that are taken back when another description is tried
 
@@ -344,7 +349,7 @@ def run_together(
     return found
 
 
-# --- words and benches
+# --- the method
 
 
 def word_scorer(kit: Kit, clip: str | None = None) -> WordScorer:
@@ -369,3 +374,119 @@ def word_scorer(kit: Kit, clip: str | None = None) -> WordScorer:
         return f"{caption.rpartition(',')[0]}," if "," in caption else caption
 
     return WordScorer(scores, object_of, known)
+
+
+class ZeroShot(Method):
+    """Zero-shot harmonization in up to ``count`` rounds, of which ``evaluator`` chooses (None: the last).
+
+    ``describer`` None: each composite brings its words (``lights``); otherwise they are looked for, by what is called
+    ``describer_name``.
+    """
+
+    radius = 0  # the object alone changes
+
+    def __init__(
+        self,
+        backbone: Kit,
+        parts: Parts = Parts(),
+        describer: Describer | None = None,
+        count: int = 1,
+        evaluator: Evaluator | None = None,
+        describer_name: str = "given",
+    ):
+        self.backbone, self.parts, self.describer, self.count = backbone, parts, describer, count
+        self.evaluator, self.describer_name = evaluator, describer_name
+        self.resolution, self.device = backbone.resolution, backbone.device
+        self.carries_detail = parts.detail
+        self.wants = frozenset({LIGHTS}) if describer is None else frozenset()
+        self.outcomes: list[list[Round]] = []  # of the last ``fill``
+
+    @functools.cached_property
+    def fingerprint(self) -> str:
+        weights = {part: self.backbone.hash(part) for part in DIFFUSION}
+        facts = {name: value for name, value in vars(self.parts).items() if name != "deep"}
+        deep = self.parts.deep and weights_hash(self.parts.deep)
+        chooses = self.evaluator.fingerprint if self.count > 1 and self.evaluator else None
+        kind = str(self.backbone.dtype)
+        return fingerprint("zero_shot", weights, kind, facts, deep, self.describer_name, self.count, chooses)
+
+    def describe(self) -> str:
+        judged = "each round is made" if self.evaluator is None else f"{self.evaluator.name} decides"
+        where = f"{self.backbone.name} at {self.resolution} px, {self.device.type}, guidance {self.parts.guidance:g}"
+        return f"zero-shot on kit {where}, {self.count} rounds at most, {judged}"
+
+    def words(self, composite: Composite) -> list[Description]:
+        """The descriptions of a composite. UserError where nobody knows any."""
+        if self.describer is not None:
+            return self.describer(composite.copy_paste(), composite.mask)
+        if not composite.lights:
+            raise UserError("nobody knows the words for both lights: choose describer=words, or give prompts=")
+        return list(composite.lights)
+
+    def rounds(self, composites: Sequence[Composite]) -> list[list[Round]]:
+        """All rounds of each composite; ``say`` is told each as it ends."""
+        words = [self.words(c) for c in composites]
+        for descriptions in words:
+            for n, d in enumerate(descriptions):
+                self.say(f"description {n}: {d.object!r}, from {d.foreground!r} to {d.background!r}")
+        pictures = [c.copy_paste() for c in composites]
+        masks = [c.mask for c in composites]
+        asked = [
+            rounds(*item, len(w), self.count, self.evaluator, lambda r: self.say(round_line(r)))
+            for *item, w in zip(pictures, masks, words, strict=True)
+        ]
+        return run_together(self.backbone, asked, words, masks, self.parts)
+
+    def fill(self, composites: Sequence[Composite], seeds: Sequence[Seed]) -> list[np.ndarray]:
+        """Nothing here is random: inversion and sampling are deterministic."""
+        self.outcomes = self.rounds(composites)
+        return [best(outcome).image for outcome in self.outcomes]
+
+    def write_beside(self, index: int, composite: Composite, folder: Path) -> dict[str, Path]:
+        """All rounds: their pictures, ``rounds.json`` (score and decision of each) and a film strip."""
+        outcome = self.outcomes[index]
+        facts = [{key: value for key, value in vars(r).items() if key != "image"} for r in outcome]
+        write_json(folder / "rounds.json", facts)
+        (folder / "rounds").mkdir(exist_ok=True)
+        for r in outcome:
+            write_image(folder / "rounds" / f"{r.number:02d}_{r.prompt}.png", r.image)
+        titles = ["composite", *(f"{r.number}" + ("" if r.score is None else f": {r.score:.2f}") for r in outcome)]
+        write_image(folder / "film.png", grid([[composite.copy_paste(), *(r.image for r in outcome)]], titles))
+        return {"rounds": folder / "rounds.json", "film": folder / "film.png"}
+
+    def networks(self) -> dict[str, list[torch.nn.Module]]:
+        vae = self.backbone.vae
+        return {"UNet": blocks(self.backbone.unet), "VAE": [vae.encoder, vae.decoder]}
+
+
+def round_line(made: Round) -> str:
+    score = "" if made.score is None else f", score {made.score:.3f}"
+    return f"round {made.number}, description {made.prompt}{score}: {made.decision}"
+
+
+def load(
+    backbone: Kit,
+    describer: str = "words",
+    clip: str | None = None,
+    evaluator: str | None = "judge",
+    rounds: int = 1,
+    parts: dict | None = None,
+    steps: int = 50,
+    guidance: float = 2.5,
+) -> ZeroShot:
+    """``ZeroShot`` by options. ``describer``: ``given`` (each composite brings its words), ``words`` (scored by CLIP:
+    ``clip``, open_clip's NAME/WEIGHTS, or the backbone's own), or a vision-language model, hub id or folder.
+    """
+    if type(rounds) is not int or rounds < 1:
+        raise UserError(f"rounds={rounds}: must be at least 1")
+    if unknown := {*(parts or {})} - {*Parts.__dataclass_fields__}:
+        raise UserError(f"{unknown.pop()} is no part of a zero-shot round")
+    settings = Parts(steps, guidance, **(parts or {}))
+    if settings.deep is not None:
+        settings.deep.requires_grad_(False).eval().to(backbone.device)
+    describe = None
+    if describer != "given":
+        by_clip = describer == "words"
+        describe = word_scorer(backbone, clip) if by_clip else VisionLanguageModel(describer, backbone.device)
+    score = load_evaluator(evaluator, backbone.device)
+    return ZeroShot(backbone, settings, describe, rounds, score, f"{describer} {clip or ''}".strip())

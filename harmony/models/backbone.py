@@ -115,7 +115,8 @@ class Kit:
     ``geometry`` names a folder of configurations that come with the package: what ``weights="random"`` is built from
     where those of ``path`` are on a hub. ``dtype`` is that of UNet and text encoder: float32, bfloat16, or auto, which
     is bfloat16 on a GPU; everything else has at least float32, latents too. ``words``: learnt words, lower case, and
-    the tokens of each (see ``learn`` of ``textual_inversion``).
+    the tokens of each (see ``learn`` of ``textual_inversion``). ``loaded``: what was loaded for this backbone
+    beside its own parts, by path: a table has many rows of the same ControlNets.
     """
 
     path: str
@@ -124,6 +125,7 @@ class Kit:
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
     geometry: str | None = None
     words: dict[str, list[str]] = field(default_factory=dict)
+    loaded: dict = field(default_factory=dict, repr=False)
 
     def __post_init__(self):
         if self.weights not in ("hub", "random"):

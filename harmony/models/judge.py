@@ -104,9 +104,26 @@ def statistic(image: np.ndarray, mask: np.ndarray) -> float:
     return float(1 / (1 + np.hypot(np.linalg.norm(mean - mean_b), np.linalg.norm(spread - spread_b)) / 20))
 
 
-def evaluator(name: str | None, device: torch.device | str = "cpu") -> Callable[[np.ndarray, np.ndarray], float] | None:
-    """What scores an image with the mask of its object: ``statistic``, a trained judge, or nothing for None."""
-    if name is None or name == "statistic":
-        return name and statistic
+@dataclass(frozen=True)
+class Evaluator:
+    """Scores the naturalness of an image uint8 H x W x 3 with the mask of its object, bool H x W."""
+
+    name: str
+    score: Callable[[np.ndarray, np.ndarray], float]
+
+    def __call__(self, image: np.ndarray, mask: np.ndarray) -> float:
+        return self.score(image, mask)
+
+    @property
+    def fingerprint(self) -> str:
+        return judge_hash(self.name)
+
+
+def load_evaluator(name: str | None, device: torch.device | str = "cpu") -> Evaluator | None:
+    """``statistic``, a trained judge (see ``load_judge``), or nothing for None."""
+    if name is None:
+        return None
+    if name == "statistic":
+        return Evaluator(name, statistic)
     judge = load_judge(name, device)
-    return lambda image, mask: judge.score([image], [mask])[0]
+    return Evaluator(str(name), lambda image, mask: judge.score([image], [mask])[0])

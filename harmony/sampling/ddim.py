@@ -4,7 +4,7 @@ A sampler is a function of an eps model, a latent and a list of timesteps; guida
 model.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 import torch
 
@@ -71,10 +71,12 @@ def invert(eps: Eps, z: torch.Tensor, steps: int, abar: torch.Tensor, offset: in
     return trajectory
 
 
-def noise_for(seed: int, indices: torch.Tensor | list[int], shape: tuple[int, ...], device="cpu") -> torch.Tensor:
-    """Unit noise B x shape; that of sample i depends on (seed, i) only: a grid is the same on one process and eight."""
+def noise_for(seeds: Iterable[tuple[int, int]], shape: tuple[int, ...], device="cpu") -> torch.Tensor:
+    """Unit noise B x shape; that of a sample depends on its (seed, index) only: a grid is the same on one process and
+    eight.
+    """
     draws = []
-    for i in indices:
-        rng = torch.Generator("cpu").manual_seed((int(seed) * 1_000_003 + int(i)) % 2**63)
+    for seed, index in seeds:
+        rng = torch.Generator("cpu").manual_seed((int(seed) * 1_000_003 + int(index)) % 2**63)
         draws.append(torch.randn(shape, generator=rng))
     return torch.stack(draws).to(device)

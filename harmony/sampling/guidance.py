@@ -261,7 +261,6 @@ def inpaint(
 
 @dataclass(frozen=True)
 class Settings(Schedule):
-    """How pictures are sampled: a schedule, the ``seed`` of their noise, and ``batch`` of them at a time."""
+    """How pictures are sampled: a schedule, and ``batch`` of them at a time."""
 
-    seed: int = 0
     batch: int = 16

@@ -22,9 +22,11 @@ def whole_picture(kit: Kit, count: int = 1) -> torch.Tensor:
 
 
 @torch.no_grad()
-def text_to_image(kit: Kit, text: torch.Tensor, settings: Settings, indices: Sequence[int]) -> list[np.ndarray]:
-    """Pictures uint8 R x R x 3 of text states B x T x D; the noise of each depends on (seed, index)."""
+def text_to_image(
+    kit: Kit, text: torch.Tensor, settings: Settings, seeds: Sequence[tuple[int, int]]
+) -> list[np.ndarray]:
+    """Pictures uint8 R x R x 3 of text states B x T x D; the noise of each depends on its (seed, index)."""
     side = kit.resolution // kit.factor
-    noise = noise_for(settings.seed, list(indices), (kit.channels, side, side), kit.device)
+    noise = noise_for(seeds, (kit.channels, side, side), kit.device)
     z = sampled(kit, noise, whole_picture(kit, len(text)), text, kit.prompt([""]), settings)
     return list(from_model(kit.decode(z)))

@@ -1,4 +1,4 @@
-"""Studies: the same table from one process, from two, and from one that was killed; what the methods are."""
+"""Comparisons: the same outputs from one process, from two, and from one that was killed; what figures compare."""
 
 from dataclasses import replace
 
@@ -6,145 +6,185 @@ import numpy as np
 import pytest
 
 from harmony.core.errors import UserError
-from harmony.data.latent_cache import Example
 from harmony.data.manifest import read_manifest
-from harmony.evaluation import comparison as study
-from harmony.evaluation.eval_sets import Bench, by_hints, degraded, pasted, relight_bench, scores
-from harmony.methods.insert import Branch
+from harmony.evaluation import blocks
+from harmony.evaluation.blocks import fill_blocks, outputs_of
+from harmony.evaluation.eval_sets import RECONSTRUCT, RELIGHT, EvalSet, degrade, load_relight, paste_outputs
+from harmony.evaluation.figures import scores
+from harmony.methods.baselines import CopyPaste, Poisson, Reinhard
+from harmony.methods.inpainting import Branch, Inpainting
+from harmony.methods.method import Composite, Method, fingerprint, seeds_of
+from harmony.methods.stored import Stored
 from harmony.models.backbone import Kit
 from harmony.pixels.composites import reinhard
-from harmony.pixels.images import Crop, write_image
+from harmony.pixels.images import Crop, crop_resize, write_image
 from harmony.pixels.masks import dilate
 from harmony.sampling.guidance import Settings
 
 
 @pytest.fixture(scope="module")
-def bench():
+def items():
     """Twenty items, so two blocks; background, instance and truth all differ."""
-    rng, examples = np.random.default_rng(0), []
+    rng, composites, truths = np.random.default_rng(0), [], []
     for i in range(20):
         mask = np.zeros((32, 32), bool)
         mask[8 : 20 + i % 4, 10:22] = True
-        examples.append(Example(rng.integers(0, 256, (32, 32, 3), np.uint8), mask, dilate(mask, 2), Crop(0, 0, 32)))
-    others = [[rng.integers(0, 256, (32, 32, 3), np.uint8) for _ in examples] for _ in range(2)]
-    shadows = [np.roll(e.mask, 6, axis=1) for e in examples]
-    return Bench("test", examples, ["a red mushroom"] * 20, *others, shadows)
+        background, instance, truth = rng.integers(0, 256, (3, 32, 32, 3), np.uint8)
+        cut = np.repeat(np.repeat(truth[8:20, 10:22], 9, 0), 9, 1)
+        composites.append(Composite(background, instance, mask, dilate(mask, 2), "a red mushroom", cut, name=f"{i}"))
+        truths.append(truth)
+    return EvalSet("test", composites, truths, [np.roll(c.mask, 6, axis=1) for c in composites], RELIGHT)
 
 
-def constant(name: str, calls: list, value: int = 7):
-    """A method that counts how often it is asked for a picture, and gives its index."""
+class Constant(Method):
+    """Counts how often it is asked for a picture, and gives its index."""
 
-    def fill(part, indices):
-        calls.extend((name, i) for i in indices)
-        return [np.full((32, 32, 3), value + i, np.uint8) for i in indices]
+    resolution = 32
 
-    return study.Method(name, fill)
+    def __init__(self, name: str, calls: list, fails: bool = False):
+        self.name, self.calls, self.fails = name, calls, fails
+
+    @property
+    def fingerprint(self):
+        return fingerprint(self.name)
+
+    def fill(self, composites, seeds):
+        if self.fails and seeds[0][1]:
+            raise KeyboardInterrupt
+        self.calls.extend((self.name, i) for _, i in seeds)
+        return [np.full((32, 32, 3), 7 + i, np.uint8) for _, i in seeds]
 
 
 def quiet(line: str) -> None:
     pass
 
 
-def test_what_is_finished_is_not_made_again(bench, tmp_path):
-    """Guards resumption: killed in its second block, the same call makes the missing block and no other."""
+def test_what_is_finished_is_not_made_again(items, tmp_path):
+    """Guards resumption: killed in its second block, the same call makes the missing block and no other; a row that is
+    equal to another one makes nothing.
+    """
     calls = []
-    good = constant("a", calls)
-
-    def fails(part, indices):
-        if indices[0]:
-            raise KeyboardInterrupt
-        return good.fill(part, indices)
-
+    good = Constant("a", calls)
     with pytest.raises(KeyboardInterrupt):
-        study.run(bench, [study.Method("a", fails)], tmp_path, say=quiet)
+        fill_blocks(items, {"a": Constant("a", calls, fails=True)}, tmp_path, 0, say=quiet)
     assert calls == [("a", i) for i in range(16)]
     assert not list(tmp_path.rglob("*.partial"))
-    study.run(bench, [good], tmp_path, say=quiet)
+    fill_blocks(items, {"a": good, "equal": Constant("a", calls)}, tmp_path, 0, say=quiet)
     assert calls == [("a", i) for i in range(20)]
-    made = study.outputs(bench, good, tmp_path)
-    assert [int(image[0, 0, 0]) for image in made] == [7 + i for i in range(20)]
+    outputs = outputs_of(items, good, tmp_path, 0)
+    assert [int(image[0, 0, 0]) for image in outputs] == [7 + i for i in range(20)]
 
 
-def test_two_processes_make_what_one_makes(random_kit, awake, bench, tmp_path, monkeypatch):
+def test_outputs_are_never_mistaken(items, tmp_path):
+    """Guards the place of an output: another seed, one pixel of one composite, a caption, another method."""
+    calls = []
+    other = replace(items.composites[5], caption="snow")
+    dot = items.composites[5].background.copy()
+    dot[0, 0, 0] ^= 1
+    sets = [
+        items,
+        replace(items, composites=[*items.composites[:5], other, *items.composites[6:]]),
+        replace(items, composites=[*items.composites[:5], replace(other, background=dot), *items.composites[6:]]),
+    ]
+    places = {blocks.folder_of(tmp_path, s, Constant(n, calls), seed) for s in sets for n in "ab" for seed in (0, 1)}
+    assert len(places) == 12
+
+
+def test_two_processes_make_what_one_makes(random_kit, awake, items, tmp_path, monkeypatch):
     """Guards the shares: disjoint, complete, and the pictures of two processes are those of one, bit for bit."""
     kit = Kit(str(random_kit))
     net = Branch("color", awake(kit))
-    methods = [
-        study.Method("ours", by_hints(kit, [net], Settings(1, 2.0, batch=study.BLOCK))),
-        study.baseline("reinhard"),
-    ]
-    study.run(bench, methods, tmp_path / "one", say=quiet)
-    monkeypatch.setattr(study, "await_blocks", lambda files, say: None)  # the two take turns here
-    study.run(bench, methods, tmp_path / "two", rank=1, world=2, say=quiet)
+    rows = {"ours": Inpainting(kit, [net], Settings(1, 2.0)), "reinhard": Reinhard(kit)}
+    fill_blocks(items, rows, tmp_path / "one", 0, say=quiet)
+    monkeypatch.setattr(blocks, "await_files", lambda files, say: None)  # the two take turns here
+    fill_blocks(items, rows, tmp_path / "two", 0, rank=1, world=2, say=quiet)
     half = len(list((tmp_path / "two").rglob("*.npy")))
-    study.run(bench, methods, tmp_path / "two", rank=0, world=2, say=quiet)
+    fill_blocks(items, rows, tmp_path / "two", 0, rank=0, world=2, say=quiet)
     assert half == 2 and len(list((tmp_path / "two").rglob("*.npy"))) == 4
-    for method in methods:
-        pairs = zip(*(study.outputs(bench, method, tmp_path / name) for name in ("one", "two")), strict=True)
+    for method in rows.values():
+        pairs = zip(*(outputs_of(items, method, tmp_path / name, 0) for name in ("one", "two")), strict=True)
         assert all(np.array_equal(a, b) for a, b in pairs)
-    whole = by_hints(kit, [net], Settings(1, 2.0, batch=16))(bench)
-    assert all(
-        np.array_equal(a, b) for a, b in zip(whole, study.outputs(bench, methods[0], tmp_path / "one"), strict=True)
-    )
+    whole = rows["ours"].fill(items.composites, seeds_of(0, range(20)))
+    assert all(np.array_equal(*pair) for pair in zip(whole, outputs_of(items, rows["ours"], tmp_path / "one", 0)))
 
 
-def test_a_process_that_died_is_named(bench, tmp_path, monkeypatch):
+def test_a_process_that_died_is_named(items, tmp_path, monkeypatch):
     """Guards the wait: blocks that never come end in one line, not in a wait without end."""
-    monkeypatch.setattr(study, "WAIT", 0)
+    monkeypatch.setattr(blocks, "WAIT", 0)
     with pytest.raises(UserError, match="never came"):
-        study.run(bench, [constant("a", [])], tmp_path, rank=0, world=2, say=quiet)
+        fill_blocks(items, {"a": Constant("a", [])}, tmp_path, 0, rank=0, world=2, say=quiet)
 
 
-def test_baselines_put_the_instance_onto_the_background(bench):
-    """Guards the composites: the object of ``instances`` on ``backgrounds``, nothing of the truth."""
-    e, given, seen = bench.examples[3], bench.given()[3], bench.seen()[3]
-    part = bench.part([3])
-    (paste,) = study.baseline("copy_paste").fill(part, [3])
-    assert np.array_equal(paste[e.mask], given[e.mask]) and np.array_equal(paste[~e.mask], seen[~e.mask])
-    (recoloured,) = study.baseline("reinhard").fill(part, [3])
-    assert np.array_equal(recoloured[e.mask], reinhard(given, e.mask, seen)[e.mask])
-    assert np.array_equal(recoloured[~e.mask], seen[~e.mask])
-    (blended,) = study.baseline("poisson").fill(part, [3])
-    assert np.array_equal(blended[~e.mask], seen[~e.mask]) and not np.array_equal(blended, paste)
-    with pytest.raises(UserError, match="choose one of copy_paste"):
-        study.baseline("gimp")
+def test_baselines_put_the_instance_onto_the_background(items, random_kit):
+    """Guards the composites: the object of the instance on the background, nothing of the truth."""
+    kit, c = Kit(str(random_kit)), items.composites[3]
+    (paste,), (recolored,), (blended,) = (m(kit).fill([c], [(0, 3)]) for m in (CopyPaste, Reinhard, Poisson))
+    assert np.array_equal(paste[c.mask], c.instance[c.mask])
+    assert np.array_equal(recolored[c.mask], reinhard(c.instance, c.mask, c.background)[c.mask])
+    assert all(np.array_equal(y[~c.mask], c.background[~c.mask]) for y in (paste, recolored, blended))
+    assert not np.array_equal(blended, paste)
 
 
-def test_scores_compare_with_the_truth_and_drift_with_what_was_given(bench):
+def test_results_of_other_programs_by_name(items, random_kit, tmp_path):
+    """Guards ``stored``: the square itself, or the whole photograph, cut as its composite was; what is missing or of
+    another size is one line; other pictures are another fingerprint.
+    """
+    kit, crop = Kit(str(random_kit)), Crop(10, 4, 20)
+    square, whole = np.random.default_rng(1).integers(0, 256, (2, 32, 32, 3), np.uint8)
+    photograph = np.repeat(np.repeat(whole, 2, 0), 2, 1)[:40]  # 64 x 40
+    write_image(tmp_path / "0.png", square)
+    write_image(tmp_path / "1.png", photograph)
+    write_image(tmp_path / "2.png", photograph[:30])
+    composites = [replace(c, crop=crop, size=(64, 40)) for c in items.composites]
+    stored = Stored(kit, str(tmp_path))
+    first, second = stored.fill(composites[:2], [(0, 0), (0, 1)])
+    assert np.array_equal(first, square) and np.array_equal(second, crop_resize(photograph, crop, 32))
+    with pytest.raises(UserError, match="2.png is 64 x 30: give the whole photograph .64x40. or its square"):
+        stored.fill(composites[2:3], [(0, 2)])
+    with pytest.raises(UserError, match="has no result for 3: put 3.png there"):
+        stored.fill(composites[3:4], [(0, 3)])
+    before = stored.fingerprint
+    write_image(tmp_path / "0.png", whole)
+    assert Stored(kit, str(tmp_path)).fingerprint != before
+    with pytest.raises(UserError, match="no such folder of results"):
+        Stored(kit, str(tmp_path / "nowhere"))
+
+
+def test_scores_compare_with_the_truth_and_drift_with_what_was_given(items):
     """Guards the figures of relighting: error to the truth, drift from the plate, error in the cast shadow."""
-    truth = scores(bench, bench.truths())
+    truth = scores(items, items.truths)
     assert all(row["fmse"] == row["shadow_mse"] == row["color_de"] == 0 and row["sharpness"] == 1 for row in truth)
     assert all(row["bg_drift"] > 0 for row in truth), "the truth's background is not the plate"
-    back = scores(bench, pasted(bench, bench.truths()))
+    back = scores(items, paste_outputs(items, items.truths))
     assert all(row["bg_drift"] == 0 and row["fmse"] == 0 for row in back)
-    plain = replace(bench, backgrounds=None, instances=None, shadows=None)
-    assert all(row["bg_drift"] == 0 and "shadow_mse" not in row for row in scores(plain, plain.truths()))
+    own = [replace(c, background=t, instance=t) for c, t in zip(items.composites, items.truths, strict=True)]
+    plain = EvalSet("test", own, items.truths, None, RECONSTRUCT)
+    assert all(row["bg_drift"] == 0 and "shadow_mse" not in row for row in scores(plain, plain.truths))
 
 
-def test_degraded_instances_lose_detail_alone(bench):
+def test_degraded_instances_lose_detail_alone(items):
     """Guards Fig. 7 of Liu 2025: what the instance is taken from is blurred, the truth and the background stay."""
-    cuts = [np.repeat(np.repeat(e.image[8:20, 10:22], 9, 0), 9, 1) for e in bench.examples]
-    bench = replace(bench, examples=[replace(e, exemplar=c) for e, c in zip(bench.examples, cuts, strict=True)])
-    poor = degraded(bench, 4)
-    assert all(p.exemplar.shape == c.shape for p, c in zip(poor.examples, cuts, strict=True))
-    assert all(p.exemplar.std() < 0.5 * c.std() for p, c in zip(poor.examples, cuts, strict=True)), "exemplars alike"
-    assert all(np.array_equal(a, b) for a, b in zip(poor.truths(), bench.truths(), strict=True))
-    assert all(np.array_equal(a, b) for a, b in zip(poor.seen(), bench.seen(), strict=True))
-    fine, coarse = (np.abs(np.diff(np.stack(b.given()).astype(int), axis=1)).mean() for b in (bench, poor))
+    poor = degrade(items, 4)
+    exemplars = [[c.exemplar for c in s.composites] for s in (items, poor)]
+    assert all(p.shape == c.shape and p.std() < 0.5 * c.std() for c, p in zip(*exemplars, strict=True))
+    assert all(np.array_equal(a, b) for a, b in zip(poor.truths, items.truths, strict=True))
+    assert all(np.array_equal(a, b) for a, b in zip(poor.backgrounds, items.backgrounds, strict=True))
+    fine, coarse = (np.abs(np.diff(np.stack(s.instances).astype(int), axis=1)).mean() for s in (items, poor))
     assert coarse < fine / 2
 
 
 def test_relighting_takes_its_truth_from_the_studio(small_manifest, tmp_path):
     """Guards the bench: plate, object under light B and shadow of the same scene, hole by the radius that is asked."""
     manifest = small_manifest(tmp_path)
-    near, wide = (relight_bench(manifest, "test", 32, radius=radius) for radius in (16, 96))
+    near, wide = (load_relight(manifest, "test", 32, radius=radius) for radius in (16, 96))
     assert len(near) >= 1
-    for i, (a, b) in enumerate(zip(near.examples, wide.examples, strict=True)):
-        assert np.array_equal(a.image, b.image) and a.hole.sum() < b.hole.sum() and a.hole[a.mask].all()
-        far = ~wide.examples[i].hole & ~near.shadows[i]
-        difference = np.abs(near.seen()[i].astype(int) - a.image)
+    for i, (a, b) in enumerate(zip(near.composites, wide.composites, strict=True)):
+        truth = near.truths[i]
+        assert np.array_equal(truth, wide.truths[i]) and a.hole.sum() < b.hole.sum() and a.hole[a.mask].all()
+        far = ~b.hole & ~near.shadows[i]
+        difference = np.abs(a.background.astype(int) - truth)
         assert difference[a.mask].mean() > 2 * difference[far].mean(), "the plate is the truth without the object"
-        assert np.abs(near.given()[i].astype(int) - a.image)[a.mask].mean() > 1
+        assert np.abs(a.instance.astype(int) - truth)[a.mask].mean() > 1
 
 
 def test_a_shadow_may_fall_outside_of_the_picture(small_manifest, tmp_path):
@@ -153,9 +193,9 @@ def test_a_shadow_may_fall_outside_of_the_picture(small_manifest, tmp_path):
     row = next(r for r in read_manifest(manifest, "test")[1] if "shadow" in r.extras)
     write_image(tmp_path / "none.png", np.zeros((row.height, row.width), bool))
     manifest.write_text(manifest.read_text().replace(row.extras["shadow"], "none.png"))
-    bench = relight_bench(manifest, "test", 32)
-    first = scores(bench, bench.truths())[0]
-    assert not bench.shadows[0].any() and np.isnan(first["shadow_mse"]) and first["fmse"] == 0
+    items = load_relight(manifest, "test", 32)
+    first = scores(items, items.truths)[0]
+    assert not items.shadows[0].any() and np.isnan(first["shadow_mse"]) and first["fmse"] == 0
 
 
 def test_a_dataset_without_truth_is_refused(tmp_path, small_manifest):
@@ -164,4 +204,4 @@ def test_a_dataset_without_truth_is_refused(tmp_path, small_manifest):
     text = manifest.read_text().replace('"plate"', '"plot"')
     manifest.write_text(text)
     with pytest.raises(UserError, match="knows no truth for relighting"):
-        relight_bench(manifest, "test", 32)
+        load_relight(manifest, "test", 32)

@@ -11,6 +11,7 @@ from harmony.core.errors import UserError
 from harmony.data.sources.editing import concepts, read_cases
 from harmony.evaluation import editing as editing_bench
 from harmony.evaluation.editing import EditingStudy, load_items
+from harmony.evaluation.report import Report
 from harmony.models.backbone import Kit
 from harmony.models.textual_inversion import Word, initial, save_word
 from harmony.sampling.guidance import Settings
@@ -39,7 +40,8 @@ def study(random_kit, folder, words, **more):
 def test_all_rows_and_figures(words, tmp_path, monkeypatch):
     """Guards the tables: six ways back, six edits, two words; the source keeps its background exactly."""
     monkeypatch.setattr(editing_bench, "DRAWS", 1)
-    figures, facts, text, drawn = study("tiny", tmp_path, words, limit=1).measure()
+    report = study("tiny", tmp_path, words, limit=1).measure()
+    figures, facts, text, drawn = report.figures, report.facts, report.text, report.pictures
     with open(tmp_path / "table.csv", newline="") as file:
         rows = {row["method"]: row for row in csv.DictReader(file)}
     assert len(rows) == 14 and facts["count"] == 1 and all(path.exists() for path in drawn) and len(drawn) == 2
@@ -62,10 +64,10 @@ def test_the_truth_itself_is_the_best_edit(random_kit, tmp_path):
 def test_what_is_made_is_not_made_again(random_kit, tmp_path, monkeypatch):
     """Guards the resume: a second go inverts nothing; a changed kit's pictures lie elsewhere."""
     first = study(random_kit, tmp_path, None, parts=["reconstruction"])
-    table = first.measure()[2]
+    table = first.measure().text
     monkeypatch.setattr(editing_bench, "invert_pictures", None)
     again = study(random_kit, tmp_path, None, parts=["reconstruction"])
-    assert again.measure()[2] == table and not list(again.made.glob(".*"))
+    assert again.measure().text == table and not list(again.made.glob(".*"))
     other = tmp_path / "kit"
     shutil.copytree(random_kit, other)
     with open(other / "unet" / "config.json", "a") as file:
@@ -78,13 +80,13 @@ def test_what_is_made_is_not_made_again(random_kit, tmp_path, monkeypatch):
 
 def test_two_processes_share_the_scenes(random_kit, tmp_path, monkeypatch):
     """Guards ranks: each makes its blocks, and the table is that of one process."""
-    monkeypatch.setattr("harmony.evaluation.comparison.BLOCK", 1)
-    alone = study(random_kit, tmp_path / "one", None, parts=["reconstruction"]).measure()[0]
+    monkeypatch.setattr("harmony.evaluation.blocks.BLOCK", 1)
+    alone = study(random_kit, tmp_path / "one", None, parts=["reconstruction"]).measure().figures
     shared = tmp_path / "two"
     made = study(random_kit, shared, None, parts=["reconstruction"], rank=1, world=2)
-    monkeypatch.setattr(editing_bench, "await_blocks", lambda files: None)
-    assert made.measure() == ({}, {}, "", []) and [f.name for f in made.made.iterdir()] == ["00001.npz"]
-    both = study(random_kit, shared, None, parts=["reconstruction"], rank=0, world=2).measure()[0]
+    monkeypatch.setattr(editing_bench, "await_files", lambda files: None)
+    assert made.measure() == Report() and [f.name for f in made.made.iterdir()] == ["00001.npz"]
+    both = study(random_kit, shared, None, parts=["reconstruction"], rank=0, world=2).measure().figures
     assert both == pytest.approx(alone, rel=1e-4)
 
 
@@ -104,5 +106,5 @@ def test_what_it_refuses(random_kit, tmp_path):
 
 
 def test_a_word_that_is_left_out_is_said(random_kit, tmp_path):
-    text = study(random_kit, tmp_path, None, parts=["concepts"]).measure()[2]
+    text = study(random_kit, tmp_path, None, parts=["concepts"]).measure().text
     assert "concepts: left out, give words=FOLDER" in text

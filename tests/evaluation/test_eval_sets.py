@@ -1,17 +1,17 @@
-"""The reconstruction benchmark: which pictures, in which order, and what its figures mean."""
+"""Eval sets: which pictures, in which order, and what their figures mean."""
 
 import numpy as np
 import pytest
 
 from harmony.core.errors import UserError
-from harmony.data.latent_cache import Example
 from harmony.data.manifest import read_manifest
-from harmony.evaluation.eval_sets import Bench, Fidelity, by_hints, enough, load_bench
-from harmony.methods.insert import Branch
+from harmony.evaluation.eval_sets import EvalSet, enough, load_reconstruct
+from harmony.evaluation.figures import Fidelity
+from harmony.methods.inpainting import Branch, Inpainting
+from harmony.methods.method import Composite, seeds_of
 from harmony.models.backbone import Kit
 from harmony.models.clip import kit_clip
 from harmony.models.features import KitFeatures, feature_extractor
-from harmony.pixels.images import Crop
 from harmony.pixels.masks import dilate
 from harmony.sampling.guidance import Settings
 
@@ -24,18 +24,18 @@ def kit(random_kit):
 
 
 @pytest.fixture(scope="module")
-def bench():
-    rng, examples = np.random.default_rng(0), []
-    for i in range(4):
+def items():
+    rng, composites = np.random.default_rng(0), []
+    for i, caption in enumerate(("a red mushroom", "a blue car", "snow", "")):
         mask = np.zeros((32, 32), bool)
         mask[8 : 20 + i, 10:22] = True
         image = rng.integers(0, 256, (32, 32, 3), dtype=np.uint8)
-        examples.append(Example(image, mask, dilate(mask, 2), Crop(0, 0, 32)))
-    return Bench("test", examples, ["a red mushroom", "a blue car", "snow", ""])
+        composites.append(Composite(image, image, mask, dilate(mask, 2), caption))
+    return EvalSet("test", composites, [c.background for c in composites])
 
 
-def test_a_perfect_reconstruction(kit, bench):
-    numbers = Fidelity(bench, KitFeatures(kit.image_encoder), kit_clip(kit)).figures(bench.truths())
+def test_a_perfect_reconstruction(kit, items):
+    numbers = Fidelity(items, KitFeatures(kit.image_encoder), kit_clip(kit)).figures(items.truths)
     assert {name for name in numbers if name.startswith("test/raw/")} >= {f"test/raw/{name}" for name in NAMES}
     for kind in ("raw", "pasted"):
         assert numbers[f"test/{kind}/mse"] == numbers[f"test/{kind}/color_de"] == numbers[f"test/{kind}/bg_drift"] == 0
@@ -44,9 +44,9 @@ def test_a_perfect_reconstruction(kit, bench):
         assert numbers[f"test/{kind}/clip_i"] == pytest.approx(100) and abs(numbers[f"test/{kind}/clip_t"]) < 100
 
 
-def test_pasting_back_mends_the_background_and_nothing_else(kit, bench):
-    outputs = [np.roll(e.image, 1, axis=0) for e in bench.examples]
-    numbers = Fidelity(bench, KitFeatures(kit.image_encoder)).figures(outputs)
+def test_pasting_back_mends_the_background_and_nothing_else(kit, items):
+    outputs = [np.roll(truth, 1, axis=0) for truth in items.truths]
+    numbers = Fidelity(items, KitFeatures(kit.image_encoder)).figures(outputs)
     assert "test/raw/clip_i" not in numbers, "a kit without an image tower has no CLIP score"
     assert numbers["test/raw/bg_drift"] > 100
     assert numbers["test/pasted/bg_drift"] == 0
@@ -54,32 +54,32 @@ def test_pasting_back_mends_the_background_and_nothing_else(kit, bench):
     assert numbers["test/raw/mse"] > numbers["test/pasted/mse"]
 
 
-def test_reconstruction_keeps_the_order(kit, bench, awake):
+def test_reconstruction_keeps_the_order(kit, items, awake):
     branch = Branch("color", awake(kit))
-    outputs = by_hints(kit, [branch], Settings(2, 2.0, 0, batch=3))(bench)
+    outputs = Inpainting(kit, [branch], Settings(2, 2.0, batch=3)).fill(items.composites, seeds_of(0, range(4)))
     assert len(outputs) == 4 and {y.shape for y in outputs} == {(32, 32, 3)}
-    first = Bench("test", bench.examples[:1], bench.prompts[:1])
-    alone = by_hints(kit, [branch], Settings(2, 2.0))(first)[0]
+    alone = Inpainting(kit, [branch], Settings(2, 2.0)).fill(items.composites[:1], seeds_of(0, [0]))[0]
     assert np.abs(outputs[0].astype(int) - alone).max() <= 1
 
 
 def test_pictures_are_spread_over_the_split(small_manifest, tmp_path):
     manifest = small_manifest(tmp_path)
     rows = read_manifest(manifest, "train")[1]
-    every, few = load_bench(manifest, "train", 32), load_bench(manifest, "train", 32, limit=3)
-    assert every.name == "train" and len(every.examples) == len(rows)
-    assert few.prompts[0] == rows[0].caption and few.prompts[-1] == rows[-1].caption
-    assert len(few.examples) == 3
-    for e in few.examples:
-        assert e.image.shape == (32, 32, 3) and e.hole[e.mask].all() and e.hole.sum() > e.mask.sum()
-    again = load_bench(manifest, "train", 32, limit=3)
-    assert all(np.array_equal(a.image, b.image) for a, b in zip(few.examples, again.examples, strict=True))
+    every, few = load_reconstruct(manifest, "train", 32), load_reconstruct(manifest, "train", 32, limit=3)
+    assert every.name == "train" and len(every) == len(rows)
+    assert few.captions[0] == rows[0].caption and few.captions[-1] == rows[-1].caption
+    assert len(few) == 3 and few.composites[0].name == rows[0].id
+    for c, truth in zip(few.composites, few.truths, strict=True):
+        assert truth.shape == (32, 32, 3) and c.hole[c.mask].all() and c.hole.sum() > c.mask.sum()
+    again = load_reconstruct(manifest, "train", 32, limit=3)
+    assert few.fingerprint == again.fingerprint != every.fingerprint
+    assert all(np.array_equal(a, b) for a, b in zip(few.truths, again.truths, strict=True))
 
 
-def test_one_picture_is_refused_before_it_is_painted(bench):
+def test_one_picture_is_refused_before_it_is_painted(items):
     """Guards limit=1: a distance between two sets wants two pictures."""
     with pytest.raises(UserError, match="fid needs two at least"):
-        enough(bench.part([0]))
+        enough(items.part([0]))
 
 
 def test_features_say_what_they_are(kit):

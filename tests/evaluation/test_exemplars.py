@@ -7,9 +7,9 @@ import pytest
 import torch
 
 from harmony.core.errors import UserError
-from harmony.data.latent_cache import Example
-from harmony.evaluation.eval_sets import Bench
-from harmony.evaluation.exemplars import Likeness, Quality, copying, exemplar_bench
+from harmony.evaluation.eval_sets import EvalSet
+from harmony.evaluation.exemplars import Likeness, Quality, copying, pair_exemplars
+from harmony.methods.method import Composite
 
 
 class MeanColour:
@@ -24,13 +24,13 @@ class MeanColour:
         return torch.stack([torch.from_numpy(x).float().mean((0, 1)) for x in images]) / 127.5 - 1
 
 
-def bench(colours: list[tuple]) -> Bench:
+def pictures(colours: list[tuple]) -> EvalSet:
     """Grey pictures of 32 px with one coloured object each."""
     mask = np.zeros((32, 32), bool)
     mask[8:24, 6:20] = True
     mask[8, 6] = False
     images = [np.where(mask[..., None], np.uint8(colour), np.uint8(128)) for colour in colours]
-    return Bench("test", [Example(x, mask, mask, None) for x in images], ["x"] * len(images))
+    return EvalSet("test", [Composite(x, x, mask, mask, "x") for x in images], images)
 
 
 COLOURS = [(255, 0, 0), (230, 20, 20), (0, 0, 255), (0, 230, 0), (250, 5, 5)]
@@ -38,9 +38,9 @@ LABELS = ["cup", "cup", "cup", "tree", "duck"]
 CROPS = [np.full((8, 6, 3), colour, np.uint8) for colour in COLOURS]
 
 
-def paired(colours: slice = slice(None), limit=None, objects="abcde", say=lambda line: None, examples=None) -> Bench:
-    whole = examples or bench(COLOURS[colours])
-    return exemplar_bench(
+def paired(colours: slice = slice(None), limit=None, objects="abcde", say=lambda line: None, items=None) -> EvalSet:
+    whole = items or pictures(COLOURS[colours])
+    return pair_exemplars(
         whole, CROPS[colours], LABELS[colours], list(objects)[colours], MeanColour(), limit=limit, say=say
     )
 
@@ -52,20 +52,20 @@ def test_the_exemplar_is_the_most_similar_other_object_of_the_kind():
     said = []
     made = paired(say=said.append)
     assert len(made) == 3 and "of 5 pictures 2 have no other of their kind, 0 a box above" in said[0]
-    shown = [picture[0, 0].tolist() for picture in made.exemplars]
+    shown = [c.exemplar[0, 0].tolist() for c in made.composites]
     assert shown[:2] == [[230, 20, 20], [255, 0, 0]] and shown[2] in ([230, 20, 20], [255, 0, 0])
-    assert all(e.hole.sum() == 16 * 14 and e.hole[8, 6] for e in made.examples)
+    assert all(c.hole.sum() == 16 * 14 and c.hole[8, 6] for c in made.composites)
     assert len(paired(limit=2)) == 2
-    assert paired(objects="aabcd").exemplars[0][0, 0].tolist() == [0, 0, 255]
+    assert paired(objects="aabcd").composites[0].exemplar[0, 0].tolist() == [0, 0, 255]
     with pytest.raises(UserError, match="of 3 pictures 3 show a kind of object that no other one shows"):
         paired(slice(2, None))
 
 
 def test_boxes_above_half_of_the_picture_are_left_out():
     """Guards the rule of COCOEE: there must be something around the box to fit into."""
-    large, said = bench(COLOURS), []
-    large.examples[0] = replace(large.examples[0], mask=np.pad(np.ones((28, 30), bool), ((2, 2), (1, 1))))
-    made = paired(examples=large, say=said.append)
+    large, said = pictures(COLOURS), []
+    large.composites[0] = replace(large.composites[0], mask=np.pad(np.ones((28, 30), bool), ((2, 2), (1, 1))))
+    made = paired(items=large, say=said.append)
     assert len(made) == 2 and "1 a box above half" in said[0]
 
 
@@ -84,15 +84,16 @@ def test_figures_of_a_perfect_copy():
     """
     made = paired()
     noise = np.random.default_rng(1)
-    made = replace(made, exemplars=list(noise.integers(0, 256, (3, 16, 14, 3), dtype=np.uint8)))
+    shown = noise.integers(0, 256, (3, 16, 14, 3), dtype=np.uint8)
+    made = replace(made, composites=[replace(c, exemplar=e) for c, e in zip(made.composites, shown, strict=True)])
     copies = []
-    for x, shown in zip(made.seen(), made.exemplars, strict=True):
-        y = x.copy()
-        y[8:24, 6:20] = shown
+    for c in made.composites:
+        y = c.background.copy()
+        y[8:24, 6:20] = c.exemplar
         copies.append(y)
     real = list(noise.integers(0, 256, (40, 32, 32, 3), dtype=np.uint8))
     likeness = Likeness(made, MeanColour(), MeanColour(), real)
-    copied, source = likeness.figures(copies), likeness.figures(made.seen())
+    copied, source = likeness.figures(copies), likeness.figures(made.backgrounds)
     assert copied["test/pasted/clip_i"] == pytest.approx(100, abs=0.1)
     assert copied["test/pasted/clip_i"] > source["test/pasted/clip_i"] + 1
     assert copied["test/pasted/copying"] == pytest.approx(1) and abs(source["test/pasted/copying"]) < 0.1

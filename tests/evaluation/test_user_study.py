@@ -234,7 +234,8 @@ def test_scores_of_several_raters(study, answered, tmp_path):
     """
     for rater in range(12):
         folder = answered(record_of(study(), f"{rater:x}", swapped=0.25))
-    flat, facts, text, drawn = study(answers=str(folder)).measure()
+    report = study(answers=str(folder)).measure()
+    flat, facts, text, drawn = report.figures, report.facts, report.text, report.pictures
     head, *rows = (tmp_path / "run" / "table.csv").read_text().splitlines()
     assert head == "method,score,low,high,win_share,comparisons" and len(rows) == 3
     table = {row.split(",")[0]: [float(cell) for cell in row.split(",")[1:]] for row in rows}
@@ -252,16 +253,18 @@ def test_scores_of_several_raters(study, answered, tmp_path):
 def test_one_rater_and_no_maximum(study, answered, tmp_path):
     """Guards small studies: one rater's answers are drawn instead, and that a method never lost is said."""
     file = answered(record_of(study(), "ab")) / "answers_ab.json"
-    flat, _, text, _ = study(answers=[str(file)]).measure()
+    report = study(answers=[str(file)]).measure()
+    flat, text = report.figures, report.text
     assert flat["ours/win_share"] == 1 and np.isfinite(flat["ours/score"]) and flat["ours/high"] >= flat["ours/low"]
     assert "not strongly connected" in text and "0.5 wins each way" in text and "the answers of one rater" in text
     answered(record_of(study(), "cd"))
-    assert "with fewer than 10 raters" in study(answers=str(file.parent)).measure()[2]
+    assert "with fewer than 10 raters" in study(answers=str(file.parent)).measure().text
 
 
 def test_without_answers_there_is_a_page_alone(study, tmp_path):
     """Guards the first step: no scores, where the page is, and how to go on."""
-    flat, _, text, drawn = study().measure()
+    report = study().measure()
+    flat, text, drawn = report.figures, report.text, report.pictures
     assert flat == {"ours/comparisons": 0, "paper/comparisons": 0, "plain/comparisons": 0} and drawn == []
     assert (tmp_path / "run" / "table.csv").read_text() == "method,comparisons\nours,0\npaper,0\nplain,0\n"
     assert "no scores yet" in text and "user_study.answers=FOLDER" in text

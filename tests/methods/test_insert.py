@@ -5,7 +5,9 @@ import pytest
 import torch
 
 from harmony.core.errors import UserError
-from harmony.methods.insert import Branch, fill, harmonize, load_branch
+from harmony.methods.inpainting import Branch, Inpainting, load_branch
+from harmony.methods.insert import cut, insert
+from harmony.methods.method import Composite, seeds_of
 from harmony.models.backbone import Kit
 from harmony.models.controlnet import export_controlnet
 from harmony.pixels.images import to_model
@@ -34,6 +36,12 @@ def rectangle(width: int, height: int, x0: int, y0: int, x1: int, y1: int) -> np
     mask = np.zeros((height, width), bool)
     mask[y0:y1, x0:x1] = True
     return mask
+
+
+def harmonize(kit, background, foreground, mask, prompt, branches, settings=FAST, region=None, feather=0, seed=0):
+    """One insertion by words and ControlNets."""
+    insertion = cut(kit.resolution, background, foreground, mask, region, caption=prompt)
+    return insert(Inpainting(kit, branches, settings), [insertion], seed, feather)[0]
 
 
 SCENES = {  # width, height, box of the object
@@ -73,7 +81,7 @@ def test_outside_the_hole_nothing_changes(kit, color, name):
 
 def test_seed_decides(kit, color):
     inputs = (kit, picture(45, 37), picture(45, 37, 1), rectangle(45, 37, 10, 10, 30, 30), "a blue car", [color])
-    first, again, other = (harmonize(*inputs, Settings(2, 2.0, seed)) for seed in (5, 5, 6))
+    first, again, other = (harmonize(*inputs, FAST, seed=seed) for seed in (5, 5, 6))
     assert np.array_equal(first.image, again.image) and np.array_equal(first.raw, again.raw)
     assert not np.array_equal(first.raw, other.raw)
 
@@ -114,7 +122,7 @@ def test_the_hole_is_mid_grey_for_the_model(kit, monkeypatch):
     seen, moments = [], Kit.moments
     monkeypatch.setattr(Kit, "moments", lambda self, x: (seen.append(x), moments(self, x))[1])
     image, mask = picture(32, 32), rectangle(32, 32, 8, 8, 20, 20)
-    fill(kit, [image], [image], [mask], [mask], ["x"], settings=FAST)
+    Inpainting(kit, [], FAST).fill([Composite(image, image, mask, mask, "x")], [(0, 0)])
     (x,) = seen
     assert (x[0][:, mask] == 0).all() and torch.allclose(x[0][:, ~mask], to_model(image)[:, ~mask])
 
@@ -131,9 +139,11 @@ def test_an_image_does_not_depend_on_its_neighbours(kit, color):
     masks = [rectangle(32, 32, 8, 8, 20 + i, 22) for i in range(3)]
     holes, prompts = [dilate(m, 1) for m in masks], ["a red mushroom", "a blue car", "snow"]
 
+    composites = [Composite(x, x, *rest) for x, *rest in zip(images, masks, holes, prompts, strict=True)]
+
     def run(order, batch):
-        parts = ([part[i] for i in order] for part in (images, images, masks, holes, prompts))
-        return dict(zip(order, fill(kit, *parts, [color], Settings(2, 2.0, 0, batch), order), strict=True))
+        method = Inpainting(kit, [color], Settings(2, 2.0, batch=batch))
+        return dict(zip(order, method.fill([composites[i] for i in order], seeds_of(0, order)), strict=True))
 
     together, alone = run([0, 1, 2], 16), run([2, 0, 1], 1)
     for i in range(3):
@@ -173,12 +183,14 @@ def test_nan_is_not_painted(kit, awake):
 def test_a_branch_is_loaded_with_its_operator_and_weight(kit, color, tmp_path):
     export_controlnet(color.net, tmp_path, "structure", {"low": 50, "high": 90, "edge_source": "masked"}, kit)
     branch = load_branch(str(tmp_path), kit, WEIGHTS, operator="color")  # hint.json wins
+    kit = Kit(kit.path)
     assert (branch.name, branch.weight, branch.parameters["low"]) == ("structure", 0.3, 50)
     (tmp_path / "controlnet" / "hint.json").unlink()
     branch = load_branch(str(tmp_path), kit, WEIGHTS, operator="color")
     assert (branch.name, branch.weight, branch.parameters) == ("color", 0.7, None)
     with pytest.raises(UserError, match="branch=color|structure|raw"):
         load_branch(str(tmp_path), kit, WEIGHTS)
+    assert load_branch(str(tmp_path), kit, operator="color").net is branch.net, "loaded once"
 
 
 def test_a_controlnet_of_another_kit_is_refused(kit, color, tmp_path):

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from harmony.core.errors import UserError
-from harmony.models.judge import Judge, evaluator, judge_hash, judge_net, load_judge, save_judge, statistic
+from harmony.models.judge import Judge, judge_hash, judge_net, load_evaluator, load_judge, save_judge, statistic
 
 OPTIONS = {"layers": [1, 1, 1, 1], "channels": [8, 8, 16, 16], "stem_width": 8}
 
@@ -43,7 +43,7 @@ def test_files_bring_the_judge_back(judge, picture, tmp_path):
     assert read.side == 32 and read.temperature == 1.5 and not any(p.requires_grad for p in read.net.parameters())
     image, mask = picture
     assert read.score([image], [mask]) == pytest.approx(judge.score([image], [mask]), abs=5e-3)
-    assert evaluator(str(tmp_path / "run"))(image, mask) == read.score([image], [mask])[0]
+    assert load_evaluator(str(tmp_path / "run"))(image, mask) == read.score([image], [mask])[0]
     before = judge_hash(tmp_path / "run")
     with torch.no_grad():
         judge.net.fc.bias += 1
@@ -80,5 +80,5 @@ def test_the_statistic(picture):
     brighter = np.where(mask[..., None], np.uint8(171), grey)  # L = 70
     assert statistic(brighter, mask) == pytest.approx(0.5, abs=0.01)
     assert statistic(np.where(mask[..., None], np.uint8(255), grey), mask) < 0.4
-    assert evaluator("statistic") is statistic and evaluator(None) is None
+    assert load_evaluator("statistic").score is statistic and load_evaluator(None) is None
     assert judge_hash(None) == "None" and judge_hash("statistic") == "statistic"

@@ -76,10 +76,10 @@ def test_constant_eps_is_reconstructed(abar):
 
 def test_noise_belongs_to_seed_and_index():
     shape = (4, 8, 8)
-    together = noise_for(3, [0, 1, 2, 7], shape)
+    together = noise_for([(3, i) for i in (0, 1, 2, 7)], shape)
     assert together.shape == (4, *shape)
     for row, i in enumerate([0, 1, 2, 7]):
-        assert torch.equal(noise_for(3, torch.tensor([i]), shape)[0], together[row])
+        assert torch.equal(noise_for([(3, i)], shape)[0], together[row])
     assert not torch.equal(together[0], together[1])
-    assert not torch.equal(noise_for(4, [0], shape)[0], together[0])
-    assert abs(float(noise_for(0, range(64), shape).std()) - 1) < 0.02
+    assert not torch.equal(noise_for([(4, 0)], shape)[0], together[0])
+    assert abs(float(noise_for([(0, i) for i in range(64)], shape).std()) - 1) < 0.02

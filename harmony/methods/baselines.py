@@ -1,0 +1,50 @@
+"""Composites without a network: copy and paste, Reinhard's color transfer, Poisson blending."""
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from harmony.methods.method import Composite, Method, Seed, fingerprint
+from harmony.models.backbone import Kit
+from harmony.pixels.composites import copy_paste, poisson, reinhard
+
+
+class Baseline(Method):
+    """A function of background, instance and mask at the resolution of a backbone, whose networks do not run."""
+
+    def __init__(self, backbone: Kit):
+        self.resolution = backbone.resolution
+
+    @property
+    def fingerprint(self) -> str:
+        return fingerprint(type(self).__name__)
+
+    def describe(self) -> str:
+        return type(self).__doc__.splitlines()[0]
+
+    def fill(self, composites: Sequence[Composite], seeds: Sequence[Seed]) -> list[np.ndarray]:
+        return [self.compose(c.background, c.instance, c.mask) for c in composites]
+
+    @staticmethod
+    def compose(background: np.ndarray, instance: np.ndarray, mask: np.ndarray) -> np.ndarray:
+        raise NotImplementedError
+
+
+class CopyPaste(Baseline):
+    """Copy and paste: the instance as it is."""
+
+    compose = staticmethod(copy_paste)
+
+
+class Reinhard(Baseline):
+    """Reinhard's color transfer (Reinhard 2001): the instance with mean and deviation of the background."""
+
+    @staticmethod
+    def compose(background: np.ndarray, instance: np.ndarray, mask: np.ndarray) -> np.ndarray:
+        return copy_paste(background, reinhard(instance, mask, background), mask)
+
+
+class Poisson(Baseline):
+    """Poisson blending (Perez 2003): the instance's gradients between the background's rim."""
+
+    compose = staticmethod(poisson)

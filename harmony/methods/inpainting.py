@@ -1,0 +1,172 @@
+"""Inpainting by words and ControlNets (Liu 2025): colour and structure hints on a frozen backbone, or words alone."""
+
+import functools
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+import torch
+
+from harmony.core.errors import UserError
+from harmony.methods.method import CAPTION, Composite, Method, Seed, fingerprint
+from harmony.models.backbone import DIFFUSION, Kit, placed, weights_hash
+from harmony.models.controlnet import load_controlnet, net_hash, read_hint
+from harmony.models.timing import blocks
+from harmony.pixels.hints import hint
+from harmony.pixels.images import from_model, to_hint, to_model
+from harmony.pixels.masks import to_latent
+from harmony.sampling.ddim import noise_for
+from harmony.sampling.guidance import Settings, inpaint
+
+
+@dataclass(frozen=True)
+class Branch:
+    """A trained ControlNet with its operator: ``name`` is color, structure or raw; ``weight`` its lambda.
+
+    ``source``: sha256 of the files that it was read from; None for one that is in memory alone.
+    """
+
+    name: str
+    net: torch.nn.Module
+    weight: float = 1.0
+    parameters: dict | None = None
+    source: str | None = None
+
+    @property
+    def fingerprint(self) -> str:
+        return fingerprint(self.name, self.weight, self.parameters, self.source or weights_hash(self.net))
+
+
+def load_branch(
+    path: str, backbone: Kit, weights: Mapping[str, float] | None = None, operator: str | None = None
+) -> Branch:
+    """The ControlNet in ``path`` with its operator from ``hint.json``; ``weights``: operator -> lambda (else 1).
+
+    ``operator`` names that of a ControlNet of other origin. UserError where it is unknown, or the net is made for a
+    backbone of another architecture. A net is loaded once for each backbone.
+    """
+    key = (str(path), operator)
+    if key not in backbone.loaded:
+        backbone.loaded[key] = read_branch(path, backbone, operator)
+    branch = backbone.loaded[key]
+    return replace(branch, weight=(weights or {}).get(branch.name, 1.0))
+
+
+def read_branch(path: str, backbone: Kit, operator: str | None) -> Branch:
+    net, facts = placed(load_controlnet(path, backbone.dtype), backbone.device), read_hint(path)
+    name = facts.get("branch", operator)
+    if name not in OPERATORS:
+        raise UserError(f"{path} does not say which hint it wants (hint.json): add branch={'|'.join(OPERATORS)}")
+    for key in ("block_out_channels", "cross_attention_dim", "layers_per_block"):
+        theirs, ours = net.config[key], backbone.unet.config[key]
+        if list(np.atleast_1d(theirs)) != list(np.atleast_1d(ours)):
+            made_for = facts.get("kit", "another kit")
+            raise UserError(
+                f"{path}, trained on {made_for}, does not fit kit {backbone.name} ({key}): give its model.path"
+            )
+    return Branch(name, net, 1.0, facts.get("parameters"), net_hash(path))
+
+
+OPERATORS = ("color", "structure", "raw")
+
+# what makes clean latents B x C x h x w: (which items, noise, hole B x 1 x h x w, scaled masked latent)
+Draw = Callable[[slice, torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
+
+
+@torch.no_grad()
+def fill_holes(
+    backbone: Kit, composites: Sequence[Composite], seeds: Sequence[Seed], draw: Draw, batch: int
+) -> list[np.ndarray]:
+    """Filled squares, uint8 R x R x 3, of methods that begin from noise and a masked latent; ``draw`` makes the latents
+    of ``batch`` composites at a time.
+    """
+    side = backbone.resolution // backbone.factor
+    outputs = []
+    for i in range(0, len(composites), batch):
+        part = slice(i, i + batch)
+        x = torch.stack([to_model(c.background) for c in composites[part]]).to(backbone.device)
+        holes = torch.from_numpy(np.stack([c.hole for c in composites[part]])[:, None]).float().to(backbone.device)
+        masked = backbone.latent(backbone.moments(x * (1 - holes)))
+        noise = noise_for(seeds[part], (backbone.channels, side, side), backbone.device)
+        z = draw(part, noise, to_latent(holes, backbone.factor), masked)
+        outputs += [from_model(y) for y in backbone.decode(z).float()]
+    return outputs
+
+
+def hint_pictures(branch: Branch, composites: Sequence[Composite]) -> list[np.ndarray]:
+    """The hint of each composite by the branch's operator, uint8 R x R x 3."""
+    return [hint(branch.name, c.instance, c.mask, **(branch.parameters or {})) for c in composites]
+
+
+class Inpainting(Method):
+    """Inpainting by the caption and the ``branches``; without any, or all of weight 0, by the caption alone."""
+
+    wants = frozenset({CAPTION})
+
+    def __init__(self, backbone: Kit, branches: Sequence[Branch] = (), settings: Settings = Settings()):
+        self.backbone, self.branches, self.settings = backbone, list(branches), settings
+        self.resolution, self.device = backbone.resolution, backbone.device
+
+    @functools.cached_property
+    def fingerprint(self) -> str:
+        parts = {part: self.backbone.hash(part) for part in DIFFUSION}
+        nets = [branch.fingerprint for branch in self.branches if branch.weight != 0]
+        return fingerprint("inpainting", parts, str(self.backbone.dtype), nets, self.settings)
+
+    def fill(self, composites: Sequence[Composite], seeds: Sequence[Seed]) -> list[np.ndarray]:
+        backbone, empty = self.backbone, self.backbone.prompt([""])
+
+        def draw(part: slice, noise: torch.Tensor, hole: torch.Tensor, masked: torch.Tensor) -> torch.Tensor:
+            controls = []
+            for b in self.branches:
+                hints = torch.stack([to_hint(picture) for picture in hint_pictures(b, composites[part])])
+                controls.append((b.net, hints.to(backbone.device), b.weight))
+            text = backbone.prompt([c.caption for c in composites[part]])
+            return inpaint(backbone, noise, hole, masked, text, empty, self.settings, controls)
+
+        return fill_holes(backbone, composites, seeds, draw, self.settings.batch)
+
+    def describe(self) -> str:
+        nets = " and ".join(f"{b.name} (weight {b.weight:g})" for b in self.branches)
+        where = f"kit {self.backbone.name} at {self.resolution} px on {self.device.type}"
+        return f"{where}, {nets or 'no ControlNet, plain inpainting'}"
+
+    def views(self, composites: Sequence[Composite]) -> dict[str, list[np.ndarray]]:
+        titles = [f"hint {b.name}" for b in self.branches] if len(self.branches) > 1 else ["hint"]
+        return {title: hint_pictures(b, composites) for title, b in zip(titles, self.branches, strict=False)}
+
+    def networks(self) -> dict[str, list[torch.nn.Module]]:
+        vae = self.backbone.vae
+        return {
+            "UNet": blocks(self.backbone.unet),
+            **{f"{b.name} ControlNet": blocks(b.net) for b in self.branches},
+            "VAE": [vae.encoder, vae.decoder],
+            "text encoder": [self.backbone.text_encoder],
+        }
+
+
+def load(
+    backbone: Kit,
+    controlnet: str | None = None,
+    structure: str | None = None,
+    branch: str | None = None,
+    lambda_l: float = 1.0,
+    lambda_h: float = 1.0,
+    **sampling,
+) -> Inpainting:
+    """``Inpainting`` by options: up to two ControlNets, each a run folder, a diffusers folder, a hub id or a shipped
+    name, with the weight of what it sees (``lambda_l`` for color and raw, ``lambda_h`` for structure).
+
+    ``branch`` says what ``controlnet`` sees where no hint.json beside it does; ``sampling``: fields of ``Settings``.
+    """
+    for name, value in (("lambda_l", lambda_l), ("lambda_h", lambda_h)):
+        if type(value) not in (int, float):
+            raise UserError(f"{name}={value}: give a number")
+    weights = {"color": lambda_l, "structure": lambda_h, "raw": lambda_l}
+    branches = [load_branch(controlnet, backbone, weights, branch)] if controlnet else []
+    if structure:
+        second = load_branch(structure, backbone, weights, "structure")
+        if second.name != "structure" or any(b.name == "structure" for b in branches):
+            raise UserError(f"structure={structure} sees {second.name}: give one ControlNet of each branch")
+        branches.append(second)
+    return Inpainting(backbone, branches, Settings(**sampling))

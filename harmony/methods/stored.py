@@ -1,0 +1,53 @@
+"""Results of any other program, by name: its pictures stand in the same tables as the methods of harmony."""
+
+import functools
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+
+from harmony.core.errors import UserError
+from harmony.methods.method import Composite, Method, Seed, fingerprint
+from harmony.models.backbone import Kit
+from harmony.pixels.images import crop_resize, read_image, resize, sha256
+
+SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
+
+
+class Stored(Method):
+    """``folder`` holds a picture a composite, NAME.png (or .jpg, .webp): the whole photograph or the square alone."""
+
+    def __init__(self, backbone: Kit, folder: str):
+        self.resolution, self.folder = backbone.resolution, Path(folder)
+        if not self.folder.is_dir():
+            raise UserError(f"{folder}: there is no such folder of results")
+
+    @functools.cached_property
+    def files(self) -> dict[str, Path]:
+        """Name -> file."""
+        listing = sorted(path for path in self.folder.iterdir() if path.suffix.lower() in SUFFIXES)
+        return {path.stem: path for path in listing}
+
+    @functools.cached_property
+    def fingerprint(self) -> str:
+        return fingerprint("stored", {name: sha256(path) for name, path in self.files.items()})
+
+    def describe(self) -> str:
+        return f"{len(self.files)} results from {self.folder}"
+
+    def fill(self, composites: Sequence[Composite], seeds: Sequence[Seed]) -> list[np.ndarray]:
+        return [self.read(c) for c in composites]
+
+    def read(self, composite: Composite) -> np.ndarray:
+        """The result for a composite, uint8 R x R x 3. UserError where there is none, or one of another size."""
+        if composite.name not in self.files:
+            raise UserError(f"{self.folder} has no result for {composite.name}: put {composite.name}.png there")
+        path = self.files[composite.name]
+        picture = read_image(path)
+        height, width = picture.shape[:2]
+        if composite.crop is not None and (width, height) == composite.size:
+            return crop_resize(picture, composite.crop, self.resolution)
+        if width == height:
+            return resize(picture, self.resolution, self.resolution)
+        wanted = "x".join(map(str, composite.size)) if composite.size else "its photograph"
+        raise UserError(f"{path} is {width} x {height}: give the whole photograph ({wanted}) or its square")
