@@ -18,6 +18,23 @@ from harmony.models.backbone import DIFFUSION
 from harmony.training.callbacks import AtomicCheckpoints, trainer_callbacks
 
 
+def settle_precision(cfg: DictConfig) -> dict[str, str]:
+    """Decide what ``trainer.precision: null`` and ``model.dtype: auto`` mean, for both together, and return the facts.
+
+    null is bf16-mixed where the networks that the task freezes are bfloat16. auto is bfloat16 where the trainer computes
+    in it, or where the trainer has no say and runs on a GPU.
+    """
+    asked, frozen = cfg.trainer.precision, isinstance(cfg.module.get("kit"), DictConfig)
+    gpu = cfg.trainer.accelerator in ("auto", "gpu", "cuda") and torch.cuda.is_available()
+    if cfg.model.dtype == "auto":
+        half = gpu if asked is None else "bf16" in str(asked)
+        cfg.model.dtype = "bfloat16" if half else "float32"
+    if asked is None:
+        cfg.trainer.precision = "bf16-mixed" if frozen and cfg.model.dtype == "bfloat16" else "32-true"
+    facts = {"precision": str(cfg.trainer.precision)}
+    return facts | {"frozen": cfg.model.dtype} if frozen else facts
+
+
 def train(cfg: DictConfig, folder: Path) -> tuple[lightning.Trainer, lightning.LightningModule]:
     """Build data, module and trainer from the configuration and fit, going on from the last checkpoint."""
     lightning.seed_everything(cfg.seed, workers=True, verbose=False)
@@ -58,6 +75,7 @@ def main(cfg: DictConfig) -> None:
     torch.set_float32_matmul_precision("high")
     folder = run_folder(cfg)
     ensure(OmegaConf.to_container(cfg.dataset, resolve=True), cfg.model.path, cfg.paths.work)
+    precision = settle_precision(cfg)
     trainer, module = train(cfg, folder)
     if not trainer.is_global_zero:
         return
@@ -81,6 +99,7 @@ def main(cfg: DictConfig) -> None:
     seen = {"pictures": data.hashes()} if hasattr(data, "hashes") else {"manifest": manifest_hash(cfg.data.manifest)}
     facts = provenance(
         cfg,
+        **precision,
         **measured,
         **seen,
         kit={part: kit.hash(part) for part in DIFFUSION},
