@@ -9,7 +9,7 @@ import torch
 from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 
-from harmony.cli.config import entry, literal, provenance, run_folder
+from harmony.cli.config import entry, literal, provenance, rank, run_folder
 from harmony.core.files import write_json
 from harmony.data.manifest import manifest_hash
 from harmony.data.preparation import ensure
@@ -19,20 +19,19 @@ from harmony.training.callbacks import AtomicCheckpoints, trainer_callbacks
 
 
 def settle_precision(cfg: DictConfig) -> dict[str, str]:
-    """Decide what ``trainer.precision: null`` and ``model.dtype: auto`` mean, for both together, and return the facts.
+    """Decide what ``trainer.precision: null`` and ``model.dtype: auto`` mean, both together; the facts are returned.
 
-    null is bf16-mixed where the networks that the task freezes are bfloat16. auto is bfloat16 where the trainer computes
-    in it, or where the trainer has no say and runs on a GPU.
+    null: bf16-mixed where the task has frozen networks and they are bfloat16, else 32-true. auto: bfloat16 where the
+    trainer is told to compute in it, or where it is told nothing and runs on a GPU; else float32.
     """
     asked, frozen = cfg.trainer.precision, isinstance(cfg.module.get("kit"), DictConfig)
     gpu = cfg.trainer.accelerator in ("auto", "gpu", "cuda") and torch.cuda.is_available()
     if cfg.model.dtype == "auto":
-        half = gpu if asked is None else "bf16" in str(asked)
-        cfg.model.dtype = "bfloat16" if half else "float32"
+        cfg.model.dtype = "bfloat16" if (gpu if asked is None else "bf16" in str(asked)) else "float32"
     if asked is None:
         cfg.trainer.precision = "bf16-mixed" if frozen and cfg.model.dtype == "bfloat16" else "32-true"
     facts = {"precision": str(cfg.trainer.precision)}
-    return facts | {"frozen": cfg.model.dtype} if frozen else facts
+    return facts | {"frozen_networks": cfg.model.dtype} if frozen else facts
 
 
 def train(cfg: DictConfig, folder: Path) -> tuple[lightning.Trainer, lightning.LightningModule]:
@@ -76,6 +75,8 @@ def main(cfg: DictConfig) -> None:
     folder = run_folder(cfg)
     ensure(OmegaConf.to_container(cfg.dataset, resolve=True), cfg.model.path, cfg.paths.work)
     precision = settle_precision(cfg)
+    if rank() == 0:
+        print(", ".join(f"{name.replace('_', ' ')} {value}" for name, value in precision.items()), flush=True)
     trainer, module = train(cfg, folder)
     if not trainer.is_global_zero:
         return
