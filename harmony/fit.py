@@ -9,13 +9,29 @@ import torch
 from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 
-from harmony.cli.config import entry, literal, provenance, run_folder
+from harmony.cli.config import entry, literal, provenance, rank, run_folder
 from harmony.core.files import write_json
 from harmony.data.manifest import manifest_hash
 from harmony.data.preparation import ensure
 from harmony.data.shards import hand_over, predictor
 from harmony.models.backbone import DIFFUSION
 from harmony.training.callbacks import AtomicCheckpoints, trainer_callbacks
+
+
+def settle_precision(cfg: DictConfig) -> dict[str, str]:
+    """Decide what ``trainer.precision: null`` and ``model.dtype: auto`` mean, both together; the facts are returned.
+
+    null: bf16-mixed where the task has frozen networks and they are bfloat16, else 32-true. auto: bfloat16 where the
+    trainer is told to compute in it, or where it is told nothing and runs on a GPU; else float32.
+    """
+    asked, frozen = cfg.trainer.precision, isinstance(cfg.module.get("kit"), DictConfig)
+    gpu = cfg.trainer.accelerator in ("auto", "gpu", "cuda") and torch.cuda.is_available()
+    if cfg.model.dtype == "auto":
+        cfg.model.dtype = "bfloat16" if (gpu if asked is None else "bf16" in str(asked)) else "float32"
+    if asked is None:
+        cfg.trainer.precision = "bf16-mixed" if frozen and cfg.model.dtype == "bfloat16" else "32-true"
+    facts = {"precision": str(cfg.trainer.precision)}
+    return facts | {"frozen_networks": cfg.model.dtype} if frozen else facts
 
 
 def train(cfg: DictConfig, folder: Path) -> tuple[lightning.Trainer, lightning.LightningModule]:
@@ -58,6 +74,9 @@ def main(cfg: DictConfig) -> None:
     torch.set_float32_matmul_precision("high")
     folder = run_folder(cfg)
     ensure(OmegaConf.to_container(cfg.dataset, resolve=True), cfg.model.path, cfg.paths.work)
+    precision = settle_precision(cfg)
+    if rank() == 0:
+        print(", ".join(f"{name.replace('_', ' ')} {value}" for name, value in precision.items()), flush=True)
     trainer, module = train(cfg, folder)
     if not trainer.is_global_zero:
         return
@@ -81,6 +100,7 @@ def main(cfg: DictConfig) -> None:
     seen = {"pictures": data.hashes()} if hasattr(data, "hashes") else {"manifest": manifest_hash(cfg.data.manifest)}
     facts = provenance(
         cfg,
+        **precision,
         **measured,
         **seen,
         kit={part: kit.hash(part) for part in DIFFUSION},

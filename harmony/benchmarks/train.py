@@ -10,6 +10,7 @@ import copy
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -53,6 +54,11 @@ def mixed(device: torch.device):
     return torch.autocast("cuda", torch.bfloat16) if device.type == "cuda" else nullcontext()
 
 
+def forward_pass(task: ControlTask | JointTask) -> Callable:
+    """What a step computes of a batch and its inputs, before the gradient."""
+    return task.means if isinstance(task, JointTask) else task.error
+
+
 def our_step(task: ControlTask | JointTask, batch: dict[str, torch.Tensor]) -> Step:
     """One step of ``fit experiment=color``: latents from the cache, one fused update."""
     tasks = task.tasks.values() if isinstance(task, JointTask) else [task]
@@ -62,7 +68,7 @@ def our_step(task: ControlTask | JointTask, batch: dict[str, torch.Tensor]) -> S
     device = task.kit.device
 
     def step() -> torch.Tensor:
-        loss = whole_step(task, to_device(batch, device), task.compiled)
+        loss = whole_step(task, to_device(batch, device), partial(forward_pass(task), run=lead.run))
         optimiser.step()
         optimiser.zero_grad()
         return loss
@@ -72,8 +78,8 @@ def our_step(task: ControlTask | JointTask, batch: dict[str, torch.Tensor]) -> S
 
 def counted(task: ControlTask | JointTask, batch: dict[str, torch.Tensor]) -> float:
     """TFLOP of a step, per image, counted on the uncompiled step."""
-    plain = task.means if isinstance(task, JointTask) else task.error
-    work = tflop(lambda: whole_step(task, to_device(batch, task.kit.device), plain), len(batch["noise"]))
+    step = forward_pass(task)
+    work = tflop(lambda: whole_step(task, to_device(batch, task.kit.device), step), len(batch["noise"]))
     for net in task.controls.values():
         net.zero_grad()
     return work

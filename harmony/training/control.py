@@ -17,22 +17,43 @@ from harmony.models.backbone import Kit, placed, weights_hash
 from harmony.models.controlnet import BRANCHES, export_controlnet, from_unet, zero_convolutions
 from harmony.models.unet_halves import Encoded, Residuals, decode, encode
 from harmony.pixels.hints import check_hint, hint
-from harmony.sampling.guidance import Settings, control_residuals, embedded, together
+from harmony.sampling.guidance import Settings, compiled_once, control_residuals, embedded, together
 from harmony.training.objective import Objective, noised, target
-from harmony.training.schedule import adamw, to_host
+from harmony.training.schedule import adamw, lay_out, place_moments
 
+Run = Callable[[Callable], Callable]  # what becomes of a function of a network before it is called
 LEVELS = 4  # equal ranges of t over which the loss is also reported
+
+
+def as_it_is(function: Callable) -> Callable:
+    """A function of a network that is not compiled."""
+    return function
+
+
+def answer(
+    net: torch.nn.Module, pixels: torch.Tensor, u: torch.Tensor, t: torch.Tensor, text: torch.Tensor
+) -> Residuals:
+    """The residuals of a ControlNet with its hint ``pixels``, the hint encoder included."""
+    return control_residuals(embedded([(net, pixels, 1.0)]), u, t, text)
 
 
 class Controls(lightning.LightningModule):
     """What runs with ControlNets have in common once they are trained; ``controls`` and ``kit`` are the task's."""
 
     frozen_baseline = True  # the baseline does not change with training
+    compiles = False
 
     @property
     def controls(self) -> dict[str, torch.nn.Module]:
         """Branch -> ControlNet: what this run trains."""
         raise NotImplementedError
+
+    def configure_callbacks(self) -> list[lightning.Callback]:
+        if not self.compiles:
+            return []
+        from harmony.training.compilation import Compilation  # inductor, whose import takes seconds
+
+        return [Compilation()]
 
     def branches(self, hints: dict[str, dict]) -> list[Branch]:
         """``hints``: branch -> parameters of its operator."""
@@ -74,8 +95,8 @@ class ControlTask(Controls):
     ``companion``: a trained ControlNet (see ``controlnet_folder``) that runs beside this one, frozen, in ``share`` of
     the samples; its hint must travel with the batch too. Liu 2025 trains each alone, and then both tell the UNet what
     they have in common (where the object ends, say) twice: see ``experiments/structure_long.yaml``.
-    ``compile``: one graph of UNet, ControlNet and loss. ``checkpointing``: activations are computed again for the
-    gradient instead of kept. ``offload``: AdamW's moments and the update in host memory.
+    ``compile``: both halves of the UNet and the ControlNet become one graph each. ``checkpointing``: activations are
+    computed again for the gradient instead of kept. ``offload``: AdamW's moments and the update in host memory.
     """
 
     def __init__(
@@ -109,7 +130,7 @@ class ControlTask(Controls):
 
     def configure_model(self):
         if self.net is None:
-            self.net = from_unet(self.kit.unrounded("unet"), self.kit.factor, self.in_channels)
+            self.net = lay_out(from_unet(self.kit.unrounded("unet"), self.kit.factor, self.in_channels))
             for net in (self.net, self.kit.unet) if self.checkpointing else ():
                 net.enable_gradient_checkpointing()
 
@@ -155,7 +176,7 @@ class ControlTask(Controls):
     on_validation_start = on_fit_start
 
     def on_train_start(self):
-        to_host(self.optimizers())
+        place_moments(self.optimizers())
 
     @property
     def reports(self) -> bool:
@@ -194,40 +215,45 @@ class ControlTask(Controls):
         text: torch.Tensor,
         wanted: torch.Tensor,
         encoded: Encoded,
-        weight: float = 1.0,
+        hint_off: bool = False,
+        run: Run = as_it_is,
     ) -> torch.Tensor:
-        """Weighted squared error B x C x h x w with the ControlNet at ``weight``, behind the frozen first half."""
-        seen = batch[f"hint_{self.branch}"].to(u.dtype)
-        residuals = control_residuals(embedded([(self.net, seen, weight)]), u, t, text)
+        """Weighted squared error B x C x h x w with the ControlNet or without, behind the frozen first half."""
+        pixels = batch[f"hint_{self.branch}"].to(u.dtype)
+        residuals = None if hint_off else run(answer)(self.net, pixels, u, t, text)
         if self.companion:
-            beside = self.beside(batch, u, t, text)
+            beside = self.beside(batch, u, t, text, run)
             residuals = beside if residuals is None else together(residuals, beside)
-        e = decode(self.kit.unet, encoded, text, residuals)
+        e = run(decode)(self.kit.unet, encoded, text, residuals)
         kind, a = self.kit.prediction_type, self.kit.alphas_cumprod[t]
         return self.objective.weight(a, batch["weight"], kind) * F.mse_loss(e.float(), wanted, reduction="none")
 
     @torch.no_grad()
-    def beside(self, batch: dict, u: torch.Tensor, t: torch.Tensor, text: torch.Tensor) -> Residuals:
+    def beside(self, batch: dict, u: torch.Tensor, t: torch.Tensor, text: torch.Tensor, run: Run) -> Residuals:
         """The companion's residuals, zero for the samples in which it does not run."""
-        name = f"hint_{self.companion.name}"
-        seen = batch[name].to(u.dtype)
-        down, middle = control_residuals(embedded([(self.companion.net, seen, 1.0)]), u, t, text)
+        pixels = batch[f"hint_{self.companion.name}"].to(u.dtype)
+        down, middle = run(answer)(self.companion.net, pixels, u, t, text)
         runs = (batch["beside"] < self.share).to(u.dtype)[:, None, None, None]
         return tuple(runs * r for r in down), runs * middle
 
-    def error(self, batch: dict, u: torch.Tensor, t: torch.Tensor, text: torch.Tensor, wanted: torch.Tensor):
+    def error(self, batch: dict, *inputs: torch.Tensor, run: Run = as_it_is) -> torch.Tensor:
         """Weighted squared error B x C x h x w: the whole pass through UNet and ControlNet."""
-        return self.behind(batch, u, t, text, wanted, encode(self.kit.unet, u, t, text))
+        encoded = run(encode)(self.kit.unet, *inputs[:3])
+        return self.behind(batch, *inputs, encoded, run=run)
 
-    @cached_property
-    def compiled(self) -> Callable[..., torch.Tensor]:
-        """``error`` as training runs it: one graph, no breaks, where ``compile`` asks for it."""
-        return torch.compile(self.error, fullgraph=True, dynamic=False) if self.compiles else self.error
+    @property
+    def run(self) -> Run:
+        """How a training step calls a network: compiled where ``compile`` asks for it.
+
+        The two halves of the UNet and the ControlNet are a graph each, not the whole step: nets of one run share
+        them, and what compiling costs grows faster than the graph.
+        """
+        return compiled_once if self.compiles else as_it_is
 
     def errors(self, batch: dict) -> tuple[torch.Tensor, torch.Tensor]:
         """(weighted squared error B x C x h x w, timesteps B)."""
-        u, t, text, wanted = self.inputs(batch)
-        return self.compiled(batch, u, t, text, wanted), t
+        inputs = self.inputs(batch)
+        return self.error(batch, *inputs, run=self.run), inputs[1]
 
     def training_step(self, batch: dict, index: int) -> torch.Tensor:
         if self.global_step == 0:
@@ -255,8 +281,8 @@ class ControlTask(Controls):
         """
         u, t, text, wanted = self.inputs(batch)
         encoded = encode(self.kit.unet, u, t, text)
-        for name, weight in (("validation/loss", 1.0), ("validation/loss_hint_off", 0.0)):
-            error = self.behind(batch, u, t, text, wanted, encoded, weight)
+        for name, hint_off in (("validation/loss", False), ("validation/loss_hint_off", True)):
+            error = self.behind(batch, u, t, text, wanted, encoded, hint_off)
             self.log(name, error.mean(), batch_size=len(t), sync_dist=True)
 
 
@@ -275,6 +301,7 @@ class JointTask(Controls):
             raise UserError("module.companion goes with one ControlNet a run; here they are trained side by side")
         self.kit, self.names = kit, list(branch)
         self.tasks = torch.nn.ModuleDict({name: ControlTask(kit, name, **options) for name in branch})
+        self.compiles = self.lead.compiles
 
     @property
     def controls(self) -> dict[str, torch.nn.Module]:
@@ -304,27 +331,25 @@ class JointTask(Controls):
     on_validation_start = on_fit_start
 
     def on_train_start(self):
-        to_host(self.optimizers())
+        place_moments(self.optimizers())
 
     def configure_optimizers(self):
         groups = [group for task in self.tasks.values() for group in task.groups()]
         return self.lead.optimiser(groups, self.trainer)
 
-    def means(self, batch: dict, *inputs: torch.Tensor, weight: float = 1.0) -> dict[str, torch.Tensor]:
+    def means(
+        self, batch: dict, *inputs: torch.Tensor, hint_off: bool = False, run: Run = as_it_is
+    ) -> dict[str, torch.Tensor]:
         """The loss of each net; ``inputs`` are those of ``ControlTask.inputs``."""
-        encoded = encode(self.kit.unet, *inputs[:3])
-        return {branch: task.behind(batch, *inputs, encoded, weight).mean() for branch, task in self.tasks.items()}
-
-    @cached_property
-    def compiled(self) -> Callable[..., dict[str, torch.Tensor]]:
-        """``means`` as training runs it: one graph where ``compile`` asks for it."""
-        return torch.compile(self.means, fullgraph=True, dynamic=False) if self.lead.compiles else self.means
+        encoded = run(encode)(self.kit.unet, *inputs[:3])
+        errors = {name: task.behind(batch, *inputs, encoded, hint_off, run) for name, task in self.tasks.items()}
+        return {name: error.mean() for name, error in errors.items()}
 
     def training_step(self, batch: dict, index: int) -> torch.Tensor:
         if self.global_step == 0:
             for branch in self.names:
                 check_hint(batch[f"hint_{branch}"])
-        losses = self.compiled(batch, *self.lead.inputs(batch))
+        losses = self.means(batch, *self.lead.inputs(batch), run=self.lead.run)
         size = len(batch["noise"])
         for branch, loss in losses.items():
             self.log(f"train/loss_{branch}", loss, batch_size=size)
@@ -335,8 +360,8 @@ class JointTask(Controls):
     def validation_step(self, batch: dict, index: int) -> None:
         size = len(batch["noise"])
         inputs = self.lead.inputs(batch)
-        for name, weight in (("loss", 1.0), ("loss_hint_off", 0.0)):
-            losses = self.means(batch, *inputs, weight=weight)
+        for name, hint_off in (("loss", False), ("loss_hint_off", True)):
+            losses = self.means(batch, *inputs, hint_off=hint_off)
             for branch, loss in losses.items():
                 self.log(f"validation/{name}_{branch}", loss, batch_size=size, sync_dist=True)
             self.log(f"validation/{name}", torch.stack(list(losses.values())).sum(), batch_size=size, sync_dist=True)

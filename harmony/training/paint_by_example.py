@@ -25,7 +25,7 @@ from harmony.models.paint_by_example import (
 from harmony.pixels.hints import check_hint
 from harmony.sampling.guidance import Settings
 from harmony.training.objective import noised, target
-from harmony.training.schedule import adamw, to_host, warm_up
+from harmony.training.schedule import adamw, lay_out, place_moments, warm_up
 
 
 class ExemplarTask(lightning.LightningModule):
@@ -69,7 +69,7 @@ class ExemplarTask(lightning.LightningModule):
 
     def configure_model(self):
         if self.unet is None:
-            self.unet = painting_unet(self.kit.unrounded("unet"))
+            self.unet = lay_out(painting_unet(self.kit.unrounded("unet")))
             width = self.unet.config.cross_attention_dim
             self.encoder = fresh_encoder(self.tower, width, self.all_tokens).float()
             self.kit = self.kit.with_unet(self.unet)  # and what was copied takes no more room
@@ -130,7 +130,7 @@ class ExemplarTask(lightning.LightningModule):
     on_validation_start = on_fit_start
 
     def on_train_start(self):
-        to_host(self.optimizers())
+        place_moments(self.optimizers())
 
     def configure_optimizers(self):
         groups = [

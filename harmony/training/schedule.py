@@ -12,6 +12,7 @@ import torch
 from torch.optim.adamw import adamw as update
 
 from harmony.core.errors import UserError
+from harmony.models.backbone import memory_format
 
 
 def constant(warmup: int = 0) -> Callable[[int], float]:
@@ -67,12 +68,27 @@ class HostAdamW(torch.optim.AdamW):
         return loss
 
 
-def to_host(optimiser: torch.optim.Optimizer) -> None:
-    """Moments of ``HostAdamW`` back into host memory: whoever loads a checkpoint puts them beside the weights."""
-    optimiser = getattr(optimiser, "optimizer", optimiser)  # out of Lightning's wrapper
-    if isinstance(optimiser, HostAdamW):
-        for state in optimiser.state.values():
-            state.update({name: state[name].cpu() for name in ("exp_avg", "exp_avg_sq")})
+def lay_out(net: torch.nn.Module) -> torch.nn.Module:
+    """A net that is to be trained, in the memory format of the device that it will be trained on.
+
+    For ``configure_model``, in which that is the default device: before optimizer and gradient buffers take the layout
+    of the weights over.
+    """
+    return torch.nn.Module.to(net, memory_format=memory_format(torch.get_default_device()))
+
+
+def place_moments(optimizer: torch.optim.Optimizer) -> None:
+    """Moments of AdamW laid out as their weights, those of ``HostAdamW`` back in host memory.
+
+    A checkpoint brings both as they were where it was written, and the fused update reads weights and moments in the
+    order of memory.
+    """
+    optimizer = getattr(optimizer, "optimizer", optimizer)  # out of Lightning's wrapper
+    host = isinstance(optimizer, HostAdamW)
+    for p, state in optimizer.state.items():
+        for name in ("exp_avg", "exp_avg_sq"):
+            moment = torch.empty_like(p, device="cpu" if host else p.device)
+            state[name] = moment.copy_(state[name])
 
 
 def adamw(

@@ -10,7 +10,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from harmony.core.errors import UserError
 from harmony.models.backbone import Kit
-from harmony.models.controlnet import export_controlnet, zero_convolutions
+from harmony.models.controlnet import export_controlnet, load_controlnet, zero_convolutions
+from harmony.training import control, schedule
 from harmony.training.callbacks import NaNGuard, Throughput
 from harmony.training.control import ControlTask, JointTask
 from harmony.training.schedule import HostAdamW
@@ -260,22 +261,87 @@ def test_joint_training_wants_a_list_of_branches(kit):
             JointTask(kit, wrong)
 
 
-@pytest.mark.parametrize("kind", [ControlTask, JointTask])
-def test_the_compiled_step_is_one_graph_with_the_same_loss(kit, data, kind):
-    """Guards module.compile: nothing makes the tracer leave the graph, and what it traced is the step itself."""
-    torch._dynamo.reset()
+def loss_of(task: ControlTask | JointTask, batch: dict) -> torch.Tensor:
+    """What a training step takes the gradient of."""
+    if isinstance(task, ControlTask):
+        return task.errors(batch)[0].mean()
+    return torch.stack([*task.means(batch, *task.lead.inputs(batch), run=task.lead.run).values()]).sum()
+
+
+def start_of(kind: type, kit: Kit, **options) -> ControlTask | JointTask:
+    """A task whose nets answer, ready for steps by hand."""
     torch.manual_seed(0)
-    task = kind(kit)
+    task = kind(kit, **options)
     task.configure_model()
     task.on_fit_start()
-    lead, whole = (task, task.error) if kind is ControlTask else (task.lead, task.means)
+    with torch.no_grad():
+        for net in task.controls.values():
+            for p in zero_convolutions(net):
+                p.fill_(0.01)
+    return task
+
+
+def hinted(data) -> dict:
     batch = batch_of(data)
-    batch["hint_structure"] = batch["hint_color"]
+    return batch | {"hint_structure": 1 - batch["hint_color"]}
+
+
+@pytest.mark.parametrize("kind", [ControlTask, JointTask])
+def test_a_compiled_step_is_three_graphs_that_nets_share(kit, data, kind, monkeypatch):
+    """Guards what module.compile costs: the UNet's halves and a ControlNet are traced once each, for two nets too."""
+    torch._dynamo.reset()
     graphs = []
-    compiled = torch.compile(whole, dynamic=False, backend=lambda graph, inputs: graphs.append(graph) or graph.forward)
-    found, plain = compiled(batch, *lead.inputs(batch)), whole(batch, *lead.inputs(batch))
-    assert len(graphs) == 1, "the tracer left the graph: TORCH_LOGS=graph_breaks says where"
-    assert torch.equal(found, plain) if kind is ControlTask else found == plain
+
+    def capture(function):
+        return torch.compile(function, fullgraph=True, dynamic=False, backend=keep)
+
+    def keep(graph, inputs):
+        graphs.append(graph)
+        return graph.forward
+
+    monkeypatch.setattr(control, "compiled_once", capture)
+    compiled, plain = start_of(kind, kit, compile=True), start_of(kind, kit)
+    for _ in range(2):
+        assert torch.equal(loss_of(compiled, hinted(data)), loss_of(plain, hinted(data)))
+    assert len(graphs) == 3, "another net, or another step, was traced anew: TORCH_LOGS=recompiles says why"
+
+
+def test_compiled_steps_in_bfloat16_are_the_steps(kit, data):
+    """Guards module.compile as a GPU runs it, by inductor under autocast on bfloat16 networks: losses and gradients."""
+    torch._dynamo.reset()
+    for kind in (JointTask, ControlTask):
+        results = []
+        for compile in (False, True):
+            task = start_of(kind, Kit(kit.path, dtype="bfloat16"), compile=compile)
+            with torch.autocast("cpu", torch.bfloat16):
+                loss = loss_of(task, hinted(data))
+            loss.backward()
+            results.append((loss.item(), torch.cat([p.grad.flatten() for p in task.parameters()])))
+        (plain, gradient), (loss, compiled) = results
+        assert loss == pytest.approx(plain, rel=1e-2)
+        assert torch.cosine_similarity(compiled, gradient, dim=0) > 0.99
+
+
+@pytest.mark.parametrize(
+    ("kind", "options"),
+    [(ControlTask, {}), (ControlTask, {"checkpointing": True}), (ControlTask, {"offload": True}), (JointTask, {})],
+)
+def test_bfloat16_trains_as_float32_does(kit, latent_data, tmp_path, kind, options):
+    """Guards the precision of full size: a step on bfloat16 networks under autocast has float32's loss within rounding
+    and moves float32 weights.
+    """
+    data, losses = latent_data(batch_size=4, branch=["color", "structure"] if kind is JointTask else "color"), []
+    for dtype, precision in (("float32", "32-true"), ("bfloat16", "bf16-mixed")):
+        torch.manual_seed(0)
+        task, run = (
+            kind(Kit(kit.path, dtype=dtype), lr=1e-3, warmup=0, **options),
+            trainer(tmp_path, 2, precision=precision),
+        )
+        run.fit(task, data)
+        losses.append({name: float(v) for name, v in run.logged_metrics.items() if name.startswith("train/loss")})
+        assert all(p.dtype == torch.float32 for p in task.parameters())
+        assert any(p.any() for net in task.controls.values() for p in zero_convolutions(net)), "nothing moved"
+    assert losses[0] == pytest.approx(losses[1], rel=3e-2) and losses[0] != losses[1]
 
 
 def test_checkpointing_changes_no_gradient(kit, data):
@@ -358,3 +424,40 @@ def test_the_update_in_host_memory_is_the_update(kit, data, tmp_path):
         nets.append(task.net.state_dict())
     assert isinstance(run.optimizers[0], HostAdamW)
     assert all(torch.equal(value, nets[1][name]) for name, value in nets[0].items())
+
+
+def test_channels_last_changes_no_run(kit, data, tmp_path, monkeypatch):
+    """Guards the layout that a GPU trains in: weights, gradients and moments have it; a run that is stopped goes on to
+    the last bit, also on a checkpoint from a device with the other layout; what is exported is contiguous.
+    """
+
+    class Strides(Callback):
+        def on_before_optimizer_step(self, trainer, module, optimizer):
+            for p in module.parameters():
+                assert p.grad.stride() == p.stride() or 1 in p.shape
+
+    def trained(layout: torch.memory_format, steps: int, checkpoint=None) -> ControlTask:
+        monkeypatch.setattr(schedule, "memory_format", lambda device: layout)
+        torch.manual_seed(0)
+        task, run = ControlTask(Kit(kit.path), lr=1e-3, warmup=2), trainer(tmp_path, steps, Strides())
+        run.fit(task, data, ckpt_path=checkpoint)
+        run.save_checkpoint(tmp_path / f"{steps}.ckpt")
+        for p, state in run.optimizers[0].state.items():
+            assert state["exp_avg"].stride() == state["exp_avg_sq"].stride() == p.stride()
+        return task
+
+    last, plain = torch.channels_last, torch.contiguous_format
+    unbroken = trained(last, 4)
+    weight = unbroken.net.mid_block.resnets[0].conv1.weight
+    assert weight.is_contiguous(memory_format=last) and not weight.is_contiguous()
+    trained(last, 2)
+    resumed = trained(last, 4, tmp_path / "2.ckpt").net.state_dict()
+    assert all(torch.equal(v, resumed[name]) for name, v in unbroken.net.state_dict().items())
+    trained(plain, 2)
+    elsewhere = trained(last, 4, tmp_path / "2.ckpt").net.state_dict()
+    for name, value in unbroken.net.state_dict().items():
+        torch.testing.assert_close(elsewhere[name], value, atol=2e-5, rtol=1e-4)
+    folder = export_controlnet(unbroken.net, tmp_path, "color", {"sigma": 10, "normalize": True}, kit)
+    exported = load_controlnet(folder).state_dict()
+    assert all(torch.equal(v, exported[name]) for name, v in unbroken.net.state_dict().items())
+    assert all(v.is_contiguous() for v in exported.values())
