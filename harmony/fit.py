@@ -16,6 +16,7 @@ from harmony.data.preparation import ensure
 from harmony.data.shards import hand_over, predictor
 from harmony.models.backbone import DIFFUSION
 from harmony.training.callbacks import AtomicCheckpoints, trainer_callbacks
+from harmony.training.task import Task
 
 
 def settle_precision(cfg: DictConfig) -> dict[str, str]:
@@ -34,12 +35,11 @@ def settle_precision(cfg: DictConfig) -> dict[str, str]:
     return facts | {"frozen_networks": cfg.model.dtype} if frozen else facts
 
 
-def train(cfg: DictConfig, folder: Path) -> tuple[lightning.Trainer, lightning.LightningModule]:
+def train(cfg: DictConfig, folder: Path) -> tuple[lightning.Trainer, Task]:
     """Build data, module and trainer from the configuration and fit, going on from the last checkpoint."""
     lightning.seed_everything(cfg.seed, workers=True, verbose=False)
-    data, module = (instantiate(node, _convert_="all") for node in (cfg.data, cfg.module))
-    if hasattr(module, "check"):
-        module.check(data)
+    data, task = (instantiate(node, _convert_="all") for node in (cfg.data, cfg.module))
+    task.check(data)
     if hasattr(data, "prepare"):
         data.prepare(first := predictor(instantiate(cfg.trainer, _partial_=True, _convert_="all")))
     logger = instantiate(cfg.logger)
@@ -55,10 +55,10 @@ def train(cfg: DictConfig, folder: Path) -> tuple[lightning.Trainer, lightning.L
     if hasattr(data, "prepare"):
         hand_over(first, trainer)
     last = folder / "checkpoints" / "last.ckpt"
-    trainer.fit(module, data, ckpt_path=str(last) if last.exists() else None)
+    trainer.fit(task, data, ckpt_path=str(last) if last.exists() else None)
     if trainer.interrupted:
         raise KeyboardInterrupt
-    return trainer, module
+    return trainer, task
 
 
 def overrides(words: list[str]) -> list[str]:
@@ -66,10 +66,30 @@ def overrides(words: list[str]) -> list[str]:
     return [literal(word, ("token",)) for word in words]
 
 
+def measure(cfg: DictConfig, task: Task) -> tuple[dict[str, float], dict, str]:
+    """(figures, facts, table) of the task's result beside its baseline, on held-out pictures."""
+    from harmony.evaluation.before_after import before_and_after, table
+    from harmony.evaluation.eval_sets import load_reconstruct
+    from harmony.sampling.guidance import Settings
+
+    e = cfg.evaluate
+    settings = Settings(e.steps, e.guidance)
+    items = load_reconstruct(Path(cfg.data.manifest), e.split, task.kit.resolution, e.limit)
+    methods = task.baseline(settings), task.result(settings)
+    protocol = f"DDIM {e.steps} steps, guidance {e.guidance}, seed {e.seed}"
+    figures, facts = before_and_after(task.kit, items, *methods, e.seed, protocol)
+    return figures, facts, f"{table(figures, e.split, **facts)}\n"
+
+
+def data_facts(cfg: DictConfig, data: lightning.LightningDataModule) -> dict:
+    """What the run was trained on: the manifest's hash, or those of a concept's pictures."""
+    return {"pictures": data.hashes()} if hasattr(data, "hashes") else {"manifest": manifest_hash(cfg.data.manifest)}
+
+
 @entry("fit", read=overrides)
 def main(cfg: DictConfig) -> None:
     """Train what the experiment names; the same command goes on with an interrupted run."""
-    began = time.monotonic()
+    start = time.monotonic()
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     torch.set_float32_matmul_precision("high")
     folder = run_folder(cfg)
@@ -77,44 +97,26 @@ def main(cfg: DictConfig) -> None:
     precision = settle_precision(cfg)
     if rank() == 0:
         print(", ".join(f"{name.replace('_', ' ')} {value}" for name, value in precision.items()), flush=True)
-    trainer, module = train(cfg, folder)
+    trainer, task = train(cfg, folder)
     if not trainer.is_global_zero:
         return
-    numbers = {k: float(v) for k, v in trainer.callback_metrics.items() if not k.endswith(("_step", "_epoch"))}
-    measured, text = {}, ""
-    if hasattr(module, "export"):  # the parts of a kit write themselves into their kit
-        home = module.kit.device if hasattr(module, "kit") else module.device
-        module.eval().requires_grad_(False).to(home)  # Lightning has moved it to the CPU
-        known = OmegaConf.to_container(cfg.data.get("hints") or OmegaConf.create(), resolve=True)
-        module.export(folder / "export", known)
-    if (e := cfg.evaluate) is not None:
-        from harmony.evaluation.eval_sets import before_and_after, table
-        from harmony.sampling.guidance import Settings
-
-        settings = Settings(e.steps, e.guidance, e.seed)
-        methods = module.methods(settings, known).values()
-        figures, measured = before_and_after(module.kit, Path(cfg.data.manifest), *methods, settings, e.split, e.limit)
-        numbers |= figures
-        text = f"\n{table(figures, e.split, **measured)}\n"
-    kit, data = instantiate(cfg.model), trainer.datamodule
-    seen = {"pictures": data.hashes()} if hasattr(data, "hashes") else {"manifest": manifest_hash(cfg.data.manifest)}
-    facts = provenance(
-        cfg,
-        **precision,
-        **measured,
-        **seen,
-        kit={part: kit.hash(part) for part in DIFFUSION},
-        wall_time_s=round(time.monotonic() - began, 1),
-    )
-    write_json(folder / "provenance.json", facts)
+    figures = {k: float(v) for k, v in trainer.callback_metrics.items() if not k.endswith(("_step", "_epoch"))}
+    task.eval().requires_grad_(False).to(task.home)  # Lightning has moved it to the CPU
+    task.export(folder / "export")
+    measured, facts, text = measure(cfg, task) if cfg.evaluate is not None else ({}, {}, "")
+    figures |= measured
+    backbone = instantiate(cfg.model)
+    facts |= {"kit": {part: backbone.hash(part) for part in DIFFUSION}, **data_facts(cfg, trainer.datamodule)}
+    facts |= {"wall_time_s": round(time.monotonic() - start, 1)}
+    write_json(folder / "provenance.json", provenance(cfg, **precision, **facts))
     if trainer.logger is not None:
-        trainer.logger.log_metrics(numbers, step=trainer.global_step)
+        trainer.logger.log_metrics(figures, step=trainer.global_step)
         trainer.logger.finalize("success")
         if hasattr(trainer.logger.experiment, "finish"):  # W&B: flush, and let a sweep's next run be one of its own
             trainer.logger.experiment.finish()
-    write_json(folder / "metrics.json", numbers)
+    write_json(folder / "metrics.json", figures)
     grids = sorted((folder / "grids").glob("*.png"))
-    print(f"{text}\n{folder}" if text else folder)  # last, below what the logger has to say
+    print(f"\n{text}\n{folder}" if text else folder)  # last, below what the logger has to say
     if grids:
         print(grids[-1])
 

@@ -10,13 +10,15 @@ import torch
 from harmony.data.latent_cache import example
 from harmony.data.relit_pairs import under_other_light
 from harmony.data.sources.pixels import rows_of
-from harmony.evaluation.eval_sets import SHOWN_TO, Bench, by_example, by_hints, pasted, scores
-from harmony.methods.insert import load_branch
+from harmony.evaluation.eval_sets import SHOWN_TO, EvalSet, composite_of, paste_outputs
+from harmony.evaluation.figures import scores
+from harmony.methods.inpainting import Inpainting, load_branch
+from harmony.methods.method import seeds_of
+from harmony.methods.paint_by_example import load as load_paint_by_example
 from harmony.metrics.classification import judged
 from harmony.metrics.fidelity import aggregate
 from harmony.models.backbone import ASSETS, Kit
 from harmony.models.judge import load_judge
-from harmony.models.paint_by_example import load_painter
 from harmony.pixels.composites import copy_paste
 from harmony.pixels.images import from_model, to_model
 from harmony.sampling.guidance import Settings
@@ -31,12 +33,14 @@ def kit() -> Kit:
 
 
 @pytest.fixture(scope="module")
-def bench(kit) -> Bench:
+def items(kit) -> EvalSet:
     """Sixteen held-out renders, spread over the test split."""
     rows = rows_of(ROOT / "datasets" / "studio" / "test", "test", ROOT)
     rows = [row for row in rows if Path(row.image).parent.name == "data"]
     rows = rows[:: len(rows) // 16][:16]
-    return Bench("test", [example(row, ROOT, SHOWN_TO, kit.resolution) for row in rows], [row.caption for row in rows])
+    examples = [example(row, ROOT, SHOWN_TO, kit.resolution) for row in rows]
+    composites = [composite_of(e, row) for e, row in zip(examples, rows, strict=True)]
+    return EvalSet("test", composites, [e.image for e in examples])
 
 
 def megabytes(folder: Path, pattern: str = "*") -> float:
@@ -57,24 +61,24 @@ def test_a_controlnet_is_of_this_kit(name, kit):
     assert {part: facts[part] for part in ("vae", "unet")} == {part: kit.hash(part) for part in ("vae", "unet")}
 
 
-def test_the_vae_keeps_renders(kit, bench):
+def test_the_vae_keeps_renders(kit, items):
     """The card says 33 dB on 192 renders."""
-    x = torch.stack([to_model(image) for image in bench.truths()])
+    x = torch.stack([to_model(image) for image in items.truths])
     with torch.no_grad():
         y = kit.decode(kit.latent(kit.moments(x)))
     decoded = [from_model(v) for v in y.float()]
-    assert aggregate(scores(bench, decoded))["psnr"] > 31.5
+    assert aggregate(scores(items, decoded))["psnr"] > 31.5
 
 
-def test_the_controlnets_do_their_work(kit, bench):
+def test_the_controlnets_do_their_work(kit, items):
     """The cards say 55 % less colour difference on 96 renders with colour, and more of the edges with structure, alone
     and beside colour; and nothing changes outside the holes.
     """
-    weights, found = {"color": 1.0, "structure": 1.0}, {}
+    seeds, found = seeds_of(0, range(len(items))), {}
     for names in ([], ["color"], ["structure"], ["color", "structure"]):
-        branches = [load_branch(name, kit, weights) for name in names]
-        made = by_hints(kit, branches, Settings(steps=20, guidance=1.0))(bench)
-        found["+".join(names)] = aggregate(scores(bench, pasted(bench, made)))
+        branches = [load_branch(name, kit) for name in names]
+        made = Inpainting(kit, branches, Settings(steps=20, guidance=1.0)).fill(items.composites, seeds)
+        found["+".join(names)] = aggregate(scores(items, paste_outputs(items, made)))
     off, color, structure, both = found.values()
     assert all(numbers["bg_drift"] == 0 for numbers in found.values())
     assert color["color_de"] < 0.6 * off["color_de"] and color["fpsnr"] > off["fpsnr"] + 4
@@ -82,20 +86,20 @@ def test_the_controlnets_do_their_work(kit, bench):
     assert both["fpsnr"] > color["fpsnr"] - 0.05
 
 
-def test_the_judge_tells_another_light(bench):
+def test_the_judge_tells_another_light(items):
     """The card says an area of 0.876 on 96 renders; here on sixteen, and without the renders under a second light."""
     judge, rng = load_judge("judge"), np.random.default_rng(0)
-    masks = [e.mask for e in bench.examples]
-    lit = [copy_paste(x, under_other_light(x, m, rng), m) for x, m in zip(bench.truths(), masks, strict=True)]
-    scores = np.array([judge.score(images, masks) for images in (lit, bench.truths())])
+    masks = [c.mask for c in items.composites]
+    lit = [copy_paste(x, under_other_light(x, m, rng), m) for x, m in zip(items.truths, masks, strict=True)]
+    scores = np.array([judge.score(images, masks) for images in (lit, items.truths)])
     assert judged(scores.ravel(), np.repeat([0.0, 1.0], len(masks)))["auc"] > 0.65
 
 
-def test_paint_by_example_does_its_work(kit, bench):
+def test_paint_by_example_does_its_work(kit, items):
     """The card says half the colour difference of painting without an exemplar, and that it looks like the truth."""
-    painter, found = load_painter("paint_by_example", kit), {}
+    seeds, found = seeds_of(0, range(len(items))), {}
     for guidance in (0.0, 3.0):
-        made = by_example(painter, Settings(steps=20, guidance=guidance))(bench)
-        found[guidance] = aggregate(scores(bench, pasted(bench, made)))
+        method = load_paint_by_example(kit, "paint_by_example", steps=20, guidance=guidance)
+        found[guidance] = aggregate(scores(items, paste_outputs(items, method.fill(items.composites, seeds))))
     assert all(numbers["bg_drift"] == 0 for numbers in found.values())
     assert found[3.0]["color_de"] < 0.7 * found[0.0]["color_de"] and found[3.0]["fpsnr"] > found[0.0]["fpsnr"] + 2

@@ -12,10 +12,11 @@ import torch
 from diffusers import DDIMScheduler, StableDiffusionControlNetInpaintPipeline
 
 from harmony.benchmarks.measure import alternate, matmul_rate, tflop
-from harmony.methods.insert import Branch, fill, hints
+from harmony.methods.inpainting import Branch, Inpainting, hint_pictures
+from harmony.methods.method import Composite, seeds_of
 from harmony.models.backbone import Kit, placed
 from harmony.models.controlnet import from_unet, zero_convolutions
-from harmony.pixels.images import to_model
+from harmony.pixels.images import to_hint, to_model
 from harmony.sampling.guidance import Settings
 
 PROMPT = "a photograph of a mushroom"
@@ -57,10 +58,10 @@ class Scene:
         self.branches = [Branch(name, awake_net(kit, n)) for n, name in enumerate(BRANCHES)]
 
     def ours(self, settings: Settings) -> Callable[[], list[np.ndarray]]:
-        masks, prompts = [self.mask] * len(self.pictures), [PROMPT] * len(self.pictures)
-        settings = replace(settings, batch=len(self.pictures))
-        pictures = self.pictures
-        return lambda: fill(self.kit, pictures, pictures, masks, masks, prompts, self.branches, settings)
+        method = Inpainting(self.kit, self.branches, replace(settings, batch=len(self.pictures)))
+        composites = [Composite(x, x, self.mask, self.mask, PROMPT) for x in self.pictures]
+        seeds = seeds_of(0, range(len(composites)))
+        return lambda: method.fill(composites, seeds)
 
     def stock(self, steps: int, guidance: float) -> Callable[[], object]:
         kit = self.kit
@@ -77,10 +78,14 @@ class Scene:
         )
         pipeline.set_progress_bar_config(disable=True)
         masks = [self.mask] * len(self.pictures)
+        composites = [Composite(x, x, self.mask, self.mask) for x in self.pictures]
         given = {
             "image": torch.stack([to_model(x) for x in self.pictures]),
             "mask_image": torch.from_numpy(np.stack(masks)[:, None]).float(),
-            "control_image": [hints(branch, self.pictures, masks) for branch in self.branches],
+            "control_image": [
+                torch.stack([to_hint(picture) for picture in hint_pictures(branch, composites)])
+                for branch in self.branches
+            ],
         }
         return lambda: pipeline(
             [PROMPT] * len(self.pictures),

@@ -11,7 +11,6 @@ import shutil
 from collections.abc import Iterable
 from pathlib import Path
 
-import lightning
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -25,6 +24,7 @@ from harmony.pixels.images import CLIP_MEAN, CLIP_STD, from_model, grid, to_clip
 from harmony.training.muon import Muon
 from harmony.training.objective import noised, target
 from harmony.training.schedule import linear_decay, total_steps
+from harmony.training.task import Task
 
 logging.getLogger("transformers").setLevel(logging.ERROR)
 
@@ -51,7 +51,7 @@ def write_part(folder: Path, name: str, *parts) -> None:
     write_model_index(folder)
 
 
-class KitTask(lightning.LightningModule):
+class KitTask(Task):
     """What the four have in common: a linearly decaying rate, an EMA of the trained network, one grid, one save.
 
     ``kit`` is the folder the part is written to, and from which earlier parts are read.

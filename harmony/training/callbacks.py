@@ -13,8 +13,8 @@ from lightning.fabric.plugins import TorchCheckpointIO
 from lightning.pytorch.callbacks import Callback
 
 from harmony.core.errors import UserError
-from harmony.data.modules import LatentData
-from harmony.evaluation.eval_sets import load_bench, sample_grid
+from harmony.evaluation.eval_sets import load_reconstruct, sample_grid
+from harmony.methods.method import seeds_of
 from harmony.pixels.images import write_image
 from harmony.sampling.guidance import Settings
 
@@ -146,26 +146,25 @@ class SampleGrid(Callback):
     def __init__(
         self, folder: str, count: int = 8, every: int = 500, steps: int = 20, guidance: float = 2.0, seed: int = 0
     ):
-        self.folder, self.count, self.every = Path(folder) / "grids", count, every
-        self.settings = Settings(steps=steps, guidance=guidance, seed=seed)
-        self.bench = self.before = self.drawn = None
+        self.folder, self.count, self.every, self.seed = Path(folder) / "grids", count, every, seed
+        self.settings = Settings(steps=steps, guidance=guidance)
+        self.items = self.before = self.drawn = None
 
     def draw(self, trainer, module):
         if self.drawn == trainer.global_step:  # the step's further batches under accumulation, and the end of training
             return
         self.drawn = trainer.global_step
-        data: LatentData = trainer.datamodule
-        kit = module.kit
-        if self.bench is None:
-            self.bench = load_bench(data.manifest, "validation", kit.resolution, self.count)
-        known = data.recipes["validation"].hints
-        (first, baseline), (last, method) = module.methods(self.settings, known).items()
+        if self.items is None:
+            manifest, resolution = trainer.datamodule.manifest, module.kit.resolution
+            self.items = load_reconstruct(manifest, "validation", resolution, self.count)
+        composites, seeds = self.items.composites, seeds_of(self.seed, range(len(self.items)))
         module.eval()
-        if self.before is None or not module.frozen_baseline:
-            self.before = baseline(self.bench)
-        columns = {**module.seen(self.bench, known), first: self.before, last: method(self.bench)}
+        if self.before is None or not module.fixed_baseline:
+            self.before = module.baseline(self.settings).fill(composites, seeds)
+        result = module.result(self.settings)
+        columns = {**result.views(composites), "baseline": self.before, "output": result.fill(composites, seeds)}
         module.train()
-        picture = sample_grid(self.bench, columns)
+        picture = sample_grid(self.items, columns)
         self.folder.mkdir(parents=True, exist_ok=True)
         path = self.folder / f"samples_{trainer.global_step:06d}.png"
         write_image(path, picture)

@@ -5,21 +5,20 @@ from functools import cached_property
 from pathlib import Path
 
 import lightning
-import numpy as np
 import torch
 import torch.nn.functional as F
 
 from harmony.core.errors import UserError
 from harmony.data.modules import LatentData
-from harmony.evaluation.eval_sets import Bench, Fill, by_hints
-from harmony.methods.insert import Branch, load_branch
+from harmony.methods.inpainting import Branch, Inpainting, load_branch
 from harmony.models.backbone import Kit, placed, weights_hash
 from harmony.models.controlnet import BRANCHES, export_controlnet, from_unet, zero_convolutions
 from harmony.models.unet_halves import Encoded, Residuals, decode, encode
-from harmony.pixels.hints import check_hint, hint
+from harmony.pixels.hints import check_hint
 from harmony.sampling.guidance import Settings, compiled_once, control_residuals, embedded, together
 from harmony.training.objective import Objective, noised, target
 from harmony.training.schedule import adamw, lay_out, place_moments
+from harmony.training.task import Task
 
 Run = Callable[[Callable], Callable]  # what becomes of a function of a network before it is called
 LEVELS = 4  # equal ranges of t over which the loss is also reported
@@ -37,16 +36,21 @@ def answer(
     return control_residuals(embedded([(net, pixels, 1.0)]), u, t, text)
 
 
-class Controls(lightning.LightningModule):
+class Controls(Task):
     """What runs with ControlNets have in common once they are trained; ``controls`` and ``kit`` are the task's."""
 
-    frozen_baseline = True  # the baseline does not change with training
+    is_measured = True
     compiles = False
+    hints: dict[str, dict] = {}  # branch -> parameters of its operator, as the data make them
 
     @property
     def controls(self) -> dict[str, torch.nn.Module]:
         """Branch -> ControlNet: what this run trains."""
         raise NotImplementedError
+
+    @property
+    def home(self) -> torch.device:
+        return self.kit.device
 
     def configure_callbacks(self) -> list[lightning.Callback]:
         if not self.compiles:
@@ -55,29 +59,23 @@ class Controls(lightning.LightningModule):
 
         return [Compilation()]
 
-    def branches(self, hints: dict[str, dict]) -> list[Branch]:
-        """``hints``: branch -> parameters of its operator."""
-        return [Branch(name, net, 1.0, hints.get(name, {})) for name, net in self.controls.items()]
+    def check(self, data: LatentData) -> None:
+        self.hints = data.recipes["train"].hints
 
-    def methods(self, settings: Settings, hints: dict[str, dict]) -> dict[str, Fill]:
-        """What the run is measured by: (name of the baseline, of the result) -> how each fills a bench."""
-        return {
-            "hint off": by_hints(self.kit, [], settings),
-            "output": by_hints(self.kit, self.branches(hints), settings),
-        }
+    @property
+    def branches(self) -> list[Branch]:
+        return [Branch(name, net, 1.0, self.hints.get(name, {})) for name, net in self.controls.items()]
 
-    def seen(self, bench: Bench, hints: dict[str, dict]) -> dict[str, list[np.ndarray]]:
-        """Title -> what the networks see of each instance, uint8 R x R x 3."""
-        masks, branches = [e.mask for e in bench.examples], self.branches(hints)
-        titles = [f"hint {b.name}" for b in branches] if len(branches) > 1 else ["hint"]
-        pictures = [
-            [hint(b.name, x, m, **b.parameters) for x, m in zip(bench.given(), masks, strict=True)] for b in branches
-        ]
-        return dict(zip(titles, pictures, strict=True))
+    def baseline(self, settings: Settings) -> Inpainting:
+        """Words alone: the hints off."""
+        return Inpainting(self.kit, [], settings)
 
-    def export(self, folder: Path, hints: dict[str, dict]) -> None:
+    def result(self, settings: Settings) -> Inpainting:
+        return Inpainting(self.kit, self.branches, settings)
+
+    def export(self, folder: Path) -> None:
         """Write each ControlNet in diffusers layout: into ``folder``, or one of several into a folder of its name."""
-        for b in self.branches(hints):
+        for b in self.branches:
             target = folder if len(self.controls) == 1 else folder / b.name
             export_controlnet(b.net, target, b.name, b.parameters, self.kit)
 
@@ -124,7 +122,7 @@ class ControlTask(Controls):
         self.kit, self.branch, self.lr, self.zero_lr, self.warmup, self.decay = kit, branch, lr, zero_lr, warmup, decay
         self.weight_decay, self.prompt_dropout, self.in_channels = weight_decay, prompt_dropout, in_channels
         self.objective = Objective(**(objective or {}))
-        self.companion = companion and load_branch(companion, kit, dict.fromkeys(BRANCHES, 1.0))  # no submodule
+        self.companion = companion and load_branch(companion, kit)  # no submodule
         self.share = share
         self.net: torch.nn.Module | None = None
 
@@ -140,6 +138,7 @@ class ControlTask(Controls):
 
     def check(self, data: LatentData) -> None:
         """UserError unless the companion's hints travel with the batch, made as it was taught."""
+        super().check(data)
         if self.companion is None:
             return
         name, taught = self.companion.name, self.companion.parameters

@@ -3,7 +3,6 @@
 import math
 from pathlib import Path
 
-import lightning
 import torch
 import torch.nn.functional as F
 from scipy.optimize import minimize_scalar
@@ -12,6 +11,7 @@ from harmony.metrics.classification import judged
 from harmony.models.judge import NATURAL, Judge, judge_net, save_judge, seen
 from harmony.pixels.images import from_model, grid, write_image
 from harmony.training.schedule import adamw
+from harmony.training.task import Task
 
 SHOWN = 8  # pairs on the grid
 
@@ -22,7 +22,7 @@ def calibrated(logits: torch.Tensor, labels: torch.Tensor) -> float:
     return math.exp(found.x)
 
 
-class JudgeTask(lightning.LightningModule):
+class JudgeTask(Task):
     """Tell real photographs from those whose object has another light; cross-entropy.
 
     ``arch``, ``options``: timm's network. AdamW with ``lr``, ``warmup`` and, with ``decay``, linear to 0 at the end.
@@ -90,7 +90,7 @@ class JudgeTask(lightning.LightningModule):
         write_image(folder / f"samples_{self.global_step:06d}.png", grid(rows, titles))
 
     @torch.no_grad()
-    def export(self, folder: Path, hints: dict[str, dict]) -> None:
+    def export(self, folder: Path) -> None:
         """Write the judge, calibrated on the validation split, which ``harmonize`` and ``evaluate`` read."""
         h, data = self.hparams, self.trainer.datamodule
         seen = [(self.logits(batch), batch["label"].flatten()) for batch in data.val_dataloader()[0]]

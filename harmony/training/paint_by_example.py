@@ -4,14 +4,12 @@ from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 
-import lightning
-import numpy as np
 import torch
 import torch.nn.functional as F
 
 from harmony.core.errors import UserError
 from harmony.data.modules import LatentData
-from harmony.evaluation.eval_sets import Bench, Fill, by_example, exemplars
+from harmony.methods.paint_by_example import PaintByExample
 from harmony.models.backbone import Kit, weights_hash
 from harmony.models.paint_by_example import (
     ExemplarEncoder,
@@ -26,9 +24,10 @@ from harmony.pixels.hints import check_hint
 from harmony.sampling.guidance import Settings
 from harmony.training.objective import noised, target
 from harmony.training.schedule import adamw, lay_out, place_moments, warm_up
+from harmony.training.task import Task
 
 
-class ExemplarTask(lightning.LightningModule):
+class ExemplarTask(Task):
     """Paint the object back into its own photograph, seeing it through the bottleneck of one token.
 
     Trained in float32: UNet (from the kit's inpainting UNet), mapper, final layer norm, projection, and the vector
@@ -42,7 +41,8 @@ class ExemplarTask(lightning.LightningModule):
     the update in host memory.
     """
 
-    frozen_baseline = False  # what is painted without an exemplar changes with training
+    is_measured = True
+    fixed_baseline = False  # what is painted without an exemplar changes with training
 
     def __init__(
         self,
@@ -91,19 +91,20 @@ class ExemplarTask(lightning.LightningModule):
     def painter(self) -> Painter:
         return Painter(self.kit, self.encoder)
 
-    def methods(self, settings: Settings, hints: dict[str, dict]) -> dict[str, Fill]:
-        """What the run is measured by: without an exemplar (guidance 0), and with it."""
-        return {
-            "no exemplar": by_example(self.painter, replace(settings, guidance=0.0)),
-            "output": by_example(self.painter, settings),
-        }
+    def baseline(self, settings: Settings) -> PaintByExample:
+        """Without an exemplar: guidance 0."""
+        return PaintByExample(self.painter, replace(settings, guidance=0.0))
 
-    def seen(self, bench: Bench, hints: dict[str, dict]) -> dict[str, list[np.ndarray]]:
-        return {"exemplar": exemplars(bench, self.encoder.size)}
+    def result(self, settings: Settings) -> PaintByExample:
+        return PaintByExample(self.painter, settings)
 
-    def export(self, folder: Path, hints: dict[str, dict]) -> None:
+    def export(self, folder: Path) -> None:
         """Write ``folder/paint_by_example`` in diffusers layout."""
         export_painter(self.unet, self.encoder, folder, self.kit)
+
+    @property
+    def home(self) -> torch.device:
+        return self.kit.device
 
     @cached_property
     def frozen(self) -> dict[str, str]:

@@ -5,12 +5,12 @@ Gal 2022 (An Image is Worth One Word, arXiv 2208.01618), eq. 2.
 
 from pathlib import Path
 
-import lightning
 import numpy as np
 import torch
 import torch.nn.functional as F
 
 from harmony.core.errors import UserError
+from harmony.methods.method import seeds_of
 from harmony.metrics.similarity import clip_t, embeddings
 from harmony.models.backbone import DIFFUSION, Kit, scaled_latent
 from harmony.models.clip import clip_of
@@ -19,6 +19,7 @@ from harmony.pixels.images import grid, write_image
 from harmony.sampling.guidance import Settings, predict
 from harmony.sampling.text_to_image import text_to_image, whole_picture
 from harmony.training.objective import target
+from harmony.training.task import Task
 
 TEMPLATES = {
     "object": (
@@ -43,7 +44,7 @@ TEMPLATES = {
 }  # fmt: skip
 
 
-class TextualInversionTask(lightning.LightningModule):
+class TextualInversionTask(Task):
     """Learn what ``token`` means: its vectors begin as the table's row of the word ``init``; nothing else is trained.
 
     ``property``: ``object`` or ``style``, the templates of the prompts for pictures without a caption. ``vectors``: how
@@ -71,7 +72,7 @@ class TextualInversionTask(lightning.LightningModule):
         if vectors < 1:
             raise UserError(f"vectors={vectors}: a word has one at least")
         self.kit, self.token, self.init, self.lr, self.weight_decay = kit, token, init, lr, weight_decay
-        self.templates, self.settings = TEMPLATES[property], Settings(steps, guidance, seed)
+        self.templates, self.settings, self.seed = TEMPLATES[property], Settings(steps, guidance), seed
         self.vectors = torch.nn.Parameter(initial(kit, init, vectors))
         self.first = add_tokens(kit, token, vectors)
         self.clip = clip_of(kit)
@@ -125,7 +126,8 @@ class TextualInversionTask(lightning.LightningModule):
         chosen = [known[i % len(known)] for i in indices.tolist()]
         plain = [prompt.replace("{}", self.init) for prompt in chosen]
         texts = {"baseline/": self.kit.prompt(plain), "": self.text(chosen)}
-        made = {name: text_to_image(self.kit, text, self.settings, indices.tolist()) for name, text in texts.items()}
+        seeds = seeds_of(self.seed, indices.tolist())
+        made = {name: text_to_image(self.kit, text, self.settings, seeds) for name, text in texts.items()}
         figures = {}
         if self.clip is not None:
             words = torch.nn.functional.normalize(self.clip.texts(plain).float().cpu(), dim=1)
@@ -162,6 +164,10 @@ class TextualInversionTask(lightning.LightningModule):
         if checkpoint["learnt_on"] != self.learnt_on():
             raise UserError("this run began with other pictures or another state of the kit: begin anew, resume=false")
 
-    def export(self, folder: Path, hints: dict[str, dict]) -> None:
+    @property
+    def home(self) -> torch.device:
+        return self.kit.device
+
+    def export(self, folder: Path) -> None:
         """Write ``folder/learned_embeds.safetensors``, which diffusers' ``load_textual_inversion`` reads too."""
         save_word(Word(self.token, self.vectors), folder)

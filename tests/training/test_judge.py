@@ -91,7 +91,7 @@ def test_it_learns_to_tell_and_leaves_a_calibrated_judge(manifest, tmp_path):
     assert all(0 <= figures[f"test/{name}"] <= 1 for name in ("auc", "ece", "accuracy"))
     assert list((tmp_path / "grids").iterdir())
     task.eval()
-    task.export(tmp_path / "export", {})
+    task.export(tmp_path / "export")
     judge = load_judge(tmp_path)
     assert judge.side == 16 and math.isfinite(judge.temperature) and judge.temperature > 0
     pair = data.sets["test"][0, 0]

@@ -13,7 +13,8 @@ from harmony.core.errors import UserError
 from harmony.data.latent_cache import encode, example
 from harmony.data.manifest import read_manifest
 from harmony.data.modules import LatentData
-from harmony.evaluation.eval_sets import by_example, load_bench, pasted
+from harmony.evaluation.eval_sets import load_reconstruct, paste_outputs
+from harmony.methods.paint_by_example import PaintByExample
 from harmony.models.backbone import Kit
 from harmony.models.paint_by_example import Painter, known_by_example
 from harmony.sampling.guidance import Settings
@@ -184,8 +185,9 @@ def test_it_runs_at_true_size(small_manifest, tmp_path):
     assert task.unet.conv_in.weight.grad is not None and task.encoder.proj_out.weight.grad.any()
     assert all(p.grad is None for p in task.encoder.model.parameters())
     task.zero_grad(set_to_none=True)
-    bench = load_bench(data.manifest, "test", 512, 1)
-    raw = by_example(Painter(kit.with_unet(task.unet), task.encoder), Settings(2, 5.0))(bench)
-    (kept,) = pasted(bench, raw)
-    hole = bench.examples[0].hole
-    assert np.array_equal(kept[~hole], bench.truths()[0][~hole]) and raw[0].shape == (512, 512, 3)
+    items = load_reconstruct(data.manifest, "test", 512, 1)
+    painter = Painter(kit.with_unet(task.unet), task.encoder)
+    raw = PaintByExample(painter, Settings(2, 5.0)).fill(items.composites, [(0, 0)])
+    (kept,) = paste_outputs(items, raw)
+    hole = items.composites[0].hole
+    assert np.array_equal(kept[~hole], items.truths[0][~hole]) and raw[0].shape == (512, 512, 3)

@@ -99,7 +99,7 @@ def test_the_word_begins_as_init_and_moves_no_other(kit, random_kit, pictures, t
     trainer(tmp_path, 3).fit(task, data_of(pictures, kit))
     trained = task.text(["a red {} on snow"]).detach()
     assert not torch.allclose(trained, as_init, atol=1e-3) and torch.equal(kit.prompt(PLAIN), plain)
-    task.export(tmp_path / "export", {})
+    task.export(tmp_path / "export")
     other = learn(Kit(str(random_kit)), read_word(tmp_path))
     assert torch.equal(other.prompt(["a red <mug> on snow"]), trained) and torch.equal(other.prompt(PLAIN), plain)
 
@@ -117,7 +117,7 @@ def test_the_loss_is_that_of_gal_2022(kit, random_kit, pictures, monkeypatch, tm
     task.on_fit_start()
     with torch.no_grad():
         task.vectors += torch.randn(2, 32, generator=torch.Generator().manual_seed(0))
-    task.export(tmp_path, {})
+    task.export(tmp_path)
     batch = torch.utils.data.default_collate([data.views[7 + n, n] for n in range(3)])
     batch["template"] = torch.tensor([0.999, 0.5, 0.0])
     loss = task.training_step(batch, 0)

@@ -1,0 +1,39 @@
+"""What a task offers beside its training steps, so that ``fit`` and the callbacks may ask any of them."""
+
+from pathlib import Path
+
+import lightning
+import torch
+
+from harmony.methods.method import Method
+from harmony.sampling.guidance import Settings
+
+
+class Task(lightning.LightningModule):
+    """A LightningModule that checks its data, is measured as a method, and exports what it trained.
+
+    ``fixed_baseline``: the baseline does not change with training. ``is_measured``: whether the task has a baseline and
+    a result; tasks without measure themselves while they train.
+    """
+
+    fixed_baseline: bool = True
+    is_measured: bool = False
+
+    def check(self, data: lightning.LightningDataModule) -> None:
+        """UserError unless ``data`` gives what the task needs; called before anything is prepared."""
+
+    def baseline(self, settings: Settings) -> Method:
+        """What the result is measured against."""
+        raise NotImplementedError
+
+    def result(self, settings: Settings) -> Method:
+        """What has been trained, as a method."""
+        raise NotImplementedError
+
+    def export(self, folder: Path) -> None:
+        """Write what was trained into ``folder``; parts of a backbone have written themselves already."""
+
+    @property
+    def home(self) -> torch.device:
+        """Where the networks that it works with lie."""
+        return self.device
