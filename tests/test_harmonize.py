@@ -12,6 +12,7 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from PIL import Image
 
 from harmony import harmonize
+from harmony.methods import inputs, runs
 from harmony.models.backbone import Kit
 from harmony.models.controlnet import export_controlnet
 from harmony.models.paint_by_example import export_painter, fresh_encoder, painting_unet
@@ -146,7 +147,10 @@ def test_by_example(desk, command, painter):
             ["method=paint_by_example", "composite=b.png", "mask=m.png", "painter=nowhere"],
             "there is no Paint by Example",
         ),
-        (["method=copy", "composite=b.png", "mask=m.png"], "choose one of controlnet, paint_by_example"),
+        (
+            ["method=copy", "composite=b.png", "mask=m.png"],
+            "unknown method=copy. There are: controlnet, copy_paste",
+        ),
     ],
 )
 def test_mistakes_by_example_end_in_one_line(desk, command, words, said):
@@ -186,7 +190,7 @@ def test_zero_shot(desk, command):
         (["prompts=a cat"], "write OBJECT: its own light -> the light around it"),
         (["prompts=words.json"], "cannot be read"),
         (["prompts=a: b -> c", "region=m.png"], "region= goes with methods that paint anew"),
-        (["prompts=a: b -> c", "solver=unipc"], "method=zero_shot inverts and samples by DDIM: leave out solver="),
+        (["prompts=a: b -> c", "solver=unipc"], "this method does not sample by a schedule: leave out solver="),
         (["prompts=a: b -> c", "rounds=0"], "rounds=0: must be at least 1"),
         (["prompts=a: b -> c", "evaluator=nowhere"], "there is no judge in nowhere"),
         (["prompts=a: b -> c", "zero_shot.refine=abc"], "refine=abc: give a whole number of 0 or more"),
@@ -219,7 +223,7 @@ def test_the_kits_captioner_is_asked(desk, command, monkeypatch):
             assert np.array_equal(read_image(path), read_image(desk / "b.png"))  # it sees the naive composite
             yield name, f"{captioner}, {processor}"
 
-    monkeypatch.setattr(harmonize, "caption_images", captions)
+    monkeypatch.setattr(runs, "caption_images", captions)
     monkeypatch.setattr(Kit, "captioner", "a blue car")
     monkeypatch.setattr(Kit, "processor", "on grass")
     code, out, err = command("composite=b.png", "mask=m.png")
@@ -355,8 +359,8 @@ def test_a_folder_goes_on(desk, command):
 def test_a_folder_goes_on_without_being_named(desk, command, monkeypatch):
     """Guards the plain command: killed between two batches it goes on in its folder; ended, it begins a new one."""
     (desk / "index.csv").write_text("id,composite,mask\none,b.png,m.png\ntwo,f.png,m.png\n")
-    whole = harmonize.harmonize_batch
-    monkeypatch.setattr(harmonize, "harmonize_batch", lambda items, *at: whole(items, *at) if "one" in items else 1 / 0)
+    whole = runs.Inserter.run_some
+    monkeypatch.setattr(runs.Inserter, "run_some", lambda self, some: whole(self, some) if "one" in some else 1 / 0)
     with pytest.raises(ZeroDivisionError):
         command("dir=.", "batch=1")
     monkeypatch.undo()
@@ -402,7 +406,7 @@ def test_an_id_must_be_a_name_of_its_own(desk, command, name):
 
 def test_a_transparent_reference_lies_on_white(desk):
     """Guards the exemplar: what is hidden behind the alpha is not shown to the encoder."""
-    shown, cut = harmonize.on_white("cut.png"), np.asarray(Image.open(desk / "cut.png"))
+    shown, cut = inputs.on_white("cut.png"), np.asarray(Image.open(desk / "cut.png"))
     opaque = cut[..., 3] > 0
     assert (shown[~opaque] == 255).all() and np.array_equal(shown[opaque], cut[..., :3][opaque])
 

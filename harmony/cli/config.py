@@ -239,7 +239,7 @@ def explain_missing(error: MissingConfigException, config_dir: Path) -> str:
     if not names:
         searched = f"; looked in {', '.join(map(str, places(group)))}" if group in GROUPS else ""
         return f"there is no {group or 'configuration'} called {option}{searched}"
-    return f"unknown {group}={option}{nearest(option, names)} There are: {', '.join(names)}"
+    return f"unknown {group}={option}{nearest(option, names) or '.'} There are: {', '.join(names)}"
 
 
 def explain_key(key: str, where: str, name: str, overrides: list[str], config_dir: Path) -> str:

@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
+from hydra.errors import InstantiationException
 from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf, open_dict
 
@@ -17,7 +18,7 @@ def method_file(name: str) -> DictConfig:
     """The option file of a method. UserError for an unknown name."""
     names = sorted(path.stem for path in FOLDER.glob("*.yaml"))
     if name not in names:
-        raise UserError(f"unknown method {name}{nearest(name, names)} There are: {', '.join(names)}")
+        raise UserError(f"unknown method {name}{nearest(name, names) or '.'} There are: {', '.join(names)}")
     return load_yaml(FOLDER / f"{name}.yaml")
 
 
@@ -56,7 +57,12 @@ def refuse_unread(cfg: DictConfig) -> None:
 
 def build(node: Mapping[str, Any], backbone: Any) -> Any:
     """The method of a completed node, on a backbone."""
-    return instantiate(dict(node), backbone, _convert_="all")
+    try:
+        return instantiate(dict(node), backbone, _convert_="all")
+    except InstantiationException as error:
+        if isinstance(error.__cause__, UserError):
+            raise error.__cause__ from None
+        raise
 
 
 def shorthand(text: str) -> dict[str, Any]:

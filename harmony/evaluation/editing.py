@@ -104,7 +104,7 @@ class EditingStudy:
         if unknown := set(spec["parts"]) - set(PARTS):
             raise UserError(f"study.parts={unknown.pop()}: choose among {', '.join(PARTS)}")
         self.name, self.spec, self.words, self.kit, self.file, self.folder = name, spec, words, kit, file, folder
-        self.settings, self.seed, self.limit, self.rank, self.world, self.notes = settings, limit, rank, world, []
+        self.settings, self.seed, self.limit, self.rank, self.world, self.notes = settings, seed, limit, rank, world, []
         self.clip = clip_of(kit, clip)
         if self.clip is None:
             raise UserError(f"kit {kit.name} has no CLIP image tower: give clip=NAME/WEIGHTS of open_clip")
