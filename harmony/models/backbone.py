@@ -87,15 +87,21 @@ def load_part(path: str, part: str, weights: str = "hub", dtype: torch.dtype = t
     return model.requires_grad_(False).eval()
 
 
-def placed(module: torch.nn.Module, device: torch.device) -> torch.nn.Module:
-    """``module`` on ``device``; on a GPU frozen weights of convolutions have the channels last, as tensor cores want
-    them.
+def memory_format(device: torch.device) -> torch.memory_format:
+    """How frozen weights of convolutions lie on ``device``: channels last on a GPU, whose tensor cores want them so.
 
-    On a CPU that makes no difference (measured), so there they stay as they were made. What is trained stays so too:
-    its gradients' buffers and its optimiser are laid out already.
+    On a CPU that makes no difference (measured).
+    """
+    return torch.channels_last if device.type == "cuda" else torch.contiguous_format
+
+
+def placed(module: torch.nn.Module, device: torch.device) -> torch.nn.Module:
+    """``module`` on ``device``, in its ``memory_format`` where it is frozen.
+
+    What is trained stays as it is: its gradients' buffers and its optimiser are laid out already.
     """
     frozen = not any(p.requires_grad for p in module.parameters())
-    layout = {"memory_format": torch.channels_last} if frozen and device.type == "cuda" else {}
+    layout = {"memory_format": memory_format(device)} if frozen else {}
     return torch.nn.Module.to(module, device, **layout)
 
 
