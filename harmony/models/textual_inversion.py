@@ -119,11 +119,10 @@ def text_states(text_encoder: torch.nn.Module, ids: torch.Tensor, first: int, ve
     momentum can move the rows of other words.
     """
     ours = ids >= first
+    at = (ids - first).clamp(min=0)  # an index for every position: to pick out ours, a GPU would have to be waited for
 
     def put(rows: torch.Tensor) -> torch.Tensor:
-        rows = rows.clone()
-        rows[ours] = vectors.to(rows.dtype)[ids[ours] - first]
-        return rows
+        return torch.where(ours[..., None], vectors.to(rows.dtype)[at], rows)
 
     return states_of(text_encoder, torch.where(ours, 0, ids), put)
 
