@@ -13,30 +13,30 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from hydra.utils import instantiate
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode, unset_fake_temporarily
 
-from harmony.composites import copy_paste
-from harmony.config import compose
-from harmony.data import latents
+from harmony.benchmarks.train import cached_batch
+from harmony.cli.config import compose
 from harmony.data.descriptions import Description, WordScorer
-from harmony.masks import dilate
-from harmony.metrics.frechet import KitFeatures, extract
+from harmony.data.latent_cache import Example, Recipe, encode
+from harmony.methods.insert import Branch, fill
+from harmony.methods.paint_by_example import fill_by_example
+from harmony.methods.prompt_editing import MODES, edit_picture, invert_pictures, plan, reconstruct
+from harmony.methods.zero_shot import Parts, harmonize_once
+from harmony.metrics.frechet import extract
 from harmony.metrics.similarity import embeddings
+from harmony.models.backbone import Kit, placed
+from harmony.models.clip import clip_of
 from harmony.models.controlnet import from_unet
-from harmony.models.exemplar import Painter
-from harmony.models.judge import Judge, judge_net
-from harmony.models.kit import Kit, placed
-from harmony.sampling import inpaint
-from harmony.sampling.benchmark import clip_of
-from harmony.sampling.edit import MODES, Inversion, edit_picture, invert_pictures, plan, reconstruct
-from harmony.sampling.exemplar import fill_by_example
-from harmony.sampling.harmonize import Branch, Settings, fill
-from harmony.sampling.text_to_image import text_to_image
-from harmony.sampling.zero_shot import Parts, harmonize_once
-from harmony.speed.train import cached_batch
+from harmony.models.features import KitFeatures
+from harmony.models.judge import Judge
+from harmony.pixels.masks import dilate
+from harmony.sampling.guidance import Settings
 from harmony.training.control import ControlTask, JointTask
-from harmony.training.exemplar import ExemplarTask
 from harmony.training.judge import JudgeTask
+from harmony.training.muon import Muon
+from harmony.training.paint_by_example import ExemplarTask
 from harmony.training.textual_inversion import TextualInversionTask
 
 GPU = torch.device("cuda", 0)
@@ -74,6 +74,7 @@ def mode():
         patch.setattr(torch.nn.Module, "_apply", convert)
         patch.setattr(FakeTensor, "numpy", array, raising=False)
         patch.setattr(torch.Tensor, "backward", lambda self: None)
+        patch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
         yield FakeGPU(allow_non_fake_inputs=True)  # pictures and constants begin as real ones, on the CPU
 
 
@@ -171,9 +172,9 @@ def test_two_controlnets_train(sd2, monkeypatch):
         task.validation_step(batch, 0)
 
 
-def test_paint_by_example_trains_and_paints(sd1, monkeypatch):
+def test_paint_by_example_trains_and_paints(sd1, composites, monkeypatch):
+    """Guards the step on the true architecture, and filling with and without guidance by what was trained."""
     kit = sd1.with_unet(sd1.unet)
-    vars(kit)["image_encoder"] = sd1.image_encoder
     task = ExemplarTask(kit)
     task.configure_model()
     attached(task, monkeypatch)
@@ -182,6 +183,12 @@ def test_paint_by_example_trains_and_paints(sd1, monkeypatch):
     assert task.training_step(on_gpu(batch), 0).requires_grad
     with torch.no_grad():
         task.validation_step(on_gpu(batch), 0)
+    task.eval().requires_grad_(False)
+    pictures, _, _, holes = composites
+    shown = [np.zeros((224, 224, 3), np.uint8)] * 2
+    for guidance in (1.0, 3.0):
+        made = fill_by_example(task.painter, pictures, shown, holes, Settings(1, guidance))
+        assert checked(made, kit.resolution)
 
 
 def test_a_word_is_learnt(sd2, monkeypatch):
@@ -213,3 +220,100 @@ def test_the_judge_trains_and_judges(monkeypatch):
     task.validation_step(on_gpu(batch), 0)
     picture, mask = np.zeros((300, 300, 3), np.uint8), np.ones((300, 300), bool)
     assert Judge(task.net.requires_grad_(False), 224).score([picture], [mask]) == [0.0]
+
+
+@pytest.mark.parametrize("part", ["vae", "clip", "captioner", "inpaint"])
+def test_a_backbone_trains(part, sd2, tmp_path, monkeypatch):
+    """Guards the steps of the four parts of model=small: forward, the averaged weights, and Muon's own update."""
+    cfg = compose("fit", [f"experiment={'kit_' + part}", "model=small", f"module.kit={tmp_path}"])
+    (tmp_path / "unet").mkdir()  # any folder is a backbone's until its parts are asked for
+    module = instantiate(cfg.module, _convert_="all")
+    said = ["a red mushroom on snow", "a blue car on grass"] * 4
+    module._trainer = SimpleNamespace(datamodule=SimpleNamespace(captions=lambda: said))
+    if part == "inpaint":
+        module.kit = sd2
+    module.setup()
+    monkeypatch.setattr(module, "log_dict", lambda figures, **options: None)
+    attached(module, monkeypatch)
+    module.on_fit_start()
+    batch = (
+        cached_batch(sd2, 2, ()) if part == "inpaint" else {"image": torch.rand(2, 3, 256, 256), "caption": said[:2]}
+    )
+    assert module.training_step(on_gpu(batch), 0).requires_grad
+    for p in module.net.parameters():
+        p.grad = torch.empty_like(p)
+    optimizer = module.optimizer if hasattr(module, "optimizer") else module.optimiser
+    if optimizer is Muon:
+        optimizer([p for p in module.net.parameters() if p.ndim >= 2]).step()
+    module.on_train_batch_end()
+
+
+# --- methods
+
+
+def test_controlnets_fill(sd2, composites):
+    """Guards two nets, with guidance and without; DDIM alone: the other solvers look for their step by its value."""
+    nets = [placed(from_unet(sd2.unet, sd2.factor).requires_grad_(False).to(sd2.dtype), GPU) for _ in range(2)]
+    branches = [Branch("color", nets[0], 1.0, {"sigma": 10}), Branch("structure", nets[1], 0.5, {})]
+    said = ["a mushroom", "a car"]
+    for settings in (Settings(1, 1.0), Settings(2, 7.5, encoder_every=2), Settings(2, 7.5, guided=0.5)):
+        assert checked(fill(sd2, *composites, said, branches, settings), sd2.resolution)
+    assert checked(fill(sd2, *composites, said, (), Settings(1, 7.5)), sd2.resolution)
+
+
+@pytest.mark.parametrize(
+    "parts", [Parts(steps=1, refine=1), Parts(steps=1, refine=0, edges=0.0, own=False, detail=False)]
+)
+def test_a_prior_harmonizes(parts, sd2, composites):
+    """Guards inversion, the words' refinement, null texts with edges, and copied attention."""
+    pictures, _, masks, _ = composites
+    words = [Description("a mushroom", "warm sunset light", "blue dusk light")] * 2
+    assert checked(harmonize_once(sd2, pictures, masks, words, parts), sd2.resolution)
+
+
+@pytest.mark.parametrize("target", ["a blue car on snow", "a very red car on snow"])
+def test_prompts_edit(target, sd2, composites):
+    """Guards inversion with a null text, both kinds of edit, their masks, and the maps that are drawn."""
+    source = "a red car on snow"
+    (inversion,) = invert_pictures(sd2, composites[0][:1], [source], steps=2, inner=1)
+    assert checked(reconstruct(sd2, [inversion], [source], 7.5), sd2.resolution)
+    mode = MODES["insert" if "very" in target else "replace"]
+    with unset_fake_temporarily():  # what is done with the words reads its own values, on the CPU
+        planned = plan(sd2, source, target, mode)
+    edited = edit_picture(sd2, inversion, planned, 7.5)
+    assert checked(edited.pictures, sd2.resolution) and len(edited.masks) == len(edited.maps) == 2
+
+
+# --- data and figures
+
+
+def test_the_cache_leaves_the_gpu(sd2, composites):
+    pictures, _, masks, holes = composites
+    examples = [Example(*item, None) for item in zip(pictures, masks, holes, strict=True)]
+    tensors = encode(examples, sd2, Recipe(hints={"color": {}, "structure": {}}))
+    assert {x.device.type for x in tensors.values()} == {"cpu"} and tensors["moments"].dtype == torch.float16
+
+
+def test_pictures_and_words_are_measured(sd1, composites):
+    """Guards CLIP's towers: features, embeddings, and the words that are found for a composite."""
+    pictures, _, masks, _ = composites
+    features = extract(pictures, KitFeatures(sd1.image_encoder), 224)
+    clip = clip_of(sd1)
+    images = embeddings(pictures, clip)
+    assert features.device.type == images.device.type == "cpu" and clip.texts(["a car"]).shape[1] == images.shape[1]
+    scorer = WordScorer(clip, lambda composite: "a car")
+    assert len(scorer(pictures[0], masks[0])) == 2
+
+
+def test_the_captioner_sees_and_speaks(sd2):
+    """Guards the forward pass of BLIP large; its beams are chosen by their values."""
+    from transformers import BlipConfig, BlipForConditionalGeneration
+
+    vision = {"hidden_size": 1024, "num_hidden_layers": 24, "num_attention_heads": 16, "intermediate_size": 4096}
+    config = BlipConfig(vision_config=vision | {"image_size": 384}, text_config={"encoder_hidden_size": 1024})
+    captioner = BlipForConditionalGeneration(config).eval().to(GPU)
+    tokens = torch.ones(2, 5, dtype=torch.long, device=GPU)
+    pixels = torch.rand(2, 3, 384, 384, device=GPU)
+    with torch.no_grad():
+        out = captioner(pixels, tokens, attention_mask=torch.ones_like(tokens))
+    assert out.logits.device.type == "cuda" and out.logits.shape[:2] == (2, 5)
