@@ -17,11 +17,10 @@ from huggingface_hub.repocard import metadata_load
 from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 from safetensors import safe_open
-from safetensors.torch import save_file
 
 from harmony.cli.config import entry, literal, load_yaml, make_folder
 from harmony.core.errors import UserError
-from harmony.core.files import write_text
+from harmony.core.files import write_tensors, write_text
 from harmony.models.backbone import kit_path, ship
 from harmony.models.controlnet import controlnet_folder, export_controlnet, from_unet, read_hint
 from harmony.models.paint_by_example import Painter, export_painter, load_painter
@@ -194,9 +193,7 @@ def halve(controlnet: Path) -> None:
     """Rewrite the weights in float16, as all shipped weights are; what loads them asks for its own precision."""
     with safe_open(controlnet / WEIGHTS, "pt") as file:
         tensors = {name: file.get_tensor(name).half() for name in file.keys()}  # noqa: SIM118
-    partial = controlnet / f".{WEIGHTS}.partial"
-    save_file(tensors, partial, metadata={"format": "pt"})
-    os.replace(partial, controlnet / WEIGHTS)
+    write_tensors(controlnet / WEIGHTS, tensors, {"format": "pt"})
 
 
 def copy_grid(run: Path, output: Path) -> Path | None:
@@ -312,7 +309,7 @@ def write_painter(run: Path, output: Path, licence: str | None, half: bool, towe
     cfg = load_yaml(run / "config.yaml")
     if not (run / "metrics.json").exists():
         raise UserError(f"{run} has not ended: the command of its training goes on with it")
-    painter = load_painter(run, instantiate(cfg.model))
+    painter = load_painter(run, instantiate(cfg.model, dtype="float32"))  # the weights as they were trained
     folder = export_painter(painter.kit.unet, painter.encoder, output, painter.kit, half, tower)
     facts = read_json(folder / "kit.json")
     licence = licence or kit_licence(facts["kit"])
@@ -325,9 +322,7 @@ def single_file(controlnet: Path, target: Path, facts: dict) -> Path:
     with safe_open(controlnet / WEIGHTS, "pt") as file:
         tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     config = (controlnet / "config.json").read_text()
-    partial = target.with_name(f".{target.name}.partial")
-    save_file(tensors, partial, metadata={"format": "pt", "config": config, "hint": json.dumps(facts)})
-    os.replace(partial, target)
+    write_tensors(target, tensors, {"format": "pt", "config": config, "hint": json.dumps(facts)})
     return target
 
 

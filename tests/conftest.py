@@ -104,6 +104,14 @@ def random_kit(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return build_random_kit(tmp_path_factory.mktemp("kit") / "random")
 
 
+@pytest.fixture
+def channels_last(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Frozen networks are laid out on the CPU as they are on a GPU."""
+    import torch
+
+    monkeypatch.setattr("harmony.models.backbone.memory_format", lambda device: torch.channels_last)
+
+
 @pytest.fixture(scope="session")
 def awake():
     """``awake(kit, seed)``: a frozen ControlNet that acts as if trained, what begins at zero being filled with

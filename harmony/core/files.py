@@ -2,22 +2,47 @@
 
 import json
 import os
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import torch
 
 
-def write_text(path: str | os.PathLike, text: str) -> None:
-    """Write a text file atomically; its folder is made if needed."""
+@contextmanager
+def atomic(path: str | os.PathLike) -> Iterator[Path]:
+    """Where to write what takes the place of ``path`` when the block ends, and is gone when it fails.
+
+    The folder is made if needed.
+    """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
     try:
-        partial.write_text(text, encoding="utf-8")
+        yield partial
         os.replace(partial, path)
     finally:
         partial.unlink(missing_ok=True)
 
 
+def write_text(path: str | os.PathLike, text: str) -> None:
+    """Write a text file atomically; its folder is made if needed."""
+    with atomic(path) as partial:
+        partial.write_text(text, encoding="utf-8")
+
+
 def write_json(path: str | os.PathLike, content: Any) -> None:
     """Write JSON atomically, indented, paths as strings."""
     write_text(path, json.dumps(content, indent=2, default=str) + "\n")
+
+
+def write_tensors(
+    path: str | os.PathLike, tensors: Mapping[str, "torch.Tensor"], metadata: dict[str, str] | None = None
+) -> None:
+    """Write a safetensors file atomically; the tensors may lie on any device and in any memory format."""
+    from safetensors.torch import save_file  # which loads torch: what writes text alone need not wait for it
+
+    with atomic(path) as partial:
+        save_file({name: x.detach().cpu().contiguous() for name, x in tensors.items()}, partial, metadata)

@@ -11,7 +11,6 @@ import errno
 import functools
 import hashlib
 import json
-import os
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -20,10 +19,9 @@ from typing import Protocol
 import numpy as np
 import torch
 from safetensors import safe_open
-from safetensors.torch import save_file
 
 from harmony.core.errors import UserError
-from harmony.core.files import write_json
+from harmony.core.files import write_json, write_tensors
 from harmony.core.row import Row
 from harmony.data.manifest import read_manifest
 from harmony.pixels.composites import other_light
@@ -207,11 +205,8 @@ def encode(examples: list[Example], kit: Codec, recipe: Recipe) -> dict[str, tor
 
 def write_shard(path: Path, tensors: dict[str, torch.Tensor]) -> str:
     """Write atomically; returns the sha256. UserError when the disk is full; nothing half-written stays."""
-    partial = path.with_name(f".{path.name}.partial")
     try:
-        save_file(tensors, partial)
-        digest = sha256(partial)
-        os.replace(partial, path)
+        write_tensors(path, tensors)
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             raise UserError(f"disk full while writing {path}: free some space; the same command goes on") from None
@@ -220,9 +215,7 @@ def write_shard(path: Path, tensors: dict[str, torch.Tensor]) -> str:
         if "No space left" in str(error) or "os error 28" in str(error):
             raise UserError(f"disk full while writing {path}: free some space; the same command goes on") from None
         raise
-    finally:
-        partial.unlink(missing_ok=True)
-    return digest
+    return sha256(path)
 
 
 class Cache:
@@ -283,7 +276,9 @@ class Cache:
             self.say(f"{self.file(n).name}: {squashed} items are squashed pictures, no square holds their extended box")
 
     def finish(self) -> None:
-        """Write the index, which says that all shards are there."""
+        """Write the index, which says that all shards are there; what killed processes left half-written goes away."""
+        for partial in self.folder.glob(".*.partial"):
+            partial.unlink()
         names = [self.file(n).name for n in range(len(self.shards))]
         sizes = dict(zip(names, map(len, self.shards), strict=True))
         known = {name: stated_sha256(self.record(n)) for n, name in enumerate(names)}

@@ -17,7 +17,7 @@ from harmony.data.latent_cache import Cache, Latents, Recipe, describe, example,
 from harmony.data.manifest import read_manifest
 from harmony.data.relit_pairs import Composites
 from harmony.data.shards import Shards, make_shards, predictor
-from harmony.data.sources.folder import folder_captions, pictures_in
+from harmony.data.sources.files import folder_captions, pictures_in
 from harmony.data.sources.pixels import PixelPool
 from harmony.models.backbone import Kit
 from harmony.pixels.exemplars import augment

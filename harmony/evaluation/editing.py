@@ -18,7 +18,7 @@ from harmony.core.errors import UserError
 from harmony.core.files import write_text
 from harmony.core.progress import MINUTE, Progress
 from harmony.data.sources.editing import Case, concepts, read_cases
-from harmony.data.sources.folder import folder_captions
+from harmony.data.sources.files import folder_captions
 from harmony.evaluation.blocks import await_files, blocks
 from harmony.evaluation.eval_sets import subsample
 from harmony.evaluation.report import Report

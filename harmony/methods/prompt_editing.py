@@ -6,7 +6,6 @@ file, and a further edit of the same picture costs its sampling only.
 
 import hashlib
 import math
-import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,9 +14,10 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save
+from safetensors.torch import load_file
 
 from harmony.core.errors import UserError
+from harmony.core.files import write_tensors
 from harmony.models.attention import map_side
 from harmony.models.backbone import DIFFUSION, Kit
 from harmony.pixels.images import from_model, to_model
@@ -119,14 +119,8 @@ def kept_inversion(
     except (OSError, SafetensorError, KeyError):
         pass
     (made,) = invert_pictures(kit, [image], [prompt], steps, w, inner, say)
-    folder.mkdir(parents=True, exist_ok=True)
     state = {"latent": made.latent, "noise": made.noise, "nulls": torch.cat(made.nulls)}
-    partial = folder / f".{file.name}.{os.getpid()}.partial"
-    try:
-        partial.write_bytes(save({name: value.float().cpu().contiguous() for name, value in state.items()}))
-        os.replace(partial, file)
-    finally:
-        partial.unlink(missing_ok=True)
+    write_tensors(file, {name: value.float() for name, value in state.items()})
     return made
 
 

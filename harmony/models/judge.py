@@ -13,10 +13,10 @@ import cv2
 import numpy as np
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 
 from harmony.core.errors import UserError
-from harmony.core.files import write_json
+from harmony.core.files import write_json, write_tensors
 from harmony.models.backbone import ASSETS
 from harmony.pixels.images import resize, sha256, to_model
 
@@ -59,11 +59,8 @@ class Judge:
 
 def save_judge(judge: Judge, folder: Path, **facts) -> Path:
     """Write a judge in half precision; ``facts`` say its ``arch`` and ``options``."""
-    folder.mkdir(parents=True, exist_ok=True)
     state = {k: v.half() if v.is_floating_point() else v for k, v in judge.net.state_dict().items()}
-    partial = folder / f".{WEIGHTS}.partial"
-    save_file({k: v.cpu().contiguous() for k, v in state.items()}, partial, {"format": "pt"})
-    partial.replace(folder / WEIGHTS)
+    write_tensors(folder / WEIGHTS, state, {"format": "pt"})
     write_json(folder / FACTS, {"side": judge.side, "temperature": judge.temperature, **facts})
     return folder
 

@@ -15,10 +15,11 @@ import torch
 from diffusers import UNet2DConditionModel
 from diffusers.models.attention import BasicTransformerBlock
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from transformers import CLIPVisionConfig, CLIPVisionModel
 
 from harmony.core.errors import UserError
+from harmony.core.files import write_tensors
 from harmony.core.hub import fetched
 from harmony.models.backbone import ASSETS, Kit, load_part, weights_hash
 from harmony.pixels.images import sha256, to_clip
@@ -282,8 +283,8 @@ def export_painter(
     config |= {"all_tokens": True} if encoder.all_tokens else {}
     (partial / "image_encoder" / "config.json").write_text(json.dumps(config, indent=2, default=str) + "\n")
     state = {name: value for name, value in encoder.state_dict().items() if tower or not name.startswith("model.")}
-    state = {name: value.detach().cpu().to(dtype).contiguous() for name, value in state.items()}
-    save_file(state, partial / "image_encoder" / WEIGHTS, {"format": "pt"})
+    state = {name: value.to(dtype) for name, value in state.items()}
+    write_tensors(partial / "image_encoder" / WEIGHTS, state, {"format": "pt"})
     (partial / "kit.json").write_text(json.dumps(facts, indent=2) + "\n")
     shutil.rmtree(target, ignore_errors=True)
     os.replace(partial, target)

@@ -12,9 +12,10 @@ from pathlib import Path
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 
 from harmony.core.errors import UserError
+from harmony.core.files import write_tensors
 from harmony.models.backbone import ASSETS, Kit
 
 WEIGHTS = "learned_embeds.safetensors"  # diffusers' name for the file
@@ -62,11 +63,8 @@ def read_word(path: str | os.PathLike) -> Word:
 
 def save_word(word: Word, folder: Path) -> Path:
     """Write ``folder/learned_embeds.safetensors``, whole or not at all."""
-    folder.mkdir(parents=True, exist_ok=True)
-    partial, target = folder / f".{WEIGHTS}.partial", folder / WEIGHTS
-    save_file({word.token: word.vectors.detach().float().cpu().contiguous()}, partial, {"format": "pt"})
-    os.replace(partial, target)
-    return target
+    write_tensors(folder / WEIGHTS, {word.token: word.vectors.float()}, {"format": "pt"})
+    return folder / WEIGHTS
 
 
 def add_tokens(kit: Kit, token: str, count: int) -> int:
@@ -121,11 +119,10 @@ def text_states(text_encoder: torch.nn.Module, ids: torch.Tensor, first: int, ve
     momentum can move the rows of other words.
     """
     ours = ids >= first
+    at = (ids - first).clamp(min=0)  # an index for every position: to pick out ours, a GPU would have to be waited for
 
     def put(rows: torch.Tensor) -> torch.Tensor:
-        rows = rows.clone()
-        rows[ours] = vectors.to(rows.dtype)[ids[ours] - first]
-        return rows
+        return torch.where(ours[..., None], vectors.to(rows.dtype)[at], rows)
 
     return states_of(text_encoder, torch.where(ours, 0, ids), put)
 

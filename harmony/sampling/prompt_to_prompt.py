@@ -180,7 +180,7 @@ class PromptToPrompt:
             rows = torch.stack([source, *(edited if layer.cross else [source] * len(self.edits))])
             probabilities = torch.cat([probabilities[:-prompts], rows])
         if self.keeps(layer, rows.shape[2]):
-            self.seen = self.seen + rows.detach().sum(1)
+            self.seen = self.seen + rows.detach().sum(1, dtype=torch.float32)  # bfloat16 loses what is added late
         return probabilities
 
 

@@ -11,6 +11,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+import safetensors.torch
 import torch
 
 from harmony.core.errors import UserError
@@ -104,6 +105,20 @@ def test_build_is_deterministic(cache, kit, manifest, tmp_path):
     again = built(manifest, "train", kit, RECIPE, tmp_path / "again", lambda line: None)
     assert again.name == cache.name and len(shards(cache)) == 4
     assert shards(again) == shards(cache)
+
+
+def test_a_kit_with_its_channels_last_fills_the_same_cache(
+    cache, manifest, random_kit, small_shards, tmp_path, channels_last
+):
+    """Guards the GPU's layout: moments that lie in memory in another order are stored in the usual one."""
+    kit = Kit(str(random_kit))
+    moments = kit.moments(torch.zeros(2, 3, 32, 32))
+    assert not moments.is_contiguous(), "or nothing is tested here"
+    folder = built(manifest, "train", kit, RECIPE, tmp_path / "channels_last", lambda line: None)
+    assert folder.name == cache.name
+    for i in (0, ITEMS - 1):
+        for name, value in Latents(cache)[i].items():
+            torch.testing.assert_close(Latents(folder)[i][name], value, atol=2e-3, rtol=2e-3)
 
 
 def test_a_stopped_build_goes_on(kit, manifest, small_shards, tmp_path, monkeypatch, cache):
@@ -204,22 +219,22 @@ def test_a_missing_image_is_named(kit, manifest, tmp_path, studio_rows):
 )
 def test_a_full_disk_leaves_nothing_half_written(kit, manifest, small_shards, tmp_path, monkeypatch, failure, cache):
     """Guards the disk: one line, no partial file, finished shards kept, and the same command goes on."""
-    original, calls = latents.save_file, []
+    original, calls = safetensors.torch.save_file, []
 
-    def fill(tensors, path):
+    def fill(tensors, path, metadata):
         calls.append(path)
         if len(calls) == 2:
             path.write_bytes(b"half")
             raise failure
-        original(tensors, path)
+        original(tensors, path, metadata)
 
-    monkeypatch.setattr(latents, "save_file", fill)
+    monkeypatch.setattr(safetensors.torch, "save_file", fill)
     with pytest.raises(UserError, match="disk full while writing .*00001.safetensors") as full:
         built(manifest, "train", kit, RECIPE, tmp_path / "full", lambda line: None)
     assert "\n" not in str(full.value)
     folder = tmp_path / "full" / cache.name
     assert sorted(path.name for path in folder.iterdir()) == ["00000.json", "00000.safetensors"]
-    monkeypatch.setattr(latents, "save_file", original)
+    monkeypatch.setattr(safetensors.torch, "save_file", original)
     built(manifest, "train", kit, RECIPE, tmp_path / "full", lambda line: None)
     assert shards(folder) == shards(cache)
 

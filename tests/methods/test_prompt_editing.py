@@ -213,7 +213,7 @@ def test_a_write_that_fails_leaves_nothing(keep, tmp_path, monkeypatch):
         raise OSError(28, "No space left on device")
 
     with monkeypatch.context() as patch:
-        patch.setattr(edit.os, "replace", full)
+        patch.setattr("os.replace", full)
         with pytest.raises(OSError, match="No space"):
             keep()
     assert not list((tmp_path / "kept").glob("*"))

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from harmony.core.errors import UserError
-from harmony.models.attention import controlled
+from harmony.models.attention import Layer, controlled
 from harmony.models.backbone import Kit
 from harmony.sampling.ddim import sample
 from harmony.sampling.guidance import Guided, Schedule
@@ -167,6 +167,14 @@ def test_injected_attention_brings_the_edit_nearer_to_the_source(kit):
     near = edited(kit, PromptToPrompt([edit_of(kit)], STEPS, STEPS))
     distances = [(pair[0] - pair[1]).square().mean() for pair in (near, apart)]
     assert distances[0] < distances[1]
+
+
+def test_maps_of_rounded_attention_are_summed_whole():
+    """Guards a network in bfloat16, in which a sum of 256 equal numbers no longer grows."""
+    control, probabilities = PromptToPrompt([], 0, 0, maps=4), torch.full((1, 1, 4, 3), 0.5, dtype=torch.bfloat16)
+    for step in range(1000):
+        control(probabilities, Layer("attn2", "down", True), step)
+    assert torch.equal(control.seen, torch.full((1, 4, 3), 500.0))
 
 
 def test_the_mask_is_where_the_words_look():

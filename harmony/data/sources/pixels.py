@@ -10,14 +10,12 @@ from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
-import polars as pl
 import torch
 
 from harmony.core.errors import UserError
 from harmony.core.row import SPLITS, Row
 from harmony.data.captions import given_captions
 from harmony.data.manifest import read_manifest, write_manifest
-from harmony.data.sources.open_images.select import class_names
 from harmony.pixels.images import Crop, crop_resize, read_image, resize, sha256, square_around, to_model
 from harmony.pixels.masks import bounding_box, read_mask
 
@@ -26,6 +24,10 @@ AREA = (0.02, 0.8)  # share of the photograph that an instance may cover, as eve
 
 def largest_masks(folder: Path) -> dict[str, tuple[str, str]]:
     """Image id -> (mask file, label) of the largest annotated box within AREA, whatever else the picture shows."""
+    import polars as pl  # not where a manifest is there already
+
+    from harmony.data.sources.open_images.select import class_names
+
     table = pl.read_csv(folder / "labels" / "segmentations.csv").with_columns(
         area=(pl.col("BoxXMax") - pl.col("BoxXMin")) * (pl.col("BoxYMax") - pl.col("BoxYMin"))
     )
@@ -46,6 +48,8 @@ def rows_of(folder: Path, split: str, relative_to: Path, sources: Iterable[str] 
     captions = given_captions(folder)
     wanted = None
     if sources is not None:
+        import polars as pl
+
         table = pl.read_csv(folder / "metadata" / "sources.csv", columns=["ImageID", "Source"])
         wanted = set(table.filter(pl.col("Source").is_in(list(sources)))["ImageID"])
     extras = {"source": "studio"} if (folder / "metadata" / "scenes.csv").exists() else {}
