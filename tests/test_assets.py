@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 import torch
 
+from harmony.data.judge_data import under_other_light
 from harmony.data.latent_cache import example
-from harmony.data.relit_pairs import under_other_light
 from harmony.data.sources.pixels import rows_of
 from harmony.evaluation.eval_sets import SHOWN_TO, Bench, by_example, by_hints, pasted, scores
 from harmony.methods.insert import load_branch

@@ -6,7 +6,7 @@ import numpy as np
 
 from harmony.core.errors import UserError
 from harmony.core.files import write_text
-from harmony.data.relit_pairs import Composites
+from harmony.data.judge_data import Composites
 from harmony.evaluation.eval_sets import spread
 from harmony.evaluation.tables import pictures, to_csv, to_markdown
 from harmony.metrics.classification import judged

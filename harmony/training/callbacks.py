@@ -13,7 +13,7 @@ from lightning.fabric.plugins import TorchCheckpointIO
 from lightning.pytorch.callbacks import Callback
 
 from harmony.core.errors import UserError
-from harmony.data.modules import LatentData
+from harmony.data.latent_data import LatentData
 from harmony.evaluation.eval_sets import load_bench, sample_grid
 from harmony.pixels.images import write_image
 from harmony.sampling.guidance import Settings
