@@ -9,7 +9,7 @@ import torch
 from torch.utils.data import DataLoader
 
 from harmony.core.errors import UserError
-from harmony.data.sources.folder import folder_captions, pictures_in
+from harmony.data.sources.files import folder_captions, pictures_in
 from harmony.data.stream import Stream, generator
 from harmony.models.backbone import Kit
 from harmony.pixels.images import crop_resize, read_image, resize, sha256, square_around, to_model

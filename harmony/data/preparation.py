@@ -12,7 +12,7 @@ from harmony.core.files import write_json
 from harmony.data.captions import BLIP
 from harmony.data.shards import predictor
 from harmony.data.sources import editing
-from harmony.data.sources.open_images.importer import locate, prepare_dataset
+from harmony.data.sources.files import locate
 from harmony.data.sources.pixels import prepare_kit
 from harmony.models.backbone import kit_path
 
@@ -28,6 +28,9 @@ def prepare(recipe: dict, kit: str, work: str, trainer: lightning.Trainer | None
     if trainer.is_global_zero:
         (folder / "recipe.json").unlink(missing_ok=True)  # nothing is prepared until all is done
     if recipe["layout"] != "kit":
+        # polars and FiftyOne's: a training on a dataset that is there needs neither
+        from harmony.data.sources.open_images.importer import prepare_dataset
+
         captioner = Path(kit_path(kit)) / "captioner"
         prepare_dataset(recipe, folder.parent, captioner if captioner.is_dir() else BLIP, trainer)
     elif trainer.is_global_zero:

@@ -18,7 +18,7 @@ import torch
 from harmony.core.errors import UserError
 from harmony.core.files import write_text
 from harmony.data.sources.editing import Case, concepts, read_cases
-from harmony.data.sources.folder import folder_captions
+from harmony.data.sources.files import folder_captions
 from harmony.evaluation.comparison import await_blocks, blocks, outputs_of
 from harmony.evaluation.eval_sets import spread
 from harmony.evaluation.tables import pictures, to_csv, to_markdown

@@ -1,7 +1,6 @@
 """How well probabilities of two classes tell them apart, and how far they can be believed."""
 
 import numpy as np
-from sklearn.metrics import roc_auc_score
 
 BINS = 10  # of the calibration error
 
@@ -17,6 +16,8 @@ def calibration_error(probabilities: np.ndarray, labels: np.ndarray) -> float:
 
 def judged(probabilities: np.ndarray, labels: np.ndarray) -> dict[str, float]:
     """``auc``, ``accuracy`` (at 0.5) and ``ece`` of N probabilities of class 1 against labels 0 and 1, float64."""
+    from sklearn.metrics import roc_auc_score  # slow to load, and no other task wants it
+
     return {
         "auc": float(roc_auc_score(labels, probabilities)),
         "accuracy": float(np.mean((probabilities > 0.5) == labels)),

@@ -6,18 +6,17 @@ other one; with ``<dir>/<split>/images`` and ``<dir>/<split>/masks`` they are as
 """
 
 import hashlib
-import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import polars as pl
 
 from harmony.core.errors import UserError
+from harmony.data.sources.files import image_files
 from harmony.data.sources.open_images.select import COLUMNS, KEPT, Rules, Selection
 from harmony.pixels.images import open_image
 from harmony.pixels.masks import bounding_box, read_mask
 
-SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff")
 SHARES = {"train": 0.8, "validation": 0.1, "test": 0.1}
 LABEL = "object"
 SCHEMA = dict.fromkeys(COLUMNS, pl.String) | dict.fromkeys(("x0", "y0", "x1", "y1"), pl.Float32)
@@ -33,21 +32,6 @@ def select_folder(root: Path, splits: Sequence[str], rules: Rules) -> Selection:
         raise UserError(f"{root}: no images found; put photographs into images/ and masks of the same name into masks/")
     table = pl.DataFrame(rows, schema=SCHEMA, orient="row").filter(pl.col("split").is_in(list(splits)))
     return Selection(root, table.sort("split", "id"), rules)
-
-
-def image_files(folder: Path) -> list[Path]:
-    """The picture files that lie in ``folder`` itself, by name."""
-    return sorted(path for path in folder.iterdir() if path.suffix.lower() in SUFFIXES)
-
-
-def pictures_in(folder: Path) -> list[Path]:
-    """The picture files of a folder by name, without looking into folders. UserError where there are none."""
-    if not folder.is_dir():
-        raise UserError(f"{folder}: no such folder; give one with three to five pictures")
-    found = image_files(folder)
-    if not found:
-        raise UserError(f"{folder}: no pictures ({', '.join(SUFFIXES)}) in it; put three to five there")
-    return found
 
 
 def split_folders(root: Path, splits: Sequence[str]) -> Iterator[tuple[str | None, Path]]:
@@ -95,15 +79,3 @@ def draw_split(name: str) -> str:
         if (draw := draw - share) < 0:
             return split
     return "test"
-
-
-def folder_captions(folder: Path) -> dict[str, list[str]]:
-    """``captions.json`` of the folder: {name: caption} or {name: [caption, ...]}; empty where there is none."""
-    path = folder / "captions.json"
-    if not path.is_file():
-        return {}
-    try:
-        captions = json.loads(path.read_text(encoding="utf-8"))
-        return {name: [texts] if isinstance(texts, str) else list(texts) for name, texts in captions.items()}
-    except (json.JSONDecodeError, AttributeError, TypeError) as error:
-        raise UserError(f'{path}: expected {{"<name>": "<caption>", ...}} ({error}); mend it or remove it') from None

@@ -9,13 +9,10 @@ import os
 from collections.abc import Iterable
 from pathlib import Path
 
-import polars as pl
-
 from harmony.core.errors import UserError
 from harmony.core.row import SPLITS, Row
 from harmony.data.captions import given_captions
 from harmony.data.manifest import write_manifest
-from harmony.data.sources.open_images.select import class_names
 from harmony.pixels.images import read_image, sha256
 from harmony.pixels.masks import bounding_box, read_mask
 
@@ -24,6 +21,10 @@ AREA = (0.02, 0.8)  # share of the photograph that an instance may cover, as eve
 
 def largest_masks(folder: Path) -> dict[str, tuple[str, str]]:
     """Image id -> (mask file, label) of the largest annotated box within AREA, whatever else the picture shows."""
+    import polars as pl  # not where a manifest is there already
+
+    from harmony.data.sources.open_images.select import class_names
+
     table = pl.read_csv(folder / "labels" / "segmentations.csv").with_columns(
         area=(pl.col("BoxXMax") - pl.col("BoxXMin")) * (pl.col("BoxYMax") - pl.col("BoxYMin"))
     )
@@ -44,6 +45,8 @@ def rows_of(folder: Path, split: str, relative_to: Path, sources: Iterable[str] 
     captions = given_captions(folder)
     wanted = None
     if sources is not None:
+        import polars as pl
+
         table = pl.read_csv(folder / "metadata" / "sources.csv", columns=["ImageID", "Source"])
         wanted = set(table.filter(pl.col("Source").is_in(list(sources)))["ImageID"])
     extras = {"source": "studio"} if (folder / "metadata" / "scenes.csv").exists() else {}

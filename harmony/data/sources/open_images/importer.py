@@ -36,7 +36,8 @@ from harmony.core.row import SPLITS, Row
 from harmony.data.captions import GIVEN, caption_images, captioner_name, given_captions, load_captioner
 from harmony.data.manifest import write_manifest
 from harmony.data.shards import Shards, make_shards, predictor
-from harmony.data.sources.folder import folder_captions, select_folder
+from harmony.data.sources.files import folder_captions, locate
+from harmony.data.sources.folder import select_folder
 from harmony.data.sources.open_images.select import (
     KEPT,
     REASONS,
@@ -171,17 +172,6 @@ def select_recipe(recipe: dict, folder: Path) -> Selection:
     if recipe["dir"] is None and "download" in recipe:
         return download(recipe["splits"], rules, folder, recipe["download"]["examples"])
     return select(locate(recipe), recipe["splits"], rules)
-
-
-def locate(recipe: dict) -> Path:
-    """``recipe.dir``, looked up from where the user stands, then beside the package (a clone). Raises UserError."""
-    if recipe["dir"] is None:
-        raise UserError(f"dataset.dir is not set; give the folder of dataset {recipe['name']}: dataset.dir=PATH")
-    places = [Path(recipe["dir"]), Path(__file__).parents[4] / recipe["dir"]]
-    for place in places:
-        if place.is_dir():
-            return place.resolve()
-    raise UserError(f"dataset.dir={recipe['dir']}: no such folder ({places[0].resolve()}); give an existing one")
 
 
 def read_given(recipe: dict, selection: Selection) -> dict[str, list[str]]:

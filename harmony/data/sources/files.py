@@ -1,0 +1,46 @@
+"""The folder that a recipe names, and what lies in it: pictures, and captions that came with them."""
+
+import json
+from pathlib import Path
+
+from harmony.core.errors import UserError
+
+SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff")
+
+
+def locate(recipe: dict) -> Path:
+    """``recipe.dir``, looked up from where the user stands, then beside the package (a clone). Raises UserError."""
+    if recipe["dir"] is None:
+        raise UserError(f"dataset.dir is not set; give the folder of dataset {recipe['name']}: dataset.dir=PATH")
+    places = [Path(recipe["dir"]), Path(__file__).parents[3] / recipe["dir"]]
+    for place in places:
+        if place.is_dir():
+            return place.resolve()
+    raise UserError(f"dataset.dir={recipe['dir']}: no such folder ({places[0].resolve()}); give an existing one")
+
+
+def image_files(folder: Path) -> list[Path]:
+    """The picture files that lie in ``folder`` itself, by name."""
+    return sorted(path for path in folder.iterdir() if path.suffix.lower() in SUFFIXES)
+
+
+def pictures_in(folder: Path) -> list[Path]:
+    """The picture files of a folder by name, without looking into folders. UserError where there are none."""
+    if not folder.is_dir():
+        raise UserError(f"{folder}: no such folder; give one with three to five pictures")
+    found = image_files(folder)
+    if not found:
+        raise UserError(f"{folder}: no pictures ({', '.join(SUFFIXES)}) in it; put three to five there")
+    return found
+
+
+def folder_captions(folder: Path) -> dict[str, list[str]]:
+    """``captions.json`` of the folder: {name: caption} or {name: [caption, ...]}; empty where there is none."""
+    path = folder / "captions.json"
+    if not path.is_file():
+        return {}
+    try:
+        captions = json.loads(path.read_text(encoding="utf-8"))
+        return {name: [texts] if isinstance(texts, str) else list(texts) for name, texts in captions.items()}
+    except (json.JSONDecodeError, AttributeError, TypeError) as error:
+        raise UserError(f'{path}: expected {{"<name>": "<caption>", ...}} ({error}); mend it or remove it') from None
