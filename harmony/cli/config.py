@@ -10,6 +10,7 @@ import difflib
 import errno
 import functools
 import importlib.metadata
+import importlib.util
 import inspect
 import os
 import platform
@@ -295,6 +296,13 @@ def refuse_missing(cfg: DictConfig) -> None:
         raise UserError(f"{' and '.join(missing)} not given; add {' '.join(f'{key}=...' for key in missing)}")
 
 
+def refuse_logger(cfg: DictConfig) -> None:
+    """A logger that is not installed, before anything is done rather than when it is first asked for."""
+    target = OmegaConf.select(cfg, "logger._target_") or ""
+    if target.endswith("WandbLogger") and importlib.util.find_spec("wandb") is None:
+        raise UserError("wandb is not installed: pip install wandb, or logger=none (the run folder has everything too)")
+
+
 def help_text(task: Callable, name: str, config_dir: Path) -> str:
     """What ``--help`` prints: what the command does, groups with their options, settings with their comments."""
     about = inspect.cleandoc(sys.modules[task.__module__].__doc__ or task.__doc__ or name)
@@ -350,6 +358,7 @@ def run(
             if choices.get("experiment"):
                 check_experiment(name, choices, config_dir)
             refuse_missing(cfg)
+            refuse_logger(cfg)
             task(cfg)
         except Exception as error:
             raise _Leave from error
