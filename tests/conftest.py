@@ -194,7 +194,7 @@ def prepared_work(small_manifest):
 @pytest.fixture(scope="session")
 def latent_data(random_kit, small_manifest, tmp_path_factory):
     """``latent_data(**options)``: a prepared ``LatentData`` on the random kit; equal recipes share one cache."""
-    from harmony.data.modules import LatentData
+    from harmony.data.latent_data import LatentData
     from harmony.models.backbone import Kit
 
     folder = tmp_path_factory.mktemp("latents")

@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 import torch
 
+from harmony.data.judge_data import under_other_light
 from harmony.data.latent_cache import example
-from harmony.data.relit_pairs import under_other_light
 from harmony.data.sources.pixels import rows_of
 from harmony.evaluation.eval_sets import SHOWN_TO, EvalSet, composite_of, paste_outputs
 from harmony.evaluation.figures import scores

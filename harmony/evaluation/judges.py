@@ -6,8 +6,8 @@ import numpy as np
 
 from harmony.core.errors import UserError
 from harmony.core.files import write_text
+from harmony.data.judge_data import Composites
 from harmony.data.manifest import manifest_hash
-from harmony.data.relit_pairs import Composites
 from harmony.evaluation.eval_sets import subsample
 from harmony.evaluation.report import Report
 from harmony.evaluation.tables import pictures, to_csv, to_markdown

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 
 from harmony.core.errors import UserError
-from harmony.data.modules import LatentData
+from harmony.data.latent_data import LatentData
 from harmony.methods.inpainting import Branch, Inpainting, load_branch
 from harmony.models.backbone import Kit, placed, weights_hash
 from harmony.models.controlnet import BRANCHES, export_controlnet, from_unet, zero_convolutions

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 
 from harmony.core.errors import UserError
-from harmony.data.modules import LatentData
+from harmony.data.latent_data import LatentData
 from harmony.methods.paint_by_example import PaintByExample
 from harmony.models.backbone import Kit, weights_hash
 from harmony.models.paint_by_example import (

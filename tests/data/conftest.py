@@ -1,4 +1,4 @@
-"""A small folder in Open Images V7 layout, one image for each thing that can be wrong with one."""
+"""Small folders in Open Images V7 layout."""
 
 import csv
 from pathlib import Path
@@ -68,3 +68,32 @@ class Folder:
 def make_folder():
     """``make_folder(root, split)``: an empty ``Folder``."""
     return Folder
+
+
+@pytest.fixture(scope="module")
+def photos(tmp_path_factory):
+    """Three splits of photographs, 60 x 40, two sources; one undecodable, one whose largest box is too small."""
+    root = tmp_path_factory.mktemp("photos") / "mini"
+    for split in ("train", "validation", "test"):
+        folder = root / split
+        for sub in ("data", "labels/masks/A", "metadata"):
+            (folder / sub).mkdir(parents=True)
+        rows, sources = [], []
+        for n, (name, boxes) in enumerate(
+            {"a1": [(0.1, 0.5), (0.0, 0.9)], "a2": [(0.2, 0.6)], "a3": [(0.4, 0.5)]}.items()
+        ):
+            write_image(folder / "data" / f"{name}.jpg", np.full((40, 60, 3), 40 * n + 20, np.uint8))
+            sources.append(f"{name},{'ccp' if n == 0 else 'secret'}")
+            for k, (low, high) in enumerate(boxes):
+                mask = np.zeros((40, 60), bool)
+                mask[int(40 * low) : int(40 * high), int(60 * low) : int(60 * high)] = True
+                write_image(folder / "labels/masks/A" / f"{name}_{k}.png", mask)
+                rows.append(f"{name}_{k}.png,{name},/m/cat,b{k},{low},{high},{low},{high},0,")
+        rows.append("a4_0.png,a4,/m/cat,b,0.1,0.9,0.1,0.9,0,")
+        (folder / "data" / "a4.jpg").write_bytes(b"no picture")
+        sources.append("a4,ccp")
+        header = "MaskPath,ImageID,LabelName,BoxID,BoxXMin,BoxXMax,BoxYMin,BoxYMax,PredictedIoU,Clicks"
+        (folder / "labels" / "segmentations.csv").write_text("\n".join([header, *rows]) + "\n")
+        (folder / "metadata" / "sources.csv").write_text("\n".join(["ImageID,Source", *sources]) + "\n")
+        (folder / "metadata" / "classes.csv").write_text("/m/cat,Cat\n")
+    return root

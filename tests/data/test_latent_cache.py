@@ -17,8 +17,8 @@ import torch
 from harmony.core.errors import UserError
 from harmony.data import latent_cache as latents
 from harmony.data.latent_cache import Cache, Latents, Recipe, describe, example, key
+from harmony.data.latent_data import build
 from harmony.data.manifest import read_manifest, write_manifest
-from harmony.data.modules import build
 from harmony.models.backbone import Kit
 from harmony.pixels.hints import hint
 from harmony.pixels.images import to_model

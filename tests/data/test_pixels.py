@@ -3,45 +3,12 @@
 import shutil
 from pathlib import Path
 
-import numpy as np
-import pytest
-import torch
-
 from harmony.data.manifest import read_manifest
+from harmony.data.pixel_data import is_render
 from harmony.data.sources import studio
-from harmony.data.sources.pixels import PixelPool, is_render, prepare_kit, rows_of
-from harmony.pixels.images import read_image, write_image
+from harmony.data.sources.pixels import prepare_kit, rows_of
 
 ROOT = Path(__file__).resolve().parents[2]
-
-
-@pytest.fixture(scope="module")
-def photos(tmp_path_factory):
-    """Three splits of photographs, 60 x 40, two sources; one undecodable, one whose largest box is too small."""
-    root = tmp_path_factory.mktemp("photos") / "mini"
-    for split in ("train", "validation", "test"):
-        folder = root / split
-        for sub in ("data", "labels/masks/A", "metadata"):
-            (folder / sub).mkdir(parents=True)
-        rows, sources = [], []
-        for n, (name, boxes) in enumerate(
-            {"a1": [(0.1, 0.5), (0.0, 0.9)], "a2": [(0.2, 0.6)], "a3": [(0.4, 0.5)]}.items()
-        ):
-            write_image(folder / "data" / f"{name}.jpg", np.full((40, 60, 3), 40 * n + 20, np.uint8))
-            sources.append(f"{name},{'ccp' if n == 0 else 'secret'}")
-            for k, (low, high) in enumerate(boxes):
-                mask = np.zeros((40, 60), bool)
-                mask[int(40 * low) : int(40 * high), int(60 * low) : int(60 * high)] = True
-                write_image(folder / "labels/masks/A" / f"{name}_{k}.png", mask)
-                rows.append(f"{name}_{k}.png,{name},/m/cat,b{k},{low},{high},{low},{high},0,")
-        rows.append("a4_0.png,a4,/m/cat,b,0.1,0.9,0.1,0.9,0,")
-        (folder / "data" / "a4.jpg").write_bytes(b"no picture")
-        sources.append("a4,ccp")
-        header = "MaskPath,ImageID,LabelName,BoxID,BoxXMin,BoxXMax,BoxYMin,BoxYMax,PredictedIoU,Clicks"
-        (folder / "labels" / "segmentations.csv").write_text("\n".join([header, *rows]) + "\n")
-        (folder / "metadata" / "sources.csv").write_text("\n".join(["ImageID,Source", *sources]) + "\n")
-        (folder / "metadata" / "classes.csv").write_text("/m/cat,Cat\n")
-    return root
 
 
 def test_rows_take_the_largest_instance_and_leave_out_what_is_broken(photos, tmp_path):
@@ -83,34 +50,3 @@ def test_kit_manifest_joins_renders_and_permitted_photographs(photos, tmp_path, 
                    ("train", "validation", "test")}  # fmt: skip
     assert photographs == {"train": ["a1"], "validation": ["a1"], "test": ["a1", "a2"]}
     assert len(rows) == 3 * 2 + 4
-
-
-def test_squares_without_share_are_the_deterministic_ones(small_manifest, tmp_path):
-    """Guards measurement: the test pool gives the whole picture around the instance, the same every time."""
-    manifest = small_manifest(tmp_path)
-    pool = PixelPool(manifest, "test", 128)
-    item = pool[2]
-    assert torch.equal(item["image"], pool[2]["image"]) and item["render"] is True
-    pixels = read_image(tmp_path / pool.rows[2].image)
-    assert torch.equal(((item["image"] + 1) * 127.5).round().permute(1, 2, 0), torch.from_numpy(pixels).float())
-    assert item["caption"] == pool.rows[2].caption
-
-
-def test_photographs_are_cropped_at_random_and_renders_are_not(photos, small_manifest, tmp_path):
-    """Guards augmentation: crops of a photograph have the wanted share of its side and stay inside it."""
-    from harmony.data.manifest import write_manifest
-
-    rows = rows_of(photos / "train", "train", tmp_path)
-    write_manifest(tmp_path / "manifest.jsonl", rows, "photos")
-    pool = PixelPool(tmp_path / "manifest.jsonl", "train", 8, share=(0.35, 0.9), seed=1)
-    height, width = pool.pictures[0].shape[:2]
-    crops = [pool.crop(0) for _ in range(50)]
-    low, high = 0.35 * min(width, height), 0.9 * min(width, height)
-    assert all(low - 1 <= c.side <= high and c.inside(width, height)[2] - c.x0 == c.side for c in crops)
-    assert len({(c.x0, c.y0, c.side) for c in crops}) > 40
-    again = PixelPool(tmp_path / "manifest.jsonl", "train", 8, share=(0.35, 0.9), seed=1)
-    assert [again.crop(0) for _ in range(50)] == crops, "the crops depend on the seed"
-    render = PixelPool(small_manifest(tmp_path / "renders"), "train", 64, share=(0.35, 0.9))
-    assert {render.crop(0).side for _ in range(5)} == {128}
-    flipped = {render[0]["image"].numpy().tobytes() for _ in range(20)}
-    assert len(flipped) == 2, "a render is only mirrored"

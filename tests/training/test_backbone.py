@@ -6,7 +6,8 @@ import lightning
 import pytest
 import torch
 
-from harmony.data.modules import LatentData, PixelData
+from harmony.data.latent_data import LatentData
+from harmony.data.pixel_data import PixelData
 from harmony.models.backbone import Kit, load_part
 from harmony.training.backbone import (
     CaptionerTask,

@@ -8,8 +8,7 @@ import pytest
 import torch
 
 from harmony.core.errors import UserError
-from harmony.data.modules import JudgeData
-from harmony.data.relit_pairs import VISIBLE, Composites, under_other_light
+from harmony.data.judge_data import VISIBLE, Composites, JudgeData, under_other_light
 from harmony.evaluation.judges import JudgeStudy
 from harmony.metrics.classification import calibration_error, judged
 from harmony.models.judge import load_judge
@@ -54,11 +53,11 @@ def test_photographs_are_repeated_to_their_share(manifest):
     assert composites.order == list(range(12))
     few = Composites.__new__(Composites)
     few.render = [True] * 9 + [False] * 3
-    few.order = few.repeated(0.5)
+    few.order = few.repeat(0.5)
     shares = [few.render[i] for i in few.order]
     assert shares.count(True) == 9 == shares.count(False) and set(few.order) == set(range(12))
     with pytest.raises(UserError, match="data.photos=1: give a share"):
-        few.repeated(1)
+        few.repeat(1)
 
 
 def test_figures_with_known_answers():

@@ -11,8 +11,8 @@ from hydra.utils import instantiate
 from harmony.cli.config import compose
 from harmony.core.errors import UserError
 from harmony.data.latent_cache import encode, example
+from harmony.data.latent_data import LatentData
 from harmony.data.manifest import read_manifest
-from harmony.data.modules import LatentData
 from harmony.evaluation.eval_sets import load_reconstruct, paste_outputs
 from harmony.methods.paint_by_example import PaintByExample
 from harmony.models.backbone import Kit

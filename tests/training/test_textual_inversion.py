@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from lightning.pytorch.callbacks import Callback
 
 from harmony.core.errors import UserError
-from harmony.data.modules import PicturesData
+from harmony.data.picture_data import PicturesData
 from harmony.models.backbone import Kit
 from harmony.models.textual_inversion import learn, read_word
 from harmony.pixels.images import write_image

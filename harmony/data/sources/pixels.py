@@ -9,14 +9,11 @@ import os
 from collections.abc import Iterable
 from pathlib import Path
 
-import numpy as np
-import torch
-
 from harmony.core.errors import UserError
 from harmony.core.row import SPLITS, Row
 from harmony.data.captions import given_captions
-from harmony.data.manifest import read_manifest, write_manifest
-from harmony.pixels.images import Crop, crop_resize, read_image, resize, sha256, square_around, to_model
+from harmony.data.manifest import write_manifest
+from harmony.pixels.images import read_image, sha256
 from harmony.pixels.masks import bounding_box, read_mask
 
 AREA = (0.02, 0.8)  # share of the photograph that an instance may cover, as everywhere in the project
@@ -96,55 +93,3 @@ def prepare_kit(recipe: dict, work: Path) -> Path:
             rows += rows_of(Path(recipe["photos"]) / split, split, folder, sources)
     write_manifest(folder / "manifest.jsonl", rows, recipe["name"])
     return folder / "manifest.jsonl"
-
-
-def is_render(row: Row) -> bool:
-    """Whether the row shows a studio scene; everything else is a photograph."""
-    return row.extras.get("source") == "studio"
-
-
-class PixelPool(torch.utils.data.Dataset):
-    """Decoded pictures of one split of a manifest as squares of ``size`` pixels.
-
-    Item: ``image`` float 3 x size x size in [-1, 1], ``caption``, ``render`` (bool). With ``share`` = (low, high) < 1 a
-    photograph gives a random square of that share of its shorter side, flipped half of the time; renders are not
-    cropped, since their captions name what stands in them. Without it everything is the deterministic square around the
-    instance.
-    """
-
-    def __init__(
-        self, manifest: str | Path, split: str, size: int, share: tuple[float, float] | None = None, seed: int = 0
-    ):
-        self.rows = read_manifest(manifest, split)[1]
-        self.size, self.share = size, share
-        self.rng = np.random.default_rng([seed, SPLITS.index(split)])
-        root = Path(manifest).parent
-        self.pictures = []
-        for row in self.rows:
-            picture = read_image(root / row.image)
-            shrink = min(1.0, 4 * size / min(picture.shape[:2]))  # photographs need not be held larger than this
-            if shrink < 1:
-                picture = resize(picture, round(shrink * picture.shape[1]), round(shrink * picture.shape[0]))
-            self.pictures.append(picture)
-
-    def __len__(self) -> int:
-        return len(self.rows)
-
-    def is_render(self, i: int) -> bool:
-        return is_render(self.rows[i])
-
-    def crop(self, i: int) -> Crop:
-        row, picture = self.rows[i], self.pictures[i]
-        height, width = picture.shape[:2]
-        if self.share is None or is_render(row):
-            box = [v * width / row.width for v in row.box]
-            return square_around(box, width, height)
-        side = max(1, int(min(width, height) * self.rng.uniform(*self.share)))
-        return Crop(int(self.rng.integers(0, width - side + 1)), int(self.rng.integers(0, height - side + 1)), side)
-
-    def __getitem__(self, i: int) -> dict:
-        square = crop_resize(self.pictures[i], self.crop(i), self.size)
-        if self.share is not None and self.rng.random() < 0.5:
-            square = square[:, ::-1]
-        row = self.rows[i]
-        return {"image": to_model(np.ascontiguousarray(square)), "caption": row.caption, "render": is_render(row)}

@@ -1,0 +1,169 @@
+"""Cached latents with their hints: the data of everything that trains a UNet."""
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import lightning
+import numpy as np
+import torch
+from torch.utils.data import DataLoader
+
+from harmony.data.latent_cache import Cache, Latents, Recipe, describe, example, key, tell
+from harmony.data.manifest import read_manifest
+from harmony.data.shards import Shards, make_shards, predictor
+from harmony.data.stream import Stream, generator
+from harmony.models.backbone import Kit
+from harmony.pixels.exemplars import augment
+from harmony.pixels.images import to_hint, to_model
+from harmony.pixels.masks import to_latent
+
+
+class Draws(torch.utils.data.Dataset):
+    """Cached items with everything random that a training step needs, drawn from (seed, position) alone.
+
+    Adds ``noise``, ``encode``, ``encode_masked`` (unit normal, C x h x w: diffusion noise and the two posterior
+    samples), ``time`` in [0, 1) (scaled to a timestep by the objective), ``drop`` in [0, 1) (prompt dropout),
+    ``beside`` in [0, 1) (whether a companion runs) and ``tokens``. ``augment``: exemplars are augmented
+    (``exemplars.augment``), also by (seed, position).
+    """
+
+    def __init__(
+        self, latents: Latents, tokens: torch.Tensor, branches: Sequence[str], seed: int, augment: bool = False
+    ):
+        self.latents, self.tokens, self.seed, self.augment = latents, tokens, seed, augment
+        self.hints = {f"hint_{branch}" for branch in branches}
+
+    def __len__(self) -> int:
+        return len(self.latents)
+
+    def __getitem__(self, key: tuple[int, int]) -> dict:
+        position, i = key
+        item = self.latents[i]
+        item = {k: v for k, v in item.items() if not k.startswith("hint_") or k in self.hints}
+        rng = generator(self.seed, position)
+        c, h, w = item["moments"].shape
+        item["noise"], item["encode"], item["encode_masked"] = torch.randn(3, c // 2, h, w, generator=rng)
+        item["time"], item["drop"], item["beside"] = torch.rand(3, generator=rng)
+        if self.augment and "hint_exemplar" in item:
+            picture = np.rint(255 * item["hint_exemplar"].numpy()).astype(np.uint8).transpose(1, 2, 0)
+            item["hint_exemplar"] = to_hint(augment(picture, np.random.default_rng([self.seed, position])))
+        return item | {"tokens": self.tokens[item["row"]]}
+
+
+class LatentShards(Shards):
+    """The shards of several caches of one kit, one cache after another."""
+
+    def __init__(self, kit: Kit, caches: Sequence[Cache], say: Callable[[str], None]):
+        super().__init__("latents", say)
+        self.kit, self.caches = kit, list(caches)
+        self.places = [(cache, n) for cache in self.caches for n in range(len(cache.shards))]
+
+    @property
+    def sizes(self) -> list[int]:
+        return [len(cache.shards[n]) for cache, n in self.places]
+
+    def is_made(self, n: int) -> bool:
+        cache, at = self.places[n]
+        return cache.is_made(at)
+
+    def on_predict_start(self) -> None:
+        self.kit.to(self.device)
+
+    def make(self, n: int) -> None:
+        cache, at = self.places[n]
+        cache.make(at)
+
+    def finish(self) -> None:
+        for cache in self.caches:
+            cache.finish()
+
+
+def build(caches: Sequence[Cache], trainer: lightning.Trainer | None = None) -> list[Path]:
+    """Make or complete ``caches`` of one kit over the processes of ``trainer``; returns their folders.
+
+    Good shards are not made again.
+    """
+    kit, say = caches[0].kit, caches[0].say
+    make_shards(LatentShards(kit, caches, say), trainer or predictor())
+    kit.to("cpu")
+    return [cache.folder for cache in caches]
+
+
+class LatentData(lightning.LightningDataModule):
+    """Cached latents of a manifest's train and validation split; reads manifest and cache only.
+
+    ``batch_size`` is that of one process. ``branch`` names the hint, or the hints, that travel with a batch (None: no
+    hint). ``augment``: exemplars are augmented in training.
+    ``prepare`` must have been called before training, by every process of its trainer.
+    """
+
+    def __init__(
+        self,
+        manifest: str,
+        kit: Kit,
+        cache: str,
+        batch_size: int,
+        branch: str | Sequence[str] | None = "color",
+        hints: dict[str, dict] | None = None,
+        crop: str = "jitter",
+        hole: str = "train",
+        variants: int = 2,
+        workers: int = 0,
+        seed: int = 0,
+        mismatch: float = 0.0,
+        augment: bool = False,
+    ):
+        super().__init__()
+        self.augment = augment
+        self.manifest, self.kit, self.cache = Path(manifest), kit, Path(cache)
+        self.batch_size, self.workers, self.seed = batch_size, workers, seed
+        self.branches = [branch] if isinstance(branch, str) else list(branch or ())
+        self.recipes = {
+            "train": Recipe(crop, hole, variants, hints or {}, seed, mismatch),
+            "validation": Recipe("centre", "kit" if hole == "kit" else "dilate", 1, hints or {}, seed, mismatch),
+        }
+        self.sets: dict[str, Draws] = {}
+
+    def prepare(self, trainer: lightning.Trainer | None = None, say: Callable[[str], None] = tell) -> dict[str, Path]:
+        """Make or complete the caches over the processes and devices of ``trainer`` (see ``shards.predictor``)."""
+        caches = [Cache(self.manifest, split, self.kit, r, self.cache, say) for split, r in self.recipes.items()]
+        return dict(zip(self.recipes, build(caches, trainer), strict=True))
+
+    def setup(self, stage=None):
+        for split, recipe in self.recipes.items():
+            rows = read_manifest(self.manifest, split)[1]
+            description = describe(self.kit, recipe, rows)
+            latents = Latents(self.cache / f"{split}-{key(description)}", description)
+            tokens = self.kit.tokens([row.caption for row in rows])
+            self.sets[split] = Draws(latents, tokens, self.branches, self.seed, self.augment and split == "train")
+
+    def train_dataloader(self):
+        draws = self.sets["train"]
+        return self.loader(draws, Stream.of(self.trainer, len(draws), self.batch_size, self.seed))
+
+    def val_dataloader(self):
+        draws = self.sets["validation"]
+        return self.loader(draws, [(i, i) for i in range(len(draws))])
+
+    def loader(self, draws: Draws, order) -> DataLoader:
+        return DataLoader(
+            draws,
+            self.batch_size,
+            sampler=order,
+            num_workers=self.workers,
+            pin_memory=torch.cuda.is_available(),
+            persistent_workers=self.workers > 0,
+        )
+
+    def examples(self, count: int, split: str = "test") -> dict:
+        """``count`` held-out rows at the kit's resolution: ``image``, ``hole`` (latent), ``pixel_hole``, ``tokens``."""
+        rows = read_manifest(self.manifest, split)[1]
+        rows = rows[:: max(1, len(rows) // count)][:count]
+        squares = [example(row, self.manifest.parent, Recipe(), self.kit.resolution) for row in rows]
+        holes = torch.from_numpy(np.stack([e.hole for e in squares])[:, None]).float()
+        return {
+            "image": torch.stack([to_model(e.image) for e in squares]),
+            "hole": to_latent(holes, self.kit.factor),
+            "pixel_hole": holes,
+            "tokens": self.kit.tokens([row.caption for row in rows]),
+        }

@@ -1,0 +1,135 @@
+"""Squares of pixels in memory: what a kit's encoders are trained on."""
+
+import itertools
+from pathlib import Path
+
+import lightning
+import numpy as np
+import torch
+from torch.utils.data import DataLoader, WeightedRandomSampler
+
+from harmony.core.row import SPLITS, Row
+from harmony.data.manifest import read_manifest
+from harmony.pixels.images import Crop, crop_resize, read_image, resize, square_around, to_model
+
+
+class PixelData(lightning.LightningDataModule):
+    """Squares of ``size`` pixels from a manifest, photographs making up ``photos`` of each batch.
+
+    ``share`` is the range of a photograph's shorter side that a random crop takes (low for the VAE, near 1 where the
+    caption must stay true). A batch is ``image`` B x 3 x H x W in [-1, 1], ``caption`` list, ``render`` B bool.
+    """
+
+    def __init__(
+        self,
+        manifest: str,
+        size: int,
+        batch_size: int,
+        photos: float,
+        share: tuple[float, float],
+        workers: int = 0,
+        seed: int = 0,
+    ):
+        super().__init__()
+        self.save_hyperparameters(logger=False)
+        self.pools: dict[str, PixelPool] = {}
+
+    def setup(self, stage=None):
+        h = self.hparams
+        if not self.pools:
+            self.pools["train"] = PixelPool(h.manifest, "train", h.size, tuple(h.share), h.seed)
+            self.pools["test"] = PixelPool(h.manifest, "test", h.size)
+
+    def train_dataloader(self):
+        h, pool = self.hparams, self.pools["train"]
+        render = torch.tensor([pool.is_render(i) for i in range(len(pool))])
+        total = max(1, int((~render).sum()))
+        weight = torch.where(render, (1 - h.photos) / max(1, int(render.sum())), h.photos / total)
+        count = max(len(pool), h.batch_size)  # at least one batch an epoch
+        sampler = WeightedRandomSampler(weight, count, generator=torch.Generator().manual_seed(h.seed))
+        return DataLoader(pool, h.batch_size, sampler=sampler, num_workers=h.workers, drop_last=True)
+
+    def val_dataloader(self):
+        return DataLoader([0])
+
+    def captions(self) -> set[str]:
+        """All training captions, from which a tokenizer is trained."""
+        return {row.caption for row in self.pools["train"].rows}
+
+    def held_out(self, limit: int = 192) -> dict[str, torch.Tensor]:
+        """``renders`` and ``photos`` of the test split, N x 3 x H x W in [-1, 1]."""
+        pool = self.pools["test"]
+        kinds = {"renders": [], "photos": []}
+        for i in range(len(pool)):
+            images = kinds["renders" if pool.is_render(i) else "photos"]
+            if len(images) < limit:
+                images.append(pool[i]["image"])
+        return {kind: torch.stack(images) for kind, images in kinds.items() if images}
+
+    def retrieval(self, limit: int = 64) -> tuple[torch.Tensor, list[str]]:
+        """The first ``limit`` test renders with distinct captions."""
+        pool, images, captions = self.pools["test"], [], []
+        for i in range(len(pool)):
+            if pool.is_render(i) and pool.rows[i].caption not in captions and len(images) < limit:
+                item = pool[i]
+                images.append(item["image"])
+                captions.append(item["caption"])
+        return torch.stack(images), captions
+
+    def sample(self, count: int) -> torch.Tensor:
+        """``count`` training pictures in the proportions of a batch, N x 3 x H x W in [-1, 1]."""
+        pool, sampler = self.pools["train"], self.train_dataloader().sampler
+        order = itertools.chain.from_iterable(itertools.repeat(sampler))
+        return torch.stack([pool[i]["image"] for i in itertools.islice(order, count)])
+
+
+class PixelPool(torch.utils.data.Dataset):
+    """Decoded pictures of one split of a manifest as squares of ``size`` pixels.
+
+    An item is ``image`` float 3 x size x size in [-1, 1], ``caption`` and ``render`` (bool). With ``share`` = (low,
+    high) < 1 a photograph gives a random square of that share of its shorter side, flipped half of the time; renders
+    are not cropped, since their captions name what stands in them. Without ``share`` every picture gives the
+    deterministic square around its instance.
+    """
+
+    def __init__(
+        self, manifest: str | Path, split: str, size: int, share: tuple[float, float] | None = None, seed: int = 0
+    ):
+        self.rows = read_manifest(manifest, split)[1]
+        self.size, self.share = size, share
+        self.rng = np.random.default_rng([seed, SPLITS.index(split)])
+        root = Path(manifest).parent
+        self.pictures = []
+        for row in self.rows:
+            picture = read_image(root / row.image)
+            shrink = min(1.0, 4 * size / min(picture.shape[:2]))  # no crop needs a larger photograph
+            if shrink < 1:
+                picture = resize(picture, round(shrink * picture.shape[1]), round(shrink * picture.shape[0]))
+            self.pictures.append(picture)
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def is_render(self, i: int) -> bool:
+        return is_render(self.rows[i])
+
+    def crop(self, i: int) -> Crop:
+        row, picture = self.rows[i], self.pictures[i]
+        height, width = picture.shape[:2]
+        if self.share is None or is_render(row):
+            box = [v * width / row.width for v in row.box]
+            return square_around(box, width, height)
+        side = max(1, int(min(width, height) * self.rng.uniform(*self.share)))
+        return Crop(int(self.rng.integers(0, width - side + 1)), int(self.rng.integers(0, height - side + 1)), side)
+
+    def __getitem__(self, i: int) -> dict:
+        square = crop_resize(self.pictures[i], self.crop(i), self.size)
+        if self.share is not None and self.rng.random() < 0.5:
+            square = square[:, ::-1]
+        row = self.rows[i]
+        return {"image": to_model(np.ascontiguousarray(square)), "caption": row.caption, "render": is_render(row)}
+
+
+def is_render(row: Row) -> bool:
+    """Whether the row shows a studio scene; everything else is a photograph."""
+    return row.extras.get("source") == "studio"
