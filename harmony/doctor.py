@@ -25,7 +25,7 @@ from harmony.core.errors import UserError
 
 INSTALL = "make install"
 FEW_GIB = 5  # an installed environment, one cache of the bundled dataset and a few runs
-EXTRAS = {"studio": "mitsuba", "demo": "gradio", "dev": "pytest"}
+EXTRAS = {"studio": "mitsuba", "dev": "pytest"}
 KIT_PARTS = ("vae", "unet", "text_encoder", "tokenizer", "scheduler", "image_encoder", "captioner")
 IMAGES = {".jpg", ".jpeg", ".png"}
 

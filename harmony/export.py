@@ -4,148 +4,44 @@
 the same output as ours; ``format=comfyui`` makes one file for ComfyUI's models/controlnet, under a name of its own.
 """
 
-import json
-import os
-import shlex
-import shutil
 from pathlib import Path
-from tempfile import TemporaryDirectory
 
+<<<<<<< HEAD
 import torch
 from huggingface_hub import ModelCardData
 from huggingface_hub.repocard import metadata_load
 from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 from safetensors import safe_open
+=======
+from omegaconf import DictConfig
+>>>>>>> export
 
-from harmony.cli.config import entry, literal, load_yaml, make_folder
+from harmony.cli.config import entry, literal, make_folder
 from harmony.core.errors import UserError
+<<<<<<< HEAD
 from harmony.core.files import write_tensors, write_text
 from harmony.models.backbone import kit_path, ship
 from harmony.models.controlnet import controlnet_folder, export_controlnet, from_unet, read_hint
 from harmony.models.paint_by_example import Painter, export_painter, load_painter
+=======
+from harmony.training.export import write_backbone, write_controlnet, write_painter, write_single_file
+from harmony.training.run_folder import RunFolder, find_run
+>>>>>>> export
 
 FORMATS = ("diffusers", "comfyui")
-WEIGHTS = "diffusion_pytorch_model.safetensors"
-SEES = {
-    "color": "A Gaussian blur of the object (colour, low frequencies), black outside it",
-    "structure": "The Canny edges of the object (structure, high frequencies)",
-    "raw": "The object itself on black",
-}
-CARD = """
-# {title}
-
-A ControlNet for the inpainting kit `{kit}`. It keeps an object's own {keeps} while the model
-redraws the object, lit as the photograph around it is. Outside the mask nothing changes: paste the hole back, as below,
-and every other pixel keeps its value bit for bit.
-{grid}
-## What it sees
-
-{sees}, as a picture in [0, 1] of the kit's resolution: `harmony.pixels.hints.hint("{branch}", image, mask{arguments})`.
-Lengths are in pixels of a picture of side 512. The same facts lie in `controlnet/hint.json`.
-
-## Usage
-
-On a photograph of any size, from the folder of this card:
-
-```bash
-python -m harmony.harmonize background=B.jpg foreground=F.jpg mask=M.png prompt="..." controlnet=.{model}
-```
-
-In diffusers, on a square picture at the kit's resolution in which the object has been pasted:
-
-```python
-{snippet}
-```
-
-## Training
-
-{training}
-
-## Figures
-
-{figures}
-
-## Licence
-
-{licence}
-"""
-PAINTER_CARD = """
-# {title}
-
-Paint by Example (Yang et al., 2022, arXiv 2211.13227) on the kit `{kit}`: what an exemplar shows is painted where the
-mask is white, seen through {tokens} of CLIP's. Everything outside the mask keeps its value bit for bit.
-{grid}
-## Usage
-
-From the folder of this card:
-
-```bash
-python -m harmony.harmonize method=paint_by_example background=B.jpg reference=R.jpg mask=M.png painter=.{model}
-```
-
-`paint_by_example/` holds `unet/` and `image_encoder/` in diffusers' layout; VAE and scheduler are the kit's.
-{diffusers}
-
-## Training
-
-{training}
-
-## Figures
-
-{figures}
-
-## Licence
-
-{licence}
-"""
-SNIPPET = """
-import json
-
-import numpy as np
-import torch
-from diffusers import ControlNetModel, StableDiffusionControlNetInpaintPipeline
-from PIL import Image
-
-from harmony.pixels.composites import paste_back
-from harmony.pixels.hints import hint
-from harmony.pixels.images import read_image
-from harmony.pixels.masks import hole, read_mask
-from harmony.models.backbone import kit_path
-
-facts = json.load(open("controlnet/hint.json"))
-controlnet = ControlNetModel.from_pretrained("controlnet")
-pipeline = StableDiffusionControlNetInpaintPipeline.from_pretrained(kit_path("{kit}"), controlnet=controlnet)
-composite = read_image("composite.png")
-height, width = composite.shape[:2]
-mask = read_mask("mask.png", (width, height))
-opened = hole(mask, "dilate")
-made = pipeline(
-    "a red mushroom on snow",
-    image=Image.fromarray(composite),
-    mask_image=Image.fromarray(opened),
-    control_image=Image.fromarray(hint(facts["branch"], composite, mask, **facts["parameters"])),
-    height=height,
-    width=width,
-    num_inference_steps=20,
-    guidance_scale=1.0,
-    controlnet_conditioning_scale=1.0,
-    generator=torch.Generator().manual_seed(0),
-).images[0]
-Image.fromarray(paste_back(np.array(made), composite, opened)).save("harmonized.png")
-""".strip()
 
 
 def overrides(words: list[str]) -> list[str]:
     """The command line for Hydra: the word without ``=`` is the run, and paths are text."""
-    named = [word if "=" in word or word.startswith("~") else f"run={word}" for word in words]
-    return [literal(word, ("run", "kit", "output", "licence")) for word in named]
+    pairs = [word if "=" in word or word.startswith("~") else f"run={word}" for word in words]
+    return [literal(word, ("run", "kit", "output", "license")) for word in pairs]
 
 
-def run_of(path: Path) -> Path:
-    """The run folder that ``path`` is, or lies in as its export; ``path`` itself where there is no run."""
-    return next((folder for folder in (path, *path.parents[:2]) if (folder / "config.yaml").exists()), path)
+def output_folder(cfg: DictConfig, path: Path, run: RunFolder) -> Path:
+    """Where to write: ``output``, or the run's own ``export/``, or the folder in there that ``path`` names.
 
+<<<<<<< HEAD
 
 def read_json(path: Path) -> dict:
     return json.loads(path.read_text()) if path.exists() else {}
@@ -416,6 +312,27 @@ def main(cfg: DictConfig) -> None:
             raise UserError("export kit=FOLDER needs output=FOLDER: where the kit is to be written")
         print(export_kit(Path(cfg.kit), make_folder(cfg.output), Path(cfg.paths.runs)))
         return
+=======
+    UserError where there is no such place, and where the run's own weights would change.
+    """
+    own = run.path / "export"
+    if cfg.output is not None:
+        output = Path(cfg.output).resolve()
+    elif not run.config:
+        raise UserError(f"{path} belongs to no run; add output=FOLDER")
+    else:
+        place = path.parent if path.name == "controlnet" else path
+        output = place if place.is_relative_to(own) else own
+        if output.exists():
+            run.check(output)
+    if (cfg.half or not cfg.tower) and output.is_relative_to(own):
+        raise UserError("half=true and tower=false would change the run's own weights: add output=FOLDER")
+    return output
+
+
+def export_run(cfg: DictConfig) -> Path:
+    """Write what ``cfg.run`` trained; the path of the result."""
+>>>>>>> export
     if cfg.run is None:
         raise UserError("what shall be exported? python -m harmony.export RUN, or kit=FOLDER output=FOLDER")
     if cfg.format not in FORMATS:
@@ -423,18 +340,29 @@ def main(cfg: DictConfig) -> None:
     path = Path(cfg.run)
     if not path.is_dir():
         raise UserError(f"{path} does not exist; give a run folder, runs/<experiment>/<time>")
-    run = run_of(path.resolve())
-    if cfg.output is None and not (run / "config.yaml").exists():
-        raise UserError(f"{path} belongs to no run; add output=FOLDER")
-    output = make_folder(cfg.output or run / "export")
-    if (cfg.half or not cfg.tower) and output.resolve() == (run / "export").resolve():
-        raise UserError("half=true and tower=false would change the run's own weights: add output=FOLDER")
-    if trains_painter(run):
-        if cfg.format != "diffusers":
-            raise UserError(f"format={cfg.format} is for ControlNets; Paint by Example has its own nodes: leave it out")
-        print(write_painter(run, output, cfg.licence, cfg.half, cfg.tower))
-        return
-    print(write(cfg.format, path, run, output, cfg.licence, cfg.half))
+    path, run = path.resolve(), find_run(path)
+    paints = run.task == "ExemplarTask"
+    if paints and cfg.format != "diffusers":
+        raise UserError(f"format={cfg.format} is for ControlNets; Paint by Example has its own nodes: leave it out")
+    output = make_folder(output_folder(cfg, path, run))
+    if paints:
+        return write_painter(run, output, cfg.license, cfg.half, cfg.tower)
+    if cfg.format == "comfyui":
+        return write_single_file(run, path, output, cfg.half)
+    return write_controlnet(run, path, output, cfg.license, cfg.half)
+
+
+def export_backbone(cfg: DictConfig) -> Path:
+    """Write the trained backbone ``cfg.kit`` in float16; the path of the result."""
+    if cfg.output is None:
+        raise UserError("export kit=FOLDER needs output=FOLDER: where the backbone is to be written")
+    return write_backbone(Path(cfg.kit), make_folder(cfg.output), Path(cfg.paths.runs))
+
+
+@entry("export", read=overrides)
+def main(cfg: DictConfig) -> None:
+    """Write what a run trained in the format of diffusers or ComfyUI, or a trained backbone in float16."""
+    print(export_run(cfg) if cfg.kit is None else export_backbone(cfg))
 
 
 if __name__ == "__main__":

@@ -1,6 +1,9 @@
-"""``python -m harmony.export RUN``: what other tools read is what we trained, number by number."""
+"""``python -m harmony.export RUN``: what other tools read is what we trained, number by number; a stranger's run is
+data.
+"""
 
 import json
+import os
 import re
 import shutil
 import sys
@@ -11,17 +14,21 @@ import pytest
 import torch
 from diffusers import ControlNetModel, StableDiffusionControlNetInpaintPipeline
 from huggingface_hub import ModelCard
+from huggingface_hub.repocard import metadata_load
+from hydra.utils import instantiate
 from omegaconf import OmegaConf
 from safetensors import safe_open
 from safetensors.torch import load_file
 
 from harmony import export
-from harmony.models.backbone import Kit
+from harmony.models.backbone import ASSETS, Kit
 from harmony.models.controlnet import export_controlnet, load_controlnet, read_hint
 from harmony.models.paint_by_example import export_painter, fresh_encoder, load_painter, painting_unet
 from harmony.pixels.images import read_image, write_image
 from harmony.pixels.masks import hole
 from harmony.sampling.guidance import Schedule, inpaint
+from harmony.training.cards import cell, code, controlnet_card
+from harmony.training.run_folder import RunFolder
 
 HINTS = {"color": {"sigma": 10, "normalize": True}, "structure": {"low": 100, "high": 200, "edge_source": "masked"}}
 
@@ -31,24 +38,26 @@ def kit(random_kit):
     return Kit(str(random_kit))
 
 
+def configuration(kit) -> dict:
+    """What config.yaml of a run of ``ControlTask`` holds, as far as export looks at it."""
+    return {
+        "model": {"_target_": "harmony.models.backbone.Kit", "path": kit.path, "weights": "hub"},
+        "module": {"_target_": "harmony.training.control.ControlTask", "branch": "color", "in_channels": 4},
+        "data": {"hints": HINTS, "batch_size": 16},
+        "dataset": {"name": "studio"},
+        "trainer": {"max_steps": 800},
+        "evaluate": {"split": "test", "limit": None, "steps": 20, "guidance": 2.0, "seed": 0},
+        "seed": 0,
+    }
+
+
 @pytest.fixture
 def run(tmp_path, kit, awake):
-    """(folder, net): the run folder of a colour ControlNet that is still in training, and the trained network."""
+    """(folder, net): the run folder of a color ControlNet that is still in training, and the trained network."""
     folder = tmp_path / "runs" / "color" / "now"
     (folder / "checkpoints").mkdir(parents=True)
     net = awake(kit)
-    OmegaConf.save(
-        {
-            "model": {"_target_": "harmony.models.backbone.Kit", "path": kit.path, "weights": "hub"},
-            "module": {"_target_": "harmony.training.control.ControlTask", "branch": "color", "in_channels": 4},
-            "data": {"hints": HINTS, "batch_size": 16},
-            "dataset": {"name": "studio"},
-            "trainer": {"max_steps": 800},
-            "evaluate": {"split": "test", "limit": None, "steps": 20, "guidance": 2.0, "seed": 0},
-            "seed": 0,
-        },
-        folder / "config.yaml",
-    )
+    OmegaConf.save(configuration(kit), folder / "config.yaml")
     state = {f"net.{name}": value for name, value in net.state_dict().items()}
     torch.save({"state_dict": state}, folder / "checkpoints" / "last.ckpt")
     return folder, net
@@ -60,7 +69,7 @@ def finish(folder: Path, net, kit) -> None:
     (folder / "grids").mkdir()
     for step in (0, 800):
         write_image(folder / "grids" / f"samples_{step:06d}.png", np.full((8, 8, 3), step % 251, np.uint8))
-    told = {
+    provenance = {
         "command": ["/somewhere/fit.py", "experiment=color", "dataset.name=my set"],
         "manifest": "abc123",
         "device": "cpu",
@@ -70,7 +79,7 @@ def finish(folder: Path, net, kit) -> None:
         "protocol": "kit-clip features",
         "count": 64,
     }
-    (folder / "provenance.json").write_text(json.dumps(told))
+    (folder / "provenance.json").write_text(json.dumps(provenance))
     numbers = {"test/pasted/color_de": 5.25, "baseline/test/pasted/color_de": 20.5, "train/loss": 0.1}
     (folder / "metrics.json").write_text(json.dumps(numbers))
 
@@ -130,17 +139,18 @@ def test_the_export_of_a_run_that_has_ended(run, command, kit, tmp_path):
 def test_the_card_says_what_it_is(run, command, kit):
     folder, net = run
     finish(folder, net, kit)
-    assert command(folder, "licence=openrail++")[0] == 0
+    assert command(folder, "license=openrail++")[0] == 0
     card = ModelCard.load(folder / "export" / "README.md")
     assert (card.data.license, card.data.library_name) == ("openrail++", "diffusers")
+    assert card.data.pipeline_tag == "image-to-image" and card.data.base_model is None  # a local folder has no page
     for words in (
         kit.hash("unet"),
         kit.hash("vae"),
         "python -m harmony.fit experiment=color 'dataset.name=my set'",
         'hint("color", image, mask, sigma=10, normalize=True)',
         "| test/pasted/color_de | 20.5 | 5.25 |",
-        "64 held-out pictures (test): DDIM, 20 steps, guidance 2.0, seed 0, fid and kid on kit-clip features",
-        "Outside the mask nothing changes",
+        "64 held-out pictures (test): DDIM, 20 steps, guidance\n2.0, seed 0; fid and kid on kit-clip features",
+        "Nothing changes outside the hole",
         "](grid.png)",
         "manifest sha256 `abc123`",
     ):
@@ -159,9 +169,9 @@ def test_one_file(run, command, kit, tmp_path):
     assert tensors.keys() == net.state_dict().keys()
     assert all(torch.equal(tensors[k], v) for k, v in net.state_dict().items())
     with safe_open(path, "pt") as file:
-        told = file.metadata()
-    assert json.loads(told["hint"])["branch"] == "color"
-    again = ControlNetModel.from_config(json.loads(told["config"]))
+        texts = file.metadata()
+    assert json.loads(texts["hint"])["branch"] == "color"
+    again = ControlNetModel.from_config(json.loads(texts["config"]))
     again.load_state_dict(tensors)
     assert same_weights(again, net)
 
@@ -185,6 +195,30 @@ def safetensors_of(folder: Path) -> dict:
     return load_file(next(folder.glob("*.safetensors")))
 
 
+def test_weights_that_are_halved_already(command, tmp_path):
+    """Guards a file that is read by mapping it into memory: it may not be written over meanwhile."""
+    output = tmp_path / "out"
+    code, _, err = command(ASSETS / "color", f"output={output}", "half=true")
+    assert code == 0, err
+    stored = safetensors_of(output / "controlnet")
+    shipped = safetensors_of(ASSETS / "color" / "controlnet")
+    assert all(torch.equal(stored[name], value) for name, value in shipped.items())
+
+
+def test_one_of_several_controlnets(run, command, kit):
+    """A run of several is exported one by one, each into its own folder."""
+    folder, net = run
+    finish(folder, net, kit)
+    (folder / "export" / "color").mkdir()
+    (folder / "export" / "controlnet").rename(folder / "export" / "color" / "controlnet")
+    code, _, err = command(folder)
+    assert code == 2 and "choose one of" in err[-1]
+    for path in (folder / "export" / "color", folder / "export" / "color" / "controlnet"):
+        code, out, err = command(path)
+        assert (code, out) == (0, [str(folder / "export" / "color")]), err
+    assert not (folder / "export" / "controlnet").exists()
+
+
 def test_paint_by_example(command, kit, tmp_path):
     """Guards the second kind of run: both networks and a card whose command can be typed; refused while it trains."""
     torch.manual_seed(0)
@@ -205,7 +239,8 @@ def test_paint_by_example(command, kit, tmp_path):
     code, out, err = command(folder, f"output={tmp_path / 'shipped'}", "half=true", "tower=false")
     assert code == 0 and Path(out[-1]) == tmp_path / "shipped", err
     card = (tmp_path / "shipped" / "README.md").read_text()
-    assert "method=paint_by_example" in card and "the kit's" in card and "| test/raw/fid | 2.5 | 1.5 |" in card
+    for words in ("method=paint_by_example", "harmony takes the backbone's", "| test/raw/fid | 2.5 | 1.5 |"):
+        assert words in card, words
     assert load_painter(tmp_path / "shipped", kit).encoder.size == 32
     code, _, err = command(folder, "format=comfyui")
     assert code == 2 and "format=comfyui is for ControlNets" in err[-1]
@@ -226,10 +261,15 @@ def test_mistakes(run, command, tmp_path, kit, awake):
     ):
         code, _, err = command(*words)
         assert code == 2 and len(err) == 1 and message in err[0], (words, err)
-    cfg = OmegaConf.load(folder / "config.yaml")
-    del cfg.module["branch"]
-    OmegaConf.save(cfg, folder / "config.yaml")
-    assert "trained no ControlNet" in command(folder)[2][0]
+    assert not (tmp_path / "x").exists()
+    for node, message in (
+        ({"_target_": "harmony.training.judge.JudgeTask"}, "export takes runs of ControlTask"),
+        ({"_target_": "harmony.training.control.ControlTask"}, "module.branch is None"),
+        ({"_target_": "harmony.training.control.JointTask", "branch": ["color", "raw"]}, "several ControlNets"),
+    ):
+        OmegaConf.save(configuration(kit) | {"module": node}, folder / "config.yaml")
+        code, _, err = command(folder)
+        assert code == 2 and len(err) == 1 and message in err[0], err
 
 
 # --- the stock pipeline
@@ -291,18 +331,244 @@ def test_the_stock_pipeline_gives_the_identical_image(kit, awake, tmp_path, weig
     assert (ours([(nets[0], hints[0], 0.5)]) - theirs).abs().max() > 1e-3  # and so do their weights
 
 
-def test_the_cards_own_lines_run(run, command, kit, monkeypatch):
+def picture_and_mask(side: int) -> tuple[np.ndarray, np.ndarray]:
+    mask = np.zeros((side, side), bool)
+    mask[side // 3 : side * 2 // 3, side // 4 : side * 3 // 4] = True
+    return np.random.default_rng(0).integers(0, 256, (side, side, 3), dtype=np.uint8), mask
+
+
+def run_snippet(folder: Path, side: int) -> None:
+    """Run the Python lines of the card in ``folder`` with two steps; only the hole may change."""
+    snippet = re.search(r"```python\n(.*?)```", (folder / "README.md").read_text(), re.S)[1]
+    picture, mask = picture_and_mask(side)
+    write_image(folder / "composite.png", picture)
+    write_image(folder / "mask.png", mask)
+    exec(snippet.replace("num_inference_steps=20", "num_inference_steps=2"), {})
+    result, opened = read_image("harmonized.png"), hole(mask, "dilate")
+    assert np.array_equal(result[~opened], picture[~opened])
+    assert (result[opened] != picture[opened]).mean() > 0.5
+
+
+def test_the_snippet_of_a_card_runs(run, command, kit, monkeypatch):
     folder, net = run
     finish(folder, net, kit)
     assert command(folder)[0] == 0
-    snippet = re.search(r"```python\n(.*?)```", (folder / "export" / "README.md").read_text(), re.S)[1]
-    picture = np.random.default_rng(0).integers(0, 256, (32, 32, 3), dtype=np.uint8)
-    mask = np.zeros((32, 32), bool)
-    mask[10:20, 8:24] = True
-    write_image(folder / "export" / "composite.png", picture)
-    write_image(folder / "export" / "mask.png", mask)
     monkeypatch.chdir(folder / "export")
-    exec(snippet, {})
-    made, opened = read_image("harmonized.png"), hole(mask, "dilate")
-    assert np.array_equal(made[~opened], picture[~opened])
-    assert (made[opened] != picture[opened]).mean() > 0.5
+    run_snippet(folder / "export", 32)
+
+
+def test_the_snippet_of_the_shipped_controlnet_runs(command, tmp_path, monkeypatch):
+    """Guards weights in half precision: all parts of the pipeline must be asked for in one precision."""
+    assert {tensor.dtype for tensor in safetensors_of(ASSETS / "color" / "controlnet").values()} == {torch.float16}
+    code, _, err = command(ASSETS / "color", f"output={tmp_path / 'color'}")
+    assert code == 0, err
+    monkeypatch.chdir(tmp_path / "color")
+    run_snippet(tmp_path / "color", 64)
+
+
+# --- cards
+
+
+def card_of(folder: Path, **facts) -> tuple[dict, str]:
+    """(metadata, text) of the card of a color ControlNet; ``facts`` join those of hint.json."""
+    text = controlnet_card(RunFolder(folder), {"branch": "color", "parameters": {}, "kit": "tiny"} | facts, False, None)
+    (folder / "README.md").write_text(text)
+    return metadata_load(folder / "README.md"), text
+
+
+def test_metadata_for_the_hub(tmp_path):
+    """A backbone on the hub is the base model, a folder of any name is not."""
+    metadata, text = card_of(tmp_path, kit="sd2-community/stable-diffusion-2-inpainting")
+    assert metadata["base_model"] == "sd2-community/stable-diffusion-2-inpainting"
+    assert (metadata["base_model_relation"], metadata["pipeline_tag"]) == ("adapter", "image-to-image")
+    assert "model.path=sd2-community/stable-diffusion-2-inpainting" in text
+    for name in ("tiny", "/some/where", "work/kit/small", "a b/c"):
+        metadata, _ = card_of(tmp_path, kit=name)
+        assert metadata["library_name"] == "diffusers" and "base_model" not in metadata
+
+
+def test_a_controlnet_of_unknown_origin_has_a_card(tmp_path):
+    text = controlnet_card(RunFolder(tmp_path), {}, False, "mit")
+    assert "came without a `hint.json`" in text and "```python" not in text and "None were measured" in text
+
+
+def test_foreign_text_is_shown_literally(run, command, kit):
+    """Nothing that a stranger's files hold is markup, ends a code block or is read by a shell."""
+    folder, net = run
+    finish(folder, net, kit)
+    hint = folder / "export" / "controlnet" / "hint.json"
+    hint.write_text(json.dumps(json.loads(hint.read_text()) | {"kit": "a'; rm -rf ~ #"}))
+    provenance = json.loads((folder / "provenance.json").read_text())
+    provenance |= {"device": "<img src=x>\n# a | b", "command": ["fit", "x=\n```\n# title", "{{ 7 * 7 }}"]}
+    (folder / "provenance.json").write_text(json.dumps(provenance))
+    name = "a|b](http://x)<b>"
+    (folder / "metrics.json").write_text(json.dumps({name: 1, f"baseline/{name}": 2}))
+    assert command(folder)[0] == 0
+    text = (folder / "export" / "README.md").read_text()
+    assert "\n# title" not in text and "<img" not in text.replace("\\<img", "") and "{{ 7 * 7 }}" in text
+    assert r"| a\|b\](http://x)\<b\> | 2 | 1 |" in text
+    assert """controlnet=. 'model.path=a'"'"'; rm -rf ~ #'""" in text
+    fences = [line for line in text.splitlines() if line.startswith("```")]
+    assert fences == ["```bash", "```", "```python", "```", "```bash", "```"]
+
+
+def test_escapes():
+    assert cell("a|b\n<c> `d`") == r"a\|b \<c\> \`d\`"
+    assert (code("plain"), code("a`b``c"), code(None)) == ("`plain`", "``` a`b``c ```", "`unknown`")
+
+
+# --- runs of strangers, and of an older day
+
+
+@pytest.mark.parametrize("ended", [False, True])
+def test_a_run_from_before_the_modules_moved(run, command, kit, ended):
+    folder, net = run
+    old = configuration(kit)
+    old["model"]["_target_"], old["module"]["_target_"] = "harmony.models.backbone.Kit", "harmony.control.ControlTask"
+    OmegaConf.save(old, folder / "config.yaml")
+    if ended:
+        finish(folder, net, kit)
+    code, _, err = command(folder)
+    assert code == 0, err
+    assert same_weights(load_controlnet(folder), net)
+
+
+@pytest.mark.parametrize("place", ["model", "module", "model.path", "data.hints.color.sigma", "data", "callbacks.x"])
+@pytest.mark.parametrize("ended", [False, True])
+def test_nothing_that_a_config_names_is_called(run, command, kit, tmp_path, place, ended):
+    """A stranger's run is refused in one line, or exported where nothing reads what it names."""
+    folder, net = run
+    if ended:
+        finish(folder, net, kit)
+    proof = tmp_path / "proof"
+    bait = {"_target_": "shutil.copyfile", "src": str(folder / "config.yaml"), "dst": str(proof)}
+    instantiate(bait)
+    assert proof.exists(), "the bait itself works"
+    proof.unlink()
+    cfg = OmegaConf.create(configuration(kit))
+    OmegaConf.update(cfg, place, bait, merge=False, force_add=True)
+    OmegaConf.save(cfg, folder / "config.yaml")
+    code, _, err = command(folder)
+    assert not proof.exists()
+    read = place in ("model", "module") or (not ended and place in ("model.path", "data.hints.color.sigma"))
+    assert (code, len(err)) == ((2, 1) if read else (0, 0)), err
+
+
+def test_interpolations_of_a_stranger_stay_text(run, command, kit, monkeypatch):
+    folder, net = run
+    monkeypatch.setenv("SECRET", "hunter2")
+    cfg = configuration(kit)
+    cfg["dataset"]["name"] = "${oc.env:SECRET}"
+    OmegaConf.save(cfg, folder / "config.yaml")
+    assert command(folder)[0] == 0
+    card = (folder / "export" / "README.md").read_text()
+    assert "${oc.env:SECRET}" in card and "hunter2" not in card
+    cfg["model"]["path"] = "${oc.env:SECRET}"
+    OmegaConf.save(cfg, folder / "config.yaml")
+    code, _, err = command(folder)
+    assert code == 2 and len(err) == 1 and "hunter2" not in err[0]
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "config.yaml",
+        "metrics.json",
+        "provenance.json",
+        "checkpoints/last.ckpt",
+        "grids/samples_000800.png",
+        "export/controlnet/hint.json",
+        "export/controlnet/config.json",
+        "export/controlnet/diffusion_pytorch_model.safetensors",
+        "grids",
+        "export/controlnet",
+        "export",
+    ],
+)
+def test_links_out_of_a_run_are_refused(run, command, kit, tmp_path, name):
+    folder, net = run
+    finish(folder, net, kit)
+    if name.startswith("checkpoints"):
+        (folder / "metrics.json").unlink()
+    (tmp_path / "outside").mkdir()
+    outside = tmp_path / "outside" / Path(name).name
+    (folder / name).rename(outside)
+    (folder / name).symlink_to(outside)
+    output = tmp_path / "x"
+    for words in ((folder, f"output={output}"), (folder,)):
+        before = sorted(path.name for path in outside.rglob("*"))
+        code, _, err = command(*words)
+        assert code == 2 and len(err) == 1 and "no regular file" in err[0], err
+        assert sorted(path.name for path in outside.rglob("*")) == before and not output.exists()
+
+
+def test_links_in_a_paint_by_example_are_refused(command, kit, tmp_path):
+    folder = tmp_path / "run"
+    folder.mkdir()
+    cfg = configuration(kit) | {"module": {"_target_": "harmony.training.paint_by_example.ExemplarTask"}}
+    OmegaConf.save(cfg, folder / "config.yaml")
+    encoder = fresh_encoder(kit.image_encoder, kit.unet.config.cross_attention_dim)
+    export_painter(painting_unet(kit.unet), encoder, folder / "export", kit)
+    (folder / "metrics.json").write_text("{}")
+    weights = folder / "export" / "paint_by_example" / "image_encoder" / "model.safetensors"
+    weights.rename(tmp_path / "outside")
+    weights.symlink_to(tmp_path / "outside")
+    code, _, err = command(folder, f"output={tmp_path / 'x'}")
+    assert code == 2 and len(err) == 1 and "no regular file" in err[0] and not (tmp_path / "x").exists()
+
+
+def test_a_pipe_is_no_picture(run, command, kit, tmp_path):
+    """Reading it would wait for ever."""
+    folder, net = run
+    finish(folder, net, kit)
+    os.mkfifo(folder / "grids" / "samples_999999.png")
+    code, _, err = command(folder, f"output={tmp_path / 'x'}")
+    assert code == 2 and "no regular file" in err[-1]
+
+
+@pytest.mark.parametrize(
+    "facts",
+    [
+        {"branch": "../../../escaped"},
+        {"branch": "edges"},
+        {"branch": ["color"]},
+        {"parameters": {"sigma": {"a": 1}}},
+        {"parameters": {"__class__": 1}},
+        {"parameters": []},
+    ],
+)
+@pytest.mark.parametrize("kind", ["diffusers", "comfyui"])
+def test_a_hint_is_one_of_ours(run, command, kit, tmp_path, facts, kind):
+    folder, net = run
+    finish(folder, net, kit)
+    hint = folder / "export" / "controlnet" / "hint.json"
+    hint.write_text(json.dumps(json.loads(hint.read_text()) | facts))
+    output = tmp_path / "a" / "b" / "c"
+    code, _, err = command(folder, f"format={kind}", f"output={output}")
+    assert code == 2 and len(err) == 1 and "hint.json is damaged" in err[0], err
+    assert not output.exists() and not list(tmp_path.glob("*escaped*"))
+
+
+@pytest.mark.parametrize(
+    "name, content",
+    [
+        ("config.yaml", "a: [1"),
+        ("config.yaml", "- 1"),
+        ("config.yaml", "model: !!python/object/apply:os.getcwd []"),
+        ("metrics.json", "{"),
+        ("metrics.json", '{"a": [1]}'),
+        ("metrics.json", '{"a": 1%s}' % ("0" * 400)),
+        ("metrics.json", "[" * 100_000),
+        ("provenance.json", "[]"),
+        ("provenance.json", '{"device": {"a": 1}}'),
+        ("provenance.json", '{"command": "fit"}'),
+        ("export/controlnet/diffusion_pytorch_model.safetensors", "no weights"),
+    ],
+)
+def test_damaged_files_are_refused_in_one_line(run, command, kit, tmp_path, name, content):
+    folder, net = run
+    finish(folder, net, kit)
+    (folder / name).write_text(content)
+    code, _, err = command(folder, f"output={tmp_path / 'x'}", "half=true")
+    assert code == 2 and len(err) == 1 and Path(name).name in err[0], err
+    assert not (tmp_path / "x").exists()

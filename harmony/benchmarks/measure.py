@@ -2,7 +2,7 @@
 
 import resource
 import statistics
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -91,7 +91,3 @@ def peak_memory(device: torch.device) -> float:
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**30
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
-
-
-def prefixed(prefix: str, numbers: Mapping[str, float]) -> dict[str, float]:
-    return {f"{prefix}/{name}": value for name, value in numbers.items()}

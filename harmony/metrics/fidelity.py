@@ -1,4 +1,4 @@
-"""Fidelity of one output to its truth: pixels, edges, colours, seams.
+"""Fidelity of one output to its truth: pixels, edges, colors, seams.
 
 Images are uint8 H x W x 3 RGB, masks bool H x W. All arithmetic is in floats on 0..255. A figure over no pixels at all
 (an empty mask) is NaN, which ``aggregate`` leaves out.
@@ -9,11 +9,12 @@ from collections.abc import Iterable
 
 import cv2
 import numpy as np
+from skimage.color import deltaE_ciede2000
 
 from harmony.pixels.hints import blur_hint, edge_hint
 
-PSNR_LIMIT = 100.0  # dB: what an identical image counts in a mean; a single grey step in a 128 px image is 95 dB
-COLOR_SIGMA = 10  # px at a side of 512, the colour hint's own
+PSNR_LIMIT = 100.0  # dB: what an identical image counts in a mean; a single gray step in a 128 px image is 95 dB
+COLOR_SIGMA = 10  # px at a side of 512, the color hint's own
 
 
 # --- pixels
@@ -73,10 +74,10 @@ def edge_f1(output: np.ndarray, instance: np.ndarray, mask: np.ndarray) -> float
     Edges of the whole images cut off at the mask, so that the silhouette, which both share, does not flatter the score.
     Two images without edges agree: 1.
     """
-    found, wanted = (edge_hint(image, mask, edge_source="full_times_mask")[..., 0] > 0 for image in (output, instance))
-    if not found.any() or not wanted.any():
-        return float(found.any() == wanted.any())
-    precision, recall = (found & _grow(wanted)).sum() / found.sum(), (wanted & _grow(found)).sum() / wanted.sum()
+    ours, theirs = (edge_hint(image, mask, edge_source="full_times_mask")[..., 0] > 0 for image in (output, instance))
+    if not ours.any() or not theirs.any():
+        return float(ours.any() == theirs.any())
+    precision, recall = (ours & _grow(theirs)).sum() / ours.sum(), (theirs & _grow(ours)).sum() / theirs.sum()
     return float(2 * precision * recall / max(precision + recall, 1e-12))
 
 
@@ -85,9 +86,14 @@ def _grow(edges: np.ndarray) -> np.ndarray:
 
 
 def color_de(output: np.ndarray, instance: np.ndarray, mask: np.ndarray) -> float:
-    """Mean CIEDE2000 inside ``mask`` between the blurred instance and the blurred output; about 1 is just visible."""
+    """Mean CIEDE2000 inside ``mask`` between the blurred instance and the blurred output; about 1 is just visible.
+
+    Sharma 2005 (The CIEDE2000 Color-Difference Formula).
+    """
+    if not mask.any():
+        return math.nan
     blurred = (blur_hint(image, mask, sigma=COLOR_SIGMA)[mask] for image in (output, instance))
-    return _mean(ciede2000(*(_lab(pixels) for pixels in blurred)))
+    return _mean(deltaE_ciede2000(*(_lab(pixels) for pixels in blurred)))
 
 
 def _lab(pixels: np.ndarray) -> np.ndarray:
@@ -95,44 +101,10 @@ def _lab(pixels: np.ndarray) -> np.ndarray:
     return cv2.cvtColor(pixels[None].astype(np.float32) / 255, cv2.COLOR_RGB2Lab)[0].astype(np.float64)
 
 
-def ciede2000(lab1: np.ndarray, lab2: np.ndarray) -> np.ndarray:
-    """Colour difference Delta E_00 of Lab colours ... x 3, with k_L = k_C = k_H = 1.
-
-    Sharma 2005 (The CIEDE2000 Color-Difference Formula), eq. 2 to 22.
-    """
-    (l1, a1, b1), (l2, a2, b2) = np.moveaxis(lab1, -1, 0), np.moveaxis(lab2, -1, 0)
-    g = 0.5 * (1 - _saturating((np.hypot(a1, b1) + np.hypot(a2, b2)) / 2))
-    c1, c2 = np.hypot((1 + g) * a1, b1), np.hypot((1 + g) * a2, b2)
-    h1, h2 = (np.degrees(np.arctan2(b, (1 + g) * a)) % 360 for a, b in ((a1, b1), (a2, b2)))
-    grey = c1 * c2 == 0  # hue of a grey is undefined
-
-    turn = np.where(grey, 0, h2 - h1)
-    turn = turn - 360 * (turn > 180) + 360 * (turn < -180)
-    delta_l, delta_c, delta_h = l2 - l1, c2 - c1, 2 * np.sqrt(c1 * c2) * np.sin(np.radians(turn) / 2)
-
-    light, chroma = (l1 + l2) / 2, (c1 + c2) / 2
-    apart = np.abs(h1 - h2) > 180
-    hue = np.where(grey, h1 + h2, (h1 + h2 + np.where(apart, np.where(h1 + h2 < 360, 360, -360), 0)) / 2)
-    t = 1 + sum(
-        weight * np.cos(np.radians(multiple * hue + shift))
-        for weight, multiple, shift in ((-0.17, 1, -30), (0.24, 2, 0), (0.32, 3, 6), (-0.20, 4, -63))
-    )
-    s_l = 1 + 0.015 * (light - 50) ** 2 / np.sqrt(20 + (light - 50) ** 2)
-    s_c, s_h = 1 + 0.045 * chroma, 1 + 0.015 * chroma * t
-    rotation = -2 * _saturating(chroma) * np.sin(np.radians(60 * np.exp(-(((hue - 275) / 25) ** 2))))
-    dl, dc, dh = delta_l / s_l, delta_c / s_c, delta_h / s_h
-    return np.sqrt(np.maximum(dl**2 + dc**2 + dh**2 + rotation * dc * dh, 0))
-
-
-def _saturating(chroma: np.ndarray) -> np.ndarray:
-    """sqrt(C^7 / (C^7 + 25^7))."""
-    return np.sqrt(chroma**7 / (chroma**7 + 25.0**7))
-
-
 def sharpness(output: np.ndarray, truth: np.ndarray, mask: np.ndarray) -> float:
-    """Variance of the Laplacian of the grey inside ``mask``, relative to the truth's: below 1 = blurred.
+    """Variance of the Laplacian of the gray levels inside ``mask``, relative to the truth's: below 1 = blurred.
 
-    One is added to both variances (squared grey levels), so that a smooth truth does not divide by nothing.
+    One is added to both variances (squared gray levels), so that a smooth truth does not divide by zero.
     """
     return (_laplacian_variance(output, mask) + 1) / (_laplacian_variance(truth, mask) + 1)
 
@@ -148,13 +120,13 @@ def _laplacian_variance(image: np.ndarray, mask: np.ndarray) -> float:
 def seam(output: np.ndarray, original: np.ndarray, mask: np.ndarray) -> float:
     """Mean step across the rim of ``mask`` relative to the original's: 1 = the same, above 1 = a visible seam.
 
-    One grey level is added to both steps, so that a perfectly smooth original does not divide by nothing.
+    One gray level is added to both steps, so that a perfectly smooth original does not divide by zero.
     """
     return (_rim_step(output, mask) + 1) / (_rim_step(original, mask) + 1)
 
 
 def _rim_step(image: np.ndarray, mask: np.ndarray) -> float:
-    """Mean absolute difference, 0..255, of neighbouring pixels of which exactly one lies in ``mask``."""
+    """Mean absolute difference, 0..255, of neighboring pixels of which exactly one lies in ``mask``."""
     values = image.astype(np.float64)
     across = np.concatenate([np.abs(np.diff(values, axis=axis))[np.diff(mask, axis=axis)] for axis in (0, 1)])
     return _mean(across)
@@ -177,7 +149,7 @@ def image_metrics(
     generated pixels end. ``instance`` is the image that the identity figures edge_f1 and color_de compare with; by
     default the truth itself.
     """
-    given = truth if instance is None else instance
+    reference = truth if instance is None else instance
     error, foreground_error = mse(output, truth), fmse(output, truth, mask)
     metrics = {
         "psnr": to_psnr(error),
@@ -185,8 +157,8 @@ def image_metrics(
         "fpsnr": to_psnr(foreground_error),
         "fmse": foreground_error,
         "bg_drift": bg_drift(output, truth, hole),
-        "edge_f1": edge_f1(output, given, mask),
-        "color_de": color_de(output, given, mask),
+        "edge_f1": edge_f1(output, reference, mask),
+        "color_de": color_de(output, reference, mask),
         "seam": seam(output, truth, mask),
         "seam_hole": seam(output, truth, hole),
     }

@@ -11,7 +11,6 @@ from typing import Protocol
 
 import numpy as np
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 from cleanfid.resize import make_resizer
 
@@ -26,7 +25,7 @@ class Gaussian(Protocol):
 
 
 class Statistics:
-    """Streaming sums n, sum x, sum x x^T of features, in float64: exact to merge over batches and processes."""
+    """Streaming sums n, sum x, sum x x^T of features, in float64: batches do not change them."""
 
     def __init__(self, dim: int, device: str | torch.device = "cpu"):
         self.n = torch.zeros((), dtype=torch.float64, device=device)
@@ -40,22 +39,6 @@ class Statistics:
         self.sum += x.sum(dim=0)
         self.outer += x.T @ x
         return self
-
-    def merge(self, other: "Statistics") -> "Statistics":
-        """Add the sums of ``other``."""
-        for mine, theirs in zip(self._sums(), other._sums(), strict=True):
-            mine += theirs.to(mine)
-        return self
-
-    def all_reduce(self) -> "Statistics":
-        """Sum over all processes (with NCCL the sums must live on the GPU); alone, nothing happens."""
-        if dist.is_available() and dist.is_initialized():
-            for value in self._sums():
-                dist.all_reduce(value)
-        return self
-
-    def _sums(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        return self.n, self.sum, self.outer
 
     @property
     def mean(self) -> torch.Tensor:

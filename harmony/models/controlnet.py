@@ -4,6 +4,7 @@ The trunk reads the noised latent alone (``conv_in`` keeps the first C of the UN
 of Liu 2025 names, and the only form that the stock ``StableDiffusionControlNetInpaintPipeline`` runs.
 """
 
+import inspect
 import json
 import math
 import os
@@ -17,6 +18,7 @@ from safetensors import SafetensorError
 from harmony.core.errors import UserError
 from harmony.core.hub import fetched
 from harmony.models.backbone import ASSETS, Kit
+from harmony.pixels.hints import HINTS
 from harmony.pixels.images import sha256
 
 HINT_CHANNELS = (16, 32, 96, 256)  # widths of the hint encoder; each after the first halves the side
@@ -99,9 +101,20 @@ def read_hint(path: str | os.PathLike) -> dict:
         return {}
     try:
         facts = json.loads((folder / "hint.json").read_text())
-        return {**facts, "branch": facts["branch"], "parameters": facts["parameters"]}
-    except (ValueError, KeyError, TypeError) as error:
+        check_parameters(facts["branch"], facts["parameters"])
+        return facts
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise UserError(f"{folder}/hint.json is damaged ({error}): export the ControlNet again") from None
+
+
+def check_parameters(branch: str, parameters: dict) -> None:
+    """Raise ValueError unless ``branch`` is one of ours and ``parameters`` are plain values that its operator takes."""
+    if branch not in BRANCHES:
+        raise ValueError(f"branch {branch!r} is none of {', '.join(BRANCHES)}")
+    names = set(inspect.signature(HINTS[branch]).parameters) - {"image", "mask"}
+    for name, value in parameters.items():
+        if name not in names or not isinstance(value, str | int | float):
+            raise ValueError(f"the {branch} hint takes no {name}={value!r}")
 
 
 def export_controlnet(net: ControlNetModel, folder: Path, branch: str, parameters: dict, kit: Kit) -> Path:

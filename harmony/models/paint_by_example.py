@@ -203,7 +203,13 @@ def painter_hash(path: str | os.PathLike) -> str:
 def kit_facts(folder: Path) -> dict:
     """Name and VAE of the kit that it was trained on; nothing for files of other origin."""
     file = folder / "kit.json"
-    return json.loads(file.read_text()) if file.exists() else {}
+    try:
+        facts = json.loads(file.read_text()) if file.exists() else {}
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{file} is damaged ({error}): export the run again") from None
+    if not isinstance(facts, dict):
+        raise UserError(f"{file} is damaged (a {type(facts).__name__}): export the run again")
+    return facts
 
 
 def kit_tower(kit: Kit, config: CLIPVisionConfig) -> CLIPVisionModel:

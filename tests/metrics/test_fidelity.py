@@ -73,7 +73,7 @@ def test_bg_drift_is_the_largest_step_outside():
     assert fidelity.bg_drift(flat(0), flat(255), np.zeros((32, 32), bool)) == 255
 
 
-# --- colour
+# --- color
 
 SHARMA = """
 50.0000 2.6772 -79.7751 50.0000 0.0000 -82.7485 2.0425
@@ -98,15 +98,25 @@ def test_ciede2000_published_pairs():
     pairs = np.array([line.split() for line in SHARMA.split("\n") if line], dtype=float)
     assert len(pairs) == 15
     for first, second in ((pairs[:, :3], pairs[:, 3:6]), (pairs[:, 3:6], pairs[:, :3])):
-        assert fidelity.ciede2000(first, second) == pytest.approx(pairs[:, 6], abs=1e-4)
+        assert fidelity.deltaE_ciede2000(first, second) == pytest.approx(pairs[:, 6], abs=1e-4)
 
 
-def test_ciede2000_of_equal_colours_is_zero():
+def test_ciede2000_of_equal_colors_is_zero():
     lab = np.random.default_rng(0).uniform(-60, 60, (50, 3)) + (60, 0, 0)
-    assert (fidelity.ciede2000(lab, lab) == 0).all()
+    assert (fidelity.deltaE_ciede2000(lab, lab) == 0).all()
 
 
-def test_color_de_sees_colour_not_texture():
+def test_color_de_keeps_its_figures():
+    """Measured before the formula came from a library: tables of earlier runs stay comparable."""
+    tinted = (noise() * (0.9, 0.6, 0.5)).astype(np.uint8)
+    assert fidelity.color_de(tinted, noise(1), disc()) == pytest.approx(24.95555936, abs=1e-6)
+
+
+def test_color_de_of_nothing_is_no_number():
+    assert math.isnan(fidelity.color_de(noise(), noise(1), np.zeros((96, 96), bool)))
+
+
+def test_color_de_sees_color_not_texture():
     assert fidelity.color_de(noise(), noise(), disc()) == 0
     fine = (noise() // 8 + 100).astype(np.uint8)
     other_texture = (noise(1) // 8 + 100).astype(np.uint8)
