@@ -6,7 +6,7 @@ STAMP  := $(VENV)/.installed
 PHOTOS ?= null
 
 .DEFAULT_GOAL := help
-.PHONY: help install kit small fit paper words test test-slow lint clean
+.PHONY: help install kit small fit paper words test test-slow golden lint clean
 
 help:  ## show these targets
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 12
@@ -76,6 +76,9 @@ test: install  ## run the quick tests
 
 test-slow: install  ## run the tests that take minutes
 	$(RUN) -m pytest -q -m slow
+
+golden: install  ## compare the numbers and pictures of all commands with those of an earlier commit (BEFORE=commit)
+	$(RUN) tests/golden.py $(BEFORE)
 
 lint: install  ## check style
 	$(RUN) -m ruff check .
