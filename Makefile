@@ -6,11 +6,7 @@ STAMP  := $(VENV)/.installed
 PHOTOS ?= null
 
 .DEFAULT_GOAL := help
-<<<<<<< HEAD
-.PHONY: help install kit small fit paper words test test-slow gpu lint clean
-=======
-.PHONY: help install kit small fit paper words test test-slow golden lint clean
->>>>>>> golden
+.PHONY: help install kit small fit paper words test test-slow gpu golden lint clean
 
 help:  ## show these targets
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 12
@@ -81,16 +77,14 @@ test: install  ## run the quick tests
 test-slow: install  ## run the tests that take minutes
 	$(RUN) -m pytest -q -m slow
 
-<<<<<<< HEAD
 # A bare machine with a GPU may have no network to install from, but all that is needed in its own Python.
 gpu:  ## run everything that a GPU changes, within six minutes; without one, what makes sense on a CPU
 	@if test -e $(STAMP); then run=$(RUN); \
 	elif $(PYTHON) -c 'import torch, lightning, diffusers, hydra' 2> /dev/null; then run=$(PYTHON); \
 	else $(MAKE) install && run=$(RUN); fi && $$run -m harmony.bench gpu
-=======
+
 golden: install  ## compare the numbers and pictures of all commands with those of an earlier commit (BEFORE=commit)
 	$(RUN) tests/golden.py $(BEFORE)
->>>>>>> golden
 
 lint: install  ## check style
 	$(RUN) -m ruff check .

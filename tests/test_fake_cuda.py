@@ -20,8 +20,9 @@ from harmony.benchmarks.train import cached_batch
 from harmony.cli.config import compose
 from harmony.data.descriptions import Description, WordScorer
 from harmony.data.latent_cache import Example, Recipe, encode
-from harmony.methods.insert import Branch, fill
-from harmony.methods.paint_by_example import fill_by_example
+from harmony.methods.inpainting import Branch, Inpainting
+from harmony.methods.method import Composite
+from harmony.methods.paint_by_example import PaintByExample
 from harmony.methods.prompt_editing import MODES, edit_picture, invert_pictures, plan, reconstruct
 from harmony.methods.zero_shot import Parts, harmonize_once
 from harmony.metrics.frechet import extract
@@ -40,6 +41,7 @@ from harmony.training.paint_by_example import ExemplarTask
 from harmony.training.textual_inversion import TextualInversionTask
 
 GPU = torch.device("cuda", 0)
+SEEDS = [(0, 0), (0, 1)]
 VALUE = torch.ops.aten._local_scalar_dense.default
 
 
@@ -184,11 +186,11 @@ def test_paint_by_example_trains_and_paints(sd1, composites, monkeypatch):
     with torch.no_grad():
         task.validation_step(on_gpu(batch), 0)
     task.eval().requires_grad_(False)
-    pictures, _, _, holes = composites
-    shown = [np.zeros((224, 224, 3), np.uint8)] * 2
+    shown = np.zeros((224, 224, 3), np.uint8)
+    squares = [Composite(*item, exemplar=shown) for item in zip(*composites, strict=True)]
     for guidance in (1.0, 3.0):
-        made = fill_by_example(task.painter, pictures, shown, holes, Settings(1, guidance))
-        assert checked(made, kit.resolution)
+        method = PaintByExample(task.painter, Settings(1, guidance))
+        assert checked(method.fill(squares, SEEDS), kit.resolution)
 
 
 def test_a_word_is_learnt(sd2, monkeypatch):
@@ -255,10 +257,10 @@ def test_controlnets_fill(sd2, composites):
     """Guards two nets, with guidance and without; DDIM alone: the other solvers look for their step by its value."""
     nets = [placed(from_unet(sd2.unet, sd2.factor).requires_grad_(False).to(sd2.dtype), GPU) for _ in range(2)]
     branches = [Branch("color", nets[0], 1.0, {"sigma": 10}), Branch("structure", nets[1], 0.5, {})]
-    said = ["a mushroom", "a car"]
+    squares = [Composite(*item) for item in zip(*composites, ["a mushroom", "a car"], strict=True)]
     for settings in (Settings(1, 1.0), Settings(2, 7.5, encoder_every=2), Settings(2, 7.5, guided=0.5)):
-        assert checked(fill(sd2, *composites, said, branches, settings), sd2.resolution)
-    assert checked(fill(sd2, *composites, said, (), Settings(1, 7.5)), sd2.resolution)
+        assert checked(Inpainting(sd2, branches, settings).fill(squares, SEEDS), sd2.resolution)
+    assert checked(Inpainting(sd2, (), Settings(1, 7.5)).fill(squares, SEEDS), sd2.resolution)
 
 
 @pytest.mark.parametrize(
