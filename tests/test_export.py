@@ -21,6 +21,8 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 
 from harmony import export
+from harmony.cli.config import compose
+from harmony.core.errors import UserError
 from harmony.models.backbone import ASSETS, Kit
 from harmony.models.controlnet import export_controlnet, load_controlnet, read_hint
 from harmony.models.paint_by_example import export_painter, fresh_encoder, load_painter, painting_unet
@@ -97,6 +99,25 @@ def command(monkeypatch, capsys):
         return code, out.splitlines(), err.splitlines()
 
     return run
+
+
+@pytest.fixture(scope="module")
+def settings():
+    return compose("export")
+
+
+@pytest.fixture
+def refused(settings):
+    """``refused(run, output=...)``: the message of the UserError that the command would print as one line."""
+
+    def call(path: Path, **options) -> str:
+        paths = {name: str(value) for name, value in options.items() if isinstance(value, Path)}
+        cfg = OmegaConf.merge(settings, options | paths | {"run": str(path)})
+        with pytest.raises(UserError) as caught:
+            export.main(cfg)
+        return str(caught.value)
+
+    return call
 
 
 def same_weights(net, other) -> bool:
@@ -246,6 +267,30 @@ def test_paint_by_example(command, kit, tmp_path):
     assert code == 2 and "format=comfyui is for ControlNets" in err[-1]
 
 
+def test_a_backbone(command, random_kit, tmp_path):
+    """Float16 weights, and a card with figures and pictures of the newest trainings that have ended."""
+    output, runs = tmp_path / "small", tmp_path / "runs"
+    words = (f"kit={random_kit}", f"output={output}", f"paths.runs={runs}")
+    code, _, err = command(*words)
+    assert code == 2 and "python -m harmony.fit experiment=kit_vae" in err[-1]
+    for part in ("vae", "clip", "captioner", "inpaint"):
+        for n, day in enumerate(("2026-01-01", "2026-01-02")):
+            folder = runs / f"kit_{part}" / day
+            (folder / "grids").mkdir(parents=True)
+            write_image(folder / "grids" / "samples_000100.png", np.full((8, 8, 3), n, np.uint8))
+            (folder / "metrics.json").write_text(json.dumps({"validation/loss": n + 0.5, "train/loss": 7}))
+            cfg = {"dataset": {"photos": "photos", "sources": ["coco", "a|b"], "count": 10 * n}}
+            OmegaConf.save(cfg, folder / "config.yaml")
+    code, out, err = command(*words)
+    assert (code, out) == (0, [str(output)]), err
+    assert {t.dtype for t in safetensors_of(output / "unet").values()} == {torch.float16}
+    metadata, text = metadata_load(output / "README.md"), (output / "README.md").read_text()
+    assert (metadata["license"], metadata["pipeline_tag"]) == ("apache-2.0", "image-to-image")
+    for phrase in ("522 studio scenes", r"photographs of coco, a\|b", "| vae: validation/loss | 1.5 |", "](clip.png)"):
+        assert phrase in text, phrase
+    assert (read_image(output / "inpaint.png") == 1).all()
+
+
 def test_mistakes(run, command, tmp_path, kit, awake):
     folder, net = run
     other = export_controlnet(net, tmp_path / "plain", "color", {}, kit)
@@ -262,7 +307,7 @@ def test_mistakes(run, command, tmp_path, kit, awake):
         code, _, err = command(*words)
         assert code == 2 and len(err) == 1 and message in err[0], (words, err)
     assert not (tmp_path / "x").exists()
-    for node, message in (
+    for node, message in (  # what a run was that export does not know, or not yet
         ({"_target_": "harmony.training.judge.JudgeTask"}, "export takes runs of ControlTask"),
         ({"_target_": "harmony.training.control.ControlTask"}, "module.branch is None"),
         ({"_target_": "harmony.training.control.JointTask", "branch": ["color", "raw"]}, "several ControlNets"),
@@ -294,8 +339,8 @@ def test_the_stock_pipeline_gives_the_identical_image(kit, awake, tmp_path, weig
     assert kit.prediction_type == predicts
     rng = torch.Generator().manual_seed(1)
     image = torch.rand(1, 3, 32, 32, generator=rng) * 2 - 1
-    opened = torch.zeros(1, 1, 32, 32)
-    opened[..., 8:26, 5:21] = 1
+    region = torch.zeros(1, 1, 32, 32)
+    region[..., 8:26, 5:21] = 1
     noise, hints = torch.randn(1, 4, 8, 8, generator=rng), [torch.rand(1, 3, 32, 32, generator=rng) for _ in weights]
     nets, folders = [awake(kit, 1 + i) for i in range(len(weights))], [tmp_path / str(i) for i in range(len(weights))]
     for net, folder in zip(nets, folders, strict=True):
@@ -304,7 +349,7 @@ def test_the_stock_pipeline_gives_the_identical_image(kit, awake, tmp_path, weig
     theirs = stock(kit, *folders)(
         "a red mushroom on snow",
         image=image,
-        mask_image=opened,
+        mask_image=region,
         control_image=hints[0] if alone else hints,
         height=32,
         width=32,
@@ -316,17 +361,17 @@ def test_the_stock_pipeline_gives_the_identical_image(kit, awake, tmp_path, weig
         output_type="pt",
     ).images
 
-    moments = kit.moments(image * (1 - opened))
+    moments = kit.moments(image * (1 - region))
     unit = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(7))  # the pipeline samples the posterior
-    masked, cells = kit.latent(moments, unit), torch.nn.functional.interpolate(opened, size=(8, 8))
+    masked, cells = kit.latent(moments, unit), torch.nn.functional.interpolate(region, size=(8, 8))
     text, empty = kit.prompt(["a red mushroom on snow"]), kit.prompt([""])
 
     def ours(controls):
         z = inpaint(kit, noise, cells, masked, text, empty, Schedule(10, 3.0), controls)
         return (kit.decode(z) / 2 + 0.5).clamp(0, 1)
 
-    made = ours(list(zip(nets, hints, weights, strict=True)))
-    torch.testing.assert_close(made, theirs, rtol=0, atol=1e-5)
+    pictures = ours(list(zip(nets, hints, weights, strict=True)))
+    torch.testing.assert_close(pictures, theirs, rtol=0, atol=1e-5)
     assert (ours([]) - theirs).abs().max() > 1e-2  # the ControlNets matter
     assert (ours([(nets[0], hints[0], 0.5)]) - theirs).abs().max() > 1e-3  # and so do their weights
 
@@ -344,9 +389,9 @@ def run_snippet(folder: Path, side: int) -> None:
     write_image(folder / "composite.png", picture)
     write_image(folder / "mask.png", mask)
     exec(snippet.replace("num_inference_steps=20", "num_inference_steps=2"), {})
-    result, opened = read_image("harmonized.png"), hole(mask, "dilate")
-    assert np.array_equal(result[~opened], picture[~opened])
-    assert (result[opened] != picture[opened]).mean() > 0.5
+    result, region = read_image("harmonized.png"), hole(mask, "dilate")
+    assert np.array_equal(result[~region], picture[~region])
+    assert (result[region] != picture[region]).mean() > 0.5
 
 
 def test_the_snippet_of_a_card_runs(run, command, kit, monkeypatch):
@@ -485,7 +530,7 @@ def test_interpolations_of_a_stranger_stay_text(run, command, kit, monkeypatch):
         "export",
     ],
 )
-def test_links_out_of_a_run_are_refused(run, command, kit, tmp_path, name):
+def test_links_out_of_a_run_are_refused(run, refused, kit, tmp_path, name):
     folder, net = run
     finish(folder, net, kit)
     if name.startswith("checkpoints"):
@@ -494,15 +539,13 @@ def test_links_out_of_a_run_are_refused(run, command, kit, tmp_path, name):
     outside = tmp_path / "outside" / Path(name).name
     (folder / name).rename(outside)
     (folder / name).symlink_to(outside)
-    output = tmp_path / "x"
-    for words in ((folder, f"output={output}"), (folder,)):
-        before = sorted(path.name for path in outside.rglob("*"))
-        code, _, err = command(*words)
-        assert code == 2 and len(err) == 1 and "no regular file" in err[0], err
+    output, before = tmp_path / "x", sorted(path.name for path in outside.rglob("*"))
+    for options in ({"output": output}, {}):
+        assert "no regular file" in refused(folder, **options)
         assert sorted(path.name for path in outside.rglob("*")) == before and not output.exists()
 
 
-def test_links_in_a_paint_by_example_are_refused(command, kit, tmp_path):
+def test_links_in_a_paint_by_example_are_refused(refused, kit, tmp_path):
     folder = tmp_path / "run"
     folder.mkdir()
     cfg = configuration(kit) | {"module": {"_target_": "harmony.training.paint_by_example.ExemplarTask"}}
@@ -513,17 +556,15 @@ def test_links_in_a_paint_by_example_are_refused(command, kit, tmp_path):
     weights = folder / "export" / "paint_by_example" / "image_encoder" / "model.safetensors"
     weights.rename(tmp_path / "outside")
     weights.symlink_to(tmp_path / "outside")
-    code, _, err = command(folder, f"output={tmp_path / 'x'}")
-    assert code == 2 and len(err) == 1 and "no regular file" in err[0] and not (tmp_path / "x").exists()
+    assert "no regular file" in refused(folder, output=tmp_path / "x") and not (tmp_path / "x").exists()
 
 
-def test_a_pipe_is_no_picture(run, command, kit, tmp_path):
+def test_a_pipe_is_no_picture(run, refused, kit, tmp_path):
     """Reading it would wait for ever."""
     folder, net = run
     finish(folder, net, kit)
     os.mkfifo(folder / "grids" / "samples_999999.png")
-    code, _, err = command(folder, f"output={tmp_path / 'x'}")
-    assert code == 2 and "no regular file" in err[-1]
+    assert "no regular file" in refused(folder, output=tmp_path / "x")
 
 
 @pytest.mark.parametrize(
@@ -538,14 +579,13 @@ def test_a_pipe_is_no_picture(run, command, kit, tmp_path):
     ],
 )
 @pytest.mark.parametrize("kind", ["diffusers", "comfyui"])
-def test_a_hint_is_one_of_ours(run, command, kit, tmp_path, facts, kind):
+def test_a_hint_is_one_of_ours(run, refused, kit, tmp_path, facts, kind):
     folder, net = run
     finish(folder, net, kit)
     hint = folder / "export" / "controlnet" / "hint.json"
     hint.write_text(json.dumps(json.loads(hint.read_text()) | facts))
     output = tmp_path / "a" / "b" / "c"
-    code, _, err = command(folder, f"format={kind}", f"output={output}")
-    assert code == 2 and len(err) == 1 and "hint.json is damaged" in err[0], err
+    assert "hint.json is damaged" in refused(folder, format=kind, output=output)
     assert not output.exists() and not list(tmp_path.glob("*escaped*"))
 
 
@@ -565,10 +605,9 @@ def test_a_hint_is_one_of_ours(run, command, kit, tmp_path, facts, kind):
         ("export/controlnet/diffusion_pytorch_model.safetensors", "no weights"),
     ],
 )
-def test_damaged_files_are_refused_in_one_line(run, command, kit, tmp_path, name, content):
+def test_damaged_files_are_refused(run, refused, kit, tmp_path, name, content):
     folder, net = run
     finish(folder, net, kit)
     (folder / name).write_text(content)
-    code, _, err = command(folder, f"output={tmp_path / 'x'}", "half=true")
-    assert code == 2 and len(err) == 1 and Path(name).name in err[0], err
+    assert Path(name).name in refused(folder, output=tmp_path / "x", half=True)
     assert not (tmp_path / "x").exists()

@@ -1,7 +1,7 @@
 """Distances between two sets of images: Frechet distance (FID) and kernel distance (KID) of their features.
 
 A feature extractor is a callable on float N x 3 x H x W in [0, 255] that returns N x D, with two attributes: ``size``,
-the side it wants, and ``protocol``, the name that must stand beside every figure made with it. It also fits clean-fid's
+the side it wants, and ``protocol``, the name that must stand beside every figure it gives. It also fits clean-fid's
 ``custom_feat_extractor``.
 """
 
@@ -118,7 +118,7 @@ def _batched(items: Iterable, size: int) -> Iterable[tuple]:
         yield group
 
 
-def normalise_clip(images: torch.Tensor, size: int) -> torch.Tensor:
+def normalize_clip(images: torch.Tensor, size: int) -> torch.Tensor:
     """Float N x 3 x H x W in [0, 255] to what a CLIP image tower of side ``size`` expects."""
     if images.shape[-2:] != (size, size):
         images = F.interpolate(images, (size, size), mode="bicubic", antialias=True, align_corners=False).clamp(0, 255)

@@ -357,7 +357,7 @@ def ship(source: Path, target: Path, dtype: torch.dtype = torch.float16) -> dict
         model = load_part(str(source), part)
         if part not in WEIGHTLESS:
             shutil.rmtree(target / folder, ignore_errors=True)
-            model = model.to(dtype)
+            model = torch.nn.Module.to(model, dtype)  # diffusers' own warns of modules to keep in float32: none here
         model.save_pretrained(target / folder)
         sizes[folder] = sum(file.stat().st_size for file in (target / folder).iterdir())
     write_model_index(target)

@@ -4,7 +4,7 @@ import numpy as np
 import torch
 
 from harmony.core.errors import UserError
-from harmony.metrics.frechet import clean_resize, normalise_clip
+from harmony.metrics.frechet import clean_resize, normalize_clip
 from harmony.metrics.similarity import Clip
 from harmony.models.backbone import Kit
 
@@ -25,7 +25,7 @@ class KitClip:
     def images(self, images: list[np.ndarray]) -> torch.Tensor:
         """Features N x P of uint8 images."""
         size = self.vision.config.image_size
-        pixels = normalise_clip(clean_resize(images, size), size).to(self.vision.device, self.vision.dtype)
+        pixels = normalize_clip(clean_resize(images, size), size).to(self.vision.device, self.vision.dtype)
         return self.vision(pixel_values=pixels).image_embeds.float()
 
     @torch.no_grad()

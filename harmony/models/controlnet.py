@@ -27,14 +27,14 @@ BRANCHES = ("color", "structure", "raw")
 
 
 def from_unet(unet: UNet2DConditionModel, factor: int, in_channels: int | None = 4) -> ControlNetModel:
-    """A trainable copy of the UNet's encoder and middle block with zero-initialised outputs and hint encoder output.
+    """A trainable copy of the UNet's encoder and middle block with zero-initialized outputs and hint encoder output.
 
     ``factor`` is the VAE's: the hint encoder must shrink the hint by as much. ``in_channels=None`` keeps all channels
     of the UNet's input (an ablation). Fresh residuals are exactly zero.
 
     The hint encoder's inner convolutions start so that they keep the variance of what goes through. PyTorch's default
     loses a factor of about three a layer: behind seven of them the hint is 1/400 of itself, under biases forty times as
-    large, and a short training is over before it has been found again.
+    large, and a short training is over before the hint matters again.
     """
     widths = HINT_CHANNELS[: int(math.log2(factor)) + 1]
     net = ControlNetModel.from_unet(unet, conditioning_embedding_out_channels=widths)
@@ -118,7 +118,7 @@ def check_parameters(branch: str, parameters: dict) -> None:
 
 
 def export_controlnet(net: ControlNetModel, folder: Path, branch: str, parameters: dict, kit: Kit) -> Path:
-    """Write ``folder/controlnet`` in diffusers layout; ``hint.json`` beside the weights says how its hints are made."""
+    """Write ``folder/controlnet`` in diffusers layout; ``hint.json`` beside the weights says which hint it takes."""
     target, partial = Path(folder) / "controlnet", Path(folder) / ".controlnet.partial"
     shutil.rmtree(partial, ignore_errors=True)
     net.save_pretrained(partial)

@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 
 from harmony.core.errors import UserError
-from harmony.metrics.frechet import normalise_clip
+from harmony.metrics.frechet import normalize_clip
 from harmony.models.backbone import Kit
 
 INCEPTION_FILE = "inception-2015-12-05.pt"  # clean-fid's weights
@@ -26,7 +26,7 @@ class KitFeatures:
     @torch.no_grad()
     def __call__(self, images: torch.Tensor) -> torch.Tensor:
         """Float N x 3 x H x W in [0, 255] to N x D; images of another side are resized to the tower's."""
-        pixels = normalise_clip(images.to(self.model.device, torch.float32), self.size)
+        pixels = normalize_clip(images.to(self.model.device, torch.float32), self.size)
         return self.model.vision_model(pixel_values=pixels.to(self.model.dtype)).pooler_output
 
 

@@ -1,7 +1,7 @@
 """What a run trained, written for other tools: folders that diffusers loads, one file for ComfyUI, a backbone to ship.
 
-Everything is written into a scratch folder inside ``output`` and then moved to its place, whole or not at all. Reading
-follows the rules of ``run_folder``: plain values and regular files of the run.
+A run's results are written into a scratch folder inside ``output`` and then moved to their place, whole or not at all.
+Reading follows the rules of ``run_folder``: plain values and regular files of the run.
 """
 
 import json

@@ -115,13 +115,13 @@ def test_kit_features_are_pooled_before_the_projection(kit_features):
     assert kit_features.protocol == "kit-clip" and kit_features.size == 32
     assert kit_features(x).shape == (2, 16)
     model = kit_features.model
-    projected = model(pixel_values=frechet.normalise_clip(x, 32)).image_embeds
+    projected = model(pixel_values=frechet.normalize_clip(x, 32)).image_embeds
     assert torch.allclose(model.visual_projection(kit_features(x)), projected, atol=1e-5)
     assert kit_features(frechet.clean_resize(pictures(2), 299)).shape == (2, 16)
 
 
-def test_normalise_clip_takes_255():
-    white = frechet.normalise_clip(torch.full((1, 3, 4, 4), 255.0), 4)
+def test_normalize_clip_takes_255():
+    white = frechet.normalize_clip(torch.full((1, 3, 4, 4), 255.0), 4)
     expected = [(1 - mean) / std for mean, std in zip(images.CLIP_MEAN, images.CLIP_STD, strict=True)]
     assert torch.allclose(white[0, :, 0, 0], torch.tensor(expected))
 
