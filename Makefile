@@ -26,12 +26,12 @@ $(STAMP): setup.cfg pyproject.toml .ci/constraints.txt
 
 kit: install  ## train the tiny kit, part by part (PHOTOS=folder in Open Images layout adds photographs)
 	for part in vae clip captioner inpaint; do \
-	  $(RUN) -m harmony.fit experiment=kit_$$part dataset.photos=$(PHOTOS) || exit; done
-	$(RUN) -m harmony.export kit=work/kit/tiny output=harmony/assets/tiny
+	  $(RUN) -m harmony.fit experiment=backbone_$$part dataset.photos=$(PHOTOS) || exit; done
+	$(RUN) -m harmony.export kit=work/backbone/tiny output=harmony/assets/tiny
 
-small: install  ## train the small kit (256 px) into work/kit/small, for model=small; wants a GPU
+small: install  ## train the small kit (256 px) into work/backbone/small, for model=small; wants a GPU
 	for part in vae clip captioner inpaint; do \
-	  $(RUN) -m harmony.fit experiment=kit_$$part model=small dataset.photos=$(PHOTOS) || exit; done
+	  $(RUN) -m harmony.fit experiment=backbone_small_$$part dataset.photos=$(PHOTOS) || exit; done
 
 fit: install  ## train the colour ControlNet on the bundled dataset and the tiny kit, then print the table
 	$(RUN) -m harmony.fit experiment=color
