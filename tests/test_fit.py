@@ -360,7 +360,7 @@ def test_ensure_prepares_once(work, tmp_path, monkeypatch):
     class Elsewhere:
         """Stands for the other process."""
 
-        def __init__(self, workers, mp_context):
+        def __init__(self, workers, mp_context, **more):
             assert mp_context.get_start_method() == "spawn"
 
         def __enter__(self):
@@ -399,7 +399,7 @@ def test_of_several_that_ask_at_once_one_prepares(work, tmp_path, monkeypatch):
         (folder / "recipe.json").write_text(json.dumps(recipe))
         return folder / "manifest.jsonl"
 
-    monkeypatch.setattr(preparation, "ProcessPoolExecutor", lambda workers, mp_context: ThreadPoolExecutor(workers))
+    monkeypatch.setattr(preparation, "ProcessPoolExecutor", lambda workers, **more: ThreadPoolExecutor(workers))
     monkeypatch.setattr(preparation, "prepare", slow)
     with ThreadPoolExecutor(3) as ranks:
         found = [ranks.submit(preparation.ensure, recipe, "tiny", str(tmp_path)) for _ in range(3)]

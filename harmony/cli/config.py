@@ -42,6 +42,7 @@ from yaml import YAMLError
 
 from harmony.core.errors import UserError
 from harmony.core.files import write_text
+from harmony.core.signals import Interrupt, obey
 
 PACKAGE = Path(__file__).resolve().parents[1]
 CONFIGS = PACKAGE / "configs"
@@ -59,6 +60,7 @@ HYDRA_SETTINGS = {
     "hydra/job_logging": "none",
 }
 LIBRARIES = ("torch", "torchvision", "lightning", "diffusers", "transformers", "hydra-core", "numpy", "polars")
+INTERRUPTED = "interrupted; the same command resumes"
 WAIT_SECONDS = 60  # how long a rank that was started from outside waits for rank 0 to make the run folder
 
 
@@ -330,9 +332,16 @@ def literal(override: str, keys: Iterable[str]) -> str:
 
 
 def run(
-    task: Callable[[DictConfig], None], name: str, config_dir: Path, read: Callable[[list[str]], list[str]] = list
+    task: Callable[[DictConfig], None],
+    name: str,
+    config_dir: Path,
+    read: Callable[[list[str]], list[str]] = list,
+    program: bool = False,
 ) -> int:
-    """Compose the configuration from the command line and call ``task``; the exit code (0, 2, 130 or 143)."""
+    """Compose the configuration from the command line and call ``task``; the exit code (0, 2, 130 or 143).
+
+    ``program``: the process ends with the command (see ``obey``).
+    """
     parser = get_args_parser()
     args = parser.parse_args()
     given = read(args.overrides)
@@ -356,32 +365,20 @@ def run(
 
     failure: BaseException | None = None
     try:
-        if args.help:
-            print(help_text(task, name, config_dir))
-        else:
-            register()
-            hydra.version.setbase("1.3")
-            _run_hydra(args, parser, job, str(config_dir), name)
+        with obey(INTERRUPTED if rank() == 0 else "", program):
+            if args.help:
+                print(help_text(task, name, config_dir))
+            else:
+                register()
+                hydra.version.setbase("1.3")
+                _run_hydra(args, parser, job, str(config_dir), name)
     except _Leave as leave:
         failure = leave.__cause__
     except (HydraException, OmegaConfBaseException) as error:
         failure = UserError(explain(error, name, given, config_dir))
     except (UserError, KeyboardInterrupt) as error:
         failure = error
-    except SystemExit as error:
-        if type(error).__name__ == "SIGTERMException":  # Lightning's, which would leave with code 0
-            return stopped(143)
-        if not isinstance(error.__context__, KeyboardInterrupt):  # Lightning turns Ctrl-C into an exit
-            raise
-        failure = error.__context__
     return report(failure)
-
-
-def stopped(code: int) -> int:
-    """What a run that was stopped from outside says, and its exit code: 128 + the signal."""
-    if rank() == 0:
-        print("interrupted; the same command resumes", file=sys.stderr)
-    return code
 
 
 def report(error: BaseException | None) -> int:
@@ -389,7 +386,9 @@ def report(error: BaseException | None) -> int:
     if error is None:
         return 0
     if isinstance(error, KeyboardInterrupt):
-        return stopped(130)
+        if rank() == 0:
+            print(INTERRUPTED, file=sys.stderr)
+        return error.code if isinstance(error, Interrupt) else 130
     if isinstance(error, InstantiationException) and isinstance(error.__cause__, (UserError, OSError)):
         error = error.__cause__  # raised by what a _target_ names
     if isinstance(error, OSError) and error.errno == errno.ENOSPC:
@@ -413,7 +412,8 @@ def entry(
         def main(cfg: DictConfig | None = None) -> None:
             if cfg is not None:
                 return task(cfg)
-            code = run(task, name, Path(config_dir).resolve(), read)
+            program = sys._getframe(1).f_globals.get("__name__") == "__main__"
+            code = run(task, name, Path(config_dir).resolve(), read, program)
             if code:
                 sys.exit(code)
 

@@ -1,6 +1,7 @@
 """From a dataset's recipe to its manifest, whatever the recipe's layout; once for each recipe."""
 
 import json
+import os
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
 from pathlib import Path
@@ -9,6 +10,7 @@ import lightning
 from filelock import FileLock
 
 from harmony.core.files import write_json
+from harmony.core.signals import deaf_children, end_with
 from harmony.data.captions import BLIP
 from harmony.data.shards import predictor
 from harmony.data.sources import editing
@@ -69,8 +71,16 @@ def ensure(recipe: dict, kit: str, work: str) -> Path:
     with lock(folder):
         if is_prepared(folder, recipe):  # while this process waited
             return manifest
-        with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as process:
-            return process.submit(prepare, recipe, kit, work).result()
+        context, here = get_context("spawn"), os.getpid()
+        with ProcessPoolExecutor(1, mp_context=context, initializer=end_with, initargs=(here,)) as process:
+            with deaf_children():
+                manifest = process.submit(prepare, recipe, kit, work)
+            try:
+                return manifest.result()
+            except KeyboardInterrupt:
+                for worker in process._processes.values():  # ``kill_workers`` of Python 3.14
+                    worker.kill()
+                raise
 
 
 def lock(folder: Path) -> FileLock:

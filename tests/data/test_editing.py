@@ -168,7 +168,7 @@ def test_generate_writes_what_is_read(tmp_path, monkeypatch):
 
     monkeypatch.setattr(editing, "mitsuba", lambda: None)
     monkeypatch.setattr(editing, "render", render)
-    monkeypatch.setattr(editing.multiprocessing, "get_context", lambda kind: type("Context", (), {"Pool": Here}))
+    monkeypatch.setattr(editing, "worker_pool", Here)
     assert editing.generate(tmp_path, 2) == tmp_path
     made = read_cases(tmp_path / "edits.jsonl")
     assert [case.id for case in made] == [s.id for s in SCENES[:2] for _ in range(3)]

@@ -156,7 +156,7 @@ def test_generate_goes_on(tmp_path, monkeypatch):
 
     monkeypatch.setattr(studio, "mitsuba", lambda: None)
     monkeypatch.setattr(studio, "render_to", render_to)
-    monkeypatch.setattr(studio.multiprocessing, "get_context", lambda kind: type("Context", (), {"Pool": Here}))
+    monkeypatch.setattr(studio, "worker_pool", Here)
     with pytest.raises(KeyboardInterrupt):
         studio.generate(tmp_path, 16, size=8)
     studio.generate(tmp_path, 16, size=8)

@@ -11,7 +11,6 @@ so changed: the truth that photographs cannot give. A concept is an object in a 
 """
 
 import json
-import multiprocessing
 import os
 import time
 from dataclasses import asdict, dataclass, replace
@@ -21,6 +20,7 @@ import numpy as np
 
 from harmony.core.errors import UserError
 from harmony.core.files import write_text
+from harmony.core.signals import worker_pool
 from harmony.data.sources.studio import COLOURS, GROUNDS, KINDS, Scene, mitsuba, render, save, scene
 
 SCHEMA = 1
@@ -111,7 +111,7 @@ def generate(root: Path, count: int, workers: int | None = None) -> Path:
     jobs = [(s, root) for s, _ in zip(tests, range(count), strict=False)]
     views = [(*concept, n, root) for concept in CONCEPTS for n in range(SEEN + HELD_OUT)]
     began, cases = time.monotonic(), []
-    with multiprocessing.get_context("spawn").Pool(workers or os.cpu_count()) as pool:
+    with worker_pool(workers or os.cpu_count()) as pool:
         for done, made in enumerate(pool.imap(render_case, jobs), 1):
             cases += made
             rate = done / (time.monotonic() - began)

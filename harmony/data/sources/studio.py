@@ -19,7 +19,6 @@ import csv
 import hashlib
 import io
 import json
-import multiprocessing
 import os
 import time
 from collections.abc import Callable, Iterable
@@ -31,6 +30,7 @@ import numpy as np
 
 from harmony.core.errors import UserError
 from harmony.core.files import write_text
+from harmony.core.signals import worker_pool
 from harmony.pixels.images import write_image
 from harmony.pixels.masks import bounding_box, dilate
 
@@ -648,7 +648,7 @@ def generate(
     if todo:
         mitsuba()
         jobs = [(s, root, size, samples, plate) for s in todo]
-        with multiprocessing.get_context("spawn").Pool(workers or os.cpu_count()) as pool:
+        with worker_pool(workers or os.cpu_count()) as pool:
             for done, _ in enumerate(pool.imap_unordered(render_to, jobs, chunksize=4), 1):
                 if done % 50 == 0 or done == len(todo):
                     rate = done / (time.monotonic() - began)
