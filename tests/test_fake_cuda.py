@@ -50,7 +50,8 @@ class FakeGPU(FakeTensorMode):
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         if func is VALUE:
-            return {torch.bool: False}.get(args[0].dtype, 0.0 if args[0].is_floating_point() else 0)
+            kind = args[0].dtype
+            return False if kind == torch.bool else 0.0 if kind.is_floating_point else 0
         return super().__torch_dispatch__(func, types, args, kwargs)
 
 
@@ -258,9 +259,8 @@ def test_controlnets_fill(sd2, composites):
     nets = [placed(from_unet(sd2.unet, sd2.factor).requires_grad_(False).to(sd2.dtype), GPU) for _ in range(2)]
     branches = [Branch("color", nets[0], 1.0, {"sigma": 10}), Branch("structure", nets[1], 0.5, {})]
     squares = [Composite(*item) for item in zip(*composites, ["a mushroom", "a car"], strict=True)]
-    for settings in (Settings(1, 1.0), Settings(2, 7.5, encoder_every=2), Settings(2, 7.5, guided=0.5)):
+    for settings in (Settings(1, 1.0), Settings(3, 7.5, encoder_every=2, guided=0.5)):
         assert checked(Inpainting(sd2, branches, settings).fill(squares, SEEDS), sd2.resolution)
-    assert checked(Inpainting(sd2, (), Settings(1, 7.5)).fill(squares, SEEDS), sd2.resolution)
 
 
 @pytest.mark.parametrize(
@@ -277,7 +277,7 @@ def test_a_prior_harmonizes(parts, sd2, composites):
 def test_prompts_edit(target, sd2, composites):
     """Guards inversion with a null text, both kinds of edit, their masks, and the maps that are drawn."""
     source = "a red car on snow"
-    (inversion,) = invert_pictures(sd2, composites[0][:1], [source], steps=2, inner=1)
+    (inversion,) = invert_pictures(sd2, composites[0][:1], [source], steps=1, inner=1)
     assert checked(reconstruct(sd2, [inversion], [source], 7.5), sd2.resolution)
     mode = MODES["insert" if "very" in target else "replace"]
     with unset_fake_temporarily():  # what is done with the words reads its own values, on the CPU
