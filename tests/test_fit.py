@@ -335,6 +335,44 @@ def test_nan_stops_with_one_line(command, tmp_path, monkeypatch, capsys):
     assert all(torch.isfinite(v).all() for v in weights(folder).values())
 
 
+@pytest.mark.parametrize(
+    ("words", "gpu", "precision", "frozen"),
+    [
+        (["model=sd2"], True, "bf16-mixed", "bfloat16"),
+        (["model=sd2"], False, "32-true", "float32"),
+        (["model=sd2", "trainer.accelerator=cpu"], True, "32-true", "float32"),
+        (["model=sd2", "trainer.precision=32-true"], True, "32-true", "float32"),
+        (["model=sd2", "trainer=ddp8"], True, "bf16-mixed", "bfloat16"),
+        (["model=sd2", "model.dtype=float32"], True, "32-true", "float32"),
+        (["model=tiny"], True, "32-true", "float32"),
+        (["model.dtype=bfloat16"], False, "bf16-mixed", "bfloat16"),
+        (["model=sd2", "experiment=joint"], True, "bf16-mixed", "bfloat16"),
+        (["model=sd1", "experiment=paint_by_example"], True, "bf16-mixed", "bfloat16"),
+        (["model=sd2", "experiment=judge"], True, "32-true", None),
+        (["model.dtype=bfloat16", "experiment=kit_inpaint"], True, "32-true", None),
+    ],
+)
+def test_precision_is_one_decision(words, gpu, precision, frozen, monkeypatch):
+    """Guards null and auto: at full size a GPU trains in bf16 with bfloat16 networks, all else as it is told."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: gpu)
+    cfg = compose("fit", ["experiment=color", "name=a", *words])
+    facts = {"precision": precision} | ({"frozen_networks": frozen} if frozen else {})
+    assert harmony.fit.settle_precision(cfg) == facts and cfg.trainer.precision == precision
+    if frozen:
+        assert {cfg.model.dtype, cfg.module.kit.dtype, cfg.data.kit.dtype} == {frozen}
+
+
+def test_a_run_in_bfloat16_says_so(command, tmp_path, capsys):
+    """Guards the line and the provenance of a run that was told of its networks alone."""
+    more = ["model.dtype=bfloat16", "evaluate=null", "callbacks.samples=null", "trainer.max_steps=2"]
+    main(compose("fit", command(tmp_path / "runs", *more)))
+    assert "precision bf16-mixed, frozen networks bfloat16" in capsys.readouterr().out.splitlines()
+    (folder,) = (tmp_path / "runs" / "color").iterdir()
+    facts = json.loads((folder / "provenance.json").read_text())
+    assert (facts["precision"], facts["frozen_networks"]) == ("bf16-mixed", "bfloat16")
+    assert all(v.dtype == torch.float32 for v in weights(folder).values() if v.is_floating_point())
+
+
 def test_a_run_on_another_kit_does_not_go_on(command, tmp_path, monkeypatch, capsys, random_kit):
     """Guards resumption: the kit under the same name has changed since, so the checkpoint does not fit any more."""
     kit = tmp_path / "kit"

@@ -3,6 +3,7 @@
 import hashlib
 import json
 import time
+import warnings
 from pathlib import Path
 
 import torch
@@ -23,6 +24,7 @@ class Compilation(Callback):
 
     def on_train_start(self, trainer, module):
         config.force_non_lazy_backward_lowering = True
+        warnings.filterwarnings("ignore", "Dynamo detected a call to a `functools.lru_cache`")  # diffusers asks so
         self.began = None
 
     def on_train_batch_start(self, trainer, module, batch, batch_idx):

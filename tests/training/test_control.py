@@ -306,6 +306,7 @@ def test_a_compiled_step_is_three_graphs_that_nets_share(kit, data, kind, monkey
     assert len(graphs) == 3, "another net, or another step, was traced anew: TORCH_LOGS=recompiles says why"
 
 
+@pytest.mark.slow
 def test_compiled_steps_in_bfloat16_are_the_steps(kit, data):
     """Guards module.compile as a GPU runs it, by inductor under autocast on bfloat16 networks: losses and gradients."""
     torch._dynamo.reset()
