@@ -35,6 +35,7 @@ from safetensors import safe_open
 ROOT = Path(__file__).resolve().parents[1]
 CODE = ("harmony", "experiments", "datasets")  # the folders that decide the results
 NAMES = "tests/golden.yaml"
+LETTERS = ROOT / "tests" / "golden_tokenizers"
 ENVIRONMENT = {
     "CUDA_VISIBLE_DEVICES": "",
     "OMP_NUM_THREADS": "1",
@@ -58,13 +59,15 @@ class Case:
 
     In ``words``, $home is the folder of the commit's results, $inputs the pictures that ``lay_inputs`` makes, $shared
     the photographs beside the checkout, $kit the kit that the kit cases train, and $NAME the run folder of the case
-    NAME. ``files``: what belongs to the result beside the run folder, relative to $home.
+    NAME. ``files``: what belongs to the result beside the run folder, relative to $home. ``letters``: tokenizers of
+    letters in the place of trained ones, which differ from run to run.
     """
 
     name: str
     command: str
     words: tuple[str, ...]
     files: tuple[str, ...] = ()
+    letters: bool = False
 
     @cached_property
     def places(self) -> list[str]:
@@ -80,22 +83,32 @@ class Case:
         return [*names, *(KIT[: KIT.index(self.name)] if self.name in KIT else KIT)]
 
 
-def fit(name: str, *words: str, experiment: str | None = None, files: tuple[str, ...] = ()) -> Case:
-    """Ten steps of an experiment."""
-    common = ("trainer.max_steps=10", "trainer.log_every_n_steps=1", "trainer.val_check_interval=10", "seed=0")
-    quiet = ("trainer.accelerator=cpu", "logger=none", "resume=false")
-    return Case(name, "fit", (f"experiment={experiment or name}", *common, *quiet, *words), files)
+TEN_STEPS = (
+    "trainer.max_steps=10",
+    "trainer.log_every_n_steps=1",
+    "trainer.val_check_interval=10",
+    "trainer.accelerator=cpu",
+    "logger=none",
+    "resume=false",
+    "seed=0",
+)
+PHOTOS = "$photos"  # stands for options that add photographs to the kit's renders, where they lie beside the checkout
 
 
-def control(name: str, *words: str, experiment: str | None = None) -> Case:
+def fit(name: str, *words: str, files: tuple[str, ...] = (), letters: bool = False) -> Case:
+    """Ten steps of the experiment ``name``."""
+    return Case(name, "fit", (f"experiment={name}", *TEN_STEPS, *words), files, letters)
+
+
+def control(name: str, *words: str) -> Case:
     """Ten steps of a training on cached latents, with a small evaluation."""
     small = ("dataset=studio", "data.batch_size=4", "data.variants=1", "evaluate.limit=4", "evaluate.steps=4")
-    return fit(name, *small, "callbacks.samples.steps=4", *words, experiment=experiment)
+    return fit(name, *small, "callbacks.samples.steps=4", *words)
 
 
-def kit(name: str, *words: str, files: tuple[str, ...] = ()) -> Case:
-    """Ten steps of one part of the kit, on the bundled renders and, where they lie beside the checkout, photographs."""
-    return fit(name, "dataset=kit", "dataset.count=0", "$photos", "model.path=$kit", *words, files=files)
+def kit(name: str, *words: str, files: tuple[str, ...]) -> Case:
+    """Ten steps of one part of the kit."""
+    return fit(name, "dataset=kit", "dataset.count=0", PHOTOS, "model.path=$kit", *words, files=files, letters=True)
 
 
 def harmonize(name: str, *words: str) -> Case:
@@ -144,7 +157,7 @@ CASES = (
     kit("kit_captioner", "data.batch_size=16", files=("kit/captioner",)),
     kit("kit_inpaint", "module.config.block_out_channels=[32,32,64]", "data.batch_size=8", "data.variants=1",
         files=("kit/unet",)),
-    fit("judge", "dataset=kit", "dataset.count=0", "$photos", "data.batch_size=8"),
+    fit("judge", "dataset=kit", "dataset.count=0", PHOTOS, "data.batch_size=8"),
     # each method on photographs
     harmonize("harmonize_color", *COMPOSITE, "steps=10"),
     harmonize("harmonize_both", *COMPOSITE, "box=20,30,90,100", "structure=structure", "lambda_l=0.8", "lambda_h=0.6",
@@ -177,12 +190,12 @@ CASES = (
     evaluate("table1", "experiment=table1", "limit=8", "steps=4", "study.lambdas=[0.2,0.6,1]"),
     evaluate("fig6", "experiment=fig6", "limit=4", "steps=4", "study.lambdas=[0.5,1]"),
     evaluate("fig7", "experiment=fig7", "limit=4", "steps=4", "study.degrade=[1,4]", "controlnets.raw=$raw"),
-    evaluate("relight", "experiment=relight", "limit=4", "steps=3", "study.lambdas=[0.5,1]",
+    evaluate("relight", "experiment=relight", "limit=2", "steps=3", "study.lambdas=[0.5,1]",
              "controlnets.color_relight=$color_relight"),
     evaluate("zero_shot", "experiment=zero_shot", "limit=2", "steps=2"),
     evaluate("near_exact", "experiment=near_exact", "limit=2", "steps=5"),
     evaluate("exemplar_bench", "experiment=exemplar_bench", "limit=4", "steps=4"),
-    evaluate("editing", "experiment=editing", "limit=2", "steps=3", "study.inner=1"),
+    evaluate("editing", "experiment=editing", "limit=1", "steps=3", "study.inner=1"),
     evaluate("judge_bench", "experiment=judge_bench", "limit=8", "study.evaluators.judge=$judge"),
     # exports
     export("export_diffusers", "$color", "half=true"),
@@ -310,14 +323,14 @@ class Side:
         places = {"home": self.home, "inputs": self.home / "inputs", "kit": self.home / "kit", "shared": self.shared}
         places |= {name: self.runs[name]["folder"] for name in case.needs}
         photos = ("dataset.photos=$shared/openimages-mini", "dataset.sources=[feral_cat]") if self.shared else ()
-        words = [part for word in case.words for part in (photos if word == "$photos" else (word,))]
+        words = [part for word in case.words for part in (photos if word == PHOTOS else (word,))]
         words = [Template(word).substitute(places) for word in map(self.names.word, words) if word is not None]
         return words + [f"paths.{name}={self.home / name}" for name in FOLDERS.get(case.command, ("work", "runs"))]
 
-    def environment(self) -> dict[str, str]:
-        kept = {key: value for key, value in os.environ.items() if not key.startswith(("HARMONY_", "FIFTYONE_"))}
-        own = {"PYTHONPATH": str(self.home / "tree"), "FIFTYONE_DATABASE_DIR": str(self.home / "database")}
-        return kept | ENVIRONMENT | own
+    def environment(self, letters: bool) -> dict[str, str]:
+        rest = {key: value for key, value in os.environ.items() if not key.startswith(("HARMONY_", "FIFTYONE_"))}
+        path = f"{self.home / 'tree'}{os.pathsep}{LETTERS}" if letters else str(self.home / "tree")
+        return rest | ENVIRONMENT | {"PYTHONPATH": path, "FIFTYONE_DATABASE_DIR": str(self.home / "database")}
 
     def run(self, case: Case) -> None:
         """Run a case unless it is done, and remember in ``cases/<name>.json`` how and where."""
@@ -325,7 +338,8 @@ class Side:
             self.runs[case.name] = {"code": 1, "seconds": 0.0, "why": f"needs {failures[0]}, which failed"}
             return
         record = self.home / "cases" / f"{case.name}.json"
-        order = {"words": self.words(case), "needs": {name: self.runs[name]["folder"] for name in case.needs}}
+        needs = {name: self.runs[name]["folder"] for name in case.needs}
+        order = {"words": self.words(case), "letters": case.letters, "needs": needs}
         last = json.loads(record.read_text()) if record.exists() else {}
         if last.get("code") != 0 or any(last.get(key) != value for key, value in order.items()):
             last = order | self.call(case, order["words"], record.with_suffix(".log"))
@@ -338,7 +352,7 @@ class Side:
         command = [sys.executable, "-m", f"harmony.{self.names.commands.get(case.command, case.command)}", *words]
         began, before = time.monotonic(), resource.getrusage(resource.RUSAGE_CHILDREN)
         with open(log, "w") as file:
-            place = {"cwd": self.home / "tree", "env": self.environment()}
+            place = {"cwd": self.home / "tree", "env": self.environment(case.letters)}
             code = subprocess.run(command, stdout=file, stderr=subprocess.STDOUT, check=False, **place).returncode
         after = resource.getrusage(resource.RUSAGE_CHILDREN)
         seconds = round(after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime, 1)
