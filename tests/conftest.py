@@ -140,6 +140,7 @@ def small_manifest(studio_rows):
     from dataclasses import replace
 
     from harmony.data.manifest import write_manifest
+    from harmony.data.captions import given_captions
 
     def write(folder: Path, dataset: str = "studio") -> Path:
         def here(path: str) -> str:
@@ -152,6 +153,7 @@ def small_manifest(studio_rows):
                 known |= {
                     "plate": here(split / "plates" / f"{name}.jpg"),
                     "shadow": here(split / "shadows" / f"{name}.png"),
+                    "relit_caption": given_captions(ROOT / split)[name][1],
                 }
             return known
 

@@ -17,7 +17,7 @@ import torch
 
 from harmony.core.errors import UserError
 from harmony.core.row import Row
-from harmony.data.captions import given_captions
+from harmony.data.captions import GIVEN
 from harmony.data.descriptions import Description
 from harmony.data.latent_cache import Example, Recipe, example
 from harmony.data.manifest import read_manifest
@@ -109,7 +109,7 @@ def relight_bench(
     )
     if not rows:
         raise UserError(f"{manifest} knows no truth for relighting (plate, relit, shadow): use dataset=studio")
-    examples, plates, relit, shadows, said = [], [], [], [], {}
+    examples, plates, relit, shadows = [], [], [], []
     for row in rows:
         e = example(row, root, Recipe(), resolution)
         other = read_image(root / row.extras["relit"])
@@ -119,11 +119,16 @@ def relight_bench(
         relit.append(crop_resize(other, e.crop, resolution))
         shadow = read_mask(root / row.extras["shadow"], (row.width, row.height), empty=True)
         shadows.append(crop_resize(shadow, e.crop, resolution))
-        folder = (root / row.image).parents[1]
-        said.setdefault(folder, given_captions(folder))
-    words = [said[(root / row.image).parents[1]].get(row.id, []) for row in rows]
-    lights = [between(*texts[:2]) for texts in words] if all(len(texts) > 1 for texts in words) else None
-    return Bench(split, examples, [r.caption for r in rows], plates, relit, shadows, lights=lights)
+    captions = [row.caption for row in rows]
+    lights = (
+        [between(row.caption, row.extras["relit_caption"]) for row in rows] if all(map(says_lights, rows)) else None
+    )
+    return Bench(split, examples, captions, plates, relit, shadows, lights=lights)
+
+
+def says_lights(row: Row) -> bool:
+    """Whether the row's captions name the object's light in both pictures; a captioner's words need not."""
+    return "relit_caption" in row.extras and row.extras.get("caption_source", GIVEN) == GIVEN
 
 
 def between(caption: str, relit: str) -> Description:

@@ -6,7 +6,7 @@ import pytest
 from harmony.core.errors import UserError
 from harmony.data.latent_cache import Example
 from harmony.data.manifest import read_manifest
-from harmony.evaluation.eval_sets import Bench, Fidelity, by_hints, enough, load_bench
+from harmony.evaluation.eval_sets import Bench, Fidelity, by_hints, enough, load_bench, relight_bench
 from harmony.methods.insert import Branch
 from harmony.models.backbone import Kit
 from harmony.models.clip import kit_clip
@@ -74,6 +74,22 @@ def test_pictures_are_spread_over_the_split(small_manifest, tmp_path):
         assert e.image.shape == (32, 32, 3) and e.hole[e.mask].all() and e.hole.sum() > e.mask.sum()
     again = load_bench(manifest, "train", 32, limit=3)
     assert all(np.array_equal(a.image, b.image) for a, b in zip(few.examples, again.examples, strict=True))
+
+
+def test_the_words_for_both_lights_travel_with_the_manifest(small_manifest, tmp_path):
+    """Guards manifests that are moved: the words are those of the row and of its extras, not of files elsewhere; there
+    are none where a captioner's words stand in place of the renderer's.
+    """
+    manifest = small_manifest(tmp_path)
+    row = next(row for row in read_manifest(manifest, "test")[1] if "plate" in row.extras)
+    first = relight_bench(manifest, "test", 32).lights[0]
+    (subject, _, light), (_, _, relit) = (text.rpartition(", ") for text in (row.caption, row.extras["relit_caption"]))
+    assert (first.object, first.foreground, first.background) == (f"{subject},", relit, light) and relit != light
+    text = manifest.read_text()
+    manifest.write_text(text.replace(row.extras["relit_caption"], f"{subject}, green light"))
+    assert relight_bench(manifest, "test", 32).lights[0].foreground == "green light"
+    manifest.write_text(text.replace('"relit_caption"', '"caption_source": "blip", "relit_caption"'))
+    assert relight_bench(manifest, "test", 32).lights is None
 
 
 def test_one_picture_is_refused_before_it_is_painted(bench):
