@@ -5,7 +5,6 @@ lengths are read from the captioner's own generation config; what that leaves op
 """
 
 import hashlib
-import json
 from collections.abc import Iterable, Iterator
 from itertools import islice
 from pathlib import Path
@@ -84,23 +83,3 @@ def caption_picture(image: np.ndarray, captioner: torch.nn.Module, processor: ob
 def strip_prefix(text: str, prefix: str) -> str:
     """The caption without the prompt that it was asked to continue."""
     return text.strip().removeprefix(prefix).strip()
-
-
-def given_captions(folder: Path) -> dict[str, list[str]]:
-    """``metadata/human_captions.json`` of a split: {id: [caption, ...]}; empty where there is none.
-
-    For the studio set the second entry describes the same object under the other light.
-    """
-    path = folder / "metadata" / "human_captions.json"
-    if not path.is_file():
-        return {}
-    try:
-        captions = json.loads(path.read_text(encoding="utf-8"))
-    except json.JSONDecodeError as error:
-        raise UserError(f"{path}: not valid JSON ({error}); mend it or remove it") from None
-    well_formed = isinstance(captions, dict) and all(
-        isinstance(texts, list) and texts and all(isinstance(t, str) for t in texts) for texts in captions.values()
-    )
-    if not well_formed:
-        raise UserError(f'{path}: expected {{"<id>": ["<caption>", ...], ...}} with at least one caption an id')
-    return captions

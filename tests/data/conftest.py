@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from harmony.data.sources.open_images.select import FULL_HEADER
+from harmony.data.sources.open_images.layout import FULL_HEADER
 from harmony.pixels.images import write_image
 
 DETECTIONS, SEGMENTATIONS = FULL_HEADER["detections.csv"], FULL_HEADER["segmentations.csv"]

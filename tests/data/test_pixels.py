@@ -1,11 +1,11 @@
-"""What a kit is trained on: rows of a folder in Open Images layout, and squares of decoded pictures."""
+"""Rows of a folder in Open Images layout, the largest instance of each photograph: what a kit is trained on."""
 
 import shutil
 from pathlib import Path
 
 from harmony.data.manifest import read_manifest
 from harmony.data.pixel_data import is_render
-from harmony.data.sources import studio
+from harmony.data.sources import pixels
 from harmony.data.sources.pixels import prepare_kit, rows_of
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -42,7 +42,7 @@ def test_kit_manifest_joins_renders_and_permitted_photographs(photos, tmp_path, 
         (small / split / "data").mkdir()
         for path in sorted((source / "data").iterdir())[:2]:
             shutil.copy(path, small / split / "data")
-    monkeypatch.setattr(studio, "generate", lambda root, *args, **options: root)
+    monkeypatch.setattr(pixels, "generate", lambda root, *args, **options: root)
     recipe = {"name": "kit", "dir": str(small), "count": 0, "size": 16, "photos": str(photos), "sources": ["ccp"]}
     rows = read_manifest(prepare_kit(recipe, tmp_path / "work"))[1]
     photographs = {split: [r.id for r in rows if r.split == split and r.id.startswith("a") and len(r.id) == 2] for split
