@@ -3,6 +3,9 @@
 import shutil
 from pathlib import Path
 
+import pytest
+
+from harmony.core.errors import UserError
 from harmony.data.manifest import read_manifest
 from harmony.data.pixel_data import is_render
 from harmony.data.sources import pixels
@@ -19,6 +22,14 @@ def test_rows_take_the_largest_instance_and_leave_out_what_is_broken(photos, tmp
     assert rows[0].caption == "a photo of a cat" and (rows[0].width, rows[0].height) == (60, 40)
     assert all((tmp_path / row.image).exists() and (tmp_path / row.mask).exists() for row in rows)
     assert [row.id for row in rows_of(photos / "train", "train", tmp_path, ["ccp"])] == ["a1"]
+
+
+def test_photographs_of_unknown_source_may_not_train(photos, tmp_path):
+    """Guards licenses: where nothing says which source a photograph has, none passes as permitted."""
+    shutil.copytree(photos / "train", tmp_path / "train")
+    (tmp_path / "train" / "metadata" / "sources.csv").unlink()
+    with pytest.raises(UserError, match="no metadata/sources.csv"):
+        rows_of(tmp_path / "train", "train", tmp_path, ["ccp"])
 
 
 def test_a_studio_scene_gives_two_rows(studio_rows):

@@ -34,7 +34,9 @@ def largest_instances(split: Split) -> dict[str, tuple[str, str]]:
 def permitted_images(split: Split, sources: Iterable[str]) -> set[str]:
     """The ids of the photographs that come from ``sources``. UserError where the split does not say."""
     if (table := split.sources()) is None:
-        raise UserError(f"{split.folder}: no metadata/sources.csv, so no photograph may train; add it, or sources=null")
+        raise UserError(
+            f"{split.folder}: no metadata/sources.csv, so no photograph may train; add it, or set dataset.sources=null"
+        )
     return set(table.filter(pl.col("source").is_in(list(sources))).collect()["ImageID"])
 
 
