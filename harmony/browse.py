@@ -8,7 +8,7 @@ from harmony.cli.config import entry
 @entry("browse")
 def main(cfg: DictConfig) -> None:
     """Look at a prepared dataset in the FiftyOne App: what was kept, and what was rejected for which reason."""
-    from harmony.data.sources.open_images.importer import browse
+    from harmony.data.sources.open_images.browse import browse
 
     browse(OmegaConf.to_container(cfg.dataset, resolve=True), cfg.port, cfg.address)
 

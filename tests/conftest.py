@@ -148,6 +148,7 @@ def small_manifest(studio_rows):
     from dataclasses import replace
 
     from harmony.data.manifest import write_manifest
+    from harmony.data.sources.open_images.layout import Split
 
     def write(folder: Path, dataset: str = "studio") -> Path:
         def here(path: str) -> str:
@@ -160,6 +161,7 @@ def small_manifest(studio_rows):
                 known |= {
                     "plate": here(split / "plates" / f"{name}.jpg"),
                     "shadow": here(split / "shadows" / f"{name}.png"),
+                    "relit_caption": Split(ROOT / split).captions()[name][1],
                 }
             return known
 

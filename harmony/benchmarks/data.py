@@ -18,8 +18,10 @@ import polars as pl
 import torch
 
 from harmony.benchmarks.measure import Rates, peak_memory
-from harmony.data.sources.open_images.importer import import_dataset, load_fiftyone
-from harmony.data.sources.open_images.select import FULL_HEADER, KEPT, Rules, select, select_split
+from harmony.data.sources.open_images.database import import_dataset, load_fiftyone
+from harmony.data.sources.open_images.layout import FULL_HEADER, Split
+from harmony.data.sources.open_images.select import select, select_split
+from harmony.data.sources.selection import KEPT, Rules
 from harmony.pixels.images import write_image
 
 _CPU = torch.device("cpu")
@@ -97,7 +99,7 @@ def write_annotations(
 
 def ours(folder: Path) -> int:
     """How many images the recipe's rules keep."""
-    table, _ = select_split(folder, "train", Rules())
+    table, _ = select_split(Split(folder), Rules())
     return int((table["reason"] == KEPT).sum())
 
 

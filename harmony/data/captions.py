@@ -1,11 +1,10 @@
-"""Captions of whole photographs: those that people wrote, and BLIP for the rest.
+"""Captions of whole photographs by BLIP.
 
 BLIP (Li 2022) sees the full, unmasked image, so that a caption names the instance too. Its prompt prefix, beams and
-lengths are read from the captioner's own generation config; what that leaves open is set as the authors of BLIP do.
+lengths come from the captioner's generation config; where that is silent, the values of BLIP's authors hold.
 """
 
 import hashlib
-import json
 from collections.abc import Iterable, Iterator
 from itertools import islice
 from pathlib import Path
@@ -20,11 +19,11 @@ from harmony.pixels.images import read_image, sha256, write_image
 
 BLIP = "Salesforce/blip-image-captioning-large"  # where a kit has no captioner, as Stable Diffusion
 PREFIX, BEAMS, MIN_LENGTH, MAX_LENGTH = "a picture of", 3, 5, 20
-GIVEN = "given"
+GIVEN = "given"  # in place of a captioner's name: a caption by people
 
 
 def captioner_name(folder: str | Path) -> str:
-    """What stands beside every caption, so that another captioner captions anew: kit and weights' hash, or hub id."""
+    """The name stored with every caption, so that another captioner captions again: kit with its hash, or hub id."""
     folder = Path(folder)
     weights = sorted(folder.glob("*.safetensors"))
     if not weights:
@@ -75,32 +74,12 @@ def caption_images(
 
 
 def caption_picture(image: np.ndarray, captioner: torch.nn.Module, processor: object, device: str) -> str:
-    """What the captioner says of one picture in memory, uint8 H x W x 3."""
+    """The caption of one picture in memory, uint8 H x W x 3."""
     with TemporaryDirectory() as folder:
         write_image(Path(folder) / "picture.png", image)
         return next(caption_images([("picture", Path(folder) / "picture.png")], captioner, processor, 1, device))[1]
 
 
 def strip_prefix(text: str, prefix: str) -> str:
-    """The caption without the prompt that it was asked to continue."""
+    """The caption without the prompt that it continues."""
     return text.strip().removeprefix(prefix).strip()
-
-
-def given_captions(folder: Path) -> dict[str, list[str]]:
-    """``metadata/human_captions.json`` of a split: {id: [caption, ...]}; empty where there is none.
-
-    For the studio set the second entry describes the same object under the other light.
-    """
-    path = folder / "metadata" / "human_captions.json"
-    if not path.is_file():
-        return {}
-    try:
-        captions = json.loads(path.read_text(encoding="utf-8"))
-    except json.JSONDecodeError as error:
-        raise UserError(f"{path}: not valid JSON ({error}); mend it or remove it") from None
-    well_formed = isinstance(captions, dict) and all(
-        isinstance(texts, list) and texts and all(isinstance(t, str) for t in texts) for texts in captions.values()
-    )
-    if not well_formed:
-        raise UserError(f'{path}: expected {{"<id>": ["<caption>", ...], ...}} with at least one caption an id')
-    return captions

@@ -1,7 +1,7 @@
-"""What a composite shows, in words: the object, its own light, and the light around it.
+"""Words for a composite: the object, its own light, and the light around it.
 
-Zero-shot harmonization (Chen 2023) leads an object from the one light to the other. The words come from the user,
-a file, a vision-language model, or CLIP scores of word lists together with what can be measured in the picture.
+Zero-shot harmonization (Chen 2023) leads an object from the one light to the other. The words come from the user, a
+file, a vision-language model, or from word lists scored by CLIP and by the colors of the picture.
 """
 
 import json
@@ -37,7 +37,7 @@ LIGHTS = {  # where light comes from (time of day, weather, place) -> how it may
     "candlelight": ("warm", "orange", "dim"),
     "underwater": ("green", "blue"),
 }
-PLAIN = "light"  # said of an object whose light cannot be told
+PLAIN = "light"  # the word for a light that is not sure
 
 
 @dataclass(frozen=True)
@@ -55,29 +55,29 @@ class Description:
 
 
 class Describer(Protocol):
-    """What finds words for a composite."""
+    """A function from a composite to words."""
 
     def __call__(self, composite: np.ndarray, mask: np.ndarray) -> list[Description]:
         """Descriptions of uint8 H x W x 3 with its object (bool H x W), the likeliest first."""
         ...
 
 
-# --- words that were given
+# --- words from the user
 
 
 def parsed(text: str) -> list[Description]:
     """``OBJECT: its own light -> the light around it``, several separated by semicolons. UserError for another form."""
-    found = []
+    descriptions = []
     for part in filter(None, map(str.strip, text.split(";"))):
         object_, colon, lights = part.rpartition(":")
         foreground, arrow, background = lights.partition("->")
         words = [" ".join(words.split()) for words in (object_, foreground, background)]
         if not (colon and arrow and all(words)) or "->" in words[2]:
             raise UserError(f"prompts={part!r}: write {FORM}, several with semicolons between")
-        found.append(Description(*words))
-    if not found:
+        descriptions.append(Description(*words))
+    if not descriptions:
         raise UserError(f"prompts={text!r} holds no description: write {FORM}")
-    return found
+    return descriptions
 
 
 def read_descriptions(path: Path, name: str) -> list[Description]:
@@ -91,17 +91,17 @@ def read_descriptions(path: Path, name: str) -> list[Description]:
         raise UserError(f"prompts={path} cannot be read: {str(error).splitlines()[0]}") from None
     if isinstance(data, dict) and name not in data:
         raise UserError(f"{path} describes {', '.join(list(data)[:3]) or 'nothing'}, but not {name}")
-    listed = data[name] if isinstance(data, dict) else data
+    items = data[name] if isinstance(data, dict) else data
     try:
-        found = [Description(*(" ".join(item[field].split()) for field in FIELDS)) for item in listed]
+        descriptions = [Description(*(" ".join(item[field].split()) for field in FIELDS)) for item in items]
     except (KeyError, TypeError, AttributeError):
-        found = []
-    if not found or not all(all(vars(d).values()) for d in found):
+        descriptions = []
+    if not descriptions or not all(all(vars(d).values()) for d in descriptions):
         raise UserError(f"{path}: each description of {name} wants {', '.join(FIELDS)}")
-    return found
+    return descriptions
 
 
-# --- words that are found
+# --- words from the picture
 
 
 def phrase(adjective: str, source: str) -> str:
@@ -115,36 +115,35 @@ def surroundings(composite: np.ndarray, mask: np.ndarray) -> np.ndarray:
 
 
 def alone(composite: np.ndarray, mask: np.ndarray) -> np.ndarray:
-    """The object's box without the photograph: around it lies its own mean colour."""
+    """The object's box without the photograph: filled with the object's mean color instead."""
     mean = composite[mask].mean(0).round().astype(np.uint8)
     return box_of(np.where(mask[..., None], composite, mean), mask)
 
 
 def measured(pixels: np.ndarray) -> set[str]:
-    """Words that the mean colour of uint8 N x 3 pixels speaks for: its brightness, its temperature, its tone (Lab)."""
+    """Words that fit the mean color of uint8 N x 3 pixels: its brightness, its temperature, its tone (Lab)."""
     lightness, a, b = cv2.cvtColor(pixels[None].astype(np.float32) / 255, cv2.COLOR_RGB2Lab)[0].mean(0)
     chroma, hue = float(np.hypot(a, b)), float(np.degrees(np.arctan2(b, a)) % 360)
-    found = {"dark", "dim"} if lightness < 35 else {"bright"} if lightness > 65 else set()
+    words = {"dark", "dim"} if lightness < 35 else {"bright"} if lightness > 65 else set()
     if b > 12:
-        found |= {"warm", "golden"}
+        words |= {"warm", "golden"}
     if b < -6:
-        found |= {"cold"}
+        words |= {"cold"}
     if chroma < 8:
-        return found | {"grey", "neutral"}
+        return words | {"grey", "neutral"}
     tones = ((15, "pink"), (45, "red"), (75, "orange"), (105, "yellow"), (195, "green"), (309, "blue"), (335, "purple"))
-    return found | {next((tone for end, tone in tones if hue < end), "pink")}
+    return words | {next((tone for end, tone in tones if hue < end), "pink")}
 
 
 class WordScorer:
-    """Words for both lights from the lists above, by CLIP scores of the object alone and of its surroundings and by
-    what is measured in their colours.
+    """Words for both lights from ``LIGHTS``, by CLIP scores and mean colors of the object and of its surroundings.
 
-    ``name`` gives the object phrase of a composite (a captioner, say); ``known``: whether CLIP knows a word. ``count``
-    descriptions are given. Of the object the light is said only where it is ``sure``: its colour may be its own, and a
-    wrong word leads astray while a plain one does little harm.
+    ``name`` gives the object phrase of a composite (a captioner, say), ``known`` tells whether CLIP knows a word, and
+    ``count`` is the number of descriptions. The object's light is named only with probability ``sure`` or more: its
+    color may be its own, and a wrong word does more harm than a plain one.
     """
 
-    TRUST = 0.03  # by how much a cosine rises for each word that the measurement speaks for
+    TRUST = 0.03  # by how much a cosine rises for each word that fits the mean color
     SCALE = 20.0  # of cosines, to make probabilities
 
     def __init__(
@@ -166,20 +165,20 @@ class WordScorer:
         if mask.all():
             raise UserError("the mask is white everywhere: there is no light around the object to be told")
         object_ = self.name(composite)
-        own, likely = self.ranked(object_, alone(composite, mask), composite[mask])[0]
-        around = self.ranked(object_, surroundings(composite, mask), composite[~mask])
-        own = own if likely >= self.sure else PLAIN
-        lights = [light for light, _ in around if light != own]  # what is there already need not be asked for
-        return [Description(object_, own, light) for light in lights[: self.count]]
+        foreground, share = self.ranked(object_, alone(composite, mask), composite[mask])[0]
+        background = self.ranked(object_, surroundings(composite, mask), composite[~mask])
+        foreground = foreground if share >= self.sure else PLAIN
+        lights = [light for light, _ in background if light != foreground]  # the object has that light already
+        return [Description(object_, foreground, light) for light in lights[: self.count]]
 
     def ranked(self, object_: str, view: np.ndarray, pixels: np.ndarray) -> list[tuple[str, float]]:
-        """Every phrase and its probability for what ``view`` shows, the likeliest first."""
-        said = self.clip.texts([f"{object_} {phrase(*light)}" for light in self.lights]).float().cpu()
-        cosines = (embeddings([view], self.clip) @ torch.nn.functional.normalize(said).T)[0]
-        spoken_for = measured(pixels)
-        cosines += torch.tensor([self.TRUST * len(spoken_for.intersection(light)) for light in self.lights])
-        found = zip(self.lights, (self.SCALE * cosines).softmax(0).tolist(), strict=True)
-        return sorted(((phrase(*light), share) for light, share in found), key=lambda pair: -pair[1])
+        """Every phrase with its probability for ``view``, the likeliest first."""
+        texts = self.clip.texts([f"{object_} {phrase(*light)}" for light in self.lights]).float().cpu()
+        cosines = (embeddings([view], self.clip) @ torch.nn.functional.normalize(texts).T)[0]
+        words = measured(pixels)
+        cosines += torch.tensor([self.TRUST * len(words.intersection(light)) for light in self.lights])
+        shares = zip(self.lights, (self.SCALE * cosines).softmax(0).tolist(), strict=True)
+        return sorted(((phrase(*light), share) for light, share in shares), key=lambda pair: -pair[1])
 
 
 def bare(text: str) -> list[str]:
@@ -191,14 +190,14 @@ def bare(text: str) -> list[str]:
 class VisionLanguageModel:
     """Words from a vision-language model of transformers (BLIP-2, LLaVA and their like), hub id or folder.
 
-    It is asked about the object cut out and about the whole photograph, in a few words each.
+    It answers questions about the object cut out and about its surroundings, in a few words each.
     """
 
     QUESTIONS = {
         "object": "What is the main object of this picture? Answer with the object alone, in at most four words.",
         "light": "What light is in this picture? Answer in at most four words: brightness, colour, time of day.",
     }
-    LENGTH = 12  # words of an answer that are kept, at most
+    LENGTH = 12  # most words of an answer
 
     def __init__(self, path: str, device: torch.device | str = "cpu"):
         from transformers import AutoModelForImageTextToText, AutoProcessor
@@ -212,28 +211,28 @@ class VisionLanguageModel:
 
     @torch.inference_mode()
     def asked(self, image: np.ndarray, question: str) -> str:
-        """Its answer in lower case, without punctuation."""
+        """The model's answer in lower case, without punctuation."""
         text = f"Question: {question} Answer:"
         if getattr(self.processor, "chat_template", None):
             turn = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": question}]}]
             text = self.processor.apply_chat_template(turn, add_generation_prompt=True)
         inputs = self.processor(images=image, text=text, return_tensors="pt").to(self.model.device)
-        made = self.model.generate(**inputs, max_new_tokens=2 * self.LENGTH, do_sample=False)
+        tokens = self.model.generate(**inputs, max_new_tokens=2 * self.LENGTH, do_sample=False)
         prompt = inputs["input_ids"]
-        if made.shape[1] >= prompt.shape[1] and torch.equal(made[:, : prompt.shape[1]], prompt):
-            made = made[:, prompt.shape[1] :]
-        said = self.processor.batch_decode(made, skip_special_tokens=True)[0]
-        words = bare(said)
-        if "answer" in words:  # some models say the whole question once more
+        if tokens.shape[1] >= prompt.shape[1] and torch.equal(tokens[:, : prompt.shape[1]], prompt):
+            tokens = tokens[:, prompt.shape[1] :]
+        answer = self.processor.batch_decode(tokens, skip_special_tokens=True)[0]
+        words = bare(answer)
+        if "answer" in words:  # some models repeat the question
             words = words[len(words) - words[::-1].index("answer") :]
         return " ".join(words[: self.LENGTH])
 
     def __call__(self, composite: np.ndarray, mask: np.ndarray) -> list[Description]:
-        found = Description(
+        description = Description(
             self.asked(alone(composite, mask), self.QUESTIONS["object"]),
             self.asked(alone(composite, mask), self.QUESTIONS["light"]),
             self.asked(surroundings(composite, mask), self.QUESTIONS["light"]),
         )
-        if empty := [field for field, words in vars(found).items() if not words]:
+        if empty := [field for field, words in vars(description).items() if not words]:
             raise UserError(f"the vision-language model found no words for the {empty[0]}: give prompts=")
-        return [found]
+        return [description]

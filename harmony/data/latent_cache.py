@@ -117,19 +117,19 @@ def example(row: Row, root: Path, recipe: Recipe, resolution: int, variant: int 
     height, width = image.shape[:2]
     mask = read_mask(root / row.mask, (width, height), resize=True)
     rng = np.random.default_rng([recipe.seed, variant, int(hashlib.sha256(row.id.encode()).hexdigest()[:8], 16)])
-    seen = cut_out(image, mask) if "exemplar" in recipe.hints else None
+    object_ = cut_out(image, mask) if "exemplar" in recipe.hints else None
     if recipe.crop == "extended":
-        found = replace(extended_example(image, mask, recipe, resolution, rng), exemplar=seen)
-        if not (found.mask.any() and found.hole.any()):
+        square = replace(extended_example(image, mask, recipe, resolution, rng), exemplar=object_)
+        if not (square.mask.any() and square.hole.any()):
             raise vanished(row, resolution)
-        return found
+        return square
     jitter = recipe.crop == "jitter"
     crop = jittered(row.box, width, height, rng) if jitter else square_around(row.box, width, height)
     mirrored = bool(jitter and rng.random() < 0.5)
     image, mask = crop_resize(image, crop, resolution), crop_resize(mask, crop, resolution)
     if mirrored:
         image, mask = np.ascontiguousarray(image[:, ::-1]), np.ascontiguousarray(mask[:, ::-1])
-        seen = None if seen is None else np.ascontiguousarray(seen[:, ::-1])
+        object_ = None if object_ is None else np.ascontiguousarray(object_[:, ::-1])
     if not mask.any():
         raise vanished(row, resolution)
     opened = hole(mask, recipe.hole, rng)
@@ -140,7 +140,7 @@ def example(row: Row, root: Path, recipe: Recipe, resolution: int, variant: int 
             relit = np.ascontiguousarray(relit[:, ::-1]) if mirrored else relit
         else:
             relit = other_light(image, rng)
-    return Example(image, mask, opened, crop, mirrored, relit, seen)
+    return Example(image, mask, opened, crop, mirrored, relit, object_)
 
 
 def vanished(row: Row, resolution: int) -> UserError:
@@ -168,13 +168,13 @@ def extended_example(
 
 def describe(kit: Codec, recipe: Recipe, rows: list[Row]) -> dict:
     """All that decides the contents of a cache."""
-    listed = json.dumps([(r.id, r.sha256, r.mask, list(r.box)) for r in rows]).encode()
+    facts = json.dumps([(r.id, r.sha256, r.mask, list(r.box)) for r in rows]).encode()
     return {
         "schema": CACHE_SCHEMA,
         "vae": kit.hash("vae"),
         "resolution": kit.resolution,
         **asdict(recipe),
-        "rows": hashlib.sha256(listed).hexdigest(),
+        "rows": hashlib.sha256(facts).hexdigest(),
     }
 
 
@@ -247,7 +247,7 @@ class Cache:
         return self.folder / f"{n:05d}.json"
 
     def is_made(self, n: int) -> bool:
-        """Whether shard ``n`` is there and has its checksum; one that is damaged is said and taken away."""
+        """Whether shard ``n`` is there and has its checksum; a damaged one is reported and forgotten."""
         path, record = self.file(n), self.record(n)
         if not (path.exists() and record.exists()):
             return False
@@ -316,8 +316,8 @@ class Latents(torch.utils.data.Dataset):
         self.folder = Path(folder)
         index = read_index(self.folder)
         if expected is not None and index["key"] != key(expected):
-            found = index["description"]
-            differs = [f"{k} {found.get(k)!r} instead of {v!r}" for k, v in expected.items() if found.get(k) != v]
+            actual = index["description"]
+            differs = [f"{k} {actual.get(k)!r} instead of {v!r}" for k, v in expected.items() if actual.get(k) != v]
             raise UserError(
                 f"latent cache {self.folder} is stale or foreign ({'; '.join(differs)}): delete it, prepare again"
             )

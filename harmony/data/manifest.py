@@ -1,7 +1,7 @@
 """``manifest.jsonl``: a header line, then one ``Row`` a line. The only thing that training knows about a dataset.
 
 Paths in it are relative to its folder. Rows are ordered by (split, id) and hold nothing that changes between two runs
-of the same preparation, so that equal data give an equal ``manifest_hash``.
+of the same preparation, so that equal data have an equal ``manifest_hash``.
 """
 
 import hashlib
@@ -48,11 +48,11 @@ def read_manifest(path: str | Path, split: str | None = None) -> tuple[dict, lis
     rows = [parse_row(path, number, line) for number, line in enumerate(lines[1:], start=2)]
     if len(rows) != header.get("rows"):
         raise UserError(f"{path}: {len(rows)} rows where the header promises {header.get('rows')}; {again}")
-    seen: set[tuple[str, str]] = set()
+    keys: set[tuple[str, str]] = set()
     for number, row in enumerate(rows, start=2):
-        if (row.split, row.id) in seen:
+        if (row.split, row.id) in keys:
             raise UserError(f"{path}: line {number}: {row.split}/{row.id} stands there twice; {again}")
-        seen.add((row.split, row.id))
+        keys.add((row.split, row.id))
     if split is not None and split not in SPLITS:
         raise UserError(f"split {split!r} does not exist; choose one of {', '.join(SPLITS)}")
     return header, [row for row in rows if split is None or row.split == split]

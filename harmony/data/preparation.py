@@ -2,61 +2,117 @@
 
 import json
 import os
+from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
 from pathlib import Path
+from typing import NamedTuple
 
 import lightning
 from filelock import FileLock
 
+from harmony.core.errors import UserError
 from harmony.core.files import write_json
 from harmony.core.signals import deaf_children, end_with
 from harmony.data.captions import BLIP
 from harmony.data.shards import predictor
-from harmony.data.sources import editing
 from harmony.data.sources.files import locate
-from harmony.data.sources.pixels import prepare_kit
 from harmony.models.backbone import kit_path
 
 
-def prepare(recipe: dict, kit: str, work: str, trainer: lightning.Trainer | None = None) -> Path:
-    """Prepare the dataset of a recipe under ``work``; returns the manifest (or see ``as_it_is``).
+class Layout(NamedTuple):
+    """How a dataset in one layout is prepared: ``prepare(recipe, work, kit, trainer)``.
 
-    ``kit`` is where the captioner lies; it runs in all processes of ``trainer`` (see ``shards.predictor``).
+    With ``manifest`` it writes ``work/<name>/manifest.jsonl``, and all processes of ``trainer`` call it. Without, the
+    dataset has no masks and is read as it is: it returns the file or folder to read.
     """
-    if found := as_it_is(recipe, work):
-        return found
-    trainer, folder = trainer or predictor(), Path(work).resolve() / recipe["name"]
+
+    prepare: Callable[[dict, Path, str, lightning.Trainer | None], Path]
+    manifest: bool = True
+
+
+# These functions import what they need: a prepared dataset needs neither polars nor FiftyOne.
+
+
+def prepare_open_images(recipe: dict, work: Path, kit: str, trainer: lightning.Trainer) -> Path:
+    """Photographs or renders in Open Images layout."""
+    from harmony.data.sources.open_images.preparation import prepare_dataset
+    from harmony.data.sources.open_images.source import OPEN_IMAGES
+
+    return prepare_dataset(recipe, work, OPEN_IMAGES, captioner(kit), trainer)
+
+
+def prepare_folder(recipe: dict, work: Path, kit: str, trainer: lightning.Trainer) -> Path:
+    """A user's own photographs and masks."""
+    from harmony.data.sources.folder import FOLDER
+    from harmony.data.sources.open_images.preparation import prepare_dataset
+
+    return prepare_dataset(recipe, work, FOLDER, captioner(kit), trainer)
+
+
+def prepare_pixels(recipe: dict, work: Path, kit: str, trainer: lightning.Trainer) -> Path:
+    """The pixels that a kit is trained on."""
+    if trainer.is_global_zero:
+        from harmony.data.sources.pixels import prepare_kit
+
+        prepare_kit(recipe | {"dir": locate(recipe)}, work)
+    return work / recipe["name"] / "manifest.jsonl"
+
+
+def locate_edits(recipe: dict, work: Path, kit: str, trainer: lightning.Trainer | None) -> Path:
+    """The list of edits, of bundled renders or of new ones."""
+    from harmony.data.sources.editing import generate
+
+    if not recipe["count"]:
+        return locate(recipe) / "edits.jsonl"
+    renders = work / recipe["name"] / f"renders-{recipe['count']}"
+    renders.mkdir(parents=True, exist_ok=True)
+    with FileLock(renders / ".rendering"):  # of several processes one renders
+        return generate(renders, recipe["count"]) / "edits.jsonl"
+
+
+def locate_pictures(recipe: dict, work: Path, kit: str, trainer: lightning.Trainer | None) -> Path:
+    """The folder with the few pictures of one thing."""
+    return locate(recipe)
+
+
+LAYOUTS = {
+    "open_images": Layout(prepare_open_images),
+    "folder": Layout(prepare_folder),
+    "kit": Layout(prepare_pixels),
+    "editing": Layout(locate_edits, manifest=False),
+    "pictures": Layout(locate_pictures, manifest=False),
+}
+
+
+def layout_of(recipe: dict) -> Layout:
+    """The recipe's layout. UserError for one that does not exist."""
+    if recipe["layout"] not in LAYOUTS:
+        raise UserError(f"dataset.layout={recipe['layout']}: no such layout; choose one of {', '.join(LAYOUTS)}")
+    return LAYOUTS[recipe["layout"]]
+
+
+def captioner(kit: str) -> str | Path:
+    """The kit's BLIP, or a public one where it has none."""
+    part = Path(kit_path(kit)) / "captioner"
+    return part if part.is_dir() else BLIP
+
+
+def prepare(recipe: dict, kit: str, work: str, trainer: lightning.Trainer | None = None) -> Path:
+    """Prepare the dataset of a recipe under ``work``; returns the manifest, or what is read in place of one.
+
+    ``kit`` is the folder with the captioner, which runs in all processes of ``trainer`` (see ``shards.predictor``).
+    """
+    layout, folder = layout_of(recipe), Path(work).resolve() / recipe["name"]
+    if not layout.manifest:
+        return layout.prepare(recipe, folder.parent, kit, trainer)
+    trainer = trainer or predictor()
     if trainer.is_global_zero:
         (folder / "recipe.json").unlink(missing_ok=True)  # nothing is prepared until all is done
-    if recipe["layout"] != "kit":
-        # polars and FiftyOne's: a training on a dataset that is there needs neither
-        from harmony.data.sources.open_images.importer import prepare_dataset
-
-        captioner = Path(kit_path(kit)) / "captioner"
-        prepare_dataset(recipe, folder.parent, captioner if captioner.is_dir() else BLIP, trainer)
-    elif trainer.is_global_zero:
-        prepare_kit(recipe | {"dir": locate(recipe)}, folder.parent)
+    layout.prepare(recipe, folder.parent, kit, trainer)
     if trainer.is_global_zero:
         write_json(folder / "recipe.json", recipe)
     return folder / "manifest.jsonl"
-
-
-def as_it_is(recipe: dict, work: str) -> Path | None:
-    """What a dataset without masks is read from, with no manifest between: its folder, or its list of edits.
-
-    None for a dataset that is prepared.
-    """
-    if recipe["layout"] == "pictures":
-        return locate(recipe)
-    if recipe["layout"] != "editing":
-        return None
-    if not recipe["count"]:
-        return locate(recipe) / "edits.jsonl"
-    folder = Path(work).resolve() / recipe["name"] / f"renders-{recipe['count']}"
-    folder.mkdir(parents=True, exist_ok=True)
-    with FileLock(folder / ".rendering"):  # of several processes one renders
-        return editing.generate(folder, recipe["count"]) / "edits.jsonl"
 
 
 def ensure(recipe: dict, kit: str, work: str) -> Path:
@@ -65,10 +121,10 @@ def ensure(recipe: dict, kit: str, work: str) -> Path:
     In a process of its own, which ends with its database: training processes must never import FiftyOne. Of several
     processes that ask at once (ranks, or two commands) one prepares and the others wait for it.
     """
+    if not layout_of(recipe).manifest:
+        return prepare(recipe, kit, work)
     folder = Path(work).resolve() / recipe["name"]
     manifest = folder / "manifest.jsonl"
-    if found := as_it_is(recipe, work):
-        return found
     if is_prepared(folder, recipe):
         return manifest
     with lock(folder):

@@ -16,7 +16,7 @@ import numpy as np
 
 from harmony.core.errors import UserError
 from harmony.core.row import Row
-from harmony.data.captions import given_captions
+from harmony.data.captions import GIVEN
 from harmony.data.descriptions import Description
 from harmony.data.latent_cache import Example, Recipe, example
 from harmony.data.manifest import read_manifest
@@ -111,11 +111,9 @@ def load_relight(
     )
     if not rows:
         raise UserError(f"{manifest} knows no truth for relighting (plate, relit, shadow): use dataset=studio")
-    texts = {folder: given_captions(folder) for folder in {(root / row.image).parents[1] for row in rows}}
-    captions = [texts[(root / row.image).parents[1]].get(row.id, []) for row in rows]
-    told = all(len(pair) > 1 for pair in captions)  # the words for both lights
+    told = all(map(says_lights, rows))
     composites, truths, shadows = [], [], []
-    for row, pair in zip(rows, captions, strict=True):
+    for row in rows:
         e = example(row, root, Recipe(), resolution)
         relit = read_image(root / row.extras["relit"])
         mask = read_mask(root / row.mask, (row.width, row.height), resize=True)
@@ -124,13 +122,18 @@ def load_relight(
             "instance": crop_resize(relit, e.crop, resolution),
             "hole": hole(e.mask, "dilate", radius=radius),
             "exemplar": cut_out(relit, mask),
-            "lights": (between(*pair[:2]),) if told else (),
+            "lights": (between(row.caption, row.extras["relit_caption"]),) if told else (),
         }
         composites.append(composite_of(e, row, **changes))
         truths.append(e.image)
         shadow = read_mask(root / row.extras["shadow"], (row.width, row.height), empty=True)
         shadows.append(crop_resize(shadow, e.crop, resolution))
     return EvalSet(split, composites, truths, shadows, RELIGHT)
+
+
+def says_lights(row: Row) -> bool:
+    """Whether the row's captions name the object's light in both pictures; a captioner's words need not."""
+    return "relit_caption" in row.extras and row.extras.get("caption_source", GIVEN) == GIVEN
 
 
 def between(caption: str, relit: str) -> Description:

@@ -18,8 +18,8 @@ from harmony.benchmarks.data import (
     write_annotations,
     write_photographs,
 )
-from harmony.data.sources.open_images.importer import load_fiftyone
-from harmony.data.sources.open_images.select import FULL_HEADER
+from harmony.data.sources.open_images.database import load_fiftyone
+from harmony.data.sources.open_images.layout import FULL_HEADER
 from harmony.pixels.images import read_image
 
 

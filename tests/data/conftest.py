@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from harmony.data.sources.open_images.select import FULL_HEADER
+from harmony.data.sources.open_images.layout import FULL_HEADER
 from harmony.pixels.images import write_image
 
 DETECTIONS, SEGMENTATIONS = FULL_HEADER["detections.csv"], FULL_HEADER["segmentations.csv"]
@@ -80,7 +80,7 @@ def photos(tmp_path_factory):
             (folder / sub).mkdir(parents=True)
         rows, sources = [], []
         for n, (name, boxes) in enumerate(
-            {"a1": [(0.1, 0.5), (0.0, 0.9)], "a2": [(0.2, 0.6)], "a3": [(0.4, 0.5)]}.items()
+            {"a1": [(0.1, 0.5), (0.0, 0.9), (0.6, 0.8)], "a2": [(0.2, 0.6)], "a3": [(0.4, 0.5)]}.items()
         ):
             write_image(folder / "data" / f"{name}.jpg", np.full((40, 60, 3), 40 * n + 20, np.uint8))
             sources.append(f"{name},{'ccp' if n == 0 else 'secret'}")

@@ -15,7 +15,8 @@ from transformers import (
 )
 
 from harmony.core.errors import UserError
-from harmony.data.captions import caption_images, captioner_name, given_captions, load_captioner, strip_prefix
+from harmony.data.captions import caption_images, captioner_name, load_captioner, strip_prefix
+from harmony.data.sources.open_images.layout import Split
 from harmony.pixels.images import write_image
 
 WORDS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "a", "picture", "of", "red", "cat", "on", "grass", "snow", "the"]
@@ -101,13 +102,13 @@ def test_prefix_is_stripped_once():
     assert strip_prefix("a red cat", "") == "a red cat"
 
 
-def test_given_captions(tmp_path):
-    assert given_captions(tmp_path) == {}
+def test_captions_by_people(tmp_path):
+    assert Split(tmp_path).captions() == {}
     path = tmp_path / "metadata" / "human_captions.json"
     path.parent.mkdir()
     path.write_text(json.dumps({"a": ["first", "second"]}))
-    assert given_captions(tmp_path) == {"a": ["first", "second"]}
+    assert Split(tmp_path).captions() == {"a": ["first", "second"]}
     for broken in ("{", '{"a": "text"}', '{"a": []}', "[1]"):
         path.write_text(broken)
         with pytest.raises(UserError, match="human_captions.json"):
-            given_captions(tmp_path)
+            Split(tmp_path).captions()

@@ -8,10 +8,11 @@ import numpy as np
 import pytest
 
 from harmony.core.errors import UserError
-from harmony.data import preparation
 from harmony.data.sources import editing
 from harmony.data.sources.editing import CONCEPTS, START, Case, concept_scene, concepts, edits_of, read_cases
-from harmony.data.sources.studio import COLOURS, KINDS, LIGHTS, NOVEL, Frames, scene
+from harmony.data.sources.studio.rendering import Frames
+from harmony.data.sources.studio.scenes import COLORS, LIGHTS, NOVEL, scene
+from harmony.data.sources.studio.shapes import KINDS
 from harmony.metrics.fidelity import psnr
 from harmony.pixels.images import read_image, resize
 
@@ -28,18 +29,16 @@ def cases() -> list[Case]:
 
 
 def test_the_bundled_cases(cases):
-    """Guards the bench: 48 scenes of the test split, each with another colour, kind and light, and nothing else."""
+    """Guards the bench: 48 scenes of the test split, each with another color, kind and light, and nothing else."""
     assert len(cases) == 144 and len({(case.id, case.word) for case in cases}) == 144
     assert [case.id for case in cases[::3]] == [s.id for s in SCENES[:48]]
     assert [case.word for case in cases] == ["colour", "kind", "light"] * 48
     for case in cases:
-        (article, colour, kind, *ground), light = (part.split() for part in case.source.split(","))
-        (article_, colour_, kind_, *ground_), light_ = (part.split() for part in case.target.split(","))
-        assert (
-            (article, ground) == (article_, ground_) and {colour, colour_} <= {*COLOURS} and {kind, kind_} <= {*KINDS}
-        )
+        (article, color, kind, *ground), light = (part.split() for part in case.source.split(","))
+        (article_, color_, kind_, *ground_), light_ = (part.split() for part in case.target.split(","))
+        assert (article, ground) == (article_, ground_) and {color, color_} <= {*COLORS} and {kind, kind_} <= {*KINDS}
         assert {" ".join(light), " ".join(light_)} <= {known.words for known in LIGHTS.values()}
-        changed = {"colour": colour != colour_, "kind": kind != kind_, "light": light != light_}
+        changed = {"colour": color != color_, "kind": kind != kind_, "light": light != light_}
         assert changed == {word: word == case.word for word in changed}, case
 
 
@@ -65,21 +64,21 @@ def test_the_bundled_pictures_of_the_cases(cases):
 
 def test_the_bundled_concepts():
     """Guards the concepts: five pictures to learn from, three to judge by, with what they show besides; no word of the
-    dataset names their colours.
+    dataset names their colors.
     """
     found = concepts(BUNDLED)
-    assert set(found) == {f"{colour}_{kind}" for colour, kind in CONCEPTS} and len(CONCEPTS) == 8
-    for colour, kind in CONCEPTS:
-        assert colour in NOVEL and colour not in COLOURS and kind in KINDS
-        seen, held_out = found[f"{colour}_{kind}"]
+    assert set(found) == {f"{color}_{kind}" for color, kind in CONCEPTS} and len(CONCEPTS) == 8
+    for color, kind in CONCEPTS:
+        assert color in NOVEL and color not in COLORS and kind in KINDS
+        seen, held_out = found[f"{color}_{kind}"]
         assert [path.name for path in seen] == [f"{n}.jpg" for n in range(5)]
         assert [path.name for path in held_out] == [f"{n}.jpg" for n in range(5, 8)]
         for pictures in (seen, held_out):
             said = json.loads((pictures[0].parent / "captions.json").read_text())
             assert [*said] == [path.stem for path in pictures]
             for path in pictures:
-                whole = concept_scene(colour, kind, int(path.stem)).caption()
-                assert said[path.stem].count("{}") == 1 and said[path.stem].format(f"{colour} {kind}") == whole
+                whole = concept_scene(color, kind, int(path.stem)).caption()
+                assert said[path.stem].count("{}") == 1 and said[path.stem].format(f"{color} {kind}") == whole
                 assert read_image(path).shape == (64, 64, 3)
 
 
@@ -98,24 +97,24 @@ def test_an_edit_changes_one_thing():
         assert edits == edits_of(scene(s.index)) and [*edits] == ["colour", "kind", "light"]
         for word, edited in edits.items():
             differ = {name for name, value in vars(s).items() if getattr(edited, name) != value}
-            assert differ == ({"light", "relight"} if word == "light" else {word})
+            assert differ == ({"light": {"light", "relight"}, "kind": {"kind"}, "colour": {"color"}}[word])
         assert edits["light"].light == s.relight and edits["light"].relight == s.light
-        assert edits["colour"].colour in COLOURS and edits["kind"].kind in KINDS
+        assert edits["colour"].color in COLORS and edits["kind"].kind in KINDS
     assert len({edits_of(s)["kind"].kind for s in SCENES[:16]}) > 4
 
 
 def test_a_concept_is_seen_from_eight_sides():
     """Guards concept_scene: the same every time, alone and matte, by daylight, no view twice, no scene of the cases."""
     views = {}
-    for colour, kind in CONCEPTS:
+    for color, kind in CONCEPTS:
         for n in range(8):
-            s = views[colour, kind, n] = concept_scene(colour, kind, n)
-            assert (s.colour, s.kind, s.finish, s.others) == (colour, kind, "matte", ())
-            assert s.light in ("noon", "overcast", "sunset") and s == concept_scene(colour, kind, n)
+            s = views[color, kind, n] = concept_scene(color, kind, n)
+            assert (s.color, s.kind, s.finish, s.others) == (color, kind, "matte", ())
+            assert s.light in ("noon", "overcast", "sunset") and s == concept_scene(color, kind, n)
     assert len({s.id for s in views.values()}) == 64 == len({(s.yaw, s.camera) for s in views.values()})
     assert not {s.id for s in views.values()} & {s.id for s in SCENES}
-    for colour, kind in CONCEPTS:
-        assert len({views[colour, kind, n].ground for n in range(5)}) == 5, "what is learnt is no ground"
+    for color, kind in CONCEPTS:
+        assert len({views[color, kind, n].ground for n in range(5)}) == 5, "what is learnt is no ground"
 
 
 def test_a_case_agrees_with_the_bundled_one(cases, tmp_path, monkeypatch):
@@ -178,7 +177,7 @@ def test_generate_writes_what_is_read(tmp_path, monkeypatch):
     joint = read_image(tmp_path / made[0].mask)[..., 0] > 0
     assert joint.any(0).sum() == 2, "where the object is, and where it will be"
     assert {name: tuple(map(len, pictures)) for name, pictures in concepts(tmp_path).items()} == {
-        f"{colour}_{kind}": (5, 3) for colour, kind in CONCEPTS
+        f"{color}_{kind}": (5, 3) for color, kind in CONCEPTS
     }
     for folder in ("concepts", "held_out"):
         said = "teal_mug/captions.json"
@@ -194,7 +193,7 @@ def test_generate_writes_what_is_read(tmp_path, monkeypatch):
     ("text", "said"),
     [
         (None, "does not exist: use dataset=editing"),
-        ('{"schema": 2, "count": 0}\n', "has schema 2, this version reads 1: render it anew"),
+        ('{"schema": 2, "count": 0}\n', "has schema 2, this version reads 1: render it again"),
         ("", "is damaged"),
         ("not json\n", "is damaged"),
         ('{"count": 0}\n', "is damaged"),
@@ -217,23 +216,3 @@ def test_missing_lines_are_noticed(tmp_path, cases):
     (tmp_path / "edits.jsonl").write_text("".join(lines[:50]))
     with pytest.raises(UserError):
         read_cases(tmp_path / "edits.jsonl")
-
-
-def test_datasets_that_are_read_as_they_are(tmp_path, monkeypatch):
-    """Guards as_it_is: a folder of pictures, the list of edits (rendered first where a count is asked), or neither; and
-    that ``ensure`` prepares nothing of it.
-    """
-    monkeypatch.chdir(tmp_path)
-    (tmp_path / "mine").mkdir()
-    work, asked = str(tmp_path / "work"), []
-    pictures = {"name": "pictures", "layout": "pictures", "dir": "mine"}
-    edits = {"name": "editing", "layout": "editing", "dir": "datasets/editing", "count": None}
-    monkeypatch.setattr(editing, "generate", lambda root, count: (asked.append((root, count)), root)[1])
-    assert preparation.as_it_is(pictures, work) == tmp_path / "mine" == preparation.ensure(pictures, "tiny", work)
-    assert preparation.as_it_is(edits, work) == BUNDLED / "edits.jsonl" == preparation.prepare(edits, "tiny", work)
-    assert preparation.as_it_is({"layout": "folder", "name": "mine", "dir": "mine"}, work) is None
-    assert not asked and not (tmp_path / "work").exists(), "nothing was rendered, nothing written"
-    folder = tmp_path / "work" / "editing" / "renders-3"
-    assert preparation.as_it_is(edits | {"count": 3}, work) == folder / "edits.jsonl" and asked == [(folder, 3)]
-    with pytest.raises(UserError, match="dataset.dir=nowhere: no such folder"):
-        preparation.as_it_is(pictures | {"dir": "nowhere"}, work)

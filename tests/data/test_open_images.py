@@ -13,25 +13,27 @@ from omegaconf import OmegaConf
 
 from harmony.core.errors import UserError
 from harmony.data.manifest import manifest_hash, read_manifest
-from harmony.data.sources.open_images import importer as open_images
-from harmony.data.sources.open_images.importer import (
-    dataset_name,
-    forget_interrupted,
-    prepare_dataset,
-    progress,
-    write_id_file,
-)
+from harmony.data.sources.folder import FOLDER
+from harmony.data.sources.open_images import batches, captions, database, pixel_facts, preparation
+from harmony.data.sources.open_images.database import dataset_name
+from harmony.data.sources.open_images.download import forget_interrupted, write_id_file
+from harmony.data.sources.open_images.source import OPEN_IMAGES
 from harmony.models.backbone import ASSETS
 from harmony.pixels.images import read_image, sha256, write_image
 from harmony.pixels.masks import bounding_box, read_mask
 
 ROOT = Path(__file__).resolve().parents[2]
+SOURCES = {"open_images": OPEN_IMAGES, "folder": FOLDER}
+
+
+def prepare_dataset(recipe: dict, work: Path, captioner: str | Path | None = None) -> Path:
+    return preparation.prepare_dataset(recipe, work, SOURCES[recipe["layout"]], captioner)
 
 
 @pytest.fixture(scope="module")
 def fo():
     """FiftyOne on the tests' own database."""
-    return open_images.load_fiftyone()
+    return database.load_fiftyone()
 
 
 @pytest.fixture
@@ -96,16 +98,19 @@ def test_a_folder_becomes_a_dataset_and_a_manifest(fo, recipe, folder, tmp_path)
 def test_the_same_command_again_changes_nothing(fo, recipe, folder, tmp_path, monkeypatch):
     path = prepare_dataset(recipe, tmp_path / "work")
     before, ids = path.read_bytes(), fo.load_dataset(recipe["name"]).values("id")
-    monkeypatch.setattr(open_images, "pixel_facts", None)  # nothing is looked at twice
+    monkeypatch.setattr(pixel_facts, "pixel_facts", None)  # nothing is looked at twice
     prepare_dataset(recipe, tmp_path / "work")
     assert path.read_bytes() == before and fo.load_dataset(recipe["name"]).values("id") == ids
 
 
-@pytest.mark.parametrize("step", ["make_sample", "pixel_facts", "set_captions"])
+STEPS = {"make_sample": database, "pixel_facts": pixel_facts, "set_captions": captions}
+
+
+@pytest.mark.parametrize("step", STEPS)
 def test_a_kill_between_batches_is_made_good_by_the_same_command(fo, recipe, folder, tmp_path, monkeypatch, step):
     name, unbroken = recipe["name"], recipe["name"] + "-whole"
     whole = prepare_dataset(recipe | {"name": unbroken}, tmp_path / "whole").read_text().splitlines()[1:]
-    function, calls = getattr(open_images, step), []
+    function, calls = getattr(STEPS[step], step), []
 
     def killed(*args):
         calls.append(args)
@@ -114,8 +119,8 @@ def test_a_kill_between_batches_is_made_good_by_the_same_command(fo, recipe, fol
         return function(*args)
 
     with monkeypatch.context() as patch:
-        patch.setattr(open_images, "BATCH", 2)
-        patch.setattr(open_images, step, killed)
+        patch.setattr(batches, "BATCH", 2)
+        patch.setattr(STEPS[step], step, killed)
         with pytest.raises(KeyboardInterrupt):
             prepare_dataset(recipe, tmp_path / "work")
         assert not (tmp_path / "work" / recipe["name"] / "manifest.jsonl").exists()
@@ -196,8 +201,8 @@ def test_blip_captions_the_rest_once_for_each_captioner(fo, recipe, folder, tmp_
         asked.extend(path.stem for _, path in batch)
         return ((id_, f"blip sees {path.stem}") for id_, path in batch)
 
-    monkeypatch.setattr(open_images, "load_captioner", lambda *_: (None, None))
-    monkeypatch.setattr(open_images, "caption_images", fake)
+    monkeypatch.setattr(preparation, "load_captioner", lambda *_: (None, None))
+    monkeypatch.setattr(preparation, "caption_images", fake)
     path = prepare_dataset(recipe, tmp_path / "work", captioner="hub/blip")
     assert {r.id: (r.caption, r.extras["caption_source"]) for r in read_manifest(path)[1]} == {
         "a0": ("given", "given"),
@@ -227,9 +232,9 @@ def test_captions_go_on_where_they_were_stopped(fo, recipe, folder, tmp_path, mo
             raise KeyboardInterrupt
         return ((id_, f"blip sees {path.stem}") for id_, path in batch)
 
-    monkeypatch.setattr(open_images, "CAPTIONS", 1)
-    monkeypatch.setattr(open_images, "load_captioner", lambda *_: (None, None))
-    monkeypatch.setattr(open_images, "caption_images", fake)
+    monkeypatch.setattr(preparation, "CAPTIONS", 1)
+    monkeypatch.setattr(preparation, "load_captioner", lambda *_: (None, None))
+    monkeypatch.setattr(preparation, "caption_images", fake)
     handler = signal.getsignal(signal.SIGINT)
     with pytest.raises(KeyboardInterrupt):
         prepare_dataset(recipe, tmp_path / "work", captioner="hub/blip")
@@ -245,7 +250,7 @@ def test_captions_are_not_made_twice(fo, recipe, folder, tmp_path, monkeypatch):
     changed since is.
     """
     caption(folder, {})
-    asked, written, original = [], [], open_images.set_captions
+    asked, written, original = [], [], preparation.set_captions
 
     def fake(batch, *_):
         asked.extend(path.stem for _, path in batch)
@@ -257,13 +262,13 @@ def test_captions_are_not_made_twice(fo, recipe, folder, tmp_path, monkeypatch):
             raise KeyboardInterrupt
         original(dataset, captions, model)
 
-    monkeypatch.setattr(open_images, "CAPTIONS", 1)
-    monkeypatch.setattr(open_images, "load_captioner", lambda *_: (None, None))
-    monkeypatch.setattr(open_images, "caption_images", fake)
-    monkeypatch.setattr(open_images, "set_captions", stop_at_the_second)
+    monkeypatch.setattr(preparation, "CAPTIONS", 1)
+    monkeypatch.setattr(preparation, "load_captioner", lambda *_: (None, None))
+    monkeypatch.setattr(preparation, "caption_images", fake)
+    monkeypatch.setattr(preparation, "set_captions", stop_at_the_second)
     with pytest.raises(KeyboardInterrupt):
         prepare_dataset(recipe, tmp_path / "work", captioner="hub/blip")
-    monkeypatch.setattr(open_images, "set_captions", original)
+    monkeypatch.setattr(preparation, "set_captions", original)
     write_image(folder.folder / "data" / "b2.jpg", np.zeros((32, 40, 3), np.uint8))
     path = prepare_dataset(recipe, tmp_path / "work", captioner="hub/blip")
     assert asked == ["a0", "a1", "b2", "b2"]
@@ -275,7 +280,7 @@ def test_two_processes_caption_as_one(fo, recipe, tmp_path, make_folder):
     knows FiftyOne, and the manifest is that of one process.
     """
     folder = make_folder(tmp_path / "data")
-    for n in range(open_images.CAPTIONS + 2):
+    for n in range(preparation.CAPTIONS + 2):
         folder.single(f"{n:04x}")
     folder.write()
     (tmp_path / "datasets" / "many").mkdir(parents=True)
@@ -298,7 +303,7 @@ def test_two_processes_caption_as_one(fo, recipe, tmp_path, make_folder):
     assert bad.returncode == 2 and len(said) == 1 and "no such folder" in said[0], bad.stderr[-3000:]
     fo.delete_dataset(recipe["name"])
     alone = prepare_dataset(recipe, tmp_path / "one", captioner=ASSETS / "tiny" / "captioner")
-    assert path.read_text() == alone.read_text() and len(read_manifest(path)[1]) == open_images.CAPTIONS + 2
+    assert path.read_text() == alone.read_text() and len(read_manifest(path)[1]) == preparation.CAPTIONS + 2
 
 
 def test_studio_truths_go_to_extras(fo, recipe, folder, tmp_path):
@@ -426,7 +431,8 @@ def test_half_fetched_files_are_forgotten_and_whole_ones_kept(tmp_path):
     assert left == [".fetching", "data/a.jpg", "labels/detections.csv", "labels/masks/A/1.png"]
 
 
-def test_progress_yields_everything_and_ends_with_a_line():
+def test_batches_hold_everything_and_end_with_a_line(monkeypatch):
+    monkeypatch.setattr(batches, "BATCH", 2)
     lines = []
-    assert list(progress(list(range(5)), 2, "count", lines.append)) == [[0, 1], [2, 3], [4]]
+    assert list(batches.batches(list(range(5)), "count", lines.append)) == [[0, 1], [2, 3], [4]]
     assert len(lines) == 1 and lines[0].startswith("count: 5/5, ")

@@ -1,11 +1,14 @@
-"""What a kit is trained on: rows of a folder in Open Images layout, and squares of decoded pictures."""
+"""Rows of a folder in Open Images layout, the largest instance of each photograph: what a kit is trained on."""
 
 import shutil
 from pathlib import Path
 
+import pytest
+
+from harmony.core.errors import UserError
 from harmony.data.manifest import read_manifest
 from harmony.data.pixel_data import is_render
-from harmony.data.sources import studio
+from harmony.data.sources import pixels
 from harmony.data.sources.pixels import prepare_kit, rows_of
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -19,6 +22,14 @@ def test_rows_take_the_largest_instance_and_leave_out_what_is_broken(photos, tmp
     assert rows[0].caption == "a photo of a cat" and (rows[0].width, rows[0].height) == (60, 40)
     assert all((tmp_path / row.image).exists() and (tmp_path / row.mask).exists() for row in rows)
     assert [row.id for row in rows_of(photos / "train", "train", tmp_path, ["ccp"])] == ["a1"]
+
+
+def test_photographs_of_unknown_source_may_not_train(photos, tmp_path):
+    """Guards licenses: where nothing says which source a photograph has, none passes as permitted."""
+    shutil.copytree(photos / "train", tmp_path / "train")
+    (tmp_path / "train" / "metadata" / "sources.csv").unlink()
+    with pytest.raises(UserError, match="no metadata/sources.csv"):
+        rows_of(tmp_path / "train", "train", tmp_path, ["ccp"])
 
 
 def test_a_studio_scene_gives_two_rows(studio_rows):
@@ -42,7 +53,7 @@ def test_kit_manifest_joins_renders_and_permitted_photographs(photos, tmp_path, 
         (small / split / "data").mkdir()
         for path in sorted((source / "data").iterdir())[:2]:
             shutil.copy(path, small / split / "data")
-    monkeypatch.setattr(studio, "generate", lambda root, *args, **options: root)
+    monkeypatch.setattr(pixels, "generate", lambda root, *args, **options: root)
     recipe = {"name": "kit", "dir": str(small), "count": 0, "size": 16, "photos": str(photos), "sources": ["ccp"]}
     rows = read_manifest(prepare_kit(recipe, tmp_path / "work"))[1]
     photographs = {split: [r.id for r in rows if r.split == split and r.id.startswith("a") and len(r.id) == 2] for split

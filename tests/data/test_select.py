@@ -6,14 +6,14 @@ import polars as pl
 import pytest
 
 from harmony.core.errors import UserError
-from harmony.data.sources.open_images.select import (
+from harmony.data.sources.open_images.select import select
+from harmony.data.sources.selection import (
     ANNOTATION_REASONS,
     KEPT,
     Rules,
     format_counts,
-    listed_ids,
+    read_ids,
     reject,
-    select,
     write_selection,
 )
 
@@ -101,7 +101,7 @@ def test_lists_of_classes_sources_and_ids(tmp_path, make_folder):
     assert reasons(root, Rules(image_ids=["train/a1"])) == {"a0": "id not listed", "a1": KEPT}
     assert reasons(root, Rules(max_samples=1)) == {"a0": KEPT, "a1": "over max_samples"}
     (tmp_path / "ids.txt").write_text("train/a0\na7\n")
-    assert listed_ids(Rules(image_ids=str(tmp_path / "ids.txt"))) == {"a0", "a7"}
+    assert read_ids(Rules(image_ids=str(tmp_path / "ids.txt"))) == {"a0", "a7"}
     with pytest.raises(UserError, match="no class zebra"):
         reasons(root, Rules(classes=["zebra"]))
 

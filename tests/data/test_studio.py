@@ -10,8 +10,9 @@ import numpy as np
 import pytest
 
 from harmony.core.errors import UserError
-from harmony.data.sources import studio
-from harmony.data.sources.studio import COLOURS, GROUNDS, KINDS, LIGHTS, held_out, scene
+from harmony.data.sources.studio import files, rendering
+from harmony.data.sources.studio.scenes import COLORS, GROUNDS, LIGHTS, held_out, scene
+from harmony.data.sources.studio.shapes import KINDS
 from harmony.pixels.images import read_image, resize, write_image
 
 BUNDLED = Path(__file__).resolve().parents[2] / "datasets" / "studio"
@@ -28,7 +29,7 @@ def test_a_scene_depends_on_its_index_alone(scenes):
     """Guards reproducibility: order of calls, other scenes and other seeds change nothing."""
     assert [scene(i) for i in (400, 3, 13)] == [scenes[400], scenes[3], scenes[13]]
     s = scene(13)
-    assert (s.id, s.kind, s.colour, s.finish, s.ground, s.light, s.relight) == GOLDEN
+    assert (s.id, s.kind, s.color, s.finish, s.ground, s.light, s.relight) == GOLDEN
     assert scene(13, seed=1) != s and len({s.id for s in scenes}) == 512
 
 
@@ -40,25 +41,25 @@ def test_held_out_combinations_are_seen_in_the_test_split_alone(scenes):
     """Guards the generalisation test: no training picture, under either of its lights, shows a held-out combination."""
     for s in scenes + [scene(i) for i in range(5000, 5400)]:
         if s.split == "test":
-            assert held_out(s.kind, s.colour, s.light), s
+            assert held_out(s.kind, s.color, s.light), s
         else:
-            assert not held_out(s.kind, s.colour, s.light) and not held_out(s.kind, s.colour, s.relight), s
+            assert not held_out(s.kind, s.color, s.light) and not held_out(s.kind, s.color, s.relight), s
         assert s.light != s.relight
-    kept = [held_out(k, c, v) for k in KINDS for c in COLOURS for v in LIGHTS]
+    kept = [held_out(k, c, v) for k in KINDS for c in COLORS for v in LIGHTS]
     assert 0.1 < sum(kept) / len(kept) < 0.2
 
 
 def test_scenes_show_the_whole_range(scenes):
-    """Guards variety: at least 12 kinds, 8 colours, 3 finishes, 6 grounds, 5 lights; others in a third of them."""
+    """Guards variety: at least 12 kinds, 8 colors, 3 finishes, 6 grounds, 5 lights; others in a third of them."""
     seen = {
-        name: {getattr(s, name) for s in scenes} for name in ("kind", "colour", "finish", "ground", "light", "backdrop")
+        name: {getattr(s, name) for s in scenes} for name in ("kind", "color", "finish", "ground", "light", "backdrop")
     }
     assert seen["kind"] == set(KINDS) and len(KINDS) >= 12 and all(len(parts()) >= 2 for parts in KINDS.values())
-    assert seen["colour"] == set(COLOURS) and len(COLOURS) == 8 and len(seen["finish"]) == 3
+    assert seen["color"] == set(COLORS) and len(COLORS) == 8 and len(seen["finish"]) == 3
     assert seen["ground"] == set(GROUNDS) and seen["light"] == set(LIGHTS) and len(GROUNDS) == 6 and len(LIGHTS) == 5
     assert 0.26 < np.mean([bool(s.others) for s in scenes]) < 0.41
     s = scenes[0]
-    assert s.caption() == f"a {s.colour} {s.kind} on {s.ground}, {LIGHTS[s.light].words}"
+    assert s.caption() == f"a {s.color} {s.kind} on {s.ground}, {LIGHTS[s.light].words}"
 
 
 @pytest.mark.parametrize("split", SPLITS)
@@ -113,8 +114,8 @@ def test_a_render_agrees_with_the_bundled_picture(index):
     """Guards the renderer: scene, camera, lights and tone curve are still those that made the bundled files."""
     pytest.importorskip("mitsuba", reason="needs the extra: pip install -e '.[studio]'")
     s = scene(index)
-    frames = studio.render(s, size=64, samples=16)
-    bundled = {name: path for name, path in studio.files(s, BUNDLED).items()}
+    frames = rendering.render(s, size=64, samples=16)
+    bundled = {name: path for name, path in files.scene_files(s, BUNDLED).items()}
     for name in ("image", "relit", "plate"):
         assert psnr(resize(read_image(bundled[name]), 64, 64), getattr(frames, name)) > 25, name
     mask = cv2.imread(str(bundled["mask"]), cv2.IMREAD_GRAYSCALE)[::2, ::2] > 0
@@ -130,7 +131,7 @@ def test_generate_goes_on(tmp_path, monkeypatch):
     def render_to(job):
         s, root, size, _, _ = job
         rendered.append(s.index)
-        for path in studio.files(s, root).values():
+        for path in files.scene_files(s, root).values():
             path.parent.mkdir(parents=True, exist_ok=True)
             pixels = np.zeros((size, size, 3), np.uint8)
             pixels[2:6, 3:7] = 255
@@ -154,14 +155,14 @@ def test_generate_goes_on(tmp_path, monkeypatch):
         def imap_unordered(self, function, jobs, chunksize):
             return map(function, jobs)
 
-    monkeypatch.setattr(studio, "mitsuba", lambda: None)
-    monkeypatch.setattr(studio, "render_to", render_to)
-    monkeypatch.setattr(studio, "worker_pool", Here)
+    monkeypatch.setattr(files, "mitsuba", lambda: None)
+    monkeypatch.setattr(files, "render_to", render_to)
+    monkeypatch.setattr(files, "worker_pool", Here)
     with pytest.raises(KeyboardInterrupt):
-        studio.generate(tmp_path, 16, size=8)
-    studio.generate(tmp_path, 16, size=8)
+        files.generate(tmp_path, 16, size=8)
+    files.generate(tmp_path, 16, size=8)
     assert sorted(rendered) == list(range(16)), "each scene once"
-    studio.generate(tmp_path, 16, size=8)
+    files.generate(tmp_path, 16, size=8)
     assert len(rendered) == 16
     for split, count in {"train": 11, "validation": 2, "test": 3}.items():
         with open(tmp_path / split / "labels" / "segmentations.csv", newline="") as file:
@@ -172,7 +173,7 @@ def test_generate_goes_on(tmp_path, monkeypatch):
 def test_without_mitsuba_the_extra_is_named(monkeypatch):
     """Guards the message: what to install, in one line."""
     monkeypatch.setitem(__import__("sys").modules, "drjit", None)
-    studio.mitsuba.cache_clear()
+    rendering.mitsuba.cache_clear()
     with pytest.raises(UserError, match="studio"):
-        studio.mitsuba()
-    studio.mitsuba.cache_clear()
+        rendering.mitsuba()
+    rendering.mitsuba.cache_clear()

@@ -5,7 +5,7 @@ import pytest
 
 from harmony.core.errors import UserError
 from harmony.data.manifest import read_manifest
-from harmony.evaluation.eval_sets import EvalSet, enough, load_reconstruct
+from harmony.evaluation.eval_sets import EvalSet, enough, load_reconstruct, load_relight
 from harmony.evaluation.figures import Fidelity
 from harmony.methods.inpainting import Branch, Inpainting
 from harmony.methods.method import Composite, seeds_of
@@ -74,6 +74,22 @@ def test_pictures_are_spread_over_the_split(small_manifest, tmp_path):
     again = load_reconstruct(manifest, "train", 32, limit=3)
     assert few.fingerprint == again.fingerprint != every.fingerprint
     assert all(np.array_equal(a, b) for a, b in zip(few.truths, again.truths, strict=True))
+
+
+def test_the_words_for_both_lights_travel_with_the_manifest(small_manifest, tmp_path):
+    """Guards manifests that are moved: the words are those of the row and of its extras, not of files elsewhere; there
+    are none where a captioner's words stand in place of the renderer's.
+    """
+    manifest = small_manifest(tmp_path)
+    row = next(row for row in read_manifest(manifest, "test")[1] if "plate" in row.extras)
+    first = load_relight(manifest, "test", 32).composites[0].lights[0]
+    (subject, _, light), (_, _, relit) = (text.rpartition(", ") for text in (row.caption, row.extras["relit_caption"]))
+    assert (first.object, first.foreground, first.background) == (f"{subject},", relit, light) and relit != light
+    text = manifest.read_text()
+    manifest.write_text(text.replace(row.extras["relit_caption"], f"{subject}, green light"))
+    assert load_relight(manifest, "test", 32).composites[0].lights[0].foreground == "green light"
+    manifest.write_text(text.replace('"relit_caption"', '"caption_source": "blip", "relit_caption"'))
+    assert not any(c.lights for c in load_relight(manifest, "test", 32).composites)
 
 
 def test_one_picture_is_refused_before_it_is_painted(items):

@@ -1,18 +1,19 @@
-"""A bench for editing by words, rendered: scenes with one word of their caption changed, objects without a word.
+"""Renders for editing by words: scenes with one word of their caption changed, and objects that no word names.
 
-A case is a picture with its caption, the same caption with another colour, kind or light, and the render of the scene
-so changed: the truth that photographs cannot give. A concept is an object in a colour that no training picture has
-(``studio.NOVEL``), seen a few times to learn from and a few times to be judged by.
+A case is a picture with its caption, the same caption with another color, kind or light, and the render of that other
+scene: a truth that photographs cannot give. A concept is an object in a color that no training picture has
+(``scenes.NOVEL``), with some views to learn it from and some to judge by.
 
     edits.jsonl                     a header with the schema's version, then a line a case
     images/<id>.jpg                 the source; images/<id>_<word>.jpg the truth, images/<id>_<word>.png what may change
-    concepts/<name>/<n>.jpg         to learn from, held_out/<name>/<n>.jpg to judge by; <name> = <colour>_<kind>
-    .../<name>/captions.json        what they show besides, {} in the place of the word
+    concepts/<name>/<n>.jpg         to learn from, held_out/<name>/<n>.jpg to judge by; <name> = <color>_<kind>
+    .../<name>/captions.json        what else they show, {} in place of the word
 """
 
 import json
 import os
 import time
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
@@ -21,10 +22,12 @@ import numpy as np
 from harmony.core.errors import UserError
 from harmony.core.files import write_text
 from harmony.core.signals import worker_pool
-from harmony.data.sources.studio import COLOURS, GROUNDS, KINDS, Scene, mitsuba, render, save, scene
+from harmony.data.sources.studio.rendering import mitsuba, render, save
+from harmony.data.sources.studio.scenes import COLORS, GROUNDS, Scene, scene
+from harmony.data.sources.studio.shapes import KINDS
 
 SCHEMA = 1
-WORDS = ("colour", "kind", "light")
+WORDS = ("colour", "kind", "light")  # as they stand in files
 START = 1_000_000  # index of the first scene that may be a case: far from those of any dataset
 CONCEPTS = (
     ("teal", "mug"),
@@ -36,14 +39,14 @@ CONCEPTS = (
     ("maroon", "chair"),
     ("mint", "boat"),
 )
-SEEN, HELD_OUT = 5, 3  # pictures of a concept
-DAYLIGHT = ("noon", "overcast", "sunset")  # under which a concept is seen
+EXAMPLES, TESTS = 5, 3  # views of a concept to learn from, and to judge by
+DAYLIGHT = ("noon", "overcast", "sunset")  # the lights of a concept's views
 SIDE, SAMPLES = 64, 64  # pixels; samples a pixel
 
 
 @dataclass(frozen=True)
 class Case:
-    """One edit. ``word``: what changes (colour, kind, light); paths are relative to the folder of ``edits.jsonl``.
+    """One edit. ``word`` says what changes, one of ``WORDS``; paths are relative to the folder of ``edits.jsonl``.
 
     ``mask`` is white where the object is, or will be; None where everything may change.
     """
@@ -58,48 +61,50 @@ class Case:
 
 
 def edits_of(s: Scene) -> dict[str, Scene]:
-    """The scene with another colour, kind or light; each a word (or two) of its caption."""
+    """The scene with another color, kind or light, each of which is a word or two of its caption."""
     rng = np.random.default_rng([s.seed, s.index, 2])
 
-    def other(names, own: str) -> str:
-        return str(rng.choice([name for name in names if name != own]))
+    def other(names: Iterable[str], name: str) -> str:
+        return str(rng.choice([n for n in names if n != name]))
 
     return {
-        "colour": replace(s, colour=other(COLOURS, s.colour)),
+        "colour": replace(s, color=other(COLORS, s.color)),
         "kind": replace(s, kind=other(KINDS, s.kind)),
         "light": replace(s, light=s.relight, relight=s.light),
     }
 
 
-def concept_scene(colour: str, kind: str, n: int) -> Scene:
+def concept_scene(color: str, kind: str, n: int) -> Scene:
     """View ``n`` of a concept: matte, alone, on a ground and under a daylight of its own."""
-    s = scene(START + CONCEPTS.index((colour, kind)) * (SEEN + HELD_OUT) + n, seed=1)
+    s = scene(START + CONCEPTS.index((color, kind)) * (EXAMPLES + TESTS) + n, seed=1)
     light = DAYLIGHT[n % len(DAYLIGHT)]
     ground = GROUNDS[(n + len(kind)) % len(GROUNDS)]
-    return replace(s, kind=kind, colour=colour, finish="matte", light=light, ground=ground, others=())
+    return replace(s, kind=kind, color=color, finish="matte", light=light, ground=ground, others=())
 
 
 def render_case(job: tuple[Scene, Path]) -> list[Case]:
     """Render one scene and its three edits."""
     s, root = job
     frames, cases = render(s, SIDE, SAMPLES, plate=False), []
-    for word, edited in edits_of(s).items():
-        seen = frames if word == "light" else render(edited, SIDE, SAMPLES, plate=False)
-        name = f"images/{s.id}_{word}"
-        save(root / f"{name}.jpg", frames.relit if word == "light" else seen.image)
-        if word != "light":
-            save(root / f"{name}.png", frames.mask | seen.mask)
-        mask = None if word == "light" else f"{name}.png"
-        cases.append(Case(s.id, word, s.caption(), edited.caption(), f"images/{s.id}.jpg", f"{name}.jpg", mask))
+    for word, edit in edits_of(s).items():
+        name, mask = f"images/{s.id}_{word}", None
+        if word == "light":
+            save(root / f"{name}.jpg", frames.relit)
+        else:
+            truth, mask = render(edit, SIDE, SAMPLES, plate=False), f"{name}.png"
+            save(root / f"{name}.jpg", truth.image)
+            save(root / mask, frames.mask | truth.mask)
+        cases.append(Case(s.id, word, s.caption(), edit.caption(), f"images/{s.id}.jpg", f"{name}.jpg", mask))
     save(root / f"images/{s.id}.jpg", frames.image)
     return cases
 
 
 def render_concept(job: tuple[str, str, int, Path]) -> None:
-    colour, kind, n, root = job
-    folder = "concepts" if n < SEEN else "held_out"
-    picture = render(concept_scene(colour, kind, n), SIDE, SAMPLES, plate=False).image
-    save(root / folder / f"{colour}_{kind}" / f"{n}.jpg", picture)
+    """Render one view of a concept."""
+    color, kind, n, root = job
+    folder = "concepts" if n < EXAMPLES else "held_out"
+    picture = render(concept_scene(color, kind, n), SIDE, SAMPLES, plate=False).image
+    save(root / folder / f"{color}_{kind}" / f"{n}.jpg", picture)
 
 
 def generate(root: Path, count: int, workers: int | None = None) -> Path:
@@ -109,19 +114,19 @@ def generate(root: Path, count: int, workers: int | None = None) -> Path:
     mitsuba()
     tests = (s for s in (scene(START + i) for i in range(16 * count)) if s.split == "test")
     jobs = [(s, root) for s, _ in zip(tests, range(count), strict=False)]
-    views = [(*concept, n, root) for concept in CONCEPTS for n in range(SEEN + HELD_OUT)]
-    began, cases = time.monotonic(), []
+    views = [(*concept, n, root) for concept in CONCEPTS for n in range(EXAMPLES + TESTS)]
+    start_time, cases = time.monotonic(), []
     with worker_pool(workers or os.cpu_count()) as pool:
-        for done, made in enumerate(pool.imap(render_case, jobs), 1):
-            cases += made
-            rate = done / (time.monotonic() - began)
+        for done, edits in enumerate(pool.imap(render_case, jobs), 1):
+            cases += edits
+            rate = done / (time.monotonic() - start_time)
             if done % 8 == 0 or done == count:
                 print(f"editing: {done}/{count} scenes, {rate:.1f} a second, {(count - done) / rate:.0f} s left")
         pool.map(render_concept, views)
-    for colour, kind in CONCEPTS:
-        for folder, numbers in (("concepts", range(SEEN)), ("held_out", range(SEEN, SEEN + HELD_OUT))):
-            said = {n: concept_scene(colour, kind, n).caption().replace(f"{colour} {kind}", "{}") for n in numbers}
-            write_text(root / folder / f"{colour}_{kind}" / "captions.json", json.dumps(said, indent=0) + "\n")
+    for color, kind in CONCEPTS:
+        for folder, numbers in (("concepts", range(EXAMPLES)), ("held_out", range(EXAMPLES, EXAMPLES + TESTS))):
+            captions = {n: concept_scene(color, kind, n).caption().replace(f"{color} {kind}", "{}") for n in numbers}
+            write_text(root / folder / f"{color}_{kind}" / "captions.json", json.dumps(captions, indent=0) + "\n")
     lines = [{"schema": SCHEMA, "count": len(cases)}, *map(asdict, cases)]
     write_text(root / "edits.jsonl", "".join(f"{json.dumps(line)}\n" for line in lines))
     return root
@@ -132,19 +137,19 @@ def read_cases(file: Path) -> list[Case]:
     try:
         head, *lines = (json.loads(line) for line in Path(file).read_text().splitlines())
         if head["schema"] != SCHEMA:
-            raise UserError(f"{file} has schema {head['schema']}, this version reads {SCHEMA}: render it anew")
+            raise UserError(f"{file} has schema {head['schema']}, this version reads {SCHEMA}: render it again")
         if head["count"] != len(lines):
-            raise UserError(f"{file} has {len(lines)} of its {head['count']} edits: render it anew")
+            raise UserError(f"{file} has {len(lines)} of its {head['count']} edits: render it again")
         return [Case(**line) for line in lines]
     except FileNotFoundError:
         raise UserError(f"{file} does not exist: use dataset=editing") from None
     except (ValueError, TypeError, KeyError) as error:
-        raise UserError(f"{file} is damaged ({error}): render it anew") from None
+        raise UserError(f"{file} is damaged ({error}): render it again") from None
 
 
 def concepts(root: Path) -> dict[str, tuple[list[Path], list[Path]]]:
     """Name of each concept -> its pictures to learn from, and those to judge by."""
-    found = {}
-    for folder in sorted((root / "concepts").iterdir()):
-        found[folder.name] = sorted(folder.glob("*.jpg")), sorted((root / "held_out" / folder.name).glob("*.jpg"))
-    return found
+    return {
+        folder.name: (sorted(folder.glob("*.jpg")), sorted((root / "held_out" / folder.name).glob("*.jpg")))
+        for folder in sorted((root / "concepts").iterdir())
+    }

@@ -1,4 +1,4 @@
-"""The folder that a recipe names, and what lies in it: pictures, and captions that came with them."""
+"""The folder of a recipe, its pictures and their captions."""
 
 import json
 from pathlib import Path
@@ -9,7 +9,7 @@ SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff")
 
 
 def locate(recipe: dict) -> Path:
-    """``recipe.dir``, looked up from where the user stands, then beside the package (a clone). Raises UserError."""
+    """``recipe.dir`` in the current folder, else beside the package (a clone). UserError where there is none."""
     if recipe["dir"] is None:
         raise UserError(f"dataset.dir is not set; give the folder of dataset {recipe['name']}: dataset.dir=PATH")
     places = [Path(recipe["dir"]), Path(__file__).parents[3] / recipe["dir"]]
@@ -28,10 +28,10 @@ def pictures_in(folder: Path) -> list[Path]:
     """The picture files of a folder by name, without looking into folders. UserError where there are none."""
     if not folder.is_dir():
         raise UserError(f"{folder}: no such folder; give one with three to five pictures")
-    found = image_files(folder)
-    if not found:
+    files = image_files(folder)
+    if not files:
         raise UserError(f"{folder}: no pictures ({', '.join(SUFFIXES)}) in it; put three to five there")
-    return found
+    return files
 
 
 def folder_captions(folder: Path) -> dict[str, list[str]]:

@@ -1,8 +1,8 @@
-"""A user's own photographs and masks, brought to the same ``Selection`` as Open Images.
+"""A user's own photographs and masks, as the same ``Selection`` as Open Images.
 
-``<dir>/images/<name>.<jpg|png|...>`` with ``<dir>/masks/<name>.png`` (white = object), and if wanted
-``<dir>/captions.json`` ({name: caption}). Splits are drawn from the hash of the name, so that adding an image moves no
-other one; with ``<dir>/<split>/images`` and ``<dir>/<split>/masks`` they are as the folders say.
+``<dir>/images/<name>.<jpg|png|...>`` with ``<dir>/masks/<name>.png`` (white = object) and optionally
+``<dir>/captions.json`` ({name: caption}). Splits are drawn from the hash of the name, so that a new image moves no
+other; folders ``<dir>/<split>/images`` and ``<dir>/<split>/masks`` set them instead.
 """
 
 import hashlib
@@ -12,8 +12,8 @@ from pathlib import Path
 import polars as pl
 
 from harmony.core.errors import UserError
-from harmony.data.sources.files import image_files
-from harmony.data.sources.open_images.select import COLUMNS, KEPT, Rules, Selection
+from harmony.data.sources.files import folder_captions, image_files, locate
+from harmony.data.sources.selection import COLUMNS, KEPT, Rules, Selection, Source
 from harmony.pixels.images import open_image
 from harmony.pixels.masks import bounding_box, read_mask
 
@@ -39,10 +39,10 @@ def split_folders(root: Path, splits: Sequence[str]) -> Iterator[tuple[str | Non
     if (root / "images").is_dir():
         yield None, root
         return
-    found = [split for split in splits if (root / split / "images").is_dir()]
-    if not found:
+    folders = [split for split in splits if (root / split / "images").is_dir()]
+    if not folders:
         raise UserError(f"{root}: neither images/ nor <split>/images/ there; see datasets/folder/README.md")
-    yield from ((split, root / split) for split in found)
+    yield from ((split, root / split) for split in folders)
 
 
 def folder_rows(root: Path, folder: Path, split: str | None) -> Iterator[tuple]:
@@ -79,3 +79,16 @@ def draw_split(name: str) -> str:
         if (draw := draw - share) < 0:
             return split
     return "test"
+
+
+def select_recipe(recipe: dict, work: Path) -> Selection:
+    """The selection of a recipe; ``work`` is not needed."""
+    return select_folder(locate(recipe), recipe["splits"], Rules(**recipe["select"]))
+
+
+def read_captions(root: Path, split: str) -> dict[str, list[str]]:
+    """Captions by people: {name: [caption, ...]}, those of the split's folder or of the whole folder."""
+    return folder_captions(root if (root / "images").is_dir() else root / split)
+
+
+FOLDER = Source(select_recipe, read_captions)

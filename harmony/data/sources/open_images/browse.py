@@ -1,0 +1,19 @@
+"""The FiftyOne App on a prepared dataset."""
+
+from harmony.core.errors import UserError
+from harmony.data.sources.files import locate
+from harmony.data.sources.open_images.database import dataset_name, load_fiftyone
+
+
+def browse(recipe: dict, port: int, address: str | None) -> None:
+    """Serve the FiftyOne App for a prepared dataset until interrupted. Raises UserError for an unknown dataset."""
+    fo = load_fiftyone()
+    name = recipe["name"] if recipe["dir"] is None else dataset_name(recipe["name"], locate(recipe))
+    if not fo.dataset_exists(name):
+        known = ", ".join(fo.list_datasets()) or "none yet"
+        raise UserError(f"FiftyOne has no dataset {name} (it has: {known}); run harmony.prepare first")
+    dataset = fo.load_dataset(name)
+    print(f"{name}: {dataset.count_sample_tags()}; saved views: {', '.join(dataset.list_saved_views())}", flush=True)
+    session = fo.launch_app(dataset, remote=True, port=port, address=address)
+    print(f"{session.url}\nCtrl-C ends it.", flush=True)
+    session.wait(-1)

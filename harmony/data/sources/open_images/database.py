@@ -1,0 +1,228 @@
+"""A dataset's selection in a persistent FiftyOne dataset in MongoDB. The only file that imports ``fiftyone``.
+
+Never in a training process: simultaneous imports kill each other's database.
+
+Fields of a sample
+    harmony_id        <split>/<id>, unique                 tags   split, and ``kept`` or ``rejected``
+    rejected_because  one of selection.REASONS, or None    source where the photograph comes from
+    instance          the detection; its mask is a file, cut to the box as FiftyOne wants it
+    mask_stored       the whole mask, as it came           row    hash of the selection's row: a change re-imports
+    mask_file         the whole mask at the image's size
+    sha256, mask_box, mask_area, looked_at                 pixel facts, and the files and rules that they hold for
+    caption, caption_model
+"""
+
+import hashlib
+import json
+import os
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import cv2
+import numpy as np
+
+from harmony.core.errors import UserError
+from harmony.core.row import SPLITS
+from harmony.data.sources.open_images.batches import batches
+from harmony.data.sources.selection import KEPT, Selection
+from harmony.pixels.masks import OBJECT
+
+
+def load_fiftyone():  # noqa: ANN201  the module itself
+    """The library, once its database answers. Raises UserError where it does not."""
+    os.environ.setdefault("FIFTYONE_DO_NOT_TRACK", "1")
+    os.environ.setdefault("FIFTYONE_DATABASE_VALIDATION", "false")  # no note about old servers at each start
+    os.environ.setdefault("FIFTYONE_SHOW_PROGRESS_BARS", "false")
+    mend = "python -m harmony.doctor tells what is missing"
+    try:
+        import fiftyone
+        from fiftyone.core.service import ServiceException
+    except ImportError as error:
+        raise UserError(f"FiftyOne cannot be imported ({error}); {mend}") from None
+    try:
+        fiftyone.list_datasets()
+    except (ServiceException, ConnectionError, RuntimeError, OSError) as error:
+        reason = " ".join(str(error).split())[:200] or type(error).__name__
+        raise UserError(
+            f"FiftyOne's database did not start ({reason}) in {fiftyone.config.database_dir}; {mend}"
+        ) from None
+    return fiftyone
+
+
+def open_images_downloader() -> Callable:
+    """FiftyOne's function that downloads a split of Open Images."""
+    import fiftyone.utils.openimages
+
+    return fiftyone.utils.openimages.download_open_images_split
+
+
+def dataset_name(name: str, root: Path) -> str:
+    """The FiftyOne name of dataset ``name`` in ``root``: itself, or with a hash where it belongs to another folder."""
+    fo = load_fiftyone()
+    if not fo.dataset_exists(name):
+        return name
+    owner = fo.load_dataset(name).info.get("root")
+    return name if owner in (None, str(root)) else f"{name}-{hashlib.sha256(str(root).encode()).hexdigest()[:8]}"
+
+
+def open_dataset(name: str, root: Path):  # noqa: ANN201  fiftyone.Dataset
+    """The persistent dataset; a new one gets its fields and its unique index."""
+    fo = load_fiftyone()
+    name = dataset_name(name, root)
+    dataset = fo.load_dataset(name) if fo.dataset_exists(name) else fo.Dataset(name, persistent=True)
+    if dataset.info.get("root") is None:
+        dataset.info["root"] = str(root)
+        dataset.save()
+    declare_fields(dataset)
+    return dataset
+
+
+def declare_fields(dataset) -> None:
+    """Declare every field once, so that FiftyOne need not search batches for new ones."""
+    import fiftyone as fo
+
+    texts = ("harmony_id", "rejected_because", "source", "mask_stored", "mask_file", "row", "sha256", "looked_at")
+    fields = dict.fromkeys((*texts, "caption", "caption_model"), {"ftype": fo.StringField})
+    fields["mask_box"] = {"ftype": fo.ListField, "subfield": fo.FloatField}
+    fields["mask_area"] = {"ftype": fo.FloatField}
+    fields["instance"] = {"ftype": fo.EmbeddedDocumentField, "embedded_doc_type": fo.Detection}
+    for field, kind in fields.items():
+        if not dataset.has_sample_field(field):
+            dataset.add_sample_field(field, **kind)
+    if "harmony_id" not in dataset.list_indexes():
+        dataset.create_index("harmony_id", unique=True)
+
+
+def import_dataset(name: str, selection: Selection, work: Path):  # noqa: ANN201  fiftyone.Dataset
+    """Bring the dataset's samples in line with the selection: kept ones with their mask, rejected ones without.
+
+    Only what differs is touched: a sample with an unchanged row keeps all its facts. Rejected images without a file
+    (not downloaded) are left out. No sample is doubled, however often this is killed.
+    """
+    dataset = open_dataset(name, selection.root)
+    digest = selection.digest()
+    if dataset.info.get("selection") != digest:
+        synchronize(dataset, selection, work)
+        dataset.info["selection"] = digest
+        dataset.save()
+    restore_masks(dataset, work)
+    return dataset
+
+
+def synchronize(dataset, selection: Selection, work: Path) -> None:
+    """Delete samples that differ from the selection, add those that are missing."""
+    new = {row["key"]: row for row in selection_rows(selection)}
+    samples = zip(*dataset.values(["id", "harmony_id", "row"]), strict=True)
+    stale = [id_ for id_, key, row in samples if key not in new or new[key]["row"] != row]
+    if stale:
+        print(f"{dataset.name}: {len(stale)} samples no longer agree with the selection and are replaced", flush=True)
+        dataset.delete_samples(stale)
+    missing = set(new) - set(dataset.values("harmony_id"))
+    add_rows(dataset, [new[key] for key in new if key in missing], work)
+
+
+def restore_masks(dataset, work: Path) -> None:
+    """Cut the masks again that are no longer in the work folder."""
+    fields = {"id": "id", "key": "harmony_id", "mask": "mask_stored", "box": "instance.bounding_box"}
+    paths = dataset.match_tags("kept").values([*fields.values(), "instance.mask_path"])
+    gone = [dict(zip(fields, v, strict=False)) for v in zip(*paths, strict=True) if v[-1] and not os.path.isfile(v[-1])]
+    make_folders(work, "instances")
+    masks = {row["id"]: cut_instance(row["key"], row["mask"], row["box"], work) for row in gone}
+    if masks:
+        dataset.set_values("instance.mask_path", masks, key_field="id")
+
+
+def selection_rows(selection: Selection) -> Iterator[dict]:
+    """The selection's rows that have a picture to show, with absolute paths, their key and their hash."""
+    for row in selection.table.iter_rows(named=True):
+        row["row"] = hashlib.sha256(json.dumps(list(row.values())).encode()).hexdigest()[:16]
+        row["key"] = f"{row['split']}/{row['id']}"
+        row["image"] = str(selection.root / row["image"])
+        row["mask"] = None if row["mask"] is None else str(selection.root / row["mask"])
+        if row["reason"] in (KEPT, "image file missing") or os.path.isfile(row["image"]):
+            yield row
+
+
+def add_rows(dataset, rows: list[dict], work: Path) -> None:
+    """Add samples in batches, while threads cut their masks."""
+    make_folders(work, "instances")
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        masks = pool.map(lambda row: cut_row(row, work), rows)  # goes on while batches are written
+        for batch in batches(rows, f"import into FiftyOne dataset {dataset.name}"):
+            samples = [make_sample(row, mask) for row, mask in zip(batch, masks, strict=False)]
+            dataset.add_samples(samples, expand_schema=False, validate=False, progress=False)
+
+
+def make_folders(work: Path, kind: str) -> None:
+    """Make ``work/<kind>/<split>`` for every split."""
+    for split in SPLITS:
+        (work / kind / split).mkdir(parents=True, exist_ok=True)
+
+
+def box_xywh(row: dict) -> list[float]:
+    """The box of a selection row as FiftyOne writes it: x, y, width, height in fractions of the image."""
+    return [row["x0"], row["y0"], row["x1"] - row["x0"], row["y1"] - row["y0"]]
+
+
+def cut_row(row: dict, work: Path) -> str | None:
+    """``cut_instance`` of a kept row of the selection; None for a rejected one."""
+    return cut_instance(row["key"], row["mask"], box_xywh(row), work) if row["reason"] == KEPT else None
+
+
+def cut_instance(key: str, mask_path: str, box: list[float], work: Path) -> str | None:
+    """Write the mask cut to its box, as FiftyOne wants it; None for one that cannot be cut (its reason comes later)."""
+    mask = cv2.imread(mask_path, cv2.IMREAD_GRAYSCALE)
+    if mask is None:
+        return None
+    height, width = mask.shape
+    x, y, w, h = box
+    part = mask[round(y * height) : round((y + h) * height), round(x * width) : round((x + w) * width)]
+    if not part.size:
+        return None
+    path = work / "instances" / f"{key}.png"
+    partial = path.with_suffix(".part.png")
+    bits = (part > OBJECT).astype(np.uint8) * 255
+    cv2.imwrite(str(partial), bits, [cv2.IMWRITE_PNG_BILEVEL, 1])  # 1 bit a pixel, several times as fast as 8
+    os.replace(partial, path)
+    return str(path)
+
+
+def make_sample(row: dict, mask_path: str | None):  # noqa: ANN201  fiftyone.Sample
+    """One sample, kept or rejected."""
+    import fiftyone as fo
+
+    kept = row["reason"] == KEPT
+    instance = None
+    if row["x0"] is not None:
+        instance = fo.Detection(label=row["label"], bounding_box=box_xywh(row), mask_path=mask_path)
+    return fo.Sample(
+        filepath=row["image"],
+        tags=[row["split"], "kept" if kept else "rejected"],
+        harmony_id=row["key"],
+        rejected_because=None if kept else row["reason"],
+        instance=instance,
+        mask_stored=row["mask"],
+        source=row["source"],
+        row=row["row"],
+    )
+
+
+def save_views(dataset) -> None:
+    """Saved views ``kept``, ``rejected`` and one a reason; those of reasons that no longer occur are removed."""
+    from fiftyone import ViewField as F
+
+    reasons = [r for r in dataset.distinct("rejected_because") if r is not None]
+    views = {"kept": dataset.match_tags("kept"), "rejected": dataset.match_tags("rejected")}
+    views |= {f"rejected: {r}": dataset.match(F("rejected_because") == r) for r in reasons}
+    for name in dataset.list_saved_views():
+        if name.startswith("rejected: ") and name not in views:
+            dataset.delete_saved_view(name)
+    for name, view in views.items():
+        dataset.save_view(name, view, overwrite=True)
+
+
+def rejections(dataset) -> dict[str, str]:
+    """{<split>/<id>: reason} of the rejected samples."""
+    view = dataset.match_tags("rejected")
+    return dict(zip(*view.values(["harmony_id", "rejected_because"]), strict=True))

@@ -1,0 +1,144 @@
+"""Open Images V7 layout: where the files of a split lie and how its tables are read.
+
+    data/<ImageID>.jpg                                  the photographs
+    labels/detections.csv, labels/segmentations.csv     boxes and masks, boxes in fractions of the image
+    labels/masks/<HEX>/<MaskPath>                       mask files, HEX = first digit of the image's id, upper case
+    metadata/classes.csv                                MID and name, without header
+    metadata/{image_ids,sources}.csv                    where present: all images, and where each comes from
+    metadata/human_captions.json                        where present: {id: [caption, ...]}
+
+Metadata may lie one folder up, common to all splits; captions may not. Which photographs are kept is decided elsewhere:
+``select.py`` keeps those with a single instance, ``pixels.py`` the largest instance of each.
+"""
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import polars as pl
+
+from harmony.core.errors import UserError
+
+FULL_HEADER = {
+    "detections.csv": "ImageID,Source,LabelName,Confidence,XMin,XMax,YMin,YMax,"
+    "IsOccluded,IsTruncated,IsGroupOf,IsDepiction,IsInside",
+    "segmentations.csv": "MaskPath,ImageID,LabelName,BoxID,BoxXMin,BoxXMax,BoxYMin,BoxYMax,PredictedIoU,Clicks",
+}
+IMAGE, MASK = "data/{}.jpg", "labels/masks/{}/{}"
+CORNERS = ("XMin", "XMax", "YMin", "YMax")
+FLAGS = ("IsTruncated", "IsGroupOf", "IsDepiction", "IsInside")  # 0, 1, or -1 for "not known"
+
+
+@dataclass(frozen=True)
+class Split:
+    """The files of one split; ``folder`` bears its name."""
+
+    folder: Path
+
+    @property
+    def name(self) -> str:
+        return self.folder.name
+
+    def boxes(self) -> pl.LazyFrame:
+        """ImageID, LabelName, ``CORNERS``, ``FLAGS`` and ``damaged`` of each box."""
+        columns = dict.fromkeys(("ImageID", "LabelName"), pl.String) | dict.fromkeys(CORNERS, pl.Float32)
+        return scan(self.folder / "labels" / "detections.csv", columns | dict.fromkeys(FLAGS, pl.Int8))
+
+    def masks(self, number: type[pl.DataType] = pl.Float32) -> pl.LazyFrame:
+        """MaskPath, ImageID, LabelName, the corners of the box as ``number`` and ``damaged`` of each mask."""
+        columns = dict.fromkeys(("MaskPath", "ImageID", "LabelName"), pl.String)
+        columns |= dict.fromkeys((f"Box{corner}" for corner in CORNERS), number)
+        return scan(self.folder / "labels" / "segmentations.csv", columns)
+
+    def image_ids(self) -> pl.LazyFrame | None:
+        """ImageID of every image, annotated or not: the first column of ``image_ids.csv``, whatever else it holds."""
+        if (path := self.metadata("image_ids.csv")) is None:
+            return None
+        ids = pl.scan_csv(path, infer_schema=False, truncate_ragged_lines=True)
+        return ids.select(pl.first().alias("ImageID")).unique()
+
+    def sources(self) -> pl.LazyFrame | None:
+        """ImageID and ``source`` of every image; None where the dataset does not say."""
+        if (path := self.metadata("sources.csv")) is None:
+            return None
+        require_columns(path, ("ImageID", "Source"), "ImageID,Source,Repository,OriginalPath,Licence")
+        return pl.scan_csv(path, infer_schema=False).select("ImageID", source="Source").unique("ImageID")
+
+    def class_names(self) -> dict[str, str]:
+        """Machine id to readable name; empty where there is no ``classes.csv``."""
+        if (path := self.metadata("classes.csv")) is None:
+            return {}
+        with open(path, encoding="utf-8") as file:
+            return dict(line.rstrip("\n").split(",", 1) for line in file if "," in line)
+
+    def captions(self) -> dict[str, list[str]]:
+        """Captions by people, {id: [caption, ...]}; empty where there are none.
+
+        For the studio set the second caption describes the same object under the other light.
+        """
+        path = self.folder / "metadata" / "human_captions.json"
+        if not path.is_file():
+            return {}
+        try:
+            captions = json.loads(path.read_text(encoding="utf-8"))
+        except json.JSONDecodeError as error:
+            raise UserError(f"{path}: not valid JSON ({error}); mend it or remove it") from None
+        well_formed = isinstance(captions, dict) and all(
+            isinstance(texts, list) and texts and all(isinstance(t, str) for t in texts) for texts in captions.values()
+        )
+        if not well_formed:
+            raise UserError(f'{path}: expected {{"<id>": ["<caption>", ...], ...}} with at least one caption an id')
+        return captions
+
+    def metadata(self, name: str) -> Path | None:
+        """``metadata/<name>`` of the split, or of the folder above it, or None."""
+        places = (self.folder / "metadata" / name, self.folder.parent / "metadata" / name)
+        return next((path for path in places if path.is_file()), None)
+
+
+def find_splits(root: Path, names: Sequence[str]) -> list[Split]:
+    """The splits ``root/<name>``. UserError for one that is missing."""
+    for name in names:
+        if not (root / name).is_dir():
+            raise UserError(f"{root / name}: no such split; set dataset.dir to a folder that holds {', '.join(names)}")
+    return [Split(root / name) for name in names]
+
+
+def image_path() -> pl.Expr:
+    """Where the photograph of a row's ``ImageID`` lies in its split."""
+    return pl.format(IMAGE, "ImageID").alias("image")
+
+
+def mask_path() -> pl.Expr:
+    """Where the mask file of a row's ``ImageID`` and ``MaskPath`` lies in its split."""
+    return pl.format(MASK, pl.col("ImageID").str.head(1).str.to_uppercase(), "MaskPath").alias("mask")
+
+
+def scan(path: Path, columns: dict[str, type[pl.DataType]]) -> pl.LazyFrame:
+    """The required columns of an annotation CSV, lazily; ``damaged`` marks rows with a missing or unreadable value.
+
+    A line that was cut short (an interrupted download) lacks its last fields and is marked so too.
+    """
+    require_columns(path, columns, FULL_HEADER[path.name])
+    rows = pl.scan_csv(
+        path,
+        schema_overrides=dict(columns),
+        infer_schema=False,
+        truncate_ragged_lines=True,
+        ignore_errors=True,
+        quote_char=None,
+        encoding="utf8-lossy",
+    )
+    return rows.select(*columns).with_columns(damaged=pl.any_horizontal(pl.col(*columns).is_null()))
+
+
+def require_columns(path: Path, columns: Sequence[str], header: str) -> None:
+    """Raise UserError unless the CSV exists and its header names every column."""
+    try:
+        with open(path, encoding="utf-8-sig", errors="replace") as file:
+            names = file.readline().strip().split(",")
+    except FileNotFoundError:
+        raise UserError(f"{path}: file missing; an Open Images split needs it with the header {header}") from None
+    if missing := [c for c in columns if c not in names]:
+        raise UserError(f"{path}: column {', '.join(missing)} missing; the expected header is {header}")

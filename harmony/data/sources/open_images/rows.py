@@ -1,0 +1,45 @@
+"""The kept samples of a FiftyOne dataset as rows of a manifest."""
+
+import os
+from pathlib import Path
+
+from harmony.core.row import Row
+from harmony.data.sources.studio.files import TRUTHS
+
+
+def export_rows(dataset, base: Path, captions: dict[str, list[str]]) -> list[Row]:
+    """The kept samples as rows, paths relative to ``base``; ``captions`` by people as {<split>/<id>: [caption, ...]}.
+
+    What a study needs beyond the row stands in ``extras``.
+    """
+    fields = ("harmony_id", "filepath", "mask_file", "mask_box", "instance.label", "caption", "caption_model")
+    fields += ("metadata.width", "metadata.height", "sha256")
+    root = Path(dataset.info["root"])
+    return [
+        Row(
+            id=key.split("/", 1)[1],
+            image=os.path.relpath(image, base),
+            mask=os.path.relpath(mask, base),
+            box=tuple(box),
+            label=label,
+            caption=caption,
+            split=key.split("/", 1)[0],
+            width=width,
+            height=height,
+            sha256=digest,
+            extras={"caption_source": model, **studio_extras(root, key, base, captions)},
+        )
+        for key, image, mask, box, label, caption, model, width, height, digest in zip(
+            *dataset.match_tags("kept").values(list(fields)), strict=True
+        )
+    ]
+
+
+def studio_extras(root: Path, key: str, base: Path, captions: dict[str, list[str]]) -> dict[str, str]:
+    """Paths of the ground truth that only renders have, and the caption of the object under the other light."""
+    split, id_ = key.split("/", 1)
+    files = {name: root / split / pattern.format(id_) for name, pattern in TRUTHS.items()}
+    extras = {name: os.path.relpath(path, base) for name, path in files.items() if path.is_file()}
+    if "relit" in extras and len(captions.get(key, ())) > 1:
+        extras["relit_caption"] = captions[key][1]
+    return extras

@@ -1,0 +1,29 @@
+"""A recipe in Open Images layout: the bundled renders, new renders, a user's folder, or the real Open Images."""
+
+from pathlib import Path
+
+from harmony.data.sources.files import locate
+from harmony.data.sources.open_images.download import download
+from harmony.data.sources.open_images.layout import Split
+from harmony.data.sources.open_images.select import select
+from harmony.data.sources.selection import Rules, Selection, Source
+from harmony.data.sources.studio.files import generate
+
+
+def select_recipe(recipe: dict, work: Path) -> Selection:
+    """The selection of a recipe. With ``count`` it renders first; without a folder it downloads Open Images first."""
+    rules, splits = Rules(**recipe["select"]), recipe["splits"]
+    if recipe.get("count"):
+        renders = generate(work / f"renders-{recipe['count']}", recipe["count"])
+        return select(renders.resolve(), splits, rules)
+    if recipe["dir"] is None and "download" in recipe:
+        return download(splits, rules, work, recipe["download"]["examples"])
+    return select(locate(recipe), splits, rules)
+
+
+def read_captions(root: Path, split: str) -> dict[str, list[str]]:
+    """Captions by people: {id: [caption, ...]}."""
+    return Split(root / split).captions()
+
+
+OPEN_IMAGES = Source(select_recipe, read_captions)

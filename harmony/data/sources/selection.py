@@ -1,0 +1,170 @@
+"""Which photographs of a dataset are kept, and for what reason each of the others is not."""
+
+import hashlib
+import json
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import NamedTuple
+
+import polars as pl
+
+from harmony.core.errors import UserError
+from harmony.core.files import write_text
+
+KEPT = "kept"
+REASONS = (
+    # annotation: exactly one instance with exactly one mask
+    "damaged row",
+    "no instance",
+    "several instances",
+    "box without mask",
+    "several masks",
+    "mask without box",
+    "mask of another class",
+    # rules of the recipe
+    "group",
+    "depiction",
+    "truncated",
+    "inside view",
+    "too small",
+    "too large",
+    "class not wanted",
+    "source not wanted",
+    "id not listed",
+    "over max_samples",
+    # files
+    "image file missing",
+    "mask file missing",
+    # pixels, which are looked at after the import
+    "image undecodable",
+    "mask undecodable",
+    "mask empty",
+    "mask shape differs",
+    "mask area too small",
+    "mask area too large",
+)
+ANNOTATION_REASONS = REASONS[:7]
+COLUMNS = ("split", "id", "reason", "label", "x0", "y0", "x1", "y1", "image", "mask", "source")
+
+
+@dataclass(frozen=True)
+class Rules:
+    """A recipe's node ``select``. Areas are fractions of the image; a list that is None excludes nothing."""
+
+    min_area: float = 0.02
+    max_area: float = 0.8
+    allow_group: bool = False
+    allow_depiction: bool = False
+    allow_truncated: bool = False
+    allow_inside: bool = False
+    classes: Sequence[str] | None = None
+    sources: Sequence[str] | None = None
+    image_ids: Sequence[str] | str | None = None
+    max_samples: int | None = None
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.min_area < self.max_area <= 1:
+            raise UserError(
+                f"dataset.select: min_area {self.min_area} and max_area {self.max_area} must satisfy "
+                "0 <= min_area < max_area <= 1"
+            )
+        if self.max_samples is not None and self.max_samples < 1:
+            raise UserError(f"dataset.select.max_samples is {self.max_samples}; give a number of at least 1, or null")
+
+
+@dataclass(frozen=True)
+class Selection:
+    """A table of all images with the reason of each, and the number of damaged rows in each CSV (``skipped``).
+
+    ``table`` has the columns ``COLUMNS``, a row an image, paths relative to ``root``. ``x0, y0, x1, y1`` is the box in
+    fractions of the image. Label, box and mask are null unless there is exactly one.
+    """
+
+    root: Path
+    table: pl.DataFrame
+    rules: Rules
+    skipped: dict[str, int] = field(default_factory=dict)
+
+    @property
+    def kept(self) -> pl.DataFrame:
+        return self.table.filter(pl.col("reason") == KEPT)
+
+    def counts(self) -> dict[str, dict[str, int]]:
+        """Images per split and reason, ``kept`` first, then in the order of ``REASONS``."""
+        return count_reasons(self.table)
+
+    def digest(self) -> str:
+        """Hash of rules and decisions, the same wherever the folder lies."""
+        rules = json.dumps(asdict(self.rules), default=list, sort_keys=True)
+        return hashlib.sha256(rules.encode() + self.table.write_csv().encode()).hexdigest()
+
+
+class Source(NamedTuple):
+    """Photographs with masks in one layout. ``select``: (recipe, work folder) -> its selection; ``captions``: (root of
+    the selection, split) -> captions by people, {id: [caption, ...]}.
+    """
+
+    select: Callable[[dict, Path], Selection]
+    captions: Callable[[Path, str], dict[str, list[str]]]
+
+
+def count_reasons(table: pl.DataFrame) -> dict[str, dict[str, int]]:
+    """``{split: {reason: images}}`` of a table with the columns ``split`` and ``reason``."""
+    counts = {(split, reason): n for split, reason, n in table.group_by("split", "reason").len().iter_rows()}
+    return {
+        split: {r: counts[split, r] for r in (KEPT, *REASONS) if (split, r) in counts}
+        for split in table["split"].unique(maintain_order=True)
+    }
+
+
+def format_counts(counts: dict[str, dict[str, int]]) -> str:
+    """The counts as a small table: a row a reason, a column a split."""
+    reasons = [r for r in (KEPT, *REASONS) if any(r in c for c in counts.values())]
+    rows = [("", *counts)] + [(r, *(str(c.get(r, 0)) for c in counts.values())) for r in reasons]
+    rows.append(("all", *(str(sum(c.values())) for c in counts.values())))
+    return "\n".join(f"{first:<22}" + "".join(f"{cell:>12}" for cell in rest) for first, *rest in rows)
+
+
+def check_files(table: pl.DataFrame, root: Path) -> pl.DataFrame:
+    """Reject kept images whose image or mask file is not on the disk."""
+    reasons = {}
+    kept = table.filter(pl.col("reason") == KEPT)
+    for split, id_, image, mask in kept.select("split", "id", "image", "mask").iter_rows():
+        if not os.path.isfile(root / image):
+            reasons[f"{split}/{id_}"] = "image file missing"
+        elif not os.path.isfile(root / mask):
+            reasons[f"{split}/{id_}"] = "mask file missing"
+    return reject(table, reasons)
+
+
+def reject(table: pl.DataFrame, reasons: dict[str, str]) -> pl.DataFrame:
+    """The table with a new reason for each ``<split>/<id>`` in ``reasons``."""
+    key = pl.concat_str("split", "id", separator="/")
+    return table.with_columns(reason=key.replace_strict(reasons, default=pl.col("reason"), return_dtype=pl.String))
+
+
+def read_ids(rules: Rules) -> set[str] | None:
+    """The ids of ``rules.image_ids``: a list, or the path of a text file with one id a line."""
+    ids = rules.image_ids
+    if isinstance(ids, str):
+        try:
+            ids = Path(ids).read_text().split()
+        except OSError as error:
+            raise UserError(f"dataset.select.image_ids: cannot read {ids}: {error.strerror}") from None
+    return None if ids is None else {i.rsplit("/", 1)[-1] for i in ids}
+
+
+def write_selection(selection: Selection, folder: Path, table: pl.DataFrame | None = None) -> tuple[Path, Path]:
+    """Write ``selection.csv`` (every image with its reason) and ``selection.json`` (counts, skipped rows, rules).
+
+    ``table`` stands in for the selection's own table once pixels have been looked at. Both files are written
+    atomically.
+    """
+    table = selection.table if table is None else table
+    summary = {"counts": count_reasons(table), "skipped_rows": selection.skipped, "rules": asdict(selection.rules)}
+    paths = folder / "selection.csv", folder / "selection.json"
+    for path, text in zip(paths, (table.write_csv(), json.dumps(summary, indent=2, default=list) + "\n"), strict=True):
+        write_text(path, text)
+    return paths
