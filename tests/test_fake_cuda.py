@@ -228,7 +228,7 @@ def test_the_judge_trains_and_judges(monkeypatch):
 @pytest.mark.parametrize("part", ["vae", "clip", "captioner", "inpaint"])
 def test_a_backbone_trains(part, sd2, tmp_path, monkeypatch):
     """Guards the steps of the four parts of model=small: forward, the averaged weights, and Muon's own update."""
-    cfg = compose("fit", [f"experiment={'kit_' + part}", "model=small", f"module.kit={tmp_path}"])
+    cfg = compose("fit", [f"experiment=backbone_small_{part}", f"module.kit={tmp_path}"])
     (tmp_path / "unet").mkdir()  # any folder is a backbone's until its parts are asked for
     module = instantiate(cfg.module, _convert_="all")
     said = ["a red mushroom on snow", "a blue car on grass"] * 4

@@ -349,7 +349,7 @@ def test_nan_stops_with_one_line(command, tmp_path, monkeypatch, capsys):
         (["model=sd2", "experiment=joint"], True, "bf16-mixed", "bfloat16"),
         (["model=sd1", "experiment=paint_by_example"], True, "bf16-mixed", "bfloat16"),
         (["model=sd2", "experiment=judge"], True, "32-true", None),
-        (["model.dtype=bfloat16", "experiment=kit_inpaint"], True, "32-true", None),
+        (["model.dtype=bfloat16", "experiment=backbone_inpaint"], True, "32-true", None),
     ],
 )
 def test_precision_is_one_decision(words, gpu, precision, frozen, monkeypatch):
