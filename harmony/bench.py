@@ -16,7 +16,9 @@ import torch
 from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 
-from harmony.cli.config import entry, new_folder, provenance
+from harmony.cli.command import entry
+from harmony.cli.provenance import provenance
+from harmony.cli.run_folder import new_folder
 from harmony.core.errors import UserError
 from harmony.core.files import write_json, write_text
 

@@ -2,7 +2,7 @@
 
 from omegaconf import DictConfig, OmegaConf
 
-from harmony.cli.config import entry
+from harmony.cli.command import entry
 
 
 @entry("browse")

@@ -20,7 +20,9 @@ from pathlib import Path
 
 from omegaconf import DictConfig
 
-from harmony.cli.config import PACKAGE, entry, options, places, version
+from harmony.cli.command import entry
+from harmony.cli.compose import PACKAGE, options, places
+from harmony.cli.provenance import version
 from harmony.core.errors import UserError
 
 INSTALL = "make install"

@@ -17,7 +17,8 @@ import torch
 from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 
-from harmony.cli.config import entry, literal, make_folder, new_folder
+from harmony.cli.command import entry, literal
+from harmony.cli.run_folder import make_folder, new_folder
 from harmony.core.errors import UserError
 from harmony.core.files import write_json, write_text
 from harmony.data.captions import caption_picture

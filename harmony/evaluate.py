@@ -12,8 +12,10 @@ from pathlib import Path
 from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 
-from harmony.cli.config import device, entry, provenance, rank, run_folder, world
+from harmony.cli.command import entry
 from harmony.cli.methods import build, complete, row_facts, row_override
+from harmony.cli.provenance import provenance
+from harmony.cli.run_folder import device, rank, run_folder, world
 from harmony.core.files import write_json, write_text
 from harmony.data.manifest import manifest_hash
 from harmony.data.preparation import ensure

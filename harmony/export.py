@@ -8,7 +8,8 @@ from pathlib import Path
 
 from omegaconf import DictConfig
 
-from harmony.cli.config import entry, literal, make_folder
+from harmony.cli.command import entry, literal
+from harmony.cli.run_folder import make_folder
 from harmony.core.errors import UserError
 from harmony.training.export import write_backbone, write_controlnet, write_painter, write_single_file
 from harmony.training.run_folder import RunFolder, find_run

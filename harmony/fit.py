@@ -9,7 +9,9 @@ import torch
 from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 
-from harmony.cli.config import entry, literal, provenance, rank, run_folder
+from harmony.cli.command import entry, literal
+from harmony.cli.provenance import provenance
+from harmony.cli.run_folder import rank, run_folder
 from harmony.core.files import write_json
 from harmony.data.manifest import manifest_hash
 from harmony.data.preparation import ensure

@@ -14,8 +14,9 @@ from pathlib import Path
 from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 
-from harmony.cli.config import device, entry, literal, make_folder, new_folder, unfinished
+from harmony.cli.command import entry, literal
 from harmony.cli.methods import build, refuse_unread
+from harmony.cli.run_folder import device, make_folder, new_folder, unfinished
 from harmony.core.errors import UserError
 from harmony.core.files import write_json, write_text
 

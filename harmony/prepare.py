@@ -6,7 +6,7 @@ from pathlib import Path
 from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 
-from harmony.cli.config import entry
+from harmony.cli.command import entry
 from harmony.data.preparation import lock, prepare
 from harmony.data.shards import predictor
 

@@ -181,7 +181,7 @@ def prepared_work(small_manifest):
     """
     from omegaconf import OmegaConf
 
-    from harmony.cli.config import compose
+    from harmony.cli.compose import compose
     from harmony.core.files import write_json
 
     def lay(work: Path, overrides: list[str], command: str = "fit") -> Path:

@@ -12,7 +12,7 @@ from omegaconf import OmegaConf
 from PIL import Image
 
 from harmony import edit
-from harmony.cli.config import compose
+from harmony.cli.compose import compose
 from harmony.core.errors import UserError
 from harmony.methods import prompt_editing as sampling
 from harmony.metrics.fidelity import psnr

@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 
 from harmony import evaluate
-from harmony.cli.config import check_experiment, compose, load_yaml, options, why
+from harmony.cli.compose import compose, load_yaml, options, why
+from harmony.cli.explain import check_experiment
 from harmony.core.errors import UserError
 from harmony.evaluation import comparison as study
 from harmony.models.backbone import Kit

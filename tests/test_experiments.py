@@ -11,7 +11,8 @@ import torch
 from diffusers import UNet2DConditionModel
 from omegaconf import OmegaConf
 
-from harmony.cli.config import CONFIGS, check_experiment, compose, load_yaml, options, why
+from harmony.cli.compose import CONFIGS, compose, load_yaml, options, why
+from harmony.cli.explain import check_experiment
 from harmony.fit import main
 from harmony.models.backbone import Kit, load_part
 from harmony.models.controlnet import export_controlnet

@@ -21,7 +21,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 
 from harmony import export
-from harmony.cli.config import compose
+from harmony.cli.compose import compose
 from harmony.core.errors import UserError
 from harmony.models.backbone import ASSETS, Kit
 from harmony.models.controlnet import export_controlnet, load_controlnet, read_hint

@@ -17,7 +17,7 @@ from hydra.utils import instantiate
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode, unset_fake_temporarily
 
 from harmony.benchmarks.train import cached_batch
-from harmony.cli.config import compose
+from harmony.cli.compose import compose
 from harmony.data.descriptions import Description, WordScorer
 from harmony.data.latent_cache import Example, Recipe, encode
 from harmony.methods.inpainting import Branch, Inpainting

@@ -21,7 +21,7 @@ from lightning.pytorch.callbacks import Callback
 from omegaconf import OmegaConf
 
 import harmony.fit
-from harmony.cli.config import compose
+from harmony.cli.compose import compose
 from harmony.data import preparation
 from harmony.data.manifest import manifest_hash
 from harmony.fit import main

@@ -16,7 +16,7 @@ from hydra.utils import instantiate
 from safetensors.torch import load_file
 
 from harmony import edit, evaluate, export, fit, harmonize
-from harmony.cli.config import compose
+from harmony.cli.compose import compose
 from harmony.pixels.images import read_image, write_image
 
 CONCEPT = Path(__file__).resolve().parents[1] / "datasets" / "editing" / "concepts" / "teal_mug"

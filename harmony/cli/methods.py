@@ -7,7 +7,9 @@ from hydra.errors import InstantiationException
 from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf, open_dict
 
-from harmony.cli.config import CONFIGS, literal, load_yaml, nearest
+from harmony.cli.command import literal
+from harmony.cli.compose import CONFIGS, load_yaml
+from harmony.cli.explain import nearest
 from harmony.core.errors import UserError
 
 FOLDER = CONFIGS / "method"

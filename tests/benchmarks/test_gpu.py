@@ -10,7 +10,8 @@ import pytest
 from omegaconf import OmegaConf
 
 from harmony.benchmarks.gpu import Part, largest_difference, parts, run_parts, write_composite
-from harmony.cli.config import compose, missing_keys
+from harmony.cli.compose import compose
+from harmony.cli.explain import missing_keys
 from harmony.edit import overrides as edit_overrides
 from harmony.fit import overrides as fit_overrides
 from harmony.harmonize import overrides as harmonize_overrides

@@ -14,7 +14,7 @@ import psutil
 import pytest
 from omegaconf import OmegaConf
 
-from harmony.cli.config import INTERRUPTED, entry
+from harmony.cli.command import INTERRUPTED, entry
 from harmony.core import signals
 from harmony.core.signals import worker_pool
 
@@ -22,7 +22,7 @@ ROOT = Path(__file__).resolve().parents[2]
 TOY = """
 import multiprocessing, os, signal, sqlite3, subprocess, sys, threading, time
 from pathlib import Path
-from harmony.cli.config import entry
+from harmony.cli.command import entry
 from harmony.core import signals
 
 STUBBORN = ["sh", "-c", "trap '' TERM INT; sleep 300 & echo ready $$ $!; wait"]

@@ -419,7 +419,7 @@ def test_a_rater_goes_through_the_page(browser, study, shown, tmp_path, capsys):
     answers once, the file, and the table of it; nothing is fetched and nothing fails on the way.
     """
     from harmony import evaluate
-    from harmony.cli.config import compose
+    from harmony.cli.compose import compose
 
     study().measure()
     browser.call("Browser.setDownloadBehavior", behavior="allow", downloadPath=str(tmp_path / "saved"))

@@ -6,7 +6,7 @@ import torch
 from hydra.utils import instantiate
 from safetensors.torch import save_file
 
-from harmony.cli.config import compose
+from harmony.cli.compose import compose
 from harmony.core.errors import UserError
 from harmony.methods import prompt_editing as edit
 from harmony.methods.prompt_editing import (

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from diffusers import UNet2DConditionModel
 from hydra.utils import instantiate
 
-from harmony.cli.config import compose
+from harmony.cli.compose import compose
 from harmony.core.errors import UserError
 from harmony.data.descriptions import Description
 from harmony.methods import zero_shot

@@ -10,7 +10,7 @@ import torch
 from diffusers import UNet2DConditionModel
 from hydra.utils import instantiate
 
-from harmony.cli.config import compose
+from harmony.cli.compose import compose
 from harmony.core.errors import UserError
 from harmony.models.backbone import ASSETS, Kit, kit_path, scaled_latent
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 from hydra.utils import instantiate
 
-from harmony.cli.config import compose
+from harmony.cli.compose import compose
 from harmony.core.errors import UserError
 from harmony.data.latent_cache import encode, example
 from harmony.data.latent_data import LatentData

@@ -12,8 +12,12 @@ import pytest
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 from omegaconf import OmegaConf
 
-from harmony.cli import config
-from harmony.cli.config import check_experiment, compose, entry, refuse_missing, run_folder
+from harmony.cli import run_folder as run_folder_module
+from harmony.cli.command import entry
+from harmony.cli.compose import CONFIGS, compose
+from harmony.cli.explain import check_experiment, parameters, refuse_missing
+from harmony.cli.provenance import provenance
+from harmony.cli.run_folder import run_folder
 from harmony.core.errors import UserError
 from harmony.core.files import write_json
 
@@ -176,7 +180,7 @@ def test_a_ddp_child_is_started_with_more_overrides(command):
         (["trainer.max_stepz=3"], "unknown key trainer.max_stepz; did you mean trainer.max_steps?"),
         (["sed=3"], "unknown key sed; did you mean seed?"),
         (["experimnt=color"], "unknown key experimnt; did you mean experiment?"),
-        (["experiment=colour"], "unknown experiment=colour; did you mean color? There are: color, "),
+        (["experiment=colour"], "unknown experiment=colour; did you mean color? There are: backbone_captioner, "),
         (["trainer=ones"], "unknown trainer=ones; did you mean one? There are: one, two"),
         (["~trainer.max_stepz"], "unknown key trainer.max_stepz; did you mean trainer.max_steps?"),
         (["trainer.max_stepz=3", "sed=3"], "did you mean trainer.max_steps?"),
@@ -323,14 +327,15 @@ def test_other_ranks_follow_rank_zero(cfg, monkeypatch):
     assert run_folder(cfg("resume=false")) == first
     monkeypatch.delenv("HARMONY_RUN_DIR")  # a process of torchrun
     assert run_folder(cfg()) == first
-    monkeypatch.setattr(config, "WAIT_SECONDS", 0)
+    monkeypatch.setattr(run_folder_module, "WAIT_SECONDS", 0)
     with pytest.raises(UserError, match="rank 1 waited"):
         run_folder(cfg("seed=5"))
 
 
 TOY = """
 from pathlib import Path
-from harmony.cli.config import entry, rank, run_folder
+from harmony.cli.command import entry
+from harmony.cli.run_folder import rank, run_folder
 
 @entry("fit", config_dir=Path(__file__).parent / "configs")
 def main(cfg):
@@ -351,7 +356,7 @@ if __name__ == "__main__":
 @pytest.mark.slow
 def test_two_processes_share_one_run_folder(house):
     """Lightning starts the same command again for the second rank, with overrides of its own."""
-    shutil.copytree(config.CONFIGS / "trainer", house / "configs" / "trainer", dirs_exist_ok=True)
+    shutil.copytree(CONFIGS / "trainer", house / "configs" / "trainer", dirs_exist_ok=True)
     (house / "toy.py").write_text(TOY)
     environment = {**os.environ, "PYTHONPATH": f"{ROOT}{os.pathsep}{house}"}
     command = [sys.executable, "-m", "toy", "trainer=ddp2", "trainer.max_steps=2", "trainer.limit_val_batches=0"]
@@ -362,7 +367,7 @@ def test_two_processes_share_one_run_folder(house):
 
 
 def test_provenance_names_what_a_run_depended_on(cfg, tmp_path):
-    facts = config.provenance(cfg("seed=4"), kit="abc")
+    facts = provenance(cfg("seed=4"), kit="abc")
     assert facts["seed"] == 4 and facts["kit"] == "abc" and facts["versions"]["torch"] and facts["device"]
     write_json(tmp_path / "provenance.json", facts)
 
@@ -370,18 +375,18 @@ def test_provenance_names_what_a_run_depended_on(cfg, tmp_path):
 # What is shipped ------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", sorted(path.stem for path in (config.CONFIGS / "trainer").glob("*.yaml")))
+@pytest.mark.parametrize("name", sorted(path.stem for path in (CONFIGS / "trainer").glob("*.yaml")))
 def test_shipped_trainers_hold_parameters_of_lightning(name):
-    node = OmegaConf.load(config.CONFIGS / "trainer" / f"{name}.yaml")
-    target = OmegaConf.load(config.CONFIGS / "trainer" / "default.yaml")._target_
-    assert {key for key in node if key not in ("defaults", "_target_")} <= config.parameters(target)
+    node = OmegaConf.load(CONFIGS / "trainer" / f"{name}.yaml")
+    target = OmegaConf.load(CONFIGS / "trainer" / "default.yaml")._target_
+    assert {key for key in node if key not in ("defaults", "_target_")} <= parameters(target)
 
 
-@pytest.mark.parametrize("name", sorted(path.stem for path in (config.CONFIGS / "logger").glob("*.yaml")))
+@pytest.mark.parametrize("name", sorted(path.stem for path in (CONFIGS / "logger").glob("*.yaml")))
 def test_shipped_loggers_start(name, tmp_path):
     from hydra.utils import instantiate
 
-    node = OmegaConf.load(config.CONFIGS / "logger" / f"{name}.yaml")
+    node = OmegaConf.load(CONFIGS / "logger" / f"{name}.yaml")
     logger = instantiate(OmegaConf.create({"name": "run", "paths": {"run": str(tmp_path)}, "logger": node}).logger)
     assert logger is not None
 

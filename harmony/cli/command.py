@@ -1,0 +1,149 @@
+"""Commands: ``@entry("fit")`` turns ``main(cfg)`` into a command over ``configs/fit.yaml``; user errors in one line."""
+
+import errno
+import functools
+import os
+import re
+import sys
+from collections.abc import Callable, Iterable
+from pathlib import Path
+
+import hydra
+from hydra._internal.utils import _run_hydra, get_args_parser
+from hydra.core.hydra_config import HydraConfig
+from hydra.errors import (
+    HydraException,
+    InstantiationException,
+)
+from hydra.types import RunMode
+from omegaconf import DictConfig
+from omegaconf.errors import OmegaConfBaseException
+
+from harmony.cli.compose import CONFIGS, one_line, register
+from harmony.cli.explain import check_experiment, explain, refuse_logger, refuse_missing, refuse_parallel_sweep
+from harmony.cli.help import help_text
+from harmony.cli.run_folder import rank
+from harmony.core.errors import UserError
+from harmony.core.signals import Interrupt, obey
+
+# Hydra must not change the folder, write its own files or touch logging: the run folder is ours.
+HYDRA_SETTINGS = {
+    "hydra.run.dir": ".",
+    "hydra.output_subdir": "null",
+    "hydra.sweep.dir": "${oc.select:paths.runs,runs}/.multirun",
+    "hydra.sweep.subdir": ".",
+    "hydra/job_logging": "none",
+}
+INTERRUPTED = "interrupted; the same command resumes"
+
+
+class _Leave(BaseException):
+    """Carries an exception of the task past Hydra, which would print its own message first."""
+
+
+def literal(override: str, keys: Iterable[str]) -> str:
+    """``key=value`` with the value of a text key quoted, so that commas, brackets and spaces in it mean themselves."""
+    key, _, value = override.partition("=")
+    quoted = len(value) > 1 and value[0] == value[-1] and value[0] in "'\""
+    if key.lstrip("+") not in keys or value == "null" or quoted:
+        return override
+    escaped = re.sub(r"(\\*)('|$)", lambda m: 2 * m[1] + ("\\'" if m[2] else ""), value)
+    return f"{key}='{escaped}'"
+
+
+def run(
+    task: Callable[[DictConfig], None],
+    name: str,
+    config_dir: Path,
+    read: Callable[[list[str]], list[str]] = list,
+    program: bool = False,
+) -> int:
+    """Compose the configuration from the command line and call ``task``; the exit code (0, 2, 130 or 143).
+
+    ``program``: the process ends with the command (see ``obey``).
+    """
+    parser = get_args_parser()
+    args = parser.parse_args()
+    given = read(args.overrides)
+    keys = {override.lstrip("+~").split("=")[0] for override in given}
+    args.overrides = [f"{key}={value}" for key, value in HYDRA_SETTINGS.items() if key not in keys] + given
+    os.environ["HYDRA_FULL_ERROR"] = "1"  # otherwise Hydra prints errors itself and leaves with code 1
+
+    @functools.wraps(task)
+    def job(cfg: DictConfig) -> None:
+        try:
+            settings = HydraConfig.get()
+            if settings.mode is RunMode.MULTIRUN:
+                refuse_parallel_sweep(cfg)
+            choices = {key: option for key, option in settings.runtime.choices.items() if not key.startswith("hydra/")}
+            if choices.get("experiment"):
+                check_experiment(name, choices, config_dir)
+            refuse_missing(cfg)
+            refuse_logger(cfg)
+            task(cfg)
+        except Exception as error:
+            raise _Leave from error
+
+    failure: BaseException | None = None
+    try:
+        with obey(INTERRUPTED if rank() == 0 else "", program):
+            if args.help:
+                print(help_text(task, name, config_dir))
+            else:
+                register()
+                hydra.version.setbase("1.3")
+                _run_hydra(args, parser, job, str(config_dir), name)
+    except _Leave as leave:
+        failure = leave.__cause__
+    except (HydraException, OmegaConfBaseException) as error:
+        failure = UserError(explain(error, name, given, config_dir))
+    except (UserError, KeyboardInterrupt) as error:
+        failure = error
+    return report(failure)
+
+
+def report(error: BaseException | None) -> int:
+    """Exit code; what a user can mend or wanted is said in one line, what is a bug of ours is raised again."""
+    if error is None:
+        return 0
+    if isinstance(error, KeyboardInterrupt):
+        if rank() == 0:
+            print(INTERRUPTED, file=sys.stderr)
+        return error.code if isinstance(error, Interrupt) else 130
+    if isinstance(error, InstantiationException) and isinstance(error.__cause__, (UserError, OSError)):
+        error = error.__cause__  # raised by what a _target_ names
+    if isinstance(error, OSError) and error.errno == errno.ENOSPC:
+        error = UserError(f"disk full ({error.filename or os.getcwd()}); free some space, the same command goes on")
+    if not isinstance(error, UserError):
+        raise error
+    print(f"harmony: error: {one_line(error)}", file=sys.stderr)
+    return 2
+
+
+def entry(
+    name: str, config_dir: str | Path = CONFIGS, read: Callable[[list[str]], list[str]] = list
+) -> Callable[[Callable[[DictConfig], None]], Callable]:
+    """Decorator: ``main(cfg)`` becomes a command over ``<config_dir>/<name>.yaml``; called with a cfg it just runs.
+
+    ``read`` turns the words of the command line into overrides, where a command takes words that Hydra does not.
+    """
+
+    def decorate(task: Callable[[DictConfig], None]) -> Callable:
+        @functools.wraps(task)
+        def main(cfg: DictConfig | None = None) -> None:
+            if cfg is not None:
+                return task(cfg)
+            program = sys._getframe(1).f_globals.get("__name__") == "__main__"
+            code = run(task, name, Path(config_dir).resolve(), read, program)
+            if code:
+                sys.exit(code)
+
+        return main
+
+    return decorate
+
+
+# Run folders --------------------------------------------------------------------------------------------------------
+
+
+# Provenance ---------------------------------------------------------------------------------------------------------

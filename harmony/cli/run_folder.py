@@ -1,0 +1,109 @@
+"""Run folders ``<paths.runs>/<name>/<timestamp>``: a new one, or the unfinished one of the same configuration."""
+
+import os
+import time
+from datetime import datetime
+from pathlib import Path
+
+from omegaconf import DictConfig, OmegaConf, open_dict
+
+from harmony.core.errors import UserError
+from harmony.core.files import write_text
+
+WAIT_SECONDS = 60  # how long a rank that was started from outside waits for rank 0 to make the run folder
+
+
+def rank() -> int:
+    """Rank of this process among those that train together, before any process group exists."""
+    return int(next((os.environ[k] for k in ("RANK", "SLURM_PROCID", "LOCAL_RANK") if os.environ.get(k)), 0))
+
+
+def world() -> int:
+    """How many processes torchrun or srun started."""
+    return int(os.environ.get("WORLD_SIZE") or os.environ.get("SLURM_STEP_NUM_TASKS") or 1)
+
+
+def device() -> str:
+    """The GPU of this process where there is one."""
+    import torch
+
+    local = int(os.environ.get("LOCAL_RANK") or os.environ.get("SLURM_LOCALID") or 0)
+    return f"cuda:{local % torch.cuda.device_count()}" if torch.cuda.is_available() else "cpu"
+
+
+def identity(cfg: DictConfig) -> str:
+    """The resolved configuration as YAML, without what differs between two goes of one run."""
+    cfg = cfg.copy()
+    with open_dict(cfg):
+        cfg.paths.run = None
+        cfg.pop("resume", None)
+    return OmegaConf.to_yaml(cfg, resolve=True, sort_keys=True)
+
+
+def unfinished(folder: Path, text: str) -> Path | None:
+    """The newest run in ``folder`` of the configuration ``text`` that has no final ``metrics.json``."""
+    runs = (path.parent for path in folder.glob("*/config.yaml") if path.read_text() == text)
+    return max((run for run in runs if not (run / "metrics.json").exists()), default=None)
+
+
+def new_folder(parent: Path) -> Path:
+    """``parent/<timestamp>``; runs that begin in the same second get a number."""
+    stamp = datetime.now().strftime("%Y-%m-%d_%H-%M-%S")
+    for name in (stamp, *(f"{stamp}_{i:02d}" for i in range(1, 100))):
+        try:
+            (parent / name).mkdir(parents=True)
+            return parent / name
+        except FileExistsError:
+            continue
+    raise UserError(f"{parent} holds 100 runs of this very second; wait and start again")
+
+
+def run_folder(cfg: DictConfig) -> Path:
+    """The folder of this run, ``<paths.runs>/<name>/<timestamp>``, absolute; also set as ``cfg.paths.run``.
+
+    With ``resume: true`` the newest unfinished run of the same configuration goes on, with ``false`` a new one begins,
+    with a path that folder is used. Rank 0 decides and writes ``config.yaml``; processes that it starts read
+    HARMONY_RUN_DIR, processes started from outside (torchrun, SLURM) wait for the folder of their configuration.
+    """
+    text, resume = identity(cfg), cfg.get("resume", True)
+    parent = Path(cfg.paths.runs).resolve() / str(cfg.name or "unnamed")
+    if rank() > 0:
+        folder = follow_rank_zero(parent, text, resume)
+    elif isinstance(resume, str):
+        folder = Path(resume).resolve()
+        if not folder.is_dir():
+            raise UserError(f"resume={resume}: there is no such run folder")
+    else:
+        folder = (unfinished(parent, text) if resume else None) or new_folder(parent)
+    if rank() == 0:
+        write_text(folder / "config.yaml", text)
+        os.environ["HARMONY_RUN_DIR"] = str(folder)
+    with open_dict(cfg):
+        cfg.paths.run = str(folder)
+    return folder
+
+
+def follow_rank_zero(parent: Path, text: str, resume: bool | str) -> Path:
+    """The run folder that rank 0 chose."""
+    if os.environ.get("HARMONY_RUN_DIR"):
+        return Path(os.environ["HARMONY_RUN_DIR"])
+    if isinstance(resume, str):
+        return Path(resume).resolve()
+    if not resume:
+        raise UserError("resume=false with processes started from outside needs the same HARMONY_RUN_DIR in each")
+    for _ in range(WAIT_SECONDS * 10):
+        folder = unfinished(parent, text)
+        if folder:
+            return folder
+        time.sleep(0.1)
+    raise UserError(f"rank {rank()} waited {WAIT_SECONDS} s for rank 0 to make a run folder in {parent}; is it shared?")
+
+
+def make_folder(path: str | Path) -> Path:
+    """The folder ``path``, absolute, made if need be. Raises UserError where it cannot be."""
+    folder = Path(path).resolve()
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except (FileExistsError, NotADirectoryError, PermissionError) as error:
+        raise UserError(f"cannot write into {folder} ({error.strerror}): choose another folder") from None
+    return folder
