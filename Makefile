@@ -6,7 +6,7 @@ STAMP  := $(VENV)/.installed
 PHOTOS ?= null
 
 .DEFAULT_GOAL := help
-.PHONY: help install kit small fit paper words test test-slow gpu golden lint clean
+.PHONY: help install backbone small fit paper words test test-slow gpu golden lint clean
 
 help:  ## show these targets
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 12
@@ -24,16 +24,16 @@ $(STAMP): setup.cfg pyproject.toml .ci/constraints.txt
 	$(RUN) -m harmony.doctor check=database
 	touch $@
 
-kit: install  ## train the tiny kit, part by part (PHOTOS=folder in Open Images layout adds photographs)
+backbone: install  ## train the tiny backbone, part by part (PHOTOS=folder in Open Images layout adds photographs)
 	for part in vae clip captioner inpaint; do \
 	  $(RUN) -m harmony.fit experiment=backbone_$$part dataset.photos=$(PHOTOS) || exit; done
-	$(RUN) -m harmony.export kit=work/backbone/tiny output=harmony/assets/tiny
+	$(RUN) -m harmony.export backbone=work/backbone/tiny output=harmony/assets/tiny
 
-small: install  ## train the small kit (256 px) into work/backbone/small, for model=small; wants a GPU
+small: install  ## train the small backbone (256 px) into work/backbone/small, for model=small; wants a GPU
 	for part in vae clip captioner inpaint; do \
 	  $(RUN) -m harmony.fit experiment=backbone_small_$$part dataset.photos=$(PHOTOS) || exit; done
 
-fit: install  ## train the colour ControlNet on the bundled dataset and the tiny kit, then print the table
+fit: install  ## train the colour ControlNet on the bundled dataset and the tiny backbone, then print the table
 	$(RUN) -m harmony.fit experiment=color
 
 CONCEPTS := $(notdir $(wildcard datasets/editing/concepts/*))

@@ -37,25 +37,25 @@ COUNTS = (
 )
 
 
-def train(cfg: DictConfig, kit, branches: tuple[str, ...] = ("color",), what: str = "train") -> Figures:
+def train(cfg: DictConfig, backbone, branches: tuple[str, ...] = ("color",), what: str = "train") -> Figures:
     from harmony.benchmarks.train import Load, bench_train
 
     load = Load(cfg.batch, cfg.steps, cfg.blocks, cfg.compile, cfg.checkpointing, cfg.offload)
-    return {what: bench_train(kit, load, branches)}
+    return {what: bench_train(backbone, load, branches)}
 
 
-def joint(cfg: DictConfig, kit) -> Figures:
-    return train(cfg, kit, ("color", "structure"), "joint")
+def joint(cfg: DictConfig, backbone) -> Figures:
+    return train(cfg, backbone, ("color", "structure"), "joint")
 
 
-def sample(cfg: DictConfig, kit) -> Figures:
+def sample(cfg: DictConfig, backbone) -> Figures:
     from harmony.benchmarks.sample import bench_sample
 
     s = cfg.sampling
-    return bench_sample(kit, s.batch, s.steps, s.guidance, cfg.blocks, s.modes)
+    return bench_sample(backbone, s.batch, s.steps, s.guidance, cfg.blocks, s.modes)
 
 
-def data(cfg: DictConfig, kit) -> Figures:
+def data(cfg: DictConfig, backbone) -> Figures:
     from harmony.benchmarks.data import bench_import, bench_selection
 
     folder, d = Path(cfg.paths.work).resolve() / "bench", cfg.data
@@ -63,10 +63,10 @@ def data(cfg: DictConfig, kit) -> Figures:
     return {"data": selection, "data_import": bench_import(folder, d.samples, d.compared, cfg.blocks)}
 
 
-def memory(cfg: DictConfig, kit) -> Figures:
+def memory(cfg: DictConfig, backbone) -> Figures:
     from harmony.benchmarks.memory import bench_memory
 
-    return {"memory": bench_memory(kit)}
+    return {"memory": bench_memory(backbone)}
 
 
 PARTS: dict[str, Callable[[DictConfig, object], Figures]] = {
@@ -78,10 +78,10 @@ PARTS: dict[str, Callable[[DictConfig, object], Figures]] = {
 }
 
 
-def measure(part: str, cfg: DictConfig, kit) -> Figures:
+def measure(part: str, cfg: DictConfig, backbone) -> Figures:
     """The figures of one part."""
-    print(f"\n{part}: kit {kit.name} on {kit.device.type}", flush=True)
-    figures = PARTS[part](cfg, kit)
+    print(f"\n{part}: backbone {backbone.name} on {backbone.device.type}", flush=True)
+    figures = PARTS[part](cfg, backbone)
     torch._dynamo.reset()  # a compiled step of another task is another one
     torch.cuda.empty_cache()
     return figures
@@ -133,7 +133,7 @@ def measure_gpu(cfg: DictConfig, folder: Path, gpu: bool) -> None:
 
 @entry("bench", read=words)
 def main(cfg: DictConfig) -> None:
-    """Measure what is asked for and write ``bench.json``: <what>/<kit>/<device>/<figure>."""
+    """Measure what is asked for and write ``bench.json``: <what>/<backbone>/<device>/<figure>."""
     where = "cuda" if torch.cuda.is_available() else "cpu"
     check(cfg, where)
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -143,11 +143,13 @@ def main(cfg: DictConfig) -> None:
         return measure_gpu(cfg, folder, where == "cuda")
     torch.set_float32_matmul_precision("high")
     torch.manual_seed(0)
-    kit, figures = instantiate(cfg.model).to(where), {}
+    backbone, figures = instantiate(cfg.model).to(where), {}
     for part in cfg.what:
-        figures |= measure(part, cfg, kit)
+        figures |= measure(part, cfg, backbone)
         # written after each part: what fails or is stopped loses nothing that was measured before
-        flat = {f"{what}/{kit.name}/{kit.device.type}/{k}": v for what, f in figures.items() for k, v in f.items()}
+        flat = {
+            f"{what}/{backbone.name}/{backbone.device.type}/{k}": v for what, f in figures.items() for k, v in f.items()
+        }
         write_json(folder / "bench.json", flat)
         write_text(folder / "table.md", table(figures) + "\n")
     print(f"\n{table(figures)}\n\n{folder / 'bench.json'}")

@@ -28,7 +28,7 @@ from harmony.core.errors import UserError
 INSTALL = "make install"
 FEW_GIB = 5  # an installed environment, one cache of the bundled dataset and a few runs
 EXTRAS = {"studio": "mitsuba", "dev": "pytest"}
-KIT_PARTS = ("vae", "unet", "text_encoder", "tokenizer", "scheduler", "image_encoder", "captioner")
+BACKBONE_PARTS = ("vae", "unet", "text_encoder", "tokenizer", "scheduler", "image_encoder", "captioner")
 IMAGES = {".jpg", ".jpeg", ".png"}
 
 
@@ -108,17 +108,17 @@ def check_database(cfg: DictConfig) -> Finding:
     return Finding(True, f"MongoDB {asked.stdout.split()[2]} at {server}")
 
 
-def check_kits(cfg: DictConfig) -> Finding:
-    """Kits shipped with the package, and what they lack."""
-    kits = sorted(path.parent for path in (PACKAGE / "assets").glob("*/model_index.json"))
+def check_backbones(cfg: DictConfig) -> Finding:
+    """Backbones shipped with the package, and what they lack."""
+    backbones = sorted(path.parent for path in (PACKAGE / "assets").glob("*/model_index.json"))
     told, missing = [], {}
-    for kit in kits:
-        missing[kit.name] = [part for part in KIT_PARTS if not (kit / part).is_dir()]
-        size = sum(f.stat().st_size for f in kit.rglob("*") if f.is_file()) / 1e6
-        lack = f", without {' and '.join(missing[kit.name])}" if missing[kit.name] else ""
-        told.append(f"{kit.name} ({size:.1f} MB{lack})")
+    for backbone in backbones:
+        missing[backbone.name] = [part for part in BACKBONE_PARTS if not (backbone / part).is_dir()]
+        size = sum(f.stat().st_size for f in backbone.rglob("*") if f.is_file()) / 1e6
+        lack = f", without {' and '.join(missing[backbone.name])}" if missing[backbone.name] else ""
+        told.append(f"{backbone.name} ({size:.1f} MB{lack})")
     text = ", ".join(told) or f"none in {PACKAGE / 'assets'}"
-    return Finding(missing.get("tiny") == [], text, "make kit trains the tiny kit")
+    return Finding(missing.get("tiny") == [], text, "make backbone trains the tiny backbone")
 
 
 def check_dataset(cfg: DictConfig) -> Finding:

@@ -170,26 +170,26 @@ def words_seen(edited: Edited, side: int) -> np.ndarray:
 def main(cfg: DictConfig) -> None:
     """Invert the photograph (once), edit it, and write source, reconstruction, edit, masks and attention maps."""
     asked = read_asked(cfg)
-    kit = instantiate(cfg.model).to("cuda" if torch.cuda.is_available() else "cpu")
+    backbone = instantiate(cfg.model).to("cuda" if torch.cuda.is_available() else "cpu")
     for path in listed(cfg.words) or ():
         word = read_word(path)
-        learn(kit, word)
+        learn(backbone, word)
         print(f"{word.token} is a word of {len(word.vectors)} vector{'s' * (len(word.vectors) > 1)}, from {path}")
-    square = crop_resize(asked.image, asked.crop, kit.resolution)
+    square = crop_resize(asked.image, asked.crop, backbone.resolution)
     if cfg.source is None:
         seen = crop_resize(asked.image, asked.crop, asked.crop.side)
-        cfg.source = caption_picture(seen, kit.captioner, kit.processor, kit.device)
+        cfg.source = caption_picture(seen, backbone.captioner, backbone.processor, backbone.device)
         print(f"source {cfg.source!r}, by the captioner; its words are the handles: correct them with source=")
     factors = read_factors(cfg.reweight)
     name, mode = settings(cfg, factors)
     words = factors or None, chosen(cfg)
-    planned = plan(kit, cfg.source, cfg.target, mode, *words)  # what does not fit is refused before the inversion
+    planned = plan(backbone, cfg.source, cfg.target, mode, *words)  # what does not fit is refused before the inversion
     local = "local" if mode.local else "in the whole picture"
     print(f"{name}, {local}: {cfg.source!r} -> {cfg.target!r}; cross {mode.cross:g}, own {mode.own:g}; {LIMITS}")
     kept, options = Path(cfg.paths.work) / "inversions", (cfg.source, cfg.steps, cfg.guidance, cfg.inner)
-    inversion = kept_inversion(kept, kit, square, *options, lambda line: print(line, flush=True))
-    edited = edit_picture(kit, inversion, planned, cfg.guidance, cfg.threshold)
-    bound = from_model(kit.decode(inversion.latent))[0]
+    inversion = kept_inversion(kept, backbone, square, *options, lambda line: print(line, flush=True))
+    edited = edit_picture(backbone, inversion, planned, cfg.guidance, cfg.threshold)
+    bound = from_model(backbone.decode(inversion.latent))[0]
     figures = {"autoencoder/psnr": psnr(bound, square), "reconstruction/psnr": psnr(edited.pictures[0], square)}
     how = "fast mode, no null texts" if cfg.inner == 0 else "null texts"
     print(
@@ -199,13 +199,13 @@ def main(cfg: DictConfig) -> None:
     image, region = finish(asked, edited, cfg.paste)
     folder = make_folder(cfg.output) if cfg.output else new_folder(Path(cfg.paths.runs).resolve() / "edit")
     pictures = {"edit": image, "source": square, "reconstruction": edited.pictures[0], "raw": edited.pictures[1]}
-    shown = [square, edited.pictures[0], edited.pictures[1], crop_resize(image, asked.crop, kit.resolution)]
+    shown = [square, edited.pictures[0], edited.pictures[1], crop_resize(image, asked.crop, backbone.resolution)]
     titles = ["source", "reconstruction", "raw edit", "edit"]
     if region is not None:
         pictures["mask"] = region
         for who, mask in zip(("source", "target"), edited.masks, strict=True):
             pictures[f"mask_{who}"] = mask
-    pictures |= {"attention": words_seen(edited, kit.resolution), "sheet": grid([shown], titles)}
+    pictures |= {"attention": words_seen(edited, backbone.resolution), "sheet": grid([shown], titles)}
     for file, picture in pictures.items():
         write_image(folder / f"{file}.png", picture)
     write_json(folder / "metrics.json", {key: float(value) for key, value in figures.items()})

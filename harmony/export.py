@@ -20,7 +20,7 @@ FORMATS = ("diffusers", "comfyui")
 def overrides(words: list[str]) -> list[str]:
     """The command line for Hydra: the word without ``=`` is the run, and paths are text."""
     pairs = [word if "=" in word or word.startswith("~") else f"run={word}" for word in words]
-    return [literal(word, ("run", "kit", "output", "license")) for word in pairs]
+    return [literal(word, ("run", "backbone", "output", "license")) for word in pairs]
 
 
 def output_folder(cfg: DictConfig, path: Path, run: RunFolder) -> Path:
@@ -46,7 +46,7 @@ def output_folder(cfg: DictConfig, path: Path, run: RunFolder) -> Path:
 def export_run(cfg: DictConfig) -> Path:
     """Write what ``cfg.run`` trained; the path of the result."""
     if cfg.run is None:
-        raise UserError("what shall be exported? python -m harmony.export RUN, or kit=FOLDER output=FOLDER")
+        raise UserError("what shall be exported? python -m harmony.export RUN, or backbone=FOLDER output=FOLDER")
     if cfg.format not in FORMATS:
         raise UserError(f"format={cfg.format}: choose one of {', '.join(FORMATS)}")
     path = Path(cfg.run)
@@ -65,16 +65,16 @@ def export_run(cfg: DictConfig) -> Path:
 
 
 def export_backbone(cfg: DictConfig) -> Path:
-    """Write the trained backbone ``cfg.kit`` in float16; the path of the result."""
+    """Write the trained backbone ``cfg.backbone`` in float16; the path of the result."""
     if cfg.output is None:
-        raise UserError("export kit=FOLDER needs output=FOLDER: where the backbone is to be written")
-    return write_backbone(Path(cfg.kit), make_folder(cfg.output), Path(cfg.paths.runs))
+        raise UserError("export backbone=FOLDER needs output=FOLDER: where the backbone is to be written")
+    return write_backbone(Path(cfg.backbone), make_folder(cfg.output), Path(cfg.paths.runs))
 
 
 @entry("export", read=overrides)
 def main(cfg: DictConfig) -> None:
     """Write what a run trained in the format of diffusers or ComfyUI, or a trained backbone in float16."""
-    print(export_run(cfg) if cfg.kit is None else export_backbone(cfg))
+    print(export_run(cfg) if cfg.backbone is None else export_backbone(cfg))
 
 
 if __name__ == "__main__":

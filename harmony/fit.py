@@ -27,7 +27,7 @@ def settle_precision(cfg: DictConfig) -> dict[str, str]:
     null: bf16-mixed where the task has frozen networks and they are bfloat16, else 32-true. auto: bfloat16 where the
     trainer is told to compute in it, or where it is told nothing and runs on a GPU; else float32.
     """
-    asked, frozen = cfg.trainer.precision, isinstance(cfg.module.get("kit"), DictConfig)
+    asked, frozen = cfg.trainer.precision, isinstance(cfg.module.get("backbone"), DictConfig)
     gpu = cfg.trainer.accelerator in ("auto", "gpu", "cuda") and torch.cuda.is_available()
     if cfg.model.dtype == "auto":
         cfg.model.dtype = "bfloat16" if (gpu if asked is None else "bf16" in str(asked)) else "float32"
@@ -76,10 +76,10 @@ def measure(cfg: DictConfig, task: Task) -> tuple[dict[str, float], dict, str]:
 
     e = cfg.evaluate
     settings = Settings(e.steps, e.guidance)
-    items = load_reconstruct(Path(cfg.data.manifest), e.split, task.kit.resolution, e.limit)
+    items = load_reconstruct(Path(cfg.data.manifest), e.split, task.backbone.resolution, e.limit)
     methods = task.baseline(settings), task.result(settings)
     protocol = f"DDIM {e.steps} steps, guidance {e.guidance}, seed {e.seed}"
-    figures, facts = before_and_after(task.kit, items, *methods, e.seed, protocol)
+    figures, facts = before_and_after(task.backbone, items, *methods, e.seed, protocol)
     return figures, facts, f"{table(figures, e.split, **facts)}\n"
 
 
@@ -108,7 +108,7 @@ def main(cfg: DictConfig) -> None:
     measured, facts, text = measure(cfg, task) if cfg.evaluate is not None else ({}, {}, "")
     figures |= measured
     backbone = instantiate(cfg.model)
-    facts |= {"kit": {part: backbone.hash(part) for part in DIFFUSION}, **data_facts(cfg, trainer.datamodule)}
+    facts |= {"backbone": {part: backbone.hash(part) for part in DIFFUSION}, **data_facts(cfg, trainer.datamodule)}
     facts |= {"wall_time_s": round(time.monotonic() - start, 1)}
     write_json(folder / "provenance.json", provenance(cfg, **precision, **facts))
     if trainer.logger is not None:

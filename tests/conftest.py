@@ -57,8 +57,8 @@ def shared_data() -> Path:
     return SHARED_DATA
 
 
-def build_random_kit(folder: Path) -> Path:
-    """A complete kit in diffusers layout with fresh small networks: 32 px, factor 4, made in a second, trained on
+def build_random_backbone(folder: Path) -> Path:
+    """A complete backbone in diffusers layout with fresh small networks: 32 px, factor 4, made in a second, trained on
     nothing.
     """
     import torch
@@ -99,9 +99,9 @@ def build_random_kit(folder: Path) -> Path:
 
 
 @pytest.fixture(scope="session")
-def random_kit(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Folder of ``build_random_kit``; read it, do not change it."""
-    return build_random_kit(tmp_path_factory.mktemp("kit") / "random")
+def random_backbone(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Folder of ``build_random_backbone``; read it, do not change it."""
+    return build_random_backbone(tmp_path_factory.mktemp("backbone") / "random")
 
 
 @pytest.fixture
@@ -114,16 +114,16 @@ def channels_last(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture(scope="session")
 def awake():
-    """``awake(kit, seed)``: a frozen ControlNet that acts as if trained, what begins at zero being filled with
+    """``awake(backbone, seed)``: a frozen ControlNet that acts as if trained, what begins at zero being filled with
     noise.
     """
     import torch
 
     from harmony.models.controlnet import from_unet, zero_convolutions
 
-    def make(kit, seed: int = 0):
+    def make(backbone, seed: int = 0):
         torch.manual_seed(seed)
-        net = from_unet(kit.unet, kit.factor).requires_grad_(False).eval()
+        net = from_unet(backbone.unet, backbone.factor).requires_grad_(False).eval()
         for parameter in (*zero_convolutions(net), *net.controlnet_cond_embedding.conv_out.parameters()):
             parameter.normal_(0, 0.1)
         return net
@@ -194,10 +194,10 @@ def prepared_work(small_manifest):
 
 
 @pytest.fixture(scope="session")
-def latent_data(random_kit, small_manifest, tmp_path_factory):
-    """``latent_data(**options)``: a prepared ``LatentData`` on the random kit; equal recipes share one cache."""
+def latent_data(random_backbone, small_manifest, tmp_path_factory):
+    """``latent_data(**options)``: a prepared ``LatentData`` on the random backbone; equal recipes share one cache."""
     from harmony.data.latent_data import LatentData
-    from harmony.models.backbone import Kit
+    from harmony.models.backbone import Backbone
 
     folder = tmp_path_factory.mktemp("latents")
     manifest = small_manifest(folder)
@@ -205,7 +205,7 @@ def latent_data(random_kit, small_manifest, tmp_path_factory):
 
     def make(**options):
         options = {"batch_size": 2, "hints": hints} | options
-        data = LatentData(str(manifest), Kit(str(random_kit)), str(folder / "cache"), **options)
+        data = LatentData(str(manifest), Backbone(str(random_backbone)), str(folder / "cache"), **options)
         data.prepare(say=lambda line: None)
         return data
 

@@ -17,7 +17,7 @@ from harmony.methods.method import seeds_of
 from harmony.methods.paint_by_example import load as load_paint_by_example
 from harmony.metrics.classification import judged
 from harmony.metrics.fidelity import aggregate
-from harmony.models.backbone import ASSETS, Kit
+from harmony.models.backbone import ASSETS, Backbone
 from harmony.models.judge import load_judge
 from harmony.pixels.composites import copy_paste
 from harmony.pixels.images import from_model, to_model
@@ -28,17 +28,17 @@ CONTROLNETS = ("color", "structure")
 
 
 @pytest.fixture(scope="module")
-def kit() -> Kit:
-    return Kit("tiny")
+def backbone() -> Backbone:
+    return Backbone("tiny")
 
 
 @pytest.fixture(scope="module")
-def items(kit) -> EvalSet:
+def items(backbone) -> EvalSet:
     """Sixteen held-out renders, spread over the test split."""
     rows = rows_of(ROOT / "datasets" / "studio" / "test", "test", ROOT)
     rows = [row for row in rows if Path(row.image).parent.name == "data"]
     rows = rows[:: len(rows) // 16][:16]
-    examples = [example(row, ROOT, SHOWN_TO, kit.resolution) for row in rows]
+    examples = [example(row, ROOT, SHOWN_TO, backbone.resolution) for row in rows]
     composites = [composite_of(e, row) for e, row in zip(examples, rows, strict=True)]
     return EvalSet("test", composites, [e.image for e in examples])
 
@@ -54,30 +54,32 @@ def test_it_is_small():
 
 
 @pytest.mark.parametrize("name", CONTROLNETS)
-def test_a_controlnet_is_of_this_kit(name, kit):
-    """Guards against a kit that is replaced while the ControlNets stay: they were trained on the very same weights."""
+def test_a_controlnet_is_of_this_backbone(name, backbone):
+    """Guards against a backbone that is replaced while the ControlNets stay: they were trained on the very same
+    weights.
+    """
     facts = json.loads((ASSETS / name / "controlnet" / "hint.json").read_text())
     assert facts["branch"] == name
-    assert {part: facts[part] for part in ("vae", "unet")} == {part: kit.hash(part) for part in ("vae", "unet")}
+    assert {part: facts[part] for part in ("vae", "unet")} == {part: backbone.hash(part) for part in ("vae", "unet")}
 
 
-def test_the_vae_keeps_renders(kit, items):
+def test_the_vae_keeps_renders(backbone, items):
     """The card says 33 dB on 192 renders."""
     x = torch.stack([to_model(image) for image in items.truths])
     with torch.no_grad():
-        y = kit.decode(kit.latent(kit.moments(x)))
+        y = backbone.decode(backbone.latent(backbone.moments(x)))
     decoded = [from_model(v) for v in y.float()]
     assert aggregate(scores(items, decoded))["psnr"] > 31.5
 
 
-def test_the_controlnets_do_their_work(kit, items):
+def test_the_controlnets_do_their_work(backbone, items):
     """The cards say 55 % less colour difference on 96 renders with colour, and more of the edges with structure, alone
     and beside colour; and nothing changes outside the holes.
     """
     seeds, found = seeds_of(0, range(len(items))), {}
     for names in ([], ["color"], ["structure"], ["color", "structure"]):
-        branches = [load_branch(name, kit) for name in names]
-        made = Inpainting(kit, branches, Settings(steps=20, guidance=1.0)).fill(items.composites, seeds)
+        branches = [load_branch(name, backbone) for name in names]
+        made = Inpainting(backbone, branches, Settings(steps=20, guidance=1.0)).fill(items.composites, seeds)
         found["+".join(names)] = aggregate(scores(items, paste_outputs(items, made)))
     off, color, structure, both = found.values()
     assert all(numbers["bg_drift"] == 0 for numbers in found.values())
@@ -95,11 +97,11 @@ def test_the_judge_tells_another_light(items):
     assert judged(scores.ravel(), np.repeat([0.0, 1.0], len(masks)))["auc"] > 0.65
 
 
-def test_paint_by_example_does_its_work(kit, items):
+def test_paint_by_example_does_its_work(backbone, items):
     """The card says half the colour difference of painting without an exemplar, and that it looks like the truth."""
     seeds, found = seeds_of(0, range(len(items))), {}
     for guidance in (0.0, 3.0):
-        method = load_paint_by_example(kit, "paint_by_example", steps=20, guidance=guidance)
+        method = load_paint_by_example(backbone, "paint_by_example", steps=20, guidance=guidance)
         found[guidance] = aggregate(scores(items, paste_outputs(items, method.fill(items.composites, seeds))))
     assert all(numbers["bg_drift"] == 0 for numbers in found.values())
     assert found[3.0]["color_de"] < 0.7 * found[0.0]["color_de"] and found[3.0]["fpsnr"] > found[0.0]["fpsnr"] + 2

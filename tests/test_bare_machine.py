@@ -49,7 +49,7 @@ for command in sys.argv[1:]:
 
 
 @pytest.fixture(scope="module")
-def machine(tmp_path_factory, random_kit, prepared_work):
+def machine(tmp_path_factory, random_backbone, prepared_work):
     """A folder with a prepared dataset, and the environment in which ``ABSENT`` is not installed."""
     folder = tmp_path_factory.mktemp("bare")
     (folder / "trap").mkdir()
@@ -78,9 +78,10 @@ def test_the_libraries_are_not_there(machine):
     run(machine, "-c", code, *ABSENT)
 
 
-def test_trainings(machine, random_kit):
+def test_trainings(machine, random_backbone):
     fixed = [
-        f"model.path={random_kit}", "trainer.accelerator=cpu", "trainer.max_steps=1", "trainer.val_check_interval=1",
+        f"model.path={random_backbone}", "trainer.accelerator=cpu", "trainer.max_steps=1",
+        "trainer.val_check_interval=1",
         "data.batch_size=2", "logger=none", "paths.work=work", "paths.runs=runs",
     ]  # fmt: skip
     run_each(machine, *(["fit", f"experiment={n}", f"name={n}", *fixed, *more] for n, more in TRAININGS.items()))
@@ -89,7 +90,7 @@ def test_trainings(machine, random_kit):
         assert json.loads(metrics.read_text())
 
 
-def test_what_was_trained_is_used(machine, random_kit):
+def test_what_was_trained_is_used(machine, random_backbone):
     """Guards figures of one ControlNet and of a study, insertion, editing, and the benches."""
     folder, rng = machine[0], np.random.default_rng(0)
     write_image(folder / "b.png", rng.integers(0, 256, (48, 70, 3), dtype=np.uint8))
@@ -103,7 +104,7 @@ def test_what_was_trained_is_used(machine, random_kit):
         ["evaluate", "experiment=table1", "name=study", *small],
         ["harmonize", "composite=b.png", "mask=m.png", "prompt='a cat'", "steps=1", "output=inserted"],
         ["edit", "image=b.png", *prompts, "steps=1", "inner=0", "output=edited"],
-        ["bench", "what=[train,sample,memory]", f"model.path={random_kit}", *sizes],
+        ["bench", "what=[train,sample,memory]", f"model.path={random_backbone}", *sizes],
     )
     assert (folder / "inserted" / "harmonized.png").exists() and (folder / "edited" / "edit.png").exists()
     assert all(list((folder / "runs" / name).glob("*/metrics.json")) for name in ("one", "study"))

@@ -36,12 +36,12 @@ def desk(tmp_path, monkeypatch):
 
 
 @pytest.fixture
-def command(random_kit, monkeypatch, capsys):
+def command(random_backbone, monkeypatch, capsys):
     """Runs the entry point in this process: exit code, lines of output, lines of errors."""
 
     def run(*words):
         fixed = [
-            f"model.path={random_kit}",
+            f"model.path={random_backbone}",
             "image=p.png",
             f"source={SOURCE}",
             f"target={TARGET}",
@@ -71,7 +71,7 @@ def pictures(lines: list[str], names: tuple[str, ...] = LOCAL) -> dict[str, np.n
     return {path.stem: read_image(path) for path in paths}
 
 
-def test_an_edit_with_the_shipped_kit(desk, command, monkeypatch):
+def test_an_edit_with_the_shipped_backbone(desk, command, monkeypatch):
     """Guards the whole command: files, figures, the square, every pixel outside the mask, and an inversion that is used
     again for another target.
     """
@@ -121,7 +121,7 @@ def test_an_edit_with_the_shipped_kit(desk, command, monkeypatch):
 
 
 def test_the_captioner_names_the_source(desk, command):
-    """Guards source=null: the kit's captioner looks at the photograph, and what it says is said and kept."""
+    """Guards source=null: the backbone's captioner looks at the photograph, and what it says is said and kept."""
     code, out, err = command("model.path=tiny", "source=", "target=a")
     assert code == 0, err
     (line,) = [line for line in out if "by the captioner" in line]
@@ -129,7 +129,7 @@ def test_the_captioner_names_the_source(desk, command):
     assert len(settings.source.split()) >= 4 and f"{settings.source!r}" in line
 
 
-def test_a_kit_without_a_captioner(desk, command):
+def test_a_backbone_without_a_captioner(desk, command):
     """Guards the message where nobody says what the photograph shows."""
     code, _, err = command("source=")
     assert code == 2 and len(err) == 1 and "has no captioner" in err[0]

@@ -14,13 +14,13 @@ from harmony.cli.compose import compose, load_yaml, options, why
 from harmony.cli.explain import check_experiment
 from harmony.core.errors import UserError
 from harmony.evaluation import comparison as study
-from harmony.models.backbone import Kit
+from harmony.models.backbone import Backbone
 from harmony.models.controlnet import export_controlnet
 from harmony.models.paint_by_example import export_painter, fresh_encoder, painting_unet
 from harmony.pixels.images import read_image, write_image
 
 HERE = Path(__file__).resolve().parents[1]
-# The random kit reads too few tokens for these rows; the test of zero_shot runs such ones on the tiny kit.
+# The random backbone reads too few tokens for these rows; the test of zero_shot runs such ones on the tiny backbone.
 WORDLESS = ("study.rows.zero_shot=null", "study.rows.zero_shot_told=null")
 STUDIES = {
     name: path for name, path in options("experiment").items() if path.parents[1] == HERE and "study" in load_yaml(path)
@@ -28,14 +28,14 @@ STUDIES = {
 
 
 @pytest.fixture(scope="module")
-def controlnets(random_kit, awake, tmp_path_factory):
+def controlnets(random_backbone, awake, tmp_path_factory):
     """Overrides that give every study the ControlNets it names, none of which has learnt anything."""
-    folder, kit = tmp_path_factory.mktemp("controlnets"), Kit(str(random_kit))
+    folder, backbone = tmp_path_factory.mktemp("controlnets"), Backbone(str(random_backbone))
     branches = {"color": "color", "color_relight": "color", "structure": "structure", "raw": "raw"}
     for seed, (name, branch) in enumerate(branches.items()):
-        export_controlnet(awake(kit, seed), folder / name, branch, {}, kit)
-    encoder = fresh_encoder(kit.image_encoder, kit.unet.config.cross_attention_dim)
-    painter = export_painter(painting_unet(kit.unet), encoder, folder, kit)
+        export_controlnet(awake(backbone, seed), folder / name, branch, {}, backbone)
+    encoder = fresh_encoder(backbone.image_encoder, backbone.unet.config.cross_attention_dim)
+    painter = export_painter(painting_unet(backbone.unet), encoder, folder, backbone)
     painters = ("paint_by_example", "all_tokens", "no_augmentation", "box")
     return [*(f"controlnets.{n}={folder / n}" for n in branches), *(f"painters.{n}={painter}" for n in painters)]
 
@@ -49,12 +49,12 @@ def test_a_study_composes_and_says_why_it_exists(name):
 
 
 @pytest.fixture
-def ready(random_kit, controlnets, prepared_work, tmp_path):
+def ready(random_backbone, controlnets, prepared_work, tmp_path):
     """``ready(name, *more)``: a small study's command line, its dataset prepared; it writes into ``runs``."""
 
     def make(name: str, *more: str):
         words = [f"experiment={name}", f"paths.work={tmp_path / 'work'}", f"paths.runs={tmp_path / 'runs'}"]
-        words += [f"model.path={random_kit}", "limit=2", "steps=1", "logger=none", *controlnets, *more]
+        words += [f"model.path={random_backbone}", "limit=2", "steps=1", "logger=none", *controlnets, *more]
         if not (tmp_path / "work").exists():
             prepared_work(tmp_path / "work", words, "evaluate")
         return words
@@ -89,7 +89,7 @@ def test_a_study_runs(name, ready, tmp_path, capsys):
 
 
 def test_the_editing_study_runs(ready, tmp_path, capsys):
-    """Guards the way of the study without manifest and holes; the small kit reads too few tokens for its edits."""
+    """Guards the way of the study without manifest and holes; the small backbone reads too few tokens for its edits."""
     evaluate.main(study_of(ready("editing", "study.parts=[reconstruction]", "study.inner=1")))
     (folder,) = (tmp_path / "runs" / "editing").iterdir()
     head, *rows = (folder / "table.csv").read_text().splitlines()
@@ -98,7 +98,7 @@ def test_the_editing_study_runs(ready, tmp_path, capsys):
     assert metrics["autoencoder/test/psnr"] > 0 and len(metrics) == 12
     said = capsys.readouterr().out
     assert "n = 2 scenes of editing" in (folder / "table.md").read_text() and str(folder / "figure.png") in said
-    assert {"kit/unet", "edits"} <= set(json.loads((folder / "provenance.json").read_text())["made_of"])
+    assert {"backbone/unet", "edits"} <= set(json.loads((folder / "provenance.json").read_text())["made_of"])
 
 
 def test_the_bench_of_judges_runs(ready, tmp_path):
@@ -108,7 +108,7 @@ def test_the_bench_of_judges_runs(ready, tmp_path):
     assert {"statistic/test/auc", "statistic/test/ece"} <= set(json.loads((folder / "metrics.json").read_text()))
 
 
-def test_the_user_study_needs_neither_dataset_nor_kit(tmp_path, monkeypatch, capsys):
+def test_the_user_study_needs_neither_dataset_nor_backbone(tmp_path, monkeypatch, capsys):
     """Guards people's time: finished pictures alone make the page, and a file that is no answers ends in one line."""
     monkeypatch.setattr(evaluate, "ensure", lambda *recipe: 1 / 0)
     for method, value in (("ours", 60), ("paper", 90)):
@@ -203,13 +203,13 @@ def test_one_process_two_and_a_killed_one_make_the_same_table(ready, tmp_path, m
     assert table("one") == table("two") == table("killed")
 
 
-def test_outputs_of_other_weights_are_not_taken(ready, random_kit, awake, tmp_path, monkeypatch):
+def test_outputs_of_other_weights_are_not_taken(ready, random_backbone, awake, tmp_path, monkeypatch):
     """Guards resumption: with a ControlNet that was trained anew at the same place the same command paints anew, with
     the same one, or when another that no row names has changed, it does not.
     """
-    kit, net, raw = Kit(str(random_kit)), tmp_path / "net", tmp_path / "raw"
-    export_controlnet(awake(kit, 7), net, "color", {}, kit)
-    export_controlnet(awake(kit, 7), raw, "raw", {}, kit)
+    backbone, net, raw = Backbone(str(random_backbone)), tmp_path / "net", tmp_path / "raw"
+    export_controlnet(awake(backbone, 7), net, "color", {}, backbone)
+    export_controlnet(awake(backbone, 7), raw, "raw", {}, backbone)
     words = ready("table2", f"controlnets.color={net}", f"controlnets.raw={raw}", "study.lambdas=[1]")
 
     def painted() -> int:
@@ -220,9 +220,9 @@ def test_outputs_of_other_weights_are_not_taken(ready, random_kit, awake, tmp_pa
         return len(list((tmp_path / "runs" / "table2").rglob("*.npy")))
 
     assert painted() == 1
-    export_controlnet(awake(kit, 8), raw, "raw", {}, kit)
+    export_controlnet(awake(backbone, 8), raw, "raw", {}, backbone)
     assert painted() == 1
-    export_controlnet(awake(kit, 8), net, "color", {}, kit)
+    export_controlnet(awake(backbone, 8), net, "color", {}, backbone)
     assert painted() == 2
     evaluate.main(study_of(words))
     (folder,) = (tmp_path / "runs" / "table2").iterdir()

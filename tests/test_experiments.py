@@ -1,4 +1,4 @@
-"""No experiment can rot: each file composes, holds only known keys, and runs for two steps on a small kit."""
+"""No experiment can rot: each file composes, holds only known keys, and runs for two steps on a small backbone."""
 
 import json
 import re
@@ -14,7 +14,7 @@ from omegaconf import OmegaConf
 from harmony.cli.compose import CONFIGS, compose, load_yaml, options, why
 from harmony.cli.explain import check_experiment
 from harmony.fit import main
-from harmony.models.backbone import Kit, load_part
+from harmony.models.backbone import Backbone, load_part
 from harmony.models.controlnet import export_controlnet
 from harmony.models.judge import load_judge
 from harmony.models.textual_inversion import read_word
@@ -102,10 +102,10 @@ def composed(name: str, *more: str):
     return compose("fit", [f"experiment={name}", f"name={name}", *more])
 
 
-def test_the_small_kit_fits_together():
+def test_the_small_backbone_fits_together():
     """Guards the small backbone: one folder, 256 px, a UNet of at most 40 M parameters that reads CLIP's words."""
     parts = {part: composed(f"backbone_small_{part}") for part in ("vae", "clip", "captioner", "inpaint")}
-    assert {cfg.module.kit for cfg in parts.values()} == {"work/backbone/small"}
+    assert {cfg.module.backbone for cfg in parts.values()} == {"work/backbone/small"}
     assert {cfg.dataset.size for cfg in parts.values()} == {256}
     vae, unet = parts["vae"].module.config, parts["inpaint"].module.config
     assert unet.sample_size * 2 ** (len(vae.block_out_channels) - 1) == vae.sample_size == 256
@@ -114,7 +114,7 @@ def test_the_small_kit_fits_together():
         net = UNet2DConditionModel(cross_attention_dim=width, **OmegaConf.to_container(unet))
     assert 20e6 < sum(p.numel() for p in net.parameters()) <= 40e6
     tiny = composed("backbone_inpaint")
-    assert tiny.module.kit == "work/backbone/tiny" and tiny.module.config.sample_size == 16
+    assert tiny.module.backbone == "work/backbone/tiny" and tiny.module.config.sample_size == 16
 
 
 @pytest.mark.parametrize("name", TRAININGS)
@@ -127,14 +127,14 @@ def test_it_composes_and_says_why_it_exists(name):
 
 
 @pytest.mark.parametrize("name", [n for n in TRAININGS if not n.endswith("_paper") and "_small_" not in n])
-def test_it_runs(name, random_kit, awake, prepared_work, tmp_path):
+def test_it_runs(name, random_backbone, awake, prepared_work, tmp_path):
     """Guards the run: two steps of the experiment as it is written, with smaller networks and fewer pictures."""
     task = composed(name).module["_target_"].rpartition(".")[2]
-    work, runs, kit = tmp_path / "work", tmp_path / "runs", tmp_path / "kit"
-    shutil.copytree(random_kit, kit, ignore=shutil.ignore_patterns("unet") if task == "InpaintTask" else None)
-    more = [f"paths.work={work}", f"paths.runs={runs}", f"model.path={kit}", *QUICK, *SMALL[task]]
+    work, runs, backbone = tmp_path / "work", tmp_path / "runs", tmp_path / "backbone"
+    shutil.copytree(random_backbone, backbone, ignore=shutil.ignore_patterns("unet") if task == "InpaintTask" else None)
+    more = [f"paths.work={work}", f"paths.runs={runs}", f"model.path={backbone}", *QUICK, *SMALL[task]]
     if composed(name).module.get("companion"):
-        small, taught = Kit(str(random_kit)), {"sigma": 10, "normalize": True}
+        small, taught = Backbone(str(random_backbone)), {"sigma": 10, "normalize": True}
         export_controlnet(awake(small, 0), tmp_path / "companion", "color", taught, small)
         more.append(f"module.companion={tmp_path / 'companion'}")
     prepared_work(work, [f"experiment={name}", f"name={name}", *more])
@@ -159,14 +159,14 @@ def test_it_runs(name, random_kit, awake, prepared_work, tmp_path):
     if task == "JudgeTask":
         assert load_judge(folder).side == 32 and "test/auc" in metrics
     for part in WRITES.get(task, []):
-        assert max(path.stat().st_mtime_ns for path in (kit / part).iterdir()) > began
-        load_part(str(kit), part)
+        assert max(path.stat().st_mtime_ns for path in (backbone / part).iterdir()) > began
+        load_part(str(backbone), part)
 
 
-def test_a_training_without_evaluation_exports_all_the_same(random_kit, prepared_work, tmp_path):
+def test_a_training_without_evaluation_exports_all_the_same(random_backbone, prepared_work, tmp_path):
     """Guards ``evaluate=null``: nothing is measured, grid and ControlNet are there."""
     work, runs = tmp_path / "work", tmp_path / "runs"
-    more = [f"paths.work={work}", f"paths.runs={runs}", f"model.path={random_kit}", *QUICK, "data.batch_size=2"]
+    more = [f"paths.work={work}", f"paths.runs={runs}", f"model.path={random_backbone}", *QUICK, "data.batch_size=2"]
     more += ["evaluate=null", "callbacks.samples.steps=2", "+callbacks.samples.count=2"]
     prepared_work(work, ["experiment=color", "name=color", *more])
     main(composed("color", *more))

@@ -23,7 +23,7 @@ from safetensors.torch import load_file
 from harmony import export
 from harmony.cli.compose import compose
 from harmony.core.errors import UserError
-from harmony.models.backbone import ASSETS, Kit
+from harmony.models.backbone import ASSETS, Backbone
 from harmony.models.controlnet import export_controlnet, load_controlnet, read_hint
 from harmony.models.paint_by_example import export_painter, fresh_encoder, load_painter, painting_unet
 from harmony.pixels.images import read_image, write_image
@@ -36,14 +36,14 @@ HINTS = {"color": {"sigma": 10, "normalize": True}, "structure": {"low": 100, "h
 
 
 @pytest.fixture(scope="module")
-def kit(random_kit):
-    return Kit(str(random_kit))
+def backbone(random_backbone):
+    return Backbone(str(random_backbone))
 
 
-def configuration(kit) -> dict:
+def configuration(backbone) -> dict:
     """What config.yaml of a run of ``ControlTask`` holds, as far as export looks at it."""
     return {
-        "model": {"_target_": "harmony.models.backbone.Kit", "path": kit.path, "weights": "hub"},
+        "model": {"_target_": "harmony.models.backbone.Backbone", "path": backbone.path, "weights": "hub"},
         "module": {"_target_": "harmony.training.control.ControlTask", "branch": "color", "in_channels": 4},
         "data": {"hints": HINTS, "batch_size": 16},
         "dataset": {"name": "studio"},
@@ -54,20 +54,20 @@ def configuration(kit) -> dict:
 
 
 @pytest.fixture
-def run(tmp_path, kit, awake):
+def run(tmp_path, backbone, awake):
     """(folder, net): the run folder of a color ControlNet that is still in training, and the trained network."""
     folder = tmp_path / "runs" / "color" / "now"
     (folder / "checkpoints").mkdir(parents=True)
-    net = awake(kit)
-    OmegaConf.save(configuration(kit), folder / "config.yaml")
+    net = awake(backbone)
+    OmegaConf.save(configuration(backbone), folder / "config.yaml")
     state = {f"net.{name}": value for name, value in net.state_dict().items()}
     torch.save({"state_dict": state}, folder / "checkpoints" / "last.ckpt")
     return folder, net
 
 
-def finish(folder: Path, net, kit) -> None:
+def finish(folder: Path, net, backbone) -> None:
     """What the end of a training adds to its run folder."""
-    export_controlnet(net, folder / "export", "color", HINTS["color"], kit)
+    export_controlnet(net, folder / "export", "color", HINTS["color"], backbone)
     (folder / "grids").mkdir()
     for step in (0, 800):
         write_image(folder / "grids" / f"samples_{step:06d}.png", np.full((8, 8, 3), step % 251, np.uint8))
@@ -78,7 +78,7 @@ def finish(folder: Path, net, kit) -> None:
         "wall_time_s": 12.5,
         "versions": {"torch": "2.15"},
         "git": {"commit": "f00d"},
-        "protocol": "kit-clip features",
+        "protocol": "backbone-clip features",
         "count": 64,
     }
     (folder / "provenance.json").write_text(json.dumps(provenance))
@@ -128,14 +128,14 @@ def same_weights(net, other) -> bool:
 # --- folders and files
 
 
-def test_the_last_checkpoint_of_a_run_that_goes_on(run, command, kit):
+def test_the_last_checkpoint_of_a_run_that_goes_on(run, command, backbone):
     folder, net = run
     code, out, err = command(folder)
     assert code == 0, err
     assert out == [str(folder / "export")]
     assert same_weights(load_controlnet(folder), net)
     facts = read_hint(folder)
-    assert (facts["branch"], facts["parameters"], facts["unet"]) == ("color", HINTS["color"], kit.hash("unet"))
+    assert (facts["branch"], facts["parameters"], facts["unet"]) == ("color", HINTS["color"], backbone.hash("unet"))
     with torch.no_grad():  # the run goes on, and is exported again
         later = {f"net.{k}": v + 1 for k, v in net.state_dict().items()}
     torch.save({"state_dict": later}, folder / "checkpoints" / "last.ckpt")
@@ -143,9 +143,9 @@ def test_the_last_checkpoint_of_a_run_that_goes_on(run, command, kit):
     assert torch.equal(load_controlnet(folder).conv_in.weight, net.conv_in.weight + 1)
 
 
-def test_the_export_of_a_run_that_has_ended(run, command, kit, tmp_path):
+def test_the_export_of_a_run_that_has_ended(run, command, backbone, tmp_path):
     folder, net = run
-    finish(folder, net, kit)
+    finish(folder, net, backbone)
     (folder / "checkpoints" / "last.ckpt").unlink()  # not needed any more
     for source, output in ((folder, None), (folder, tmp_path / "a b"), (folder / "export", tmp_path / "c")):
         code, out, err = command(source, *([f"output={output}"] if output else []))
@@ -157,20 +157,20 @@ def test_the_export_of_a_run_that_has_ended(run, command, kit, tmp_path):
         assert (read_image(written / "grid.png") == 800 % 251).all()  # the last one
 
 
-def test_the_card_says_what_it_is(run, command, kit):
+def test_the_card_says_what_it_is(run, command, backbone):
     folder, net = run
-    finish(folder, net, kit)
+    finish(folder, net, backbone)
     assert command(folder, "license=openrail++")[0] == 0
     card = ModelCard.load(folder / "export" / "README.md")
     assert (card.data.license, card.data.library_name) == ("openrail++", "diffusers")
     assert card.data.pipeline_tag == "image-to-image" and card.data.base_model is None  # a local folder has no page
     for words in (
-        kit.hash("unet"),
-        kit.hash("vae"),
+        backbone.hash("unet"),
+        backbone.hash("vae"),
         "python -m harmony.fit experiment=color 'dataset.name=my set'",
         'hint("color", image, mask, sigma=10, normalize=True)',
         "| test/pasted/color_de | 20.5 | 5.25 |",
-        "64 held-out pictures (test): DDIM, 20 steps, guidance\n2.0, seed 0; fid and kid on kit-clip features",
+        "64 held-out pictures (test): DDIM, 20 steps, guidance\n2.0, seed 0; fid and kid on backbone-clip features",
         "Nothing changes outside the hole",
         "](grid.png)",
         "manifest sha256 `abc123`",
@@ -179,9 +179,9 @@ def test_the_card_says_what_it_is(run, command, kit):
     assert "/somewhere" not in card.text
 
 
-def test_one_file(run, command, kit, tmp_path):
+def test_one_file(run, command, backbone, tmp_path):
     folder, net = run
-    finish(folder, net, kit)
+    finish(folder, net, backbone)
     code, out, err = command(folder, "format=comfyui", f"output={tmp_path / 'models'}")
     assert code == 0, err
     path = tmp_path / "models" / "harmony-color.safetensors"
@@ -197,10 +197,10 @@ def test_one_file(run, command, kit, tmp_path):
     assert same_weights(again, net)
 
 
-def test_half_the_size(run, command, kit, tmp_path):
+def test_half_the_size(run, command, backbone, tmp_path):
     """Guards ``half=true``: float16 on disk, the same network within its rounding, and never into the run itself."""
     folder, net = run
-    finish(folder, net, kit)
+    finish(folder, net, backbone)
     code, lines, _ = command(str(folder), "half=true", f"output={tmp_path / 'out'}")
     assert code == 0
     stored = safetensors_of(tmp_path / "out" / "controlnet")
@@ -226,10 +226,10 @@ def test_weights_that_are_halved_already(command, tmp_path):
     assert all(torch.equal(stored[name], value) for name, value in shipped.items())
 
 
-def test_one_of_several_controlnets(run, command, kit):
+def test_one_of_several_controlnets(run, command, backbone):
     """A run of several is exported one by one, each into its own folder."""
     folder, net = run
-    finish(folder, net, kit)
+    finish(folder, net, backbone)
     (folder / "export" / "color").mkdir()
     (folder / "export" / "controlnet").rename(folder / "export" / "color" / "controlnet")
     code, _, err = command(folder)
@@ -240,42 +240,42 @@ def test_one_of_several_controlnets(run, command, kit):
     assert not (folder / "export" / "controlnet").exists()
 
 
-def test_paint_by_example(command, kit, tmp_path):
+def test_paint_by_example(command, backbone, tmp_path):
     """Guards the second kind of run: both networks and a card whose command can be typed; refused while it trains."""
     torch.manual_seed(0)
     folder = tmp_path / "runs" / "paint_by_example" / "now"
     folder.mkdir(parents=True)
     cfg = {
-        "model": {"_target_": "harmony.models.backbone.Kit", "path": kit.path, "weights": "hub"},
+        "model": {"_target_": "harmony.models.backbone.Backbone", "path": backbone.path, "weights": "hub"},
         "module": {"_target_": "harmony.training.paint_by_example.ExemplarTask"}, "data": {"batch_size": 32},
-        "dataset": {"name": "kit"}, "trainer": {"max_steps": 20}, "seed": 0,
+        "dataset": {"name": "backbone"}, "trainer": {"max_steps": 20}, "seed": 0,
         "evaluate": {"split": "test", "limit": None, "steps": 20, "guidance": 3.0, "seed": 0},
     }  # fmt: skip
     OmegaConf.save(cfg, folder / "config.yaml")
     code, _, err = command(folder)
     assert code == 2 and "has not ended" in err[-1]
-    encoder = fresh_encoder(kit.image_encoder, kit.unet.config.cross_attention_dim)
-    export_painter(painting_unet(kit.unet), encoder, folder / "export", kit)
+    encoder = fresh_encoder(backbone.image_encoder, backbone.unet.config.cross_attention_dim)
+    export_painter(painting_unet(backbone.unet), encoder, folder / "export", backbone)
     (folder / "metrics.json").write_text(json.dumps({"test/raw/fid": 1.5, "baseline/test/raw/fid": 2.5}))
     code, out, err = command(folder, f"output={tmp_path / 'shipped'}", "half=true", "tower=false")
     assert code == 0 and Path(out[-1]) == tmp_path / "shipped", err
     card = (tmp_path / "shipped" / "README.md").read_text()
     for words in ("method=paint_by_example", "harmony takes the backbone's", "| test/raw/fid | 2.5 | 1.5 |"):
         assert words in card, words
-    assert load_painter(tmp_path / "shipped", kit).encoder.size == 32
+    assert load_painter(tmp_path / "shipped", backbone).encoder.size == 32
     code, _, err = command(folder, "format=comfyui")
     assert code == 2 and "format=comfyui is for ControlNets" in err[-1]
 
 
-def test_a_backbone(command, random_kit, tmp_path):
+def test_a_backbone(command, random_backbone, tmp_path):
     """Float16 weights, and a card with figures and pictures of the newest trainings that have ended."""
     output, runs = tmp_path / "small", tmp_path / "runs"
-    words = (f"kit={random_kit}", f"output={output}", f"paths.runs={runs}")
+    words = (f"backbone={random_backbone}", f"output={output}", f"paths.runs={runs}")
     code, _, err = command(*words)
-    assert code == 2 and "python -m harmony.fit experiment=kit_vae" in err[-1]
+    assert code == 2 and "python -m harmony.fit experiment=backbone_vae" in err[-1]
     for part in ("vae", "clip", "captioner", "inpaint"):
         for n, day in enumerate(("2026-01-01", "2026-01-02")):
-            folder = runs / f"kit_{part}" / day
+            folder = runs / f"backbone_{part}" / day
             (folder / "grids").mkdir(parents=True)
             write_image(folder / "grids" / "samples_000100.png", np.full((8, 8, 3), n, np.uint8))
             (folder / "metrics.json").write_text(json.dumps({"validation/loss": n + 0.5, "train/loss": 7}))
@@ -291,9 +291,9 @@ def test_a_backbone(command, random_kit, tmp_path):
     assert (read_image(output / "inpaint.png") == 1).all()
 
 
-def test_mistakes(run, command, tmp_path, kit, awake):
+def test_mistakes(run, command, tmp_path, backbone, awake):
     folder, net = run
-    other = export_controlnet(net, tmp_path / "plain", "color", {}, kit)
+    other = export_controlnet(net, tmp_path / "plain", "color", {}, backbone)
     (folder / "checkpoints" / "last.ckpt").write_bytes(b"PK not a checkpoint")
     (tmp_path / "empty").mkdir()
     for words, message in (
@@ -312,7 +312,7 @@ def test_mistakes(run, command, tmp_path, kit, awake):
         ({"_target_": "harmony.training.control.ControlTask"}, "module.branch is None"),
         ({"_target_": "harmony.training.control.JointTask", "branch": ["color", "raw"]}, "several ControlNets"),
     ):
-        OmegaConf.save(configuration(kit) | {"module": node}, folder / "config.yaml")
+        OmegaConf.save(configuration(backbone) | {"module": node}, folder / "config.yaml")
         code, _, err = command(folder)
         assert code == 2 and len(err) == 1 and message in err[0], err
 
@@ -320,10 +320,10 @@ def test_mistakes(run, command, tmp_path, kit, awake):
 # --- the stock pipeline
 
 
-def stock(kit, *folders):
+def stock(backbone, *folders):
     nets = [ControlNetModel.from_pretrained(folder / "controlnet") for folder in folders]
     net = nets[0] if len(nets) == 1 else nets
-    pipeline = StableDiffusionControlNetInpaintPipeline.from_pretrained(kit.path, controlnet=net)
+    pipeline = StableDiffusionControlNetInpaintPipeline.from_pretrained(backbone.path, controlnet=net)
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
 
@@ -331,22 +331,25 @@ def stock(kit, *folders):
 @pytest.mark.parametrize(
     "weights, predicts", [((1.0,), "epsilon"), ((0.7, 0.3), "epsilon"), ((0.7, 0.3), "v_prediction")]
 )
-def test_the_stock_pipeline_gives_the_identical_image(kit, awake, tmp_path, weights, predicts):
-    shutil.copytree(kit.path, tmp_path / "kit")
-    settings = tmp_path / "kit" / "scheduler" / "scheduler_config.json"
+def test_the_stock_pipeline_gives_the_identical_image(backbone, awake, tmp_path, weights, predicts):
+    shutil.copytree(backbone.path, tmp_path / "backbone")
+    settings = tmp_path / "backbone" / "scheduler" / "scheduler_config.json"
     settings.write_text(json.dumps(json.loads(settings.read_text()) | {"prediction_type": predicts}))
-    kit = Kit(str(tmp_path / "kit"))
-    assert kit.prediction_type == predicts
+    backbone = Backbone(str(tmp_path / "backbone"))
+    assert backbone.prediction_type == predicts
     rng = torch.Generator().manual_seed(1)
     image = torch.rand(1, 3, 32, 32, generator=rng) * 2 - 1
     region = torch.zeros(1, 1, 32, 32)
     region[..., 8:26, 5:21] = 1
     noise, hints = torch.randn(1, 4, 8, 8, generator=rng), [torch.rand(1, 3, 32, 32, generator=rng) for _ in weights]
-    nets, folders = [awake(kit, 1 + i) for i in range(len(weights))], [tmp_path / str(i) for i in range(len(weights))]
+    nets, folders = (
+        [awake(backbone, 1 + i) for i in range(len(weights))],
+        [tmp_path / str(i) for i in range(len(weights))],
+    )
     for net, folder in zip(nets, folders, strict=True):
-        export_controlnet(net, folder, "color", {}, kit)
+        export_controlnet(net, folder, "color", {}, backbone)
     alone = len(weights) == 1
-    theirs = stock(kit, *folders)(
+    theirs = stock(backbone, *folders)(
         "a red mushroom on snow",
         image=image,
         mask_image=region,
@@ -361,14 +364,14 @@ def test_the_stock_pipeline_gives_the_identical_image(kit, awake, tmp_path, weig
         output_type="pt",
     ).images
 
-    moments = kit.moments(image * (1 - region))
+    moments = backbone.moments(image * (1 - region))
     unit = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(7))  # the pipeline samples the posterior
-    masked, cells = kit.latent(moments, unit), torch.nn.functional.interpolate(region, size=(8, 8))
-    text, empty = kit.prompt(["a red mushroom on snow"]), kit.prompt([""])
+    masked, cells = backbone.latent(moments, unit), torch.nn.functional.interpolate(region, size=(8, 8))
+    text, empty = backbone.prompt(["a red mushroom on snow"]), backbone.prompt([""])
 
     def ours(controls):
-        z = inpaint(kit, noise, cells, masked, text, empty, Schedule(10, 3.0), controls)
-        return (kit.decode(z) / 2 + 0.5).clamp(0, 1)
+        z = inpaint(backbone, noise, cells, masked, text, empty, Schedule(10, 3.0), controls)
+        return (backbone.decode(z) / 2 + 0.5).clamp(0, 1)
 
     pictures = ours(list(zip(nets, hints, weights, strict=True)))
     torch.testing.assert_close(pictures, theirs, rtol=0, atol=1e-5)
@@ -394,9 +397,9 @@ def run_snippet(folder: Path, side: int) -> None:
     assert (result[region] != picture[region]).mean() > 0.5
 
 
-def test_the_snippet_of_a_card_runs(run, command, kit, monkeypatch):
+def test_the_snippet_of_a_card_runs(run, command, backbone, monkeypatch):
     folder, net = run
-    finish(folder, net, kit)
+    finish(folder, net, backbone)
     assert command(folder)[0] == 0
     monkeypatch.chdir(folder / "export")
     run_snippet(folder / "export", 32)
@@ -416,19 +419,21 @@ def test_the_snippet_of_the_shipped_controlnet_runs(command, tmp_path, monkeypat
 
 def card_of(folder: Path, **facts) -> tuple[dict, str]:
     """(metadata, text) of the card of a color ControlNet; ``facts`` join those of hint.json."""
-    text = controlnet_card(RunFolder(folder), {"branch": "color", "parameters": {}, "kit": "tiny"} | facts, False, None)
+    text = controlnet_card(
+        RunFolder(folder), {"branch": "color", "parameters": {}, "backbone": "tiny"} | facts, False, None
+    )
     (folder / "README.md").write_text(text)
     return metadata_load(folder / "README.md"), text
 
 
 def test_metadata_for_the_hub(tmp_path):
     """A backbone on the hub is the base model, a folder of any name is not."""
-    metadata, text = card_of(tmp_path, kit="sd2-community/stable-diffusion-2-inpainting")
+    metadata, text = card_of(tmp_path, backbone="sd2-community/stable-diffusion-2-inpainting")
     assert metadata["base_model"] == "sd2-community/stable-diffusion-2-inpainting"
     assert (metadata["base_model_relation"], metadata["pipeline_tag"]) == ("adapter", "image-to-image")
     assert "model.path=sd2-community/stable-diffusion-2-inpainting" in text
-    for name in ("tiny", "/some/where", "work/kit/small", "a b/c"):
-        metadata, _ = card_of(tmp_path, kit=name)
+    for name in ("tiny", "/some/where", "work/backbone/small", "a b/c"):
+        metadata, _ = card_of(tmp_path, backbone=name)
         assert metadata["library_name"] == "diffusers" and "base_model" not in metadata
 
 
@@ -437,12 +442,12 @@ def test_a_controlnet_of_unknown_origin_has_a_card(tmp_path):
     assert "came without a `hint.json`" in text and "```python" not in text and "None were measured" in text
 
 
-def test_foreign_text_is_shown_literally(run, command, kit):
+def test_foreign_text_is_shown_literally(run, command, backbone):
     """Nothing that a stranger's files hold is markup, ends a code block or is read by a shell."""
     folder, net = run
-    finish(folder, net, kit)
+    finish(folder, net, backbone)
     hint = folder / "export" / "controlnet" / "hint.json"
-    hint.write_text(json.dumps(json.loads(hint.read_text()) | {"kit": "a'; rm -rf ~ #"}))
+    hint.write_text(json.dumps(json.loads(hint.read_text()) | {"backbone": "a'; rm -rf ~ #"}))
     provenance = json.loads((folder / "provenance.json").read_text())
     provenance |= {"device": "<img src=x>\n# a | b", "command": ["fit", "x=\n```\n# title", "{{ 7 * 7 }}"]}
     (folder / "provenance.json").write_text(json.dumps(provenance))
@@ -466,13 +471,13 @@ def test_escapes():
 
 
 @pytest.mark.parametrize("ended", [False, True])
-def test_a_run_from_before_the_modules_moved(run, command, kit, ended):
+def test_a_run_from_before_the_modules_moved(run, command, backbone, ended):
     folder, net = run
-    old = configuration(kit)
-    old["model"]["_target_"], old["module"]["_target_"] = "harmony.models.backbone.Kit", "harmony.control.ControlTask"
+    old = configuration(backbone)
+    old["model"]["_target_"], old["module"]["_target_"] = "harmony.models.kit.Kit", "harmony.control.ControlTask"
     OmegaConf.save(old, folder / "config.yaml")
     if ended:
-        finish(folder, net, kit)
+        finish(folder, net, backbone)
     code, _, err = command(folder)
     assert code == 0, err
     assert same_weights(load_controlnet(folder), net)
@@ -480,17 +485,17 @@ def test_a_run_from_before_the_modules_moved(run, command, kit, ended):
 
 @pytest.mark.parametrize("place", ["model", "module", "model.path", "data.hints.color.sigma", "data", "callbacks.x"])
 @pytest.mark.parametrize("ended", [False, True])
-def test_nothing_that_a_config_names_is_called(run, command, kit, tmp_path, place, ended):
+def test_nothing_that_a_config_names_is_called(run, command, backbone, tmp_path, place, ended):
     """A stranger's run is refused in one line, or exported where nothing reads what it names."""
     folder, net = run
     if ended:
-        finish(folder, net, kit)
+        finish(folder, net, backbone)
     proof = tmp_path / "proof"
     bait = {"_target_": "shutil.copyfile", "src": str(folder / "config.yaml"), "dst": str(proof)}
     instantiate(bait)
     assert proof.exists(), "the bait itself works"
     proof.unlink()
-    cfg = OmegaConf.create(configuration(kit))
+    cfg = OmegaConf.create(configuration(backbone))
     OmegaConf.update(cfg, place, bait, merge=False, force_add=True)
     OmegaConf.save(cfg, folder / "config.yaml")
     code, _, err = command(folder)
@@ -499,10 +504,10 @@ def test_nothing_that_a_config_names_is_called(run, command, kit, tmp_path, plac
     assert (code, len(err)) == ((2, 1) if read else (0, 0)), err
 
 
-def test_interpolations_of_a_stranger_stay_text(run, command, kit, monkeypatch):
+def test_interpolations_of_a_stranger_stay_text(run, command, backbone, monkeypatch):
     folder, net = run
     monkeypatch.setenv("SECRET", "hunter2")
-    cfg = configuration(kit)
+    cfg = configuration(backbone)
     cfg["dataset"]["name"] = "${oc.env:SECRET}"
     OmegaConf.save(cfg, folder / "config.yaml")
     assert command(folder)[0] == 0
@@ -530,9 +535,9 @@ def test_interpolations_of_a_stranger_stay_text(run, command, kit, monkeypatch):
         "export",
     ],
 )
-def test_links_out_of_a_run_are_refused(run, refused, kit, tmp_path, name):
+def test_links_out_of_a_run_are_refused(run, refused, backbone, tmp_path, name):
     folder, net = run
-    finish(folder, net, kit)
+    finish(folder, net, backbone)
     if name.startswith("checkpoints"):
         (folder / "metrics.json").unlink()
     (tmp_path / "outside").mkdir()
@@ -545,13 +550,13 @@ def test_links_out_of_a_run_are_refused(run, refused, kit, tmp_path, name):
         assert sorted(path.name for path in outside.rglob("*")) == before and not output.exists()
 
 
-def test_links_in_a_paint_by_example_are_refused(refused, kit, tmp_path):
+def test_links_in_a_paint_by_example_are_refused(refused, backbone, tmp_path):
     folder = tmp_path / "run"
     folder.mkdir()
-    cfg = configuration(kit) | {"module": {"_target_": "harmony.training.paint_by_example.ExemplarTask"}}
+    cfg = configuration(backbone) | {"module": {"_target_": "harmony.training.paint_by_example.ExemplarTask"}}
     OmegaConf.save(cfg, folder / "config.yaml")
-    encoder = fresh_encoder(kit.image_encoder, kit.unet.config.cross_attention_dim)
-    export_painter(painting_unet(kit.unet), encoder, folder / "export", kit)
+    encoder = fresh_encoder(backbone.image_encoder, backbone.unet.config.cross_attention_dim)
+    export_painter(painting_unet(backbone.unet), encoder, folder / "export", backbone)
     (folder / "metrics.json").write_text("{}")
     weights = folder / "export" / "paint_by_example" / "image_encoder" / "model.safetensors"
     weights.rename(tmp_path / "outside")
@@ -559,10 +564,10 @@ def test_links_in_a_paint_by_example_are_refused(refused, kit, tmp_path):
     assert "no regular file" in refused(folder, output=tmp_path / "x") and not (tmp_path / "x").exists()
 
 
-def test_a_pipe_is_no_picture(run, refused, kit, tmp_path):
+def test_a_pipe_is_no_picture(run, refused, backbone, tmp_path):
     """Reading it would wait for ever."""
     folder, net = run
-    finish(folder, net, kit)
+    finish(folder, net, backbone)
     os.mkfifo(folder / "grids" / "samples_999999.png")
     assert "no regular file" in refused(folder, output=tmp_path / "x")
 
@@ -579,9 +584,9 @@ def test_a_pipe_is_no_picture(run, refused, kit, tmp_path):
     ],
 )
 @pytest.mark.parametrize("kind", ["diffusers", "comfyui"])
-def test_a_hint_is_one_of_ours(run, refused, kit, tmp_path, facts, kind):
+def test_a_hint_is_one_of_ours(run, refused, backbone, tmp_path, facts, kind):
     folder, net = run
-    finish(folder, net, kit)
+    finish(folder, net, backbone)
     hint = folder / "export" / "controlnet" / "hint.json"
     hint.write_text(json.dumps(json.loads(hint.read_text()) | facts))
     output = tmp_path / "a" / "b" / "c"
@@ -605,9 +610,9 @@ def test_a_hint_is_one_of_ours(run, refused, kit, tmp_path, facts, kind):
         ("export/controlnet/diffusion_pytorch_model.safetensors", "no weights"),
     ],
 )
-def test_damaged_files_are_refused(run, refused, kit, tmp_path, name, content):
+def test_damaged_files_are_refused(run, refused, backbone, tmp_path, name, content):
     folder, net = run
-    finish(folder, net, kit)
+    finish(folder, net, backbone)
     (folder / name).write_text(content)
     assert Path(name).name in refused(folder, output=tmp_path / "x", half=True)
     assert not (tmp_path / "x").exists()

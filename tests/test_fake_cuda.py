@@ -27,10 +27,10 @@ from harmony.methods.prompt_editing import MODES, edit_picture, invert_pictures,
 from harmony.methods.zero_shot import Parts, harmonize_once
 from harmony.metrics.frechet import extract
 from harmony.metrics.similarity import embeddings
-from harmony.models.backbone import Kit, placed
+from harmony.models.backbone import Backbone, placed
 from harmony.models.clip import clip_of
 from harmony.models.controlnet import from_unet
-from harmony.models.features import KitFeatures
+from harmony.models.features import BackboneFeatures
 from harmony.models.judge import Judge
 from harmony.pixels.masks import dilate
 from harmony.sampling.guidance import Settings
@@ -87,22 +87,22 @@ def fake(mode):
         yield
 
 
-def fake_kit(geometry: str, mode: FakeGPU) -> Kit:
+def fake_backbone(geometry: str, mode: FakeGPU) -> Backbone:
     with mode:
-        kit = Kit("owner/name", "random", "bfloat16", GPU, geometry)
+        backbone = Backbone("owner/name", "random", "bfloat16", GPU, geometry)
         for part in ("vae", "unet", "text_encoder", "image_encoder", "text_tower"):
-            getattr(kit, part)
-    return kit
+            getattr(backbone, part)
+    return backbone
 
 
 @pytest.fixture(scope="module")
-def sd2(mode) -> Kit:
-    return fake_kit("sd2", mode)
+def sd2(mode) -> Backbone:
+    return fake_backbone("sd2", mode)
 
 
 @pytest.fixture(scope="module")
-def sd1(mode) -> Kit:
-    return fake_kit("sd1", mode)
+def sd1(mode) -> Backbone:
+    return fake_backbone("sd1", mode)
 
 
 def attached(task, monkeypatch: pytest.MonkeyPatch, **more):
@@ -118,7 +118,7 @@ def on_gpu(batch: dict) -> dict:
 
 @pytest.fixture
 def composites(sd2):
-    """Two pictures and two instances with their masks and holes, at the kit's resolution."""
+    """Two pictures and two instances with their masks and holes, at the backbone's resolution."""
     rng, side = np.random.default_rng(0), sd2.resolution
     pictures, instances = (list(rng.integers(0, 256, (2, side, side, 3), dtype=np.uint8)) for _ in range(2))
     masks = [np.zeros((side, side), bool) for _ in range(2)]
@@ -177,12 +177,12 @@ def test_two_controlnets_train(sd2, monkeypatch):
 
 def test_paint_by_example_trains_and_paints(sd1, composites, monkeypatch):
     """Guards the step on the true architecture, and filling with and without guidance by what was trained."""
-    kit = sd1.with_unet(sd1.unet)
-    task = ExemplarTask(kit)
+    backbone = sd1.with_unet(sd1.unet)
+    task = ExemplarTask(backbone)
     task.configure_model()
     attached(task, monkeypatch)
     task.on_fit_start()
-    batch = cached_batch(kit, 2, ()) | {"hint_exemplar": torch.rand(2, 3, 224, 224)}
+    batch = cached_batch(backbone, 2, ()) | {"hint_exemplar": torch.rand(2, 3, 224, 224)}
     assert task.training_step(on_gpu(batch), 0).requires_grad
     with torch.no_grad():
         task.validation_step(on_gpu(batch), 0)
@@ -191,7 +191,7 @@ def test_paint_by_example_trains_and_paints(sd1, composites, monkeypatch):
     squares = [Composite(*item, exemplar=shown) for item in zip(*composites, strict=True)]
     for guidance in (1.0, 3.0):
         method = PaintByExample(task.painter, Settings(1, guidance))
-        assert checked(method.fill(squares, SEEDS), kit.resolution)
+        assert checked(method.fill(squares, SEEDS), backbone.resolution)
 
 
 def test_a_word_is_learnt(sd2, monkeypatch):
@@ -228,13 +228,13 @@ def test_the_judge_trains_and_judges(monkeypatch):
 @pytest.mark.parametrize("part", ["vae", "clip", "captioner", "inpaint"])
 def test_a_backbone_trains(part, sd2, tmp_path, monkeypatch):
     """Guards the steps of the four parts of model=small: forward, the averaged weights, and Muon's own update."""
-    cfg = compose("fit", [f"experiment=backbone_small_{part}", f"module.kit={tmp_path}"])
+    cfg = compose("fit", [f"experiment=backbone_small_{part}", f"module.backbone={tmp_path}"])
     (tmp_path / "unet").mkdir()  # any folder is a backbone's until its parts are asked for
     module = instantiate(cfg.module, _convert_="all")
     said = ["a red mushroom on snow", "a blue car on grass"] * 4
     module._trainer = SimpleNamespace(datamodule=SimpleNamespace(captions=lambda: said))
     if part == "inpaint":
-        module.kit = sd2
+        module.backbone = sd2
     module.setup()
     monkeypatch.setattr(module, "log_dict", lambda figures, **options: None)
     attached(module, monkeypatch)
@@ -299,7 +299,7 @@ def test_the_cache_leaves_the_gpu(sd2, composites):
 def test_pictures_and_words_are_measured(sd1, composites):
     """Guards CLIP's towers: features, embeddings, and the words that are found for a composite."""
     pictures, _, masks, _ = composites
-    features = extract(pictures, KitFeatures(sd1.image_encoder), 224)
+    features = extract(pictures, BackboneFeatures(sd1.image_encoder), 224)
     clip = clip_of(sd1)
     images = embeddings(pictures, clip)
     assert features.device.type == images.device.type == "cpu" and clip.texts(["a car"]).shape[1] == images.shape[1]

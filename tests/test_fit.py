@@ -47,12 +47,12 @@ def work(prepared_work, tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def command(random_kit, work):
+def command(random_backbone, work):
     """Overrides of a run of 8 steps that writes below ``runs``."""
 
     def overrides(runs: Path, *more: str) -> list[str]:
         return [
-            "experiment=color", f"model.path={random_kit}", f"paths.work={work}", f"paths.runs={runs}",
+            "experiment=color", f"model.path={random_backbone}", f"paths.work={work}", f"paths.runs={runs}",
             "name=color", "trainer.accelerator=cpu", f"trainer.max_steps={STEPS}", "trainer.log_every_n_steps=1",
             "checkpoint_every=1", "data.batch_size=2", "callbacks.speed.every=1", "+callbacks.samples.count=2",
             "callbacks.samples.steps=2", "evaluate.limit=2", "evaluate.steps=2", "logger=none", *more,
@@ -94,7 +94,7 @@ def same_run(folder: Path, other: Path, steps: int = STEPS) -> None:
     assert figures[0]["test/pasted/color_de"] == figures[1]["test/pasted/color_de"]
 
 
-def test_the_run_folder_holds_everything(finished, random_kit, work):
+def test_the_run_folder_holds_everything(finished, random_backbone, work):
     """Guards the run folder: each file, flat metrics under their names, provenance that identifies data and weights."""
     folder, _ = finished
     config = OmegaConf.load(folder / "config.yaml")
@@ -114,7 +114,7 @@ def test_the_run_folder_holds_everything(finished, random_kit, work):
     facts = json.loads((folder / "provenance.json").read_text())
     assert facts["manifest"] == manifest_hash(work / "studio" / "manifest.jsonl") and facts["seed"] == 0
     assert facts["wall_time_s"] > 0 and facts["versions"]["torch"] and facts["device"].startswith("cpu")
-    assert {len(facts["kit"][part]) for part in ("vae", "unet", "text_encoder")} == {64}
+    assert {len(facts["backbone"][part]) for part in ("vae", "unet", "text_encoder")} == {64}
     (stored,) = folder.glob("wandb/offline-run-*/run-*.wandb")
     assert stored.stat().st_size > 1000, "W&B offline writes real files, inside the run folder"
     assert not [path for path in folder.rglob("*") if "partial" in path.name]
@@ -137,7 +137,7 @@ def test_it_ends_with_a_table_and_absolute_paths(finished):
     assert lines[-2] == str(folder) and Path(lines[-1]).is_absolute() and Path(lines[-1]).suffix == ".png"
     assert Path(lines[-1]).exists()
     assert any(line.startswith("| test/pasted/color_de |") for line in lines)
-    assert "n = 2" in lines[-3] and "fid and kid on kit-clip features, clip on kit-clip" in lines[-3]
+    assert "n = 2" in lines[-3] and "fid and kid on backbone-clip features, clip on backbone-clip" in lines[-3]
 
 
 def test_interrupted_it_goes_on_exactly(finished, command, tmp_path, monkeypatch):
@@ -359,7 +359,7 @@ def test_precision_is_one_decision(words, gpu, precision, frozen, monkeypatch):
     facts = {"precision": precision} | ({"frozen_networks": frozen} if frozen else {})
     assert harmony.fit.settle_precision(cfg) == facts and cfg.trainer.precision == precision
     if frozen:
-        assert {cfg.model.dtype, cfg.module.kit.dtype, cfg.data.kit.dtype} == {frozen}
+        assert {cfg.model.dtype, cfg.module.backbone.dtype, cfg.data.backbone.dtype} == {frozen}
 
 
 def test_a_run_in_bfloat16_says_so(command, tmp_path, capsys):
@@ -373,18 +373,20 @@ def test_a_run_in_bfloat16_says_so(command, tmp_path, capsys):
     assert all(v.dtype == torch.float32 for v in weights(folder).values() if v.is_floating_point())
 
 
-def test_a_run_on_another_kit_does_not_go_on(command, tmp_path, monkeypatch, capsys, random_kit):
-    """Guards resumption: the kit under the same name has changed since, so the checkpoint does not fit any more."""
-    kit = tmp_path / "kit"
-    shutil.copytree(random_kit, kit)
-    more = [f"model.path={kit}", "evaluate=null", "callbacks.samples=null", "trainer.max_steps=1"]
+def test_a_run_on_another_backbone_does_not_go_on(command, tmp_path, monkeypatch, capsys, random_backbone):
+    """Guards resumption: the backbone under the same name has changed since, so the checkpoint does not fit any
+    more.
+    """
+    backbone = tmp_path / "backbone"
+    shutil.copytree(random_backbone, backbone)
+    more = [f"model.path={backbone}", "evaluate=null", "callbacks.samples=null", "trainer.max_steps=1"]
     assert type_in(monkeypatch, command(tmp_path / "runs", *more)) == 0
     (folder,) = (tmp_path / "runs" / "color").iterdir()
     (folder / "metrics.json").unlink()  # as if it had been stopped
-    config = json.loads((kit / "unet" / "config.json").read_text())
-    (kit / "unet" / "config.json").write_text(json.dumps(config | {"_note": "another"}))
+    config = json.loads((backbone / "unet" / "config.json").read_text())
+    (backbone / "unet" / "config.json").write_text(json.dumps(config | {"_note": "another"}))
     assert type_in(monkeypatch, command(tmp_path / "runs", *more)) == 2
-    assert "trained on another state of kit" in capsys.readouterr().err
+    assert "trained on another state of backbone" in capsys.readouterr().err
     (folder / "checkpoints" / "last.ckpt").write_bytes(b"PK")
     assert type_in(monkeypatch, command(tmp_path / "runs", *more)) == 2
     assert "last.ckpt is damaged" in capsys.readouterr().err
@@ -407,7 +409,7 @@ def test_ensure_prepares_once(work, tmp_path, monkeypatch):
         def __exit__(self, *error):
             pass
 
-        def submit(self, function, recipe, kit, work):
+        def submit(self, function, recipe, backbone, work):
             asked.append((function, recipe["name"]))
             folder = Path(work) / recipe["name"]
             folder.mkdir(parents=True, exist_ok=True)
@@ -429,7 +431,7 @@ def test_of_several_that_ask_at_once_one_prepares(work, tmp_path, monkeypatch):
     """Guards torchrun on a fresh machine: the ranks begin together, and each asks for the dataset."""
     recipe, asked = json.loads((work / "studio" / "recipe.json").read_text()), []
 
-    def slow(recipe, kit, work):
+    def slow(recipe, backbone, work):
         asked.append(recipe["name"])
         folder = Path(work) / recipe["name"]
         time.sleep(0.5)

@@ -47,7 +47,7 @@ def layout():
 
 
 @pytest.fixture(scope="module")
-def trained(random_kit, prepared_work, tmp_path_factory):
+def trained(random_backbone, prepared_work, tmp_path_factory):
     """``trained(name, *precision)``: the run folder of three steps of an experiment; each is made once."""
     folder = tmp_path_factory.mktemp("gpu_path")
 
@@ -55,7 +55,7 @@ def trained(random_kit, prepared_work, tmp_path_factory):
     def train(name: str, *precision: str) -> Path:
         runs = folder / f"{name}-{len(precision)}"
         words = [
-            f"experiment={name}", f"name={name}", f"model.path={random_kit}", f"paths.work={folder / 'work'}",
+            f"experiment={name}", f"name={name}", f"model.path={random_backbone}", f"paths.work={folder / 'work'}",
             f"paths.runs={runs}", "trainer.accelerator=cpu", "trainer.max_steps=3", "trainer.val_check_interval=3",
             "trainer.log_every_n_steps=1", "data.batch_size=2", "logger=none", *TRAININGS[name], *precision,
         ]  # fmt: skip
@@ -70,7 +70,7 @@ def trained(random_kit, prepared_work, tmp_path_factory):
 
 
 @pytest.fixture
-def typed(random_kit, tmp_path, monkeypatch, capsys):
+def typed(random_backbone, tmp_path, monkeypatch, capsys):
     """``typed(command, *words)``: the lines that a command printed, typed in a folder with a photograph, an object in
     it and its mask.
     """
@@ -89,7 +89,7 @@ def typed(random_kit, tmp_path, monkeypatch, capsys):
             assert not left.code, capsys.readouterr().err
         return capsys.readouterr().out.splitlines()
 
-    return run, [f"model.path={random_kit}", "model.dtype=bfloat16"]
+    return run, [f"model.path={random_backbone}", "model.dtype=bfloat16"]
 
 
 def losses(run: Path) -> list[float]:
@@ -97,11 +97,11 @@ def losses(run: Path) -> list[float]:
         return [float(row["value"]) for row in csv.DictReader(file) if row["name"] == "train/loss"]
 
 
-def test_the_networks_are_those_of_a_gpu(random_kit):
+def test_the_networks_are_those_of_a_gpu(random_backbone):
     """Guards this file: were they not, nothing here would be tested."""
-    kit = instantiate(compose("fit", ["experiment=color", f"model.path={random_kit}", *GPU]).model)
-    weight = kit.unet.conv_in.weight
-    assert weight.dtype == torch.bfloat16 and kit.vae.dtype == torch.float32
+    backbone = instantiate(compose("fit", ["experiment=color", f"model.path={random_backbone}", *GPU]).model)
+    weight = backbone.unet.conv_in.weight
+    assert weight.dtype == torch.bfloat16 and backbone.vae.dtype == torch.float32
     assert weight.is_contiguous(memory_format=torch.channels_last) and not weight.is_contiguous()
 
 
@@ -121,17 +121,17 @@ def test_it_trains_as_in_float32(trained):
 
 
 def test_a_controlnet_is_evaluated(trained, typed):
-    command, kit = typed
+    command, backbone = typed
     run = trained("color", *GPU)
     words = ["dataset=studio", f"controlnet={run}", f"paths.work={run.parents[2] / 'work'}", "limit=2", "steps=2"]
-    folder = Path(command(evaluate, *words, "logger=none", *kit)[-2])
+    folder = Path(command(evaluate, *words, "logger=none", *backbone)[-2])
     figures = json.loads((folder / "metrics.json").read_text())
     assert figures and np.isfinite([*figures.values()]).all()
 
 
 def test_every_method_harmonizes(trained, typed):
-    """Guards the way of each method through the kit, the judge's among them; all that is not hole stays."""
-    command, kit = typed
+    """Guards the way of each method through the backbone, the judge's among them; all that is not hole stays."""
+    command, backbone = typed
     joint = trained("joint", *GPU) / "export"
     nets = [f"controlnet={joint / 'color'}", f"structure={joint / 'structure'}", "prompt=a cat", "guidance=2"]
     judge = trained("judge", *GPU[1:])
@@ -142,7 +142,7 @@ def test_every_method_harmonizes(trained, typed):
         "prior": ["method=zero_shot", f"evaluator={judge}", "rounds=2", "prompts=a cat: warm -> cold"],
     }
     for name, words in methods.items():
-        out = command(harmonize, "composite=b.png", "mask=m.png", "steps=2", f"output={name}", *words, *kit)
+        out = command(harmonize, "composite=b.png", "mask=m.png", "steps=2", f"output={name}", *words, *backbone)
         made, composite, hole = (read_image(Path(name) / f"{f}.png") for f in ("harmonized", "composite", "hole"))
         inside = hole[..., 0] > 0
         assert np.array_equal(made[~inside], composite[~inside]) and (made != composite)[inside].any(), out
@@ -151,10 +151,10 @@ def test_every_method_harmonizes(trained, typed):
 @pytest.mark.parametrize("inner", [0, 1])
 def test_a_photograph_is_edited(trained, typed, inner):
     """Guards inversion, its file, attention maps and masks, with a word that was learnt on this path."""
-    command, kit = typed
+    command, backbone = typed
     learnt = trained("textual_inversion", *GPU) / "export"
     prompts = ["source=a red mushroom on snow", "target=a <mug> mushroom on snow", f"words={learnt}"]
-    words = ["image=b.png", *prompts, "steps=2", f"inner={inner}", "local=true", *kit]
+    words = ["image=b.png", *prompts, "steps=2", f"inner={inner}", "local=true", *backbone]
     made = [command(edit, *words, f"output={name}") and read_image(Path(name) / "edit.png") for name in ("a", "b")]
     assert np.array_equal(*made), "the second finds the inversion in its file"
     assert len([*Path("work").rglob("*.safetensors")]) == 1

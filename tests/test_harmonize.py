@@ -13,7 +13,7 @@ from PIL import Image
 
 from harmony import harmonize
 from harmony.methods import inputs, runs
-from harmony.models.backbone import Kit
+from harmony.models.backbone import Backbone
 from harmony.models.controlnet import export_controlnet
 from harmony.models.paint_by_example import export_painter, fresh_encoder, painting_unet
 from harmony.pixels.composites import place
@@ -48,11 +48,11 @@ def desk(tmp_path, monkeypatch):
 
 
 @pytest.fixture
-def command(random_kit, monkeypatch, capsys):
+def command(random_backbone, monkeypatch, capsys):
     """Runs the entry point in this process: exit code, lines of output, lines of errors."""
 
     def run(*words):
-        fixed = [f"model.path={random_kit}", "steps=2", "controlnet=null", *words]
+        fixed = [f"model.path={random_backbone}", "steps=2", "controlnet=null", *words]
         keys = {word.split("=")[0]: word for word in fixed}  # the last of each key counts
         monkeypatch.setattr(sys, "argv", ["harmony-harmonize", *keys.values()])
         code = 0
@@ -112,12 +112,12 @@ def test_cut_out_in_a_box(desk, command):
 
 
 @pytest.fixture(scope="module")
-def painter(random_kit, tmp_path_factory):
+def painter(random_backbone, tmp_path_factory):
     """A Paint by Example that has learnt nothing."""
     torch.manual_seed(0)
-    kit, folder = Kit(str(random_kit)), tmp_path_factory.mktemp("painter")
-    encoder = fresh_encoder(kit.image_encoder, kit.unet.config.cross_attention_dim)
-    return export_painter(painting_unet(kit.unet), encoder, folder, kit)
+    backbone, folder = Backbone(str(random_backbone)), tmp_path_factory.mktemp("painter")
+    encoder = fresh_encoder(backbone.image_encoder, backbone.unet.config.cross_attention_dim)
+    return export_painter(painting_unet(backbone.unet), encoder, folder, backbone)
 
 
 def test_by_example(desk, command, painter):
@@ -217,24 +217,24 @@ def test_no_prompt_and_no_captioner(desk, command):
     assert any("prompt is empty" in line and "captioner" in line for line in out)
 
 
-def test_the_kits_captioner_is_asked(desk, command, monkeypatch):
+def test_the_backbones_captioner_is_asked(desk, command, monkeypatch):
     def captions(paths, captioner, processor, batch_size, device):
         for name, path in paths:
             assert np.array_equal(read_image(path), read_image(desk / "b.png"))  # it sees the naive composite
             yield name, f"{captioner}, {processor}"
 
     monkeypatch.setattr(runs, "caption_images", captions)
-    monkeypatch.setattr(Kit, "captioner", "a blue car")
-    monkeypatch.setattr(Kit, "processor", "on grass")
+    monkeypatch.setattr(Backbone, "captioner", "a blue car")
+    monkeypatch.setattr(Backbone, "processor", "on grass")
     code, out, err = command("composite=b.png", "mask=m.png")
     assert code == 0, err
     assert any("'a blue car, on grass'" in line for line in out)
 
 
-def test_two_controlnets_and_their_weights(desk, command, random_kit, awake):
-    kit = Kit(str(random_kit))
-    export_controlnet(awake(kit, 1), desk / "colour", "color", {"sigma": 10, "normalize": True}, kit)
-    export_controlnet(awake(kit, 2), desk / "edges", "structure", {}, kit)
+def test_two_controlnets_and_their_weights(desk, command, random_backbone, awake):
+    backbone = Backbone(str(random_backbone))
+    export_controlnet(awake(backbone, 1), desk / "colour", "color", {"sigma": 10, "normalize": True}, backbone)
+    export_controlnet(awake(backbone, 2), desk / "edges", "structure", {}, backbone)
 
     def raw(*words):
         code, out, err = command("composite=b.png", "mask=m.png", "prompt=x", *words)
@@ -277,7 +277,7 @@ MISTAKES = {
     "composite=b.png mask=m.png controlnet=runs/nowhere": "cannot fetch weights of runs/nowhere",
     "composite=b.png mask=m.png controlnet=.": "holds no ControlNet",
     "composite=b.png mask=m.png output=b.png": "b.png (File exists): choose another folder",
-    "composite=b.png mask=m.png model.path=./nowhere": "no kit in ./nowhere",
+    "composite=b.png mask=m.png model.path=./nowhere": "no backbone in ./nowhere",
     "composite=b.png mask=m.png promt=x": "did you mean prompt?",
 }
 
@@ -294,9 +294,9 @@ def test_a_name_with_commas_and_brackets(desk, command):
     assert code == 2 and "small, (1).png has no transparent background" in err[0]
 
 
-def test_a_mistake_in_a_process_of_its_own(desk, random_kit):
+def test_a_mistake_in_a_process_of_its_own(desk, random_backbone):
     files = {"background": "text.png", "foreground": "f.png", "mask": "m.png"}
-    words = [f"model.path={random_kit}", *(f"{key}={desk / name}" for key, name in files.items())]
+    words = [f"model.path={random_backbone}", *(f"{key}={desk / name}" for key, name in files.items())]
     done = subprocess.run([sys.executable, "-m", "harmony.harmonize", *words], capture_output=True, text=True, cwd=ROOT)
     assert done.returncode == 2
     assert done.stderr.count("\n") == 1 and "Traceback" not in done.stderr

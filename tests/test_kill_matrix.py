@@ -152,8 +152,8 @@ MOMENTS = {
     ),
     "harmonize": Moment(
         "harmony.harmonize background={photo} foreground={photo} mask={mask} prompt=tree steps=999 paths.runs=runs",
-        says("^(kit|prompt) "),
-        "^(kit|prompt) ",
+        says("^(backbone|prompt) "),
+        "^(backbone|prompt) ",
         prepared=False,
         later=5,
     ),

@@ -11,7 +11,7 @@ from torch.overrides import TorchFunctionMode
 
 from harmony.benchmarks.measure import peak_memory
 from harmony.benchmarks.train import Load, cached_batch, our_step, ready, to_device
-from harmony.models.backbone import Kit
+from harmony.models.backbone import Backbone
 
 BATCHES = (1, 2, 4, 8, 16, 32, 64)
 MEASURED = (1, 8, 64)  # of them, where there is a GPU
@@ -49,20 +49,22 @@ class FusedAttention(TorchFunctionMode):
         return function(*args, **(kwargs or {}))
 
 
-def shapes_of(kit: Kit) -> Kit:
+def shapes_of(backbone: Backbone) -> Backbone:
     """The same architecture without values, on the meta device."""
     with torch.device("meta"):
-        shapes = Kit(kit.path, "random", kit.dtype, torch.device("meta"))
+        shapes = Backbone(backbone.path, "random", backbone.dtype, torch.device("meta"))
         for part in ("vae", "unet", "text_encoder"):
             getattr(shapes, part)
     return shapes
 
 
-def kept(kit: Kit, batch: int, checkpointing: bool) -> float:
-    """GiB of activations that autograd keeps in one step on ``shapes_of`` a kit, in its dtype; weights left out."""
-    task = ready(kit, ("color",), Load(batch, 1, 1, checkpointing=checkpointing))
-    torch.nn.Module.to(task.net, kit.dtype)
-    weights = {p.untyped_storage()._cdata for net in (task.net, kit.unet) for p in net.parameters()}
+def kept(backbone: Backbone, batch: int, checkpointing: bool) -> float:
+    """GiB of activations that autograd keeps in one step on ``shapes_of`` a backbone, in its dtype; weights left
+    out.
+    """
+    task = ready(backbone, ("color",), Load(batch, 1, 1, checkpointing=checkpointing))
+    torch.nn.Module.to(task.net, backbone.dtype)
+    weights = {p.untyped_storage()._cdata for net in (task.net, backbone.unet) for p in net.parameters()}
     found: dict[int, torch.UntypedStorage] = {}
 
     def keep(x: torch.Tensor) -> torch.Tensor:
@@ -70,17 +72,17 @@ def kept(kit: Kit, batch: int, checkpointing: bool) -> float:
             found[storage._cdata] = storage  # held, so that no address is used twice
         return x
 
-    with kit.device, FusedAttention(), torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
-        task.errors(to_device(cached_batch(kit, batch), kit.device))
+    with backbone.device, FusedAttention(), torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
+        task.errors(to_device(cached_batch(backbone, batch), backbone.device))
     return sum(storage.nbytes() for storage in found.values()) / GIB
 
 
-def counted(kit: Kit) -> dict[str, dict[int, float]]:
+def counted(backbone: Backbone) -> dict[str, dict[int, float]]:
     """Name of ``OPTIONS`` -> batch size -> GiB of a whole training step."""
-    width = torch.finfo(kit.dtype).bits // 8
-    shapes = shapes_of(kit)
+    width = torch.finfo(backbone.dtype).bits // 8
+    shapes = shapes_of(backbone)
     net = ready(shapes, ("color",), Load(1, 1, 1)).net
-    rounded = 0 if kit.dtype == torch.float32 else width * numel(net)  # what mixed precision computes with
+    rounded = 0 if backbone.dtype == torch.float32 else width * numel(net)  # what mixed precision computes with
     fixed = MASTER * numel(net) + rounded + width * (numel(shapes.unet) + numel(shapes.text_encoder))
     fixed = (fixed + 4 * numel(shapes.vae)) / GIB
     moments = MOMENTS * numel(net) / GIB
@@ -94,14 +96,14 @@ def counted(kit: Kit) -> dict[str, dict[int, float]]:
     }
 
 
-def step_peak(kit: Kit, batch: int, options: dict[str, bool]) -> float:
+def step_peak(backbone: Backbone, batch: int, options: dict[str, bool]) -> float:
     """GiB that two steps took at most; what they were made of is gone when it returns."""
-    step = our_step(ready(kit, ("color",), Load(batch, 1, 1, **options)), cached_batch(kit, batch))
+    step = our_step(ready(backbone, ("color",), Load(batch, 1, 1, **options)), cached_batch(backbone, batch))
     step(), step()
-    return peak_memory(kit.device)
+    return peak_memory(backbone.device)
 
 
-def measured(kit: Kit, say=print) -> dict[str, dict[int, float]]:
+def measured(backbone: Backbone, say=print) -> dict[str, dict[int, float]]:
     """Some of the same on the GPU, by its allocator; sizes that do not fit are left out."""
     found: dict[str, dict[int, float]] = {name: {} for name in OPTIONS}
     for name, options in OPTIONS.items():
@@ -110,7 +112,7 @@ def measured(kit: Kit, say=print) -> dict[str, dict[int, float]]:
             torch.cuda.empty_cache()
             torch.cuda.reset_peak_memory_stats()
             try:
-                found[name][batch] = step_peak(kit, batch, options)
+                found[name][batch] = step_peak(backbone, batch, options)
             except torch.cuda.OutOfMemoryError:
                 say(f"batch {batch}, {name}: does not fit")
                 break
@@ -126,11 +128,11 @@ def table(columns: dict[str, dict[int, float]]) -> str:
     return "\n".join(lines)
 
 
-def bench_memory(kit: Kit, say=print) -> dict[str, float]:
+def bench_memory(backbone: Backbone, say=print) -> dict[str, float]:
     """Figures ``counted_plain_8`` and so on in GiB; says the table."""
-    columns = {f"counted, {name}": column for name, column in counted(kit).items()}
-    if kit.device.type == "cuda":
-        columns |= {f"measured, {name}": column for name, column in measured(kit, say).items()}
-    say(f"GiB of a training step of one ControlNet on {kit.name}, {str(kit.dtype).removeprefix('torch.')}:")
+    columns = {f"counted, {name}": column for name, column in counted(backbone).items()}
+    if backbone.device.type == "cuda":
+        columns |= {f"measured, {name}": column for name, column in measured(backbone, say).items()}
+    say(f"GiB of a training step of one ControlNet on {backbone.name}, {str(backbone.dtype).removeprefix('torch.')}:")
     say(table(columns))
     return {f"{name.replace(', ', '_')}_{n}": v for name, column in columns.items() for n, v in column.items()}

@@ -14,7 +14,7 @@ from diffusers import DDIMScheduler, StableDiffusionControlNetInpaintPipeline
 from harmony.benchmarks.measure import alternate, matmul_rate, tflop
 from harmony.methods.inpainting import Branch, Inpainting, hint_pictures
 from harmony.methods.method import Composite, seeds_of
-from harmony.models.backbone import Kit, placed
+from harmony.models.backbone import Backbone, placed
 from harmony.models.controlnet import from_unet, zero_convolutions
 from harmony.pixels.images import to_hint, to_model
 from harmony.sampling.guidance import Settings
@@ -38,40 +38,42 @@ def modes_of(device: str) -> list[str]:
     return [name for name, options in MODES.items() if device == "cuda" or not options.get("graphs")]
 
 
-def awake_net(kit: Kit, seed: int) -> torch.nn.Module:
+def awake_net(backbone: Backbone, seed: int) -> torch.nn.Module:
     """A frozen ControlNet whose residuals are not zero, as if it had been trained."""
     torch.manual_seed(seed)
-    net = from_unet(kit.unet, kit.factor).requires_grad_(False).eval()
+    net = from_unet(backbone.unet, backbone.factor).requires_grad_(False).eval()
     for p in zero_convolutions(net):
         p.normal_(0, 0.02)
-    return placed(torch.nn.Module.to(net, kit.dtype), kit.device)
+    return placed(torch.nn.Module.to(net, backbone.dtype), backbone.device)
 
 
 class Scene:
     """``batch`` pictures with a hole each, two ControlNets, and both ways to fill the holes."""
 
-    def __init__(self, kit: Kit, batch: int):
-        side, rng = kit.resolution, np.random.default_rng(0)
-        self.kit, self.mask = kit, np.zeros((side, side), bool)
+    def __init__(self, backbone: Backbone, batch: int):
+        side, rng = backbone.resolution, np.random.default_rng(0)
+        self.backbone, self.mask = backbone, np.zeros((side, side), bool)
         self.mask[side // 4 : side // 2, side // 4 : side // 2] = True
         self.pictures = [rng.integers(0, 256, (side, side, 3), dtype=np.uint8) for _ in range(batch)]
-        self.branches = [Branch(name, awake_net(kit, n)) for n, name in enumerate(BRANCHES)]
+        self.branches = [Branch(name, awake_net(backbone, n)) for n, name in enumerate(BRANCHES)]
 
     def ours(self, settings: Settings) -> Callable[[], list[np.ndarray]]:
-        method = Inpainting(self.kit, self.branches, replace(settings, batch=len(self.pictures)))
+        method = Inpainting(self.backbone, self.branches, replace(settings, batch=len(self.pictures)))
         composites = [Composite(x, x, self.mask, self.mask, PROMPT) for x in self.pictures]
         seeds = seeds_of(0, range(len(composites)))
         return lambda: method.fill(composites, seeds)
 
     def stock(self, steps: int, guidance: float) -> Callable[[], object]:
-        kit = self.kit
+        backbone = self.backbone
         pipeline = StableDiffusionControlNetInpaintPipeline(
-            vae=torch.nn.Module.to(copy.deepcopy(kit.vae), kit.dtype),  # of one dtype with the rest, which it wants
-            text_encoder=kit.text_encoder,
-            tokenizer=kit.tokenizer,
-            unet=kit.unet,
+            vae=torch.nn.Module.to(
+                copy.deepcopy(backbone.vae), backbone.dtype
+            ),  # of one dtype with the rest, which it wants
+            text_encoder=backbone.text_encoder,
+            tokenizer=backbone.tokenizer,
+            unet=backbone.unet,
             controlnet=[branch.net for branch in self.branches],
-            scheduler=DDIMScheduler.from_config(kit.scheduler.config),
+            scheduler=DDIMScheduler.from_config(backbone.scheduler.config),
             safety_checker=None,
             feature_extractor=None,
             requires_safety_checker=False,
@@ -90,8 +92,8 @@ class Scene:
         return lambda: pipeline(
             [PROMPT] * len(self.pictures),
             **given,
-            height=kit.resolution,
-            width=kit.resolution,
+            height=backbone.resolution,
+            width=backbone.resolution,
             num_inference_steps=steps,
             guidance_scale=guidance,
             output_type="pt",
@@ -99,7 +101,7 @@ class Scene:
 
 
 def bench_sample(
-    kit: Kit,
+    backbone: Backbone,
     batch: int,
     steps: int,
     guidance: float,
@@ -111,18 +113,18 @@ def bench_sample(
 
     NAMEs are those of ``modes``, by default all that the device has.
     """
-    scene = Scene(kit, batch)
+    scene = Scene(backbone, batch)
     stock, exact = scene.stock(steps, guidance), Settings(steps, guidance)
     work = tflop(scene.ours(exact), batch)
-    peak = matmul_rate(kit.device, kit.dtype)
+    peak = matmul_rate(backbone.device, backbone.dtype)
     found = {}
-    chosen = modes_of(kit.device.type) if modes is None else modes
+    chosen = modes_of(backbone.device.type) if modes is None else modes
     for name, options in {"": {}, **{name: MODES[name] for name in chosen}}.items():
         settings = replace(exact, **options)
         if "solver" in options:
             settings = replace(settings, steps=max(1, round(FEWER * steps)))
         say(f"{name or 'exact'}: {settings.steps} steps of {settings.solver}, against {steps} of the stock pipeline")
-        rates = alternate(scene.ours(settings), stock, batch, kit.device, 1, blocks, say)
+        rates = alternate(scene.ours(settings), stock, batch, backbone.device, 1, blocks, say)
         figures = rates.figures(*((work, peak) if name in ("", "graphs", "compiled") else ()))
         found["_".join(filter(None, ("sample", name)))] = figures | {"seconds": batch / figures["ours"]}
     return found

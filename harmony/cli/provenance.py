@@ -47,7 +47,7 @@ def device_name() -> str:
 
 
 def provenance(cfg: DictConfig, **extra: Any) -> dict[str, Any]:
-    """What a run depended on, for ``provenance.json``; ``extra`` adds kit hash, manifest hash, wall time."""
+    """What a run depended on, for ``provenance.json``; ``extra`` adds backbone hash, manifest hash, wall time."""
     return {
         "name": cfg.get("name"),
         "command": sys.argv,

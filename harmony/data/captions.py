@@ -17,13 +17,15 @@ from harmony.core.errors import UserError
 from harmony.core.hub import fetched
 from harmony.pixels.images import read_image, sha256, write_image
 
-BLIP = "Salesforce/blip-image-captioning-large"  # where a kit has no captioner, as Stable Diffusion
+BLIP = "Salesforce/blip-image-captioning-large"  # where a backbone has no captioner, as Stable Diffusion
 PREFIX, BEAMS, MIN_LENGTH, MAX_LENGTH = "a picture of", 3, 5, 20
 GIVEN = "given"  # in place of a captioner's name: a caption by people
 
 
 def captioner_name(folder: str | Path) -> str:
-    """The name stored with every caption, so that another captioner captions again: kit with its hash, or hub id."""
+    """The name stored with every caption, so that another captioner captions again: backbone with its hash, or hub
+    id.
+    """
     folder = Path(folder)
     weights = sorted(folder.glob("*.safetensors"))
     if not weights:
@@ -43,7 +45,9 @@ def load_captioner(folder: str | Path, device: str = "cpu") -> tuple[torch.nn.Mo
         return model, BlipProcessor.from_pretrained(folder)
     except (OSError, ValueError, UserError) as error:
         reason = str(error).splitlines()[0]
-        raise UserError(f"{folder}: no BLIP captioner there ({reason}); give a kit with a captioner/ folder") from None
+        raise UserError(
+            f"{folder}: no BLIP captioner there ({reason}); give a backbone with a captioner/ folder"
+        ) from None
 
 
 def caption_images(

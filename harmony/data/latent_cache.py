@@ -1,10 +1,10 @@
 """The latent cache: everything a training step needs, computed once, in checksummed memory-mapped shards.
 
-A cache belongs to one split of one manifest and one kit. Its key is a hash of all that decides its contents (kit's VAE,
-resolution, crop rule, hole rule, condition parameters, rows, schema version); a cache with another key is refused by
-name. Posterior *moments* are stored, not samples, so that the latent's noise stays random. Shards are written one by
-one and moved into place when complete: a kill at any point costs at most one shard a process, and the same command goes
-on. A shard whose checksum is wrong is built again, never trained on.
+A cache belongs to one split of one manifest and one backbone. Its key is a hash of all that decides its contents
+(backbone's VAE, resolution, crop rule, hole rule, condition parameters, rows, schema version); a cache with another key
+is refused by name. Posterior *moments* are stored, not samples, so that the latent's noise stays random. Shards are
+written one by one and moved into place when complete: a kill at any point costs at most one shard a process, and the
+same command goes on. A shard whose checksum is wrong is built again, never trained on.
 """
 
 import errno
@@ -39,7 +39,7 @@ tell = functools.partial(print, flush=True)  # so that a log shows at once how f
 
 
 class Codec(Protocol):
-    """What the cache needs of a kit (``models.kit.Kit``, which stands on the same floor)."""
+    """What the cache needs of a backbone (``models.backbone.Backbone``, which stands on the same floor)."""
 
     factor: int
     resolution: int
@@ -76,8 +76,8 @@ class Recipe:
 
 @dataclass(frozen=True)
 class Example:
-    """One row at the kit's resolution, uint8 R x R x 3 and bool R x R; ``crop`` is where it lies in the picture (None =
-    the whole of it, squashed).
+    """One row at the backbone's resolution, uint8 R x R x 3 and bool R x R; ``crop`` is where it lies in the picture
+    (None = the whole of it, squashed).
 
     ``instance`` is the picture that hints are made from: ``image``, or the same object under another light.
     ``exemplar``: the instance's box cut out of the photograph (``exemplars.cut_out``), uint8 in its own size, where one
@@ -166,13 +166,13 @@ def extended_example(
     return Example(image, mask, painted, crop)
 
 
-def describe(kit: Codec, recipe: Recipe, rows: list[Row]) -> dict:
+def describe(backbone: Codec, recipe: Recipe, rows: list[Row]) -> dict:
     """All that decides the contents of a cache."""
     facts = json.dumps([(r.id, r.sha256, r.mask, list(r.box)) for r in rows]).encode()
     return {
         "schema": CACHE_SCHEMA,
-        "vae": kit.hash("vae"),
-        "resolution": kit.resolution,
+        "vae": backbone.hash("vae"),
+        "resolution": backbone.resolution,
         **asdict(recipe),
         "rows": hashlib.sha256(facts).hexdigest(),
     }
@@ -182,17 +182,17 @@ def key(description: dict) -> str:
     return hashlib.sha256(json.dumps(description, sort_keys=True).encode()).hexdigest()[:16]
 
 
-def encode(examples: list[Example], kit: Codec, recipe: Recipe) -> dict[str, torch.Tensor]:
+def encode(examples: list[Example], backbone: Codec, recipe: Recipe) -> dict[str, torch.Tensor]:
     """Tensors of some items: float16 moments, uint8 masks and hints."""
-    x = torch.stack([to_model(e.image) for e in examples]).to(kit.device)
+    x = torch.stack([to_model(e.image) for e in examples]).to(backbone.device)
     holes = torch.from_numpy(np.stack([e.hole for e in examples])[:, None]).float()
     masks = torch.from_numpy(np.stack([e.mask for e in examples])[:, None]).float()
-    masked = x * (1 - holes.to(kit.device))
+    masked = x * (1 - holes.to(backbone.device))
     tensors = {
-        "moments": kit.moments(x).to("cpu", torch.float16),
-        "masked_moments": kit.moments(masked).to("cpu", torch.float16),
-        "hole": to_latent(holes, kit.factor).to(torch.uint8),
-        "weight": (coverage(masks, kit.factor) * 255).round().to(torch.uint8),
+        "moments": backbone.moments(x).to("cpu", torch.float16),
+        "masked_moments": backbone.moments(masked).to("cpu", torch.float16),
+        "hole": to_latent(holes, backbone.factor).to(torch.uint8),
+        "weight": (coverage(masks, backbone.factor) * 255).round().to(torch.uint8),
     }
     for branch, parameters in recipe.hints.items():
         if branch == "exemplar":
@@ -225,7 +225,7 @@ class Cache:
         self,
         manifest: Path,
         split: str,
-        kit: Codec,
+        backbone: Codec,
         recipe: Recipe,
         root: Path,
         say: Callable[[str], None] = tell,
@@ -233,8 +233,8 @@ class Cache:
         rows = read_manifest(manifest, split)[1]
         if not rows:
             raise UserError(f"{manifest} has no rows in split {split}: check the recipe's splits and selection")
-        self.manifest, self.split, self.kit, self.recipe, self.say = manifest, split, kit, recipe, say
-        self.description = describe(kit, recipe, rows)
+        self.manifest, self.split, self.backbone, self.recipe, self.say = manifest, split, backbone, recipe, say
+        self.description = describe(backbone, recipe, rows)
         self.folder = root / f"{split}-{key(self.description)}"
         items = [(row, v) for row in rows for v in range(recipe.variants)]
         self.shards = [items[i : i + SHARD] for i in range(0, len(items), SHARD)]
@@ -264,11 +264,11 @@ class Cache:
         squashed, shard = 0, self.shards[n]
         for i in range(0, len(shard), batch):
             part = shard[i : i + batch]
-            examples = [example(row, self.manifest.parent, self.recipe, self.kit.resolution, v) for row, v in part]
+            examples = [example(row, self.manifest.parent, self.recipe, self.backbone.resolution, v) for row, v in part]
             if self.recipe.crop == "extended":
                 uneven = [row.width != row.height for row, _ in part]
                 squashed += sum(u and e.crop is None for u, e in zip(uneven, examples, strict=True))
-            for name, tensor in encode(examples, self.kit, self.recipe).items():
+            for name, tensor in encode(examples, self.backbone, self.recipe).items():
                 tensors.setdefault(name, []).append(tensor)
         digest = write_shard(self.file(n), {name: torch.cat(parts) for name, parts in tensors.items()})
         write_json(self.record(n), {"sha256": digest})

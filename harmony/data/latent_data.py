@@ -12,7 +12,7 @@ from harmony.data.latent_cache import Cache, Latents, Recipe, describe, example,
 from harmony.data.manifest import read_manifest
 from harmony.data.shards import Shards, make_shards, predictor
 from harmony.data.stream import Stream, generator
-from harmony.models.backbone import Kit
+from harmony.models.backbone import Backbone
 from harmony.pixels.exemplars import augment
 from harmony.pixels.images import to_hint, to_model
 from harmony.pixels.masks import to_latent
@@ -51,11 +51,11 @@ class Draws(torch.utils.data.Dataset):
 
 
 class LatentShards(Shards):
-    """The shards of several caches of one kit, one cache after another."""
+    """The shards of several caches of one backbone, one cache after another."""
 
-    def __init__(self, kit: Kit, caches: Sequence[Cache], say: Callable[[str], None]):
+    def __init__(self, backbone: Backbone, caches: Sequence[Cache], say: Callable[[str], None]):
         super().__init__("latents", say)
-        self.kit, self.caches = kit, list(caches)
+        self.backbone, self.caches = backbone, list(caches)
         self.places = [(cache, n) for cache in self.caches for n in range(len(cache.shards))]
 
     @property
@@ -67,7 +67,7 @@ class LatentShards(Shards):
         return cache.is_made(at)
 
     def on_predict_start(self) -> None:
-        self.kit.to(self.device)
+        self.backbone.to(self.device)
 
     def make(self, n: int) -> None:
         cache, at = self.places[n]
@@ -79,13 +79,13 @@ class LatentShards(Shards):
 
 
 def build(caches: Sequence[Cache], trainer: lightning.Trainer | None = None) -> list[Path]:
-    """Make or complete ``caches`` of one kit over the processes of ``trainer``; returns their folders.
+    """Make or complete ``caches`` of one backbone over the processes of ``trainer``; returns their folders.
 
     Good shards are not made again.
     """
-    kit, say = caches[0].kit, caches[0].say
-    make_shards(LatentShards(kit, caches, say), trainer or predictor())
-    kit.to("cpu")
+    backbone, say = caches[0].backbone, caches[0].say
+    make_shards(LatentShards(backbone, caches, say), trainer or predictor())
+    backbone.to("cpu")
     return [cache.folder for cache in caches]
 
 
@@ -100,7 +100,7 @@ class LatentData(lightning.LightningDataModule):
     def __init__(
         self,
         manifest: str,
-        kit: Kit,
+        backbone: Backbone,
         cache: str,
         batch_size: int,
         branch: str | Sequence[str] | None = "color",
@@ -115,26 +115,28 @@ class LatentData(lightning.LightningDataModule):
     ):
         super().__init__()
         self.augment = augment
-        self.manifest, self.kit, self.cache = Path(manifest), kit, Path(cache)
+        self.manifest, self.backbone, self.cache = Path(manifest), backbone, Path(cache)
         self.batch_size, self.workers, self.seed = batch_size, workers, seed
         self.branches = [branch] if isinstance(branch, str) else list(branch or ())
         self.recipes = {
             "train": Recipe(crop, hole, variants, hints or {}, seed, mismatch),
-            "validation": Recipe("centre", "kit" if hole == "kit" else "dilate", 1, hints or {}, seed, mismatch),
+            "validation": Recipe(
+                "centre", "backbone" if hole == "backbone" else "dilate", 1, hints or {}, seed, mismatch
+            ),
         }
         self.sets: dict[str, Draws] = {}
 
     def prepare(self, trainer: lightning.Trainer | None = None, say: Callable[[str], None] = tell) -> dict[str, Path]:
         """Make or complete the caches over the processes and devices of ``trainer`` (see ``shards.predictor``)."""
-        caches = [Cache(self.manifest, split, self.kit, r, self.cache, say) for split, r in self.recipes.items()]
+        caches = [Cache(self.manifest, split, self.backbone, r, self.cache, say) for split, r in self.recipes.items()]
         return dict(zip(self.recipes, build(caches, trainer), strict=True))
 
     def setup(self, stage=None):
         for split, recipe in self.recipes.items():
             rows = read_manifest(self.manifest, split)[1]
-            description = describe(self.kit, recipe, rows)
+            description = describe(self.backbone, recipe, rows)
             latents = Latents(self.cache / f"{split}-{key(description)}", description)
-            tokens = self.kit.tokens([row.caption for row in rows])
+            tokens = self.backbone.tokens([row.caption for row in rows])
             self.sets[split] = Draws(latents, tokens, self.branches, self.seed, self.augment and split == "train")
 
     def train_dataloader(self):
@@ -156,14 +158,16 @@ class LatentData(lightning.LightningDataModule):
         )
 
     def examples(self, count: int, split: str = "test") -> dict:
-        """``count`` held-out rows at the kit's resolution: ``image``, ``hole`` (latent), ``pixel_hole``, ``tokens``."""
+        """``count`` held-out rows at the backbone's resolution: ``image``, ``hole`` (latent), ``pixel_hole``,
+        ``tokens``.
+        """
         rows = read_manifest(self.manifest, split)[1]
         rows = rows[:: max(1, len(rows) // count)][:count]
-        squares = [example(row, self.manifest.parent, Recipe(), self.kit.resolution) for row in rows]
+        squares = [example(row, self.manifest.parent, Recipe(), self.backbone.resolution) for row in rows]
         holes = torch.from_numpy(np.stack([e.hole for e in squares])[:, None]).float()
         return {
             "image": torch.stack([to_model(e.image) for e in squares]),
-            "hole": to_latent(holes, self.kit.factor),
+            "hole": to_latent(holes, self.backbone.factor),
             "pixel_hole": holes,
-            "tokens": self.kit.tokens([row.caption for row in rows]),
+            "tokens": self.backbone.tokens([row.caption for row in rows]),
         }

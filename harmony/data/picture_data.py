@@ -11,7 +11,7 @@ from torch.utils.data import DataLoader
 from harmony.core.errors import UserError
 from harmony.data.sources.files import folder_captions, pictures_in
 from harmony.data.stream import Stream, generator
-from harmony.models.backbone import Kit
+from harmony.models.backbone import Backbone
 from harmony.pixels.images import crop_resize, read_image, resize, sha256, square_around, to_model
 
 
@@ -48,10 +48,16 @@ class PicturesData(lightning.LightningDataModule):
     """
 
     def __init__(
-        self, folder: str, kit: Kit, batch_size: int = 4, center_crop: bool = True, previews: int = 8, seed: int = 0
+        self,
+        folder: str,
+        backbone: Backbone,
+        batch_size: int = 4,
+        center_crop: bool = True,
+        previews: int = 8,
+        seed: int = 0,
     ):
         super().__init__()
-        self.folder, self.kit, self.batch_size, self.seed = Path(folder), kit, batch_size, seed
+        self.folder, self.backbone, self.batch_size, self.seed = Path(folder), backbone, batch_size, seed
         self.center_crop, self.previews = center_crop, previews
 
     @cached_property
@@ -62,7 +68,7 @@ class PicturesData(lightning.LightningDataModule):
     @cached_property
     def pictures(self) -> list[np.ndarray]:
         """Uint8 R x R x 3, upright."""
-        side, squares = self.kit.resolution, []
+        side, squares = self.backbone.resolution, []
         for image in map(read_image, self.files):
             height, width = image.shape[:2]
             middle = square_around((width // 2, height // 2, width // 2 + 1, height // 2 + 1), width, height)
@@ -86,7 +92,7 @@ class PicturesData(lightning.LightningDataModule):
     def setup(self, stage=None):
         pixels = to_model(np.stack(self.pictures))
         both = torch.stack([pixels, pixels.flip(-1)], 1)
-        moments = torch.stack([self.kit.moments(pair.to(self.kit.device)).float().cpu() for pair in both])
+        moments = torch.stack([self.backbone.moments(pair.to(self.backbone.device)).float().cpu() for pair in both])
         self.views = Views(moments, self.seed)
 
     def train_dataloader(self):

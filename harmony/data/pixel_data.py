@@ -1,4 +1,4 @@
-"""Squares of pixels in memory: what a kit's encoders are trained on."""
+"""Squares of pixels in memory: what a backbone's encoders are trained on."""
 
 import itertools
 from pathlib import Path

@@ -8,7 +8,7 @@ from harmony.core.progress import Progress, tell
 from harmony.evaluation.eval_sets import EvalSet, enough
 from harmony.evaluation.figures import Fidelity
 from harmony.methods.method import Method, seeds_of
-from harmony.models.backbone import Kit
+from harmony.models.backbone import Backbone
 from harmony.models.clip import clip_of
 from harmony.models.features import feature_extractor
 
@@ -27,7 +27,7 @@ def fill_set(items: EvalSet, method: Method, seed: int, what: str) -> list[np.nd
 
 
 def before_and_after(
-    backbone: Kit, items: EvalSet, before: Method, after: Method, seed: int, protocol: str, clip: str | None = None
+    backbone: Backbone, items: EvalSet, before: Method, after: Method, seed: int, protocol: str, clip: str | None = None
 ) -> tuple[dict[str, float], dict]:
     """(figures of ``after`` and, under ``baseline/``, of ``before``; ``protocol`` and ``count`` behind them).
 

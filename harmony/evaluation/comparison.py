@@ -34,7 +34,7 @@ from harmony.evaluation.report import Report
 from harmony.evaluation.tables import curves, heat, mosaics, pictures, write_table
 from harmony.methods.method import Composite, Method, Seed, fingerprint
 from harmony.metrics.fidelity import aggregate, fmse
-from harmony.models.backbone import Kit
+from harmony.models.backbone import Backbone
 from harmony.models.clip import clip_of
 from harmony.models.features import feature_extractor
 from harmony.models.judge import Evaluator, load_evaluator
@@ -101,7 +101,7 @@ class Comparison:
     spec: dict
     rows: dict[str, Row]
     build: Callable[[dict], Method]
-    backbone: Kit
+    backbone: Backbone
     manifest: Path
     folder: Path
     protocol: str
@@ -137,7 +137,7 @@ class Comparison:
             case "exemplar":
                 if self.embedder is None:
                     raise UserError(
-                        f"kit {self.backbone.name} has no CLIP image tower: give clip=NAME/WEIGHTS of open_clip"
+                        f"backbone {self.backbone.name} has no CLIP image tower: give clip=NAME/WEIGHTS of open_clip"
                     )
                 rows = read_manifest(self.manifest, split)[1]
                 return load_exemplars(

@@ -37,7 +37,7 @@ from harmony.methods.prompt_editing import (
 )
 from harmony.metrics.fidelity import fmse, fpsnr, mse, psnr
 from harmony.metrics.similarity import embeddings
-from harmony.models.backbone import DIFFUSION, Kit
+from harmony.models.backbone import DIFFUSION, Backbone
 from harmony.models.clip import clip_of
 from harmony.models.textual_inversion import learn, read_word, word_file
 from harmony.pixels.composites import paste_back
@@ -56,7 +56,9 @@ ROWS = 6  # pictures on the figure
 
 @dataclass(frozen=True)
 class Item:
-    """A scene at the kit's resolution: uint8 R x R x 3, its caption, and its cases with truth and mask (bool R x R)."""
+    """A scene at the backbone's resolution: uint8 R x R x 3, its caption, and its cases with truth and mask (bool R x
+    R).
+    """
 
     image: np.ndarray
     prompt: str
@@ -91,7 +93,7 @@ class EditingStudy:
         name: str,
         spec: dict,
         words: str | None,
-        kit: Kit,
+        backbone: Backbone,
         file: Path,
         folder: Path,
         settings: Settings,
@@ -103,20 +105,27 @@ class EditingStudy:
     ):
         if unknown := set(spec["parts"]) - set(PARTS):
             raise UserError(f"study.parts={unknown.pop()}: choose among {', '.join(PARTS)}")
-        self.name, self.spec, self.words, self.kit, self.file, self.folder = name, spec, words, kit, file, folder
+        self.name, self.spec, self.words, self.backbone, self.file, self.folder = (
+            name,
+            spec,
+            words,
+            backbone,
+            file,
+            folder,
+        )
         self.settings, self.seed, self.limit, self.rank, self.world, self.notes = settings, seed, limit, rank, world, []
-        self.clip = clip_of(kit, clip)
+        self.clip = clip_of(backbone, clip)
         if self.clip is None:
-            raise UserError(f"kit {kit.name} has no CLIP image tower: give clip=NAME/WEIGHTS of open_clip")
+            raise UserError(f"backbone {backbone.name} has no CLIP image tower: give clip=NAME/WEIGHTS of open_clip")
 
     @cached_property
     def items(self) -> list[Item]:
-        return load_items(self.file, self.kit.resolution, self.limit)
+        return load_items(self.file, self.backbone.resolution, self.limit)
 
     @cached_property
     def made_of(self) -> dict[str, str]:
         """Hashes of all that decides the figures and is not in the configuration."""
-        facts = {f"kit/{part}": self.kit.hash(part) for part in DIFFUSION} | {"edits": sha256(self.file)}
+        facts = {f"backbone/{part}": self.backbone.hash(part) for part in DIFFUSION} | {"edits": sha256(self.file)}
         return facts | {f"words/{name}": sha256(file) for name, file in self.learnt().items()}
 
     @property
@@ -138,26 +147,26 @@ class EditingStudy:
     def inverted(self, items: Sequence[Item]) -> list[Inversion]:
         s, prompts = self.settings, [item.prompt for item in items]
         images = [item.image for item in items]
-        return invert_pictures(self.kit, images, prompts, s.steps, s.guidance, self.spec["inner"])
+        return invert_pictures(self.backbone, images, prompts, s.steps, s.guidance, self.spec["inner"])
 
     def reconstructions(self, items: Sequence[Item], inversions: Sequence[Inversion]) -> dict[str, list[np.ndarray]]:
         """Row -> the pictures brought back."""
-        kit, w, n = self.kit, self.settings.guidance, self.settings.steps
+        backbone, w, n = self.backbone, self.settings.guidance, self.settings.steps
         prompts = [item.prompt for item in items]
-        plain = [replace(inversion, nulls=[kit.prompt([""])] * n) for inversion in inversions]
-        fast = [replace(v, nulls=[kit.prompt([p])] * n) for v, p in zip(inversions, prompts, strict=True)]
-        path, text = trajectories(kit, [item.image for item in items], prompts, n)
-        schedule = kit.alphas_cumprod, kit.scheduler.config.steps_offset, self.spec["inner"]
-        one = shared_null_text(denoiser(kit), path, text, kit.prompt([""]), w, *schedule)
+        plain = [replace(inversion, nulls=[backbone.prompt([""])] * n) for inversion in inversions]
+        fast = [replace(v, nulls=[backbone.prompt([p])] * n) for v, p in zip(inversions, prompts, strict=True)]
+        path, text = trajectories(backbone, [item.image for item in items], prompts, n)
+        schedule = backbone.alphas_cumprod, backbone.scheduler.config.steps_offset, self.spec["inner"]
+        one = shared_null_text(denoiser(backbone), path, text, backbone.prompt([""]), w, *schedule)
         shared = [replace(v, nulls=[null] * n) for v, null in zip(inversions, one.split(1), strict=True)]
         latents = torch.cat([inversion.latent for inversion in inversions])
         return {
-            "autoencoder": list(from_model(kit.decode(latents))),
-            "ddim, w = 1": reconstruct(kit, plain, prompts, 1.0),
-            f"ddim, w = {w:g}": reconstruct(kit, plain, prompts, w),
-            "one null text": reconstruct(kit, shared, prompts, w),
-            "null text a step": reconstruct(kit, inversions, prompts, w),
-            "fast (null = condition)": reconstruct(kit, fast, prompts, w),
+            "autoencoder": list(from_model(backbone.decode(latents))),
+            "ddim, w = 1": reconstruct(backbone, plain, prompts, 1.0),
+            f"ddim, w = {w:g}": reconstruct(backbone, plain, prompts, w),
+            "one null text": reconstruct(backbone, shared, prompts, w),
+            "null text a step": reconstruct(backbone, inversions, prompts, w),
+            "fast (null = condition)": reconstruct(backbone, fast, prompts, w),
         }
 
     def mode(self, case: Case) -> Mode:
@@ -167,11 +176,11 @@ class EditingStudy:
 
     def edits(self, items: Sequence[Item], inversions: Sequence[Inversion]) -> dict[str, list[np.ndarray]]:
         """Row -> the edited pictures, all cases of an item one after the other."""
-        kit, w, n = self.kit, self.settings.guidance, self.settings.steps
+        backbone, w, n = self.backbone, self.settings.guidance, self.settings.steps
         rows: dict[str, list[np.ndarray]] = {}
         for item, inversion in zip(items, inversions, strict=True):
-            plain = replace(inversion, nulls=[kit.prompt([""])] * n)
-            fast = replace(inversion, nulls=[kit.prompt([item.prompt])] * n)
+            plain = replace(inversion, nulls=[backbone.prompt([""])] * n)
+            fast = replace(inversion, nulls=[backbone.prompt([item.prompt])] * n)
             for case in item.cases:
                 mode = self.mode(case)
                 ways = {
@@ -182,7 +191,9 @@ class EditingStudy:
                 }
                 rows.setdefault("source as it is", []).append(item.image)
                 for row, (start, how) in ways.items():
-                    made = edit_picture(kit, start, plan(kit, case.source, case.target, how), w, self.spec["threshold"])
+                    made = edit_picture(
+                        backbone, start, plan(backbone, case.source, case.target, how), w, self.spec["threshold"]
+                    )
                     rows.setdefault(row, []).append(made.pictures[1])
                 rows.setdefault(f"{row}, pasted", []).append(pasted(made, item.image))
         return rows
@@ -208,20 +219,20 @@ class EditingStudy:
 
     def spoken(self) -> dict[str, dict[str, list[np.ndarray]]]:
         """Concept -> ``held out`` views, and what the plain word and the learnt word give for their captions."""
-        root, found, side = self.file.parent, {}, self.kit.resolution
+        root, found, side = self.file.parent, {}, self.backbone.resolution
         learnt = self.learnt()
         for name, (_, held_out) in concepts(root).items() if learnt else ():
             word = read_word(learnt[name])
-            if word.token.lower() not in self.kit.words:
-                learn(self.kit, word)
+            if word.token.lower() not in self.backbone.words:
+                learn(self.backbone, word)
             captions = folder_captions(held_out[0].parent)
             views = [(resize(read_image(f), side, side), captions[f.stem][0]) for f in held_out for _ in range(DRAWS)]
             prompts = [prompt for _, prompt in views]
             indices = list(range(len(views)))
             found[name] = {"held out": [image for image, _ in views]}
             for row, spoken in (("plain word", name.partition("_")[2]), ("learnt word", word.token)):
-                text = self.kit.prompt([prompt.replace("{}", spoken) for prompt in prompts])
-                found[name][row] = text_to_image(self.kit, text, self.settings, seeds_of(self.seed, indices))
+                text = self.backbone.prompt([prompt.replace("{}", spoken) for prompt in prompts])
+                found[name][row] = text_to_image(self.backbone, text, self.settings, seeds_of(self.seed, indices))
         return found
 
     # --- figures
@@ -308,7 +319,7 @@ class EditingStudy:
             pictures(drawn[-1], list(zip(*columns.values(), strict=True)), list(columns))
         if spoken:
             drawn.append(self.folder / "concepts.png")
-            side, rows = self.kit.resolution, []
+            side, rows = self.backbone.resolution, []
             for name, views in spoken.items():
                 seen = [resize(read_image(f), side, side) for f in concepts(self.file.parent)[name][0][:2]]
                 two = [views[row][i] for row in ("held out", "plain word", "learnt word") for i in (0, DRAWS)]

@@ -234,7 +234,7 @@ def data_uri(file: Path) -> str:
 
 
 class UserStudy:
-    """The study of ``experiment=user_study``, with the interface of ``Comparison``; no dataset, no kit.
+    """The study of ``experiment=user_study``, with the interface of ``Comparison``; no dataset, no backbone.
 
     ``spec``: the node ``user_study`` of configs/evaluate.yaml. Raters see codes in the place of methods; which is
     which stands in the run folder's ``study.json`` alone.

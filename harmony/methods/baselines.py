@@ -5,14 +5,14 @@ from collections.abc import Sequence
 import numpy as np
 
 from harmony.methods.method import Composite, Method, Seed, fingerprint
-from harmony.models.backbone import Kit
+from harmony.models.backbone import Backbone
 from harmony.pixels.composites import copy_paste, poisson, reinhard
 
 
 class Baseline(Method):
     """A function of background, instance and mask at the resolution of a backbone, whose networks do not run."""
 
-    def __init__(self, backbone: Kit):
+    def __init__(self, backbone: Backbone):
         self.resolution = backbone.resolution
 
     @property

@@ -9,7 +9,7 @@ import torch
 
 from harmony.core.errors import UserError
 from harmony.methods.method import CAPTION, Composite, Method, Seed, fingerprint
-from harmony.models.backbone import DIFFUSION, Kit, placed, weights_hash
+from harmony.models.backbone import DIFFUSION, Backbone, placed, weights_hash
 from harmony.models.controlnet import load_controlnet, net_hash, read_hint
 from harmony.models.timing import blocks
 from harmony.pixels.hints import hint
@@ -38,7 +38,7 @@ class Branch:
 
 
 def load_branch(
-    path: str, backbone: Kit, weights: Mapping[str, float] | None = None, operator: str | None = None
+    path: str, backbone: Backbone, weights: Mapping[str, float] | None = None, operator: str | None = None
 ) -> Branch:
     """The ControlNet in ``path`` with its operator from ``hint.json``; ``weights``: operator -> lambda (else 1).
 
@@ -52,7 +52,7 @@ def load_branch(
     return replace(branch, weight=(weights or {}).get(branch.name, 1.0))
 
 
-def read_branch(path: str, backbone: Kit, operator: str | None) -> Branch:
+def read_branch(path: str, backbone: Backbone, operator: str | None) -> Branch:
     net, facts = placed(load_controlnet(path, backbone.dtype), backbone.device), read_hint(path)
     name = facts.get("branch", operator)
     if name not in OPERATORS:
@@ -60,9 +60,9 @@ def read_branch(path: str, backbone: Kit, operator: str | None) -> Branch:
     for key in ("block_out_channels", "cross_attention_dim", "layers_per_block"):
         theirs, ours = net.config[key], backbone.unet.config[key]
         if list(np.atleast_1d(theirs)) != list(np.atleast_1d(ours)):
-            made_for = facts.get("kit", "another kit")
+            made_for = facts.get("backbone", "another backbone")
             raise UserError(
-                f"{path}, trained on {made_for}, does not fit kit {backbone.name} ({key}): give its model.path"
+                f"{path}, trained on {made_for}, does not fit backbone {backbone.name} ({key}): give its model.path"
             )
     return Branch(name, net, 1.0, facts.get("parameters"), net_hash(path))
 
@@ -75,7 +75,7 @@ Draw = Callable[[slice, torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
 
 @torch.no_grad()
 def fill_holes(
-    backbone: Kit, composites: Sequence[Composite], seeds: Sequence[Seed], draw: Draw, batch: int
+    backbone: Backbone, composites: Sequence[Composite], seeds: Sequence[Seed], draw: Draw, batch: int
 ) -> list[np.ndarray]:
     """Filled squares, uint8 R x R x 3, of methods that begin from noise and a masked latent; ``draw`` makes the latents
     of ``batch`` composites at a time.
@@ -103,7 +103,7 @@ class Inpainting(Method):
 
     wants = frozenset({CAPTION})
 
-    def __init__(self, backbone: Kit, branches: Sequence[Branch] = (), settings: Settings = Settings()):
+    def __init__(self, backbone: Backbone, branches: Sequence[Branch] = (), settings: Settings = Settings()):
         self.backbone, self.branches, self.settings = backbone, list(branches), settings
         self.resolution, self.device = backbone.resolution, backbone.device
 
@@ -128,7 +128,7 @@ class Inpainting(Method):
 
     def describe(self) -> str:
         nets = " and ".join(f"{b.name} (weight {b.weight:g})" for b in self.branches)
-        where = f"kit {self.backbone.name} at {self.resolution} px on {self.device.type}"
+        where = f"backbone {self.backbone.name} at {self.resolution} px on {self.device.type}"
         return f"{where}, {nets or 'no ControlNet, plain inpainting'}"
 
     def views(self, composites: Sequence[Composite]) -> dict[str, list[np.ndarray]]:
@@ -146,7 +146,7 @@ class Inpainting(Method):
 
 
 def load(
-    backbone: Kit,
+    backbone: Backbone,
     controlnet: str | None = None,
     structure: str | None = None,
     branch: str | None = None,

@@ -82,7 +82,9 @@ def cut(
     crop = working_square(mask, region)
     image, instance, small = (crop_resize(a, crop, side) for a in (background, composite, mask))
     if not small.any():
-        raise UserError(f"the object is too small: it vanishes at the kit's {side} px; enlarge it or take a larger kit")
+        raise UserError(
+            f"the object is too small: it vanishes at the backbone's {side} px; enlarge it or take a larger backbone"
+        )
     hole = dilate(mask, math.ceil(scaled(radius, (crop.side,))))  # the rule at the photograph's resolution
     if region is not None:
         hole |= region

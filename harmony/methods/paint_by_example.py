@@ -12,7 +12,7 @@ import torch
 from harmony.core.errors import UserError
 from harmony.methods.inpainting import fill_holes
 from harmony.methods.method import EXEMPLAR, Composite, Method, Seed, fingerprint
-from harmony.models.backbone import Kit, weights_hash
+from harmony.models.backbone import Backbone, weights_hash
 from harmony.models.paint_by_example import Painter, known_by_example, load_painter, painter_hash
 from harmony.models.timing import blocks
 from harmony.pixels.exemplars import exemplar
@@ -35,7 +35,7 @@ def paint(
     B x T x D of the exemplars.
     """
     nothing = painter.encoder.uncond_vector
-    return sampled(painter.kit, noise, known_by_example(hole, masked), context, nothing, schedule)
+    return sampled(painter.backbone, noise, known_by_example(hole, masked), context, nothing, schedule)
 
 
 class PaintByExample(Method):
@@ -45,11 +45,11 @@ class PaintByExample(Method):
 
     def __init__(self, painter: Painter, settings: Settings = Settings(guidance=3.0), source: str | None = None):
         self.painter, self.settings, self.source = painter, settings, source
-        self.resolution, self.device = painter.kit.resolution, painter.kit.device
+        self.resolution, self.device = painter.backbone.resolution, painter.backbone.device
 
     @functools.cached_property
     def fingerprint(self) -> str:
-        backbone = self.painter.kit
+        backbone = self.painter.backbone
         weights = self.source or [weights_hash(net) for net in (backbone.unet, self.painter.encoder)]
         return fingerprint("paint_by_example", backbone.hash("vae"), str(backbone.dtype), weights, self.settings)
 
@@ -65,25 +65,25 @@ class PaintByExample(Method):
             context = painter.encoder(torch.stack([to_hint(picture) for picture in pictures]).to(self.device))
             return paint(painter, noise, hole, masked, context, self.settings)
 
-        return fill_holes(painter.kit, composites, seeds, draw, self.settings.batch)
+        return fill_holes(painter.backbone, composites, seeds, draw, self.settings.batch)
 
     def describe(self) -> str:
-        where = f"{self.painter.kit.name} at {self.resolution} px, {self.device.type}"
+        where = f"{self.painter.backbone.name} at {self.resolution} px, {self.device.type}"
         return f"Paint by Example on {where}, guidance {self.settings.guidance:g}"
 
     def views(self, composites: Sequence[Composite]) -> dict[str, list[np.ndarray]]:
         return {"exemplar": self.exemplars(composites, self.painter.encoder.size)}
 
     def networks(self) -> dict[str, list[torch.nn.Module]]:
-        vae = self.painter.kit.vae
+        vae = self.painter.backbone.vae
         return {
-            "UNet": blocks(self.painter.kit.unet),
+            "UNet": blocks(self.painter.backbone.unet),
             "exemplar encoder": [self.painter.encoder],
             "VAE": [vae.encoder, vae.decoder],
         }
 
 
-def load(backbone: Kit, painter: str, **sampling) -> PaintByExample:
+def load(backbone: Backbone, painter: str, **sampling) -> PaintByExample:
     """``PaintByExample`` by options: ``painter`` is a run folder, a diffusers folder, a hub id or a shipped name.
 
     UserError for one that works at another resolution than ``backbone``.
@@ -92,7 +92,7 @@ def load(backbone: Kit, painter: str, **sampling) -> PaintByExample:
     if key not in backbone.loaded:
         backbone.loaded[key] = load_painter(painter, backbone)
     loaded = backbone.loaded[key]
-    if loaded.kit.resolution != backbone.resolution:
-        sizes = f"{loaded.kit.resolution} px, kit {backbone.name} at {backbone.resolution}"
+    if loaded.backbone.resolution != backbone.resolution:
+        sizes = f"{loaded.backbone.resolution} px, backbone {backbone.name} at {backbone.resolution}"
         raise UserError(f"painter={painter} works at {sizes}: give model.path={painter}")
     return PaintByExample(loaded, Settings(**sampling), painter_hash(painter))

@@ -19,7 +19,7 @@ from safetensors.torch import load_file
 from harmony.core.errors import UserError
 from harmony.core.files import write_tensors
 from harmony.models.attention import map_side
-from harmony.models.backbone import DIFFUSION, Kit
+from harmony.models.backbone import DIFFUSION, Backbone
 from harmony.pixels.images import from_model, to_model
 from harmony.sampling.ddim import invert
 from harmony.sampling.null_text import Search, denoiser, null_texts, replay
@@ -51,13 +51,13 @@ class Inversion:
 
 
 @torch.no_grad()
-def encode(kit: Kit, images: Sequence[np.ndarray]) -> torch.Tensor:
+def encode(backbone: Backbone, images: Sequence[np.ndarray]) -> torch.Tensor:
     """B pictures uint8 R x R x 3 -> latents B x C x h x w, the posterior's mean."""
-    return kit.latent(kit.moments(to_model(np.stack(images)).to(kit.device)))
+    return backbone.latent(backbone.moments(to_model(np.stack(images)).to(backbone.device)))
 
 
 def invert_pictures(
-    kit: Kit,
+    backbone: Backbone,
     images: Sequence[np.ndarray],
     prompts: Sequence[str],
     steps: int = 50,
@@ -70,40 +70,42 @@ def invert_pictures(
     ``inner=0`` is the fast mode: the condition itself stands for the empty prompt, so that guidance is inert in the
     source's row and the reconstruction is that of plain DDIM (Miyake 2023).
     """
-    trajectory, text = trajectories(kit, images, prompts, steps)
+    trajectory, text = trajectories(backbone, images, prompts, steps)
     if inner == 0:
         nulls = [text] * steps
     else:
-        abar, offset = kit.alphas_cumprod, kit.scheduler.config.steps_offset
-        search, empty = Search(lambda i, n: inner), kit.prompt([""])
-        nulls = null_texts(denoiser(kit), trajectory, [text] * steps, empty, w, abar, offset, search, say)
+        abar, offset = backbone.alphas_cumprod, backbone.scheduler.config.steps_offset
+        search, empty = Search(lambda i, n: inner), backbone.prompt([""])
+        nulls = null_texts(denoiser(backbone), trajectory, [text] * steps, empty, w, abar, offset, search, say)
     ends = zip(trajectory[0].split(1), trajectory[-1].split(1), strict=True)
     return [Inversion(*pair, [null[i : i + 1] for null in nulls]) for i, pair in enumerate(ends)]
 
 
 @torch.no_grad()
 def trajectories(
-    kit: Kit, images: Sequence[np.ndarray], prompts: Sequence[str], steps: int
+    backbone: Backbone, images: Sequence[np.ndarray], prompts: Sequence[str], steps: int
 ) -> tuple[list[torch.Tensor], torch.Tensor]:
     """(z_0 .. z_N, each B x C x h x w; the prompts' states B x T x D) of DDIM inversion without guidance."""
-    eps, text = denoiser(kit), kit.prompt(list(prompts))
-    offset = kit.scheduler.config.steps_offset
-    return invert(lambda z, t: eps(z, t, text), encode(kit, images), steps, kit.alphas_cumprod, offset), text
+    eps, text = denoiser(backbone), backbone.prompt(list(prompts))
+    offset = backbone.scheduler.config.steps_offset
+    return invert(lambda z, t: eps(z, t, text), encode(backbone, images), steps, backbone.alphas_cumprod, offset), text
 
 
-def inversion_key(kit: Kit, image: np.ndarray, *settings) -> str:
-    """Hash of all that an inversion depends on: the kit's weights, its learnt words, pixels, prompt and settings."""
-    digest = hashlib.sha256(repr([[kit.hash(part) for part in DIFFUSION], image.shape, settings]).encode())
-    for word, tokens in kit.words.items():
+def inversion_key(backbone: Backbone, image: np.ndarray, *settings) -> str:
+    """Hash of all that an inversion depends on: the backbone's weights, its learnt words, pixels, prompt and
+    settings.
+    """
+    digest = hashlib.sha256(repr([[backbone.hash(part) for part in DIFFUSION], image.shape, settings]).encode())
+    for word, tokens in backbone.words.items():
         digest.update(repr((word, tokens)).encode())
-        digest.update(kit.text_encoder.get_input_embeddings().weight[kit.encode(word)].float().cpu().numpy())
+        digest.update(backbone.text_encoder.get_input_embeddings().weight[backbone.encode(word)].float().cpu().numpy())
     digest.update(np.ascontiguousarray(image))
     return digest.hexdigest()[:16]
 
 
 def kept_inversion(
     folder: Path,
-    kit: Kit,
+    backbone: Backbone,
     image: np.ndarray,
     prompt: str,
     steps: int,
@@ -112,26 +114,28 @@ def kept_inversion(
     say: Callable[[str], None] = lambda line: None,
 ) -> Inversion:
     """``invert_pictures`` of one, read from ``folder`` if it has been done before; a damaged file is made anew."""
-    file = folder / f"{inversion_key(kit, image, prompt, steps, w, inner)}.safetensors"
+    file = folder / f"{inversion_key(backbone, image, prompt, steps, w, inner)}.safetensors"
     try:
-        state = {name: value.to(kit.device, kit.precise) for name, value in load_file(file).items()}
+        state = {name: value.to(backbone.device, backbone.precise) for name, value in load_file(file).items()}
         return Inversion(state["latent"], state["noise"], list(state["nulls"].split(1)))
     except (OSError, SafetensorError, KeyError):
         pass
-    (made,) = invert_pictures(kit, [image], [prompt], steps, w, inner, say)
+    (made,) = invert_pictures(backbone, [image], [prompt], steps, w, inner, say)
     state = {"latent": made.latent, "noise": made.noise, "nulls": torch.cat(made.nulls)}
     write_tensors(file, {name: value.float() for name, value in state.items()})
     return made
 
 
 @torch.no_grad()
-def reconstruct(kit: Kit, inversions: Sequence[Inversion], prompts: Sequence[str], w: float) -> list[np.ndarray]:
+def reconstruct(
+    backbone: Backbone, inversions: Sequence[Inversion], prompts: Sequence[str], w: float
+) -> list[np.ndarray]:
     """uint8 R x R x 3 each: the pictures as guided sampling under their prompts gives them back."""
-    abar, offset = kit.alphas_cumprod, kit.scheduler.config.steps_offset
+    abar, offset = backbone.alphas_cumprod, backbone.scheduler.config.steps_offset
     noise = torch.cat([inversion.noise for inversion in inversions])
     nulls = [torch.cat(rows) for rows in zip(*(inversion.nulls for inversion in inversions), strict=True)]
-    z = replay(denoiser(kit), noise, kit.prompt(list(prompts)), nulls, w, abar, offset)[-1]
-    return list(from_model(kit.decode(z)))
+    z = replay(denoiser(backbone), noise, backbone.prompt(list(prompts)), nulls, w, abar, offset)[-1]
+    return list(from_model(backbone.decode(z)))
 
 
 # --- editing
@@ -200,7 +204,7 @@ class Plan:
 
 
 def plan(
-    kit: Kit,
+    backbone: Backbone,
     source: str,
     target: str,
     mode: Mode,
@@ -212,11 +216,11 @@ def plan(
 
     UserError for a prompt that is too long, a word that is not there, a local edit with nothing to look at.
     """
-    length, words = kit.tokenizer.model_max_length, target.split()
-    places = [spans(prompt, kit.encode, length) for prompt in (source, target)]
+    length, words = backbone.tokenizer.model_max_length, target.split()
+    places = [spans(prompt, backbone.encode, length) for prompt in (source, target)]
     changed = changes(source, target)
     usual = {words[n]: mode.factor for n in changed.come if mode.factor != 1}
-    edit = edit_between(source, target, kit.encode, length, usual if factors is None else factors)
+    edit = edit_between(source, target, backbone.encode, length, usual if factors is None else factors)
     if not mode.local:
         return Plan((source, target), mode, edit, places, None)
     columns = torch.zeros(2, length)
@@ -239,24 +243,26 @@ class Edited:
     maps: list[list[tuple[str, np.ndarray]]] = field(default_factory=list)
 
 
-def edit_picture(kit: Kit, inversion: Inversion, planned: Plan, w: float, threshold: float = 0.3) -> Edited:
+def edit_picture(backbone: Backbone, inversion: Inversion, planned: Plan, w: float, threshold: float = 0.3) -> Edited:
     """The picture under its own prompt and under the target, whose attention is led by the former.
 
     ``threshold``: share of the largest attention above which a place belongs to a local edit.
     """
-    mode, steps, side = planned.mode, len(inversion.nulls), kit.resolution // kit.factor
+    mode, steps, side = planned.mode, len(inversion.nulls), backbone.resolution // backbone.factor
     control = PromptToPrompt(
-        [planned.edit], int(mode.cross * steps), int(mode.own * steps), maps=map_side(kit.unet, side) ** 2
+        [planned.edit], int(mode.cross * steps), int(mode.own * steps), maps=map_side(backbone.unet, side) ** 2
     )
     blend = LocalBlend(planned.looked_at, int(START * steps), threshold) if mode.local else None
-    text = kit.prompt(list(planned.prompts))
-    z = edit_latents(kit, inversion.noise, [text] * steps, inversion.nulls, w, control, blend)
+    text = backbone.prompt(list(planned.prompts))
+    z = edit_latents(backbone, inversion.noise, [text] * steps, inversion.nulls, w, control, blend)
     masks = None
     if blend is not None:
-        small = F.interpolate(blend.masks(control.seen, side, side)[:, None].float(), kit.resolution, mode="nearest")
+        small = F.interpolate(
+            blend.masks(control.seen, side, side)[:, None].float(), backbone.resolution, mode="nearest"
+        )
         masks = [mask.numpy() > 0 for mask in small[:, 0].cpu()]
     maps = [looks(*item) for item in zip(control.seen, planned.prompts, planned.places, strict=True)]
-    return Edited(list(from_model(kit.decode(z))), masks, maps)
+    return Edited(list(from_model(backbone.decode(z))), masks, maps)
 
 
 def looks(seen: torch.Tensor, prompt: str, places: dict[int, Span]) -> list[tuple[str, np.ndarray]]:

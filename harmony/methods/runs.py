@@ -15,7 +15,7 @@ from harmony.data.captions import caption_images
 from harmony.methods.inputs import Inputs, beside_baselines, check_wants, read_inputs, sheet
 from harmony.methods.insert import Insertion, Result, insert
 from harmony.methods.method import CAPTION, Method, fingerprint
-from harmony.models.backbone import Kit
+from harmony.models.backbone import Backbone
 from harmony.models.timing import now, timed
 from harmony.pixels.images import grid, paste_crop, read_image, sha256, write_image
 
@@ -41,7 +41,7 @@ class Inserter:
     """
 
     method: Method
-    backbone: Kit
+    backbone: Backbone
     seed: int = 0
     feather: float = 0
     raw: bool = False

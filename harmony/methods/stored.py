@@ -8,7 +8,7 @@ import numpy as np
 
 from harmony.core.errors import UserError
 from harmony.methods.method import Composite, Method, Seed, fingerprint
-from harmony.models.backbone import Kit
+from harmony.models.backbone import Backbone
 from harmony.pixels.images import crop_resize, read_image, resize, sha256
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
@@ -17,7 +17,7 @@ SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
 class Stored(Method):
     """``folder`` holds a picture a composite, NAME.png (or .jpg, .webp): the whole photograph or the square alone."""
 
-    def __init__(self, backbone: Kit, folder: str):
+    def __init__(self, backbone: Backbone, folder: str):
         self.resolution, self.folder = backbone.resolution, Path(folder)
         if not self.folder.is_dir():
             raise UserError(f"{folder}: there is no such folder of results")

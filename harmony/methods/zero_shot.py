@@ -21,7 +21,7 @@ from harmony.data.captions import caption_picture
 from harmony.data.descriptions import Describer, Description, VisionLanguageModel, WordScorer
 from harmony.methods.method import LIGHTS, Composite, Method, Seed, fingerprint
 from harmony.models.attention import Layer, conditional, controlled, map_side
-from harmony.models.backbone import DIFFUSION, Kit, weights_hash
+from harmony.models.backbone import DIFFUSION, Backbone, weights_hash
 from harmony.models.clip import clip_of
 from harmony.models.judge import Evaluator, load_evaluator
 from harmony.models.textual_inversion import states_of
@@ -67,10 +67,10 @@ class Parts:
                 raise UserError(f"{name}={value}: give {'a whole number' if kind is int else 'a number'} of 0 or more")
 
 
-def descriptors(kit: Kit, prompt: str, object: str) -> torch.Tensor:
+def descriptors(backbone: Backbone, prompt: str, object: str) -> torch.Tensor:
     """Bool T: where the words behind the object phrase are. UserError for a prompt without any, or one too long."""
-    length = kit.tokenizer.model_max_length
-    places, first = spans(prompt, kit.encode, length), len(object.split())
+    length = backbone.tokenizer.model_max_length
+    places, first = spans(prompt, backbone.encode, length), len(object.split())
     if len(places) <= first:
         raise UserError(f"{prompt!r} says nothing of the light: give words behind the object")
     found = torch.zeros(length, dtype=torch.bool)
@@ -126,7 +126,7 @@ class Words:
 
 
 def refined_texts(
-    kit: Kit,
+    backbone: Backbone,
     trajectory: Sequence[torch.Tensor],
     masks: torch.Tensor,
     tokens: torch.Tensor,
@@ -138,26 +138,26 @@ def refined_texts(
     ``trajectory`` z_0 .. z_N of B composites; ``masks`` B x 1 x R x R; ``tokens`` and ``where`` (the descriptors)
     2B x T. In the background's states all descriptors are their weighted sum.
     """
-    steps, eps, count = len(trajectory) - 1, denoiser(kit), len(masks)
-    side = map_side(kit.unet, trajectory[0].shape[-1])
+    steps, eps, count = len(trajectory) - 1, denoiser(backbone), len(masks)
+    side = map_side(backbone.unet, trajectory[0].shape[-1])
     mask = F.adaptive_avg_pool2d(masks, side).flatten(1)
-    table = kit.text_encoder.get_input_embeddings()
+    table = backbone.text_encoder.get_input_embeddings()
     words = Words(
         where,
-        torch.zeros(*tokens.shape, table.embedding_dim, device=kit.device, requires_grad=True),
-        torch.zeros(count, tokens.shape[1], device=kit.device, requires_grad=True),
+        torch.zeros(*tokens.shape, table.embedding_dim, device=backbone.device, requires_grad=True),
+        torch.zeros(count, tokens.shape[1], device=backbone.device, requires_grad=True),
     )
     optimiser = torch.optim.Adam([words.change, words.logits], lr=parts.lr)
     found = []
 
     def states() -> torch.Tensor:
         moved = (words.change * where[..., None]).to(table.weight.dtype)
-        return states_of(kit.text_encoder, tokens, lambda rows: rows + moved)
+        return states_of(backbone.text_encoder, tokens, lambda rows: rows + moved)
 
-    for i, t in enumerate(timesteps(steps, kit.scheduler.config.steps_offset, len(kit.alphas_cumprod))):
+    for i, t in enumerate(timesteps(steps, backbone.scheduler.config.steps_offset, len(backbone.alphas_cumprod))):
         z = trajectory[steps - i].repeat(2, 1, 1, 1)
         for _ in range(parts.refine):
-            with controlled(kit.unet, looks := Looks(side**2)):
+            with controlled(backbone.unet, looks := Looks(side**2)):
                 eps(z, t, states())
             weights = torch.cat([where[:count].float(), words.weights])
             heat = (looks.mean * weights[:, None]).sum(2)
@@ -207,35 +207,42 @@ class CopyAttention:
 
 
 def harmonize_once(
-    kit: Kit,
+    backbone: Backbone,
     composites: Sequence[np.ndarray],
     masks: Sequence[np.ndarray],
     descriptions: Sequence[Description],
     parts: Parts = Parts(),
 ) -> list[np.ndarray]:
     """One round: raw outputs uint8 R x R x 3 of B composites with their masks (bool R x R), each led by its words."""
-    pictures = to_model(np.stack(composites)).to(kit.device)
-    inside = torch.from_numpy(np.stack(masks)[:, None]).float().to(kit.device)
-    eps, abar, offset, empty = denoiser(kit), kit.alphas_cumprod, kit.scheduler.config.steps_offset, kit.prompt([""])
+    pictures = to_model(np.stack(composites)).to(backbone.device)
+    inside = torch.from_numpy(np.stack(masks)[:, None]).float().to(backbone.device)
+    eps, abar, offset, empty = (
+        denoiser(backbone),
+        backbone.alphas_cumprod,
+        backbone.scheduler.config.steps_offset,
+        backbone.prompt([""]),
+    )
     with torch.no_grad():
-        z = kit.latent(kit.moments(pictures))
+        z = backbone.latent(backbone.moments(pictures))
         blank = empty.expand(len(z), -1, -1)
         trajectory = invert(lambda z, t: eps(z, t, blank), z, parts.steps, abar, offset)  # without words
     prompts = [d.prompts[0] for d in descriptions] + [d.prompts[1] for d in descriptions]
-    tokens = kit.tokens(prompts).to(kit.device)
+    tokens = backbone.tokens(prompts).to(backbone.device)
     objects = [d.object for d in descriptions] * 2
-    where = torch.stack([descriptors(kit, *pair) for pair in zip(prompts, objects, strict=True)]).to(kit.device)
+    where = torch.stack([descriptors(backbone, *pair) for pair in zip(prompts, objects, strict=True)]).to(
+        backbone.device
+    )
     if parts.refine:
-        texts = refined_texts(kit, trajectory, inside, tokens, where, parts)
+        texts = refined_texts(backbone, trajectory, inside, tokens, where, parts)
     else:
-        texts = [kit.text(tokens)] * parts.steps
+        texts = [backbone.text(tokens)] * parts.steps
     source = pictures / 2 + 0.5
 
     def loss(reached: torch.Tensor, aim: torch.Tensor) -> torch.Tensor:
         missed = PIVOT * distance(reached, aim)
         if not parts.edges:
             return missed
-        return missed + parts.edges * edge_loss(kit.decode(reached).float() / 2 + 0.5, source, inside, parts)
+        return missed + parts.edges * edge_loss(backbone.decode(reached).float() / 2 + 0.5, source, inside, parts)
 
     search = Search(lambda i, n: 1 + 5 * i // n, lambda i: parts.null_lr, loss, lambda i: -1.0)
     count = len(composites)
@@ -243,7 +250,7 @@ def harmonize_once(
     control = CopyAttention(2 * count, parts.own)
     both = [null.repeat(2, 1, 1) for null in nulls]
     noise = trajectory[-1].repeat(2, 1, 1, 1)
-    made = kit.decode(edit_latents(kit, noise, texts, both, parts.guidance, control)).float()
+    made = backbone.decode(edit_latents(backbone, noise, texts, both, parts.guidance, control)).float()
     reconstructed, led = made.split(count)
     return list(from_model(pictures + led - reconstructed if parts.detail else led))
 
@@ -327,7 +334,7 @@ def best(made: Sequence[Round]) -> Round:
 
 
 def run_together(
-    kit: Kit,
+    backbone: Backbone,
     asked: Sequence[Generator],
     descriptions: Sequence[Sequence[Description]],
     masks: Sequence[np.ndarray],
@@ -339,7 +346,7 @@ def run_together(
     while wanted:
         each = list(wanted)
         pictures, words = zip(*((wanted[i][0], descriptions[i][wanted[i][1]]) for i in each), strict=True)
-        outputs = harmonize_once(kit, pictures, [masks[i] for i in each], words, parts)
+        outputs = harmonize_once(backbone, pictures, [masks[i] for i in each], words, parts)
         for i, raw in zip(each, outputs, strict=True):
             try:
                 wanted[i] = asked[i].send(raw)
@@ -352,25 +359,28 @@ def run_together(
 # --- the method
 
 
-def word_scorer(kit: Kit, clip: str | None = None) -> WordScorer:
-    """CLIP, the kit's own or open_clip's NAME/WEIGHTS, scores the lists of words that are one token of the kit; the
-    kit's captioner, if it has one, says what the object is, up to its last comma. UserError for a kit without CLIP.
+def word_scorer(backbone: Backbone, clip: str | None = None) -> WordScorer:
+    """CLIP, the backbone's own or open_clip's NAME/WEIGHTS, scores the lists of words that are one token of the
+    backbone; the backbone's captioner, if it has one, says what the object is, up to its last comma. UserError for a
+    backbone without CLIP.
     """
 
     def known(word: str) -> bool:
-        return len(kit.encode(word)) == 1
+        return len(backbone.encode(word)) == 1
 
-    scores = clip_of(kit, clip)
+    scores = clip_of(backbone, clip)
     if scores is None:
-        raise UserError(f"kit {kit.name} has no CLIP image tower: give prompts=, clip=NAME/WEIGHTS or describer=MODEL")
+        raise UserError(
+            f"backbone {backbone.name} has no CLIP image tower: give prompts=, clip=NAME/WEIGHTS or describer=MODEL"
+        )
     try:
-        captioner, processor = kit.captioner, kit.processor
+        captioner, processor = backbone.captioner, backbone.processor
     except UserError as error:
         print(f"every object is called {NAMELESS!r}, or give prompts=: {error}")
         return WordScorer(scores, lambda composite: NAMELESS, known)
 
     def object_of(composite: np.ndarray) -> str:
-        caption = caption_picture(composite, captioner, processor, kit.device)
+        caption = caption_picture(composite, captioner, processor, backbone.device)
         return f"{caption.rpartition(',')[0]}," if "," in caption else caption
 
     return WordScorer(scores, object_of, known)
@@ -387,7 +397,7 @@ class ZeroShot(Method):
 
     def __init__(
         self,
-        backbone: Kit,
+        backbone: Backbone,
         parts: Parts = Parts(),
         describer: Describer | None = None,
         count: int = 1,
@@ -413,7 +423,7 @@ class ZeroShot(Method):
     def describe(self) -> str:
         judged = "each round is made" if self.evaluator is None else f"{self.evaluator.name} decides"
         where = f"{self.backbone.name} at {self.resolution} px, {self.device.type}, guidance {self.parts.guidance:g}"
-        return f"zero-shot on kit {where}, {self.count} rounds at most, {judged}"
+        return f"zero-shot on backbone {where}, {self.count} rounds at most, {judged}"
 
     def words(self, composite: Composite) -> list[Description]:
         """The descriptions of a composite. UserError where nobody knows any."""
@@ -465,7 +475,7 @@ def round_line(made: Round) -> str:
 
 
 def load(
-    backbone: Kit,
+    backbone: Backbone,
     describer: str = "words",
     clip: str | None = None,
     evaluator: str | None = "judge",

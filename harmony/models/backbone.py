@@ -1,8 +1,8 @@
-"""A backbone ("kit"): a folder in diffusers layout, and everything the rest of the code may ask of it.
+"""A backbone: a folder in diffusers layout, and everything the rest of the code may ask of it.
 
-All code is blind to which kit it runs on: latent factor, channels, resolution, prediction type and latent scale come
-from the kit's own configuration files. Latents are multiplied by the VAE's scaling factor, hints are in [0, 1], images
-in [-1, 1].
+All code is blind to which backbone it runs on: latent factor, channels, resolution, prediction type and latent scale
+come from the backbone's own configuration files. Latents are multiplied by the VAE's scaling factor, hints are in [0,
+1], images in [-1, 1].
 """
 
 import hashlib
@@ -42,8 +42,8 @@ FROZEN = ("unet", "text_encoder")  # what every step of training and sampling ru
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
-def kit_path(name: str | os.PathLike) -> str:
-    """The folder of a shipped kit (``tiny``), a folder that exists, or the name itself, then taken as a hub id."""
+def backbone_path(name: str | os.PathLike) -> str:
+    """The folder of a shipped backbone (``tiny``), a folder that exists, or the name itself, then taken as a hub id."""
     shipped = ASSETS / str(name)
     if os.sep not in str(name) and (shipped / "model_index.json").exists():
         return str(shipped)
@@ -51,10 +51,10 @@ def kit_path(name: str | os.PathLike) -> str:
 
 
 def load_part(path: str, part: str, weights: str = "hub", dtype: torch.dtype = torch.float32):
-    """One part of a kit, frozen and in eval mode.
+    """One part of a backbone, frozen and in eval mode.
 
-    ``weights="random"`` builds the architecture from the kit's configuration without reading weights. UserError when
-    the part is not there.
+    ``weights="random"`` builds the architecture from the backbone's configuration without reading weights. UserError
+    when the part is not there.
     """
     import importlib
 
@@ -67,7 +67,7 @@ def load_part(path: str, part: str, weights: str = "hub", dtype: torch.dtype = t
     folder = FOLDERS.get(part, part)
     local = os.path.join(path, folder) if os.path.isdir(path) else str(fetched(path, folder, MEND, weights != "random"))
     if not os.path.isdir(local):
-        raise UserError(f"kit {path} has no {part}: make kit trains one, or give another model.path")
+        raise UserError(f"backbone {path} has no {part}: make backbone trains one, or give another model.path")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         try:
@@ -83,7 +83,7 @@ def load_part(path: str, part: str, weights: str = "hub", dtype: torch.dtype = t
                 kind = {"torch_dtype": dtype} if library == "diffusers" else {"dtype": dtype}
                 model = cls.from_pretrained(local, use_safetensors=True, **kind)
         except (OSError, ValueError) as error:
-            raise UserError(f"cannot load {part} of kit {path}: {str(error).splitlines()[0]}") from error
+            raise UserError(f"cannot load {part} of backbone {path}: {str(error).splitlines()[0]}") from error
     return model.requires_grad_(False).eval()
 
 
@@ -115,7 +115,7 @@ def weights_hash(module: torch.nn.Module) -> str:
 
 
 @dataclass
-class Kit:
+class Backbone:
     """A loaded backbone. Parts are read when first asked for; all are frozen.
 
     ``geometry`` names a folder of configurations that come with the package: what ``weights="random"`` is built from
@@ -142,13 +142,15 @@ class Kit:
                 raise UserError(f"model.dtype={self.dtype}: choose auto, {' or '.join(DTYPES)}")
             self.dtype = DTYPES.get(self.dtype, fitting)
         shapes = self.weights == "random" and self.geometry
-        self.path = str(GEOMETRY / self.geometry) if shapes else kit_path(self.path)
+        self.path = str(GEOMETRY / self.geometry) if shapes else backbone_path(self.path)
         if os.path.isdir(self.path):
             return
         if self.path == "tiny":
-            raise UserError("the tiny kit is not in this checkout: make kit trains it, or give another model.path")
+            raise UserError(
+                "the tiny backbone is not in this checkout: make backbone trains it, or give another model.path"
+            )
         if self.path.count("/") != 1 or self.path.startswith((".", "/")):  # a hub id is owner/name
-            raise UserError(f"no kit in {self.path}: give a folder in diffusers layout or a hub id as model.path")
+            raise UserError(f"no backbone in {self.path}: give a folder in diffusers layout or a hub id as model.path")
 
     def _part(self, name: str):
         part = load_part(self.path, name, self.weights, self.dtype if name in FROZEN else self.precise)
@@ -180,7 +182,7 @@ class Kit:
 
     @cached_property
     def tokenizer(self):
-        """The kit's own; random weights understand no words, so that any does where a geometry has none."""
+        """The backbone's own; random weights understand no words, so that any does where a geometry has none."""
         if Path(self.path).parent != GEOMETRY:
             return self._part("tokenizer")
         tokenizer = load_part(str(ASSETS / "tiny"), "tokenizer")
@@ -207,17 +209,19 @@ class Kit:
             return getattr(self, part)
         return load_part(self.path, part, dtype=self.precise)
 
-    def with_unet(self, unet: torch.nn.Module) -> "Kit":
-        """The same kit, its loaded parts shared, with another UNet in place of its own."""
-        kit = Kit(self.path, self.weights, self.dtype, self.device)
-        vars(kit).update({**vars(self), "unet": placed(unet, self.device)})
-        return kit
+    def with_unet(self, unet: torch.nn.Module) -> "Backbone":
+        """The same backbone, its loaded parts shared, with another UNet in place of its own."""
+        backbone = Backbone(self.path, self.weights, self.dtype, self.device)
+        vars(backbone).update({**vars(self), "unet": placed(unet, self.device)})
+        return backbone
 
     # ------------------------------------------------------------------------------------------------ facts
 
     @property
     def name(self) -> str:
-        """What to call this kit in a file that may travel: the shipped kit's name, else the folder or hub id."""
+        """What to call this backbone in a file that may travel: the shipped backbone's name, else the folder or hub
+        id.
+        """
         return Path(self.path).name if Path(self.path).parent in (ASSETS, GEOMETRY) else self.path
 
     @property
@@ -232,7 +236,7 @@ class Kit:
 
     @property
     def resolution(self) -> int:
-        """Side in pixels at which the UNet was trained; the VAE's while the kit has no UNet yet."""
+        """Side in pixels at which the UNet was trained; the VAE's while the backbone has no UNet yet."""
         if os.path.isdir(self.path) and not os.path.isdir(os.path.join(self.path, "unet")):
             return self.vae.config.sample_size
         return self.unet.config.sample_size * self.factor
@@ -253,7 +257,7 @@ class Kit:
 
     def hash(self, part: str) -> str:
         """sha256 over a part's weight files and configuration, or ``random`` for weights that come from no file; of a
-        part that a local kit does not have, its name.
+        part that a local backbone does not have, its name.
         """
         if self.weights == "random":
             return self.weights
@@ -268,7 +272,7 @@ class Kit:
                         digest.update(piece)
         return digest.hexdigest()
 
-    def to(self, device) -> "Kit":
+    def to(self, device) -> "Backbone":
         """Move the loaded parts; those loaded later follow."""
         self.device = torch.device(device)
         for name, part in vars(self).items():
@@ -342,7 +346,7 @@ def write_model_index(folder: Path, pipeline: str = "StableDiffusionInpaintPipel
 
 
 def ship(source: Path, target: Path, dtype: torch.dtype = torch.float16) -> dict[str, int]:
-    """Copy a trained kit to ``target`` with its weights in ``dtype`` (safetensors); returns bytes a part.
+    """Copy a trained backbone to ``target`` with its weights in ``dtype`` (safetensors); returns bytes a part.
 
     The text encoder keeps its CLIP projection, which pipelines ignore and CLIP scores need.
     """

@@ -6,17 +6,17 @@ import torch
 from harmony.core.errors import UserError
 from harmony.metrics.frechet import clean_resize, normalize_clip
 from harmony.metrics.similarity import Clip
-from harmony.models.backbone import Kit
+from harmony.models.backbone import Backbone
 
 
-class KitClip:
-    """A kit's own CLIP: the two towers of transformers and their projections into the common space.
+class BackboneClip:
+    """A backbone's own CLIP: the two towers of transformers and their projections into the common space.
 
     ``vision`` is a CLIPVisionModelWithProjection, ``text`` a CLIPTextModel, ``text_projection`` the linear layer that
     follows it.
     """
 
-    name = "kit-clip"
+    name = "backbone-clip"
 
     def __init__(self, vision: torch.nn.Module, text: torch.nn.Module, text_projection: torch.nn.Module, tokenizer):
         self.vision, self.text, self.text_projection, self.tokenizer = vision, text, text_projection, tokenizer
@@ -72,16 +72,18 @@ class OpenClip:
         return self.model.encode_text(self.tokenizer(texts).to(self.device)).float()
 
 
-def kit_clip(kit: Kit) -> KitClip:
-    """CLIP as the kit itself has it. UserError for a kit without an image tower."""
-    return KitClip(kit.image_encoder, kit.text_tower.text_model, kit.text_tower.text_projection, kit.tokenizer)
+def backbone_clip(backbone: Backbone) -> BackboneClip:
+    """CLIP as the backbone itself has it. UserError for a backbone without an image tower."""
+    return BackboneClip(
+        backbone.image_encoder, backbone.text_tower.text_model, backbone.text_tower.text_projection, backbone.tokenizer
+    )
 
 
-def clip_of(kit: Kit, name: str | None = None) -> Clip | None:
-    """open_clip's NAME/WEIGHTS, or the kit's own CLIP; None for a kit without an image tower."""
+def clip_of(backbone: Backbone, name: str | None = None) -> Clip | None:
+    """open_clip's NAME/WEIGHTS, or the backbone's own CLIP; None for a backbone without an image tower."""
     if name is not None:
-        return OpenClip(name, kit.device)
+        return OpenClip(name, backbone.device)
     try:
-        return kit_clip(kit)
+        return backbone_clip(backbone)
     except UserError:
         return None

@@ -17,7 +17,7 @@ from safetensors import SafetensorError
 
 from harmony.core.errors import UserError
 from harmony.core.hub import fetched
-from harmony.models.backbone import ASSETS, Kit
+from harmony.models.backbone import ASSETS, Backbone
 from harmony.pixels.hints import HINTS
 from harmony.pixels.images import sha256
 
@@ -95,14 +95,16 @@ def load_controlnet(path: str | os.PathLike, dtype: torch.dtype = torch.float32)
 
 
 def read_hint(path: str | os.PathLike) -> dict:
-    """``hint.json`` beside the weights: branch, operator parameters, kit. Empty for a ControlNet of other origin."""
+    """``hint.json`` beside the weights: branch, operator parameters, backbone. Empty for a ControlNet of other
+    origin.
+    """
     folder = controlnet_folder(path)
     if folder is None or not (folder / "hint.json").exists():
         return {}
     try:
         facts = json.loads((folder / "hint.json").read_text())
         check_parameters(facts["branch"], facts["parameters"])
-        return facts
+        return {"backbone": facts.get("kit"), **facts}  # as version 0.1 called it
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise UserError(f"{folder}/hint.json is damaged ({error}): export the ControlNet again") from None
 
@@ -117,13 +119,13 @@ def check_parameters(branch: str, parameters: dict) -> None:
             raise ValueError(f"the {branch} hint takes no {name}={value!r}")
 
 
-def export_controlnet(net: ControlNetModel, folder: Path, branch: str, parameters: dict, kit: Kit) -> Path:
+def export_controlnet(net: ControlNetModel, folder: Path, branch: str, parameters: dict, backbone: Backbone) -> Path:
     """Write ``folder/controlnet`` in diffusers layout; ``hint.json`` beside the weights says which hint it takes."""
     target, partial = Path(folder) / "controlnet", Path(folder) / ".controlnet.partial"
     shutil.rmtree(partial, ignore_errors=True)
     net.save_pretrained(partial)
-    hashes = {part: kit.hash(part) for part in ("vae", "unet")}
-    facts = {"branch": branch, "parameters": parameters, "kit": kit.name, **hashes}
+    hashes = {part: backbone.hash(part) for part in ("vae", "unet")}
+    facts = {"branch": branch, "parameters": parameters, "backbone": backbone.name, **hashes}
     (partial / "hint.json").write_text(json.dumps(facts, indent=2) + "\n")
     shutil.rmtree(target, ignore_errors=True)
     os.replace(partial, target)

@@ -8,16 +8,18 @@ import torch
 
 from harmony.core.errors import UserError
 from harmony.metrics.frechet import normalize_clip
-from harmony.models.backbone import Kit
+from harmony.models.backbone import Backbone
 
 INCEPTION_FILE = "inception-2015-12-05.pt"  # clean-fid's weights
 INCEPTION_SIZE = 299
 
 
-class KitFeatures:
-    """Pooled features, before the projection, of a kit's CLIP vision model (transformers' ``..WithProjection``)."""
+class BackboneFeatures:
+    """Pooled features, before the projection, of a backbone's CLIP vision model (transformers'
+    ``..WithProjection``).
+    """
 
-    protocol = "kit-clip"
+    protocol = "backbone-clip"
 
     def __init__(self, model: torch.nn.Module):
         self.model = model
@@ -65,6 +67,8 @@ def inception_features(
         raise UserError(f"the Inception weights {path} cannot be loaded; delete the file and fetch it again") from None
 
 
-def feature_extractor(kit: Kit) -> Callable:
-    """clean-fid's Inception where its weights lie on disk, else the kit's CLIP tower; ``.protocol`` names which."""
-    return inception_features(device=kit.device) or KitFeatures(kit.image_encoder)
+def feature_extractor(backbone: Backbone) -> Callable:
+    """clean-fid's Inception where its weights lie on disk, else the backbone's CLIP tower; ``.protocol`` names
+    which.
+    """
+    return inception_features(device=backbone.device) or BackboneFeatures(backbone.image_encoder)

@@ -21,7 +21,7 @@ from transformers import CLIPVisionConfig, CLIPVisionModel
 from harmony.core.errors import UserError
 from harmony.core.files import write_tensors
 from harmony.core.hub import fetched
-from harmony.models.backbone import ASSETS, Kit, load_part, weights_hash
+from harmony.models.backbone import ASSETS, Backbone, load_part, weights_hash
 from harmony.pixels.images import sha256, to_clip
 
 WEIGHTS = "model.safetensors"
@@ -152,9 +152,9 @@ def painting_unet(unet: UNet2DConditionModel) -> UNet2DConditionModel:
 
 @dataclass
 class Painter:
-    """Paint by Example, ready to run: ``kit`` with the painting UNet in the place of its own, and the encoder."""
+    """Paint by Example, ready to run: ``backbone`` with the painting UNet in the place of its own, and the encoder."""
 
-    kit: Kit
+    backbone: Backbone
     encoder: ExemplarEncoder
 
 
@@ -172,26 +172,31 @@ def painter_folder(path: str | os.PathLike) -> Path | None:
     return None
 
 
-def load_painter(path: str | os.PathLike, kit: Kit) -> Painter:
+def load_painter(path: str | os.PathLike, backbone: Backbone) -> Painter:
     """A frozen Paint by Example from a run, a shipped name, a diffusers folder or a hub id. Never unpickles.
 
-    A folder with a VAE of its own (released weights) brings its own kit; otherwise the VAE and the schedule are those
-    of ``kit``, on which it was trained.
+    A folder with a VAE of its own (released weights) brings its own backbone; otherwise the VAE and the schedule are
+    those of ``backbone``, on which it was trained.
     """
     folder = painter_folder(path)
     where = str(folder or path)
     own = folder is None or (folder / "vae").is_dir()
-    unet = load_part(where, "unet", dtype=kit.dtype)
+    unet = load_part(where, "unet", dtype=backbone.dtype)
     if own:
-        kit = Kit(where, dtype=kit.dtype, device=kit.device)
-    elif unet.config.out_channels != kit.channels or unet.config.sample_size * kit.factor != kit.resolution:
-        raise UserError(f"{path} does not fit kit {kit.name}: give the model.path that it was trained on")
-    elif (facts := kit_facts(folder)).get("vae", kit.hash("vae")) != kit.hash("vae"):
-        raise UserError(f"{path} was trained on another VAE than that of kit {kit.name}: model.path={facts['kit']}")
-    encoder = read_encoder(where, kit).to(kit.device, kit.dtype)
+        backbone = Backbone(where, dtype=backbone.dtype, device=backbone.device)
+    elif (
+        unet.config.out_channels != backbone.channels
+        or unet.config.sample_size * backbone.factor != backbone.resolution
+    ):
+        raise UserError(f"{path} does not fit backbone {backbone.name}: give the model.path that it was trained on")
+    elif (facts := backbone_facts(folder)).get("vae", backbone.hash("vae")) != backbone.hash("vae"):
+        raise UserError(
+            f"{path} was trained on another VAE than that of backbone {backbone.name}: model.path={facts['backbone']}"
+        )
+    encoder = read_encoder(where, backbone).to(backbone.device, backbone.dtype)
     if encoder.config.projection_dim != unet.config.cross_attention_dim:
         raise UserError(f"{path}: the encoder's width {encoder.config.projection_dim} is not the UNet's")
-    return Painter(kit.with_unet(unet), encoder)
+    return Painter(backbone.with_unet(unet), encoder)
 
 
 def painter_hash(path: str | os.PathLike) -> str:
@@ -200,27 +205,29 @@ def painter_hash(path: str | os.PathLike) -> str:
     return "+".join(sha256(file) for file in sorted(folder.glob("*/*.safetensors"))) if folder else str(path)
 
 
-def kit_facts(folder: Path) -> dict:
-    """Name and VAE of the kit that it was trained on; nothing for files of other origin."""
-    file = folder / "kit.json"
+def backbone_facts(folder: Path) -> dict:
+    """Name and VAE of the backbone that it was trained on; nothing for files of other origin."""
+    file = folder / "backbone.json"
+    if not file.exists():
+        file = folder / "kit.json"  # as version 0.1 called it
     try:
         facts = json.loads(file.read_text()) if file.exists() else {}
     except (ValueError, RecursionError) as error:
         raise UserError(f"{file} is damaged ({error}): export the run again") from None
     if not isinstance(facts, dict):
         raise UserError(f"{file} is damaged (a {type(facts).__name__}): export the run again")
-    return facts
+    return {"backbone": facts.get("kit"), **facts} if facts else facts
 
 
-def kit_tower(kit: Kit, config: CLIPVisionConfig) -> CLIPVisionModel:
-    """The kit's vision tower in float32, of the architecture ``config``. UserError where it is of another."""
+def backbone_tower(backbone: Backbone, config: CLIPVisionConfig) -> CLIPVisionModel:
+    """The backbone's vision tower in float32, of the architecture ``config``. UserError where it is of another."""
     tower = CLIPVisionModel(config).requires_grad_(False).eval()
-    state = tower_keys(load_part(kit.path, "image_encoder").state_dict(), "vision_model.")
+    state = tower_keys(load_part(backbone.path, "image_encoder").state_dict(), "vision_model.")
     try:
         tower.load_state_dict(state)
     except RuntimeError:
         raise UserError(
-            f"the CLIP tower of kit {kit.name} is of another architecture: give the kit it was trained on"
+            f"the CLIP tower of {backbone.name} is of another architecture: give the backbone that it was trained on"
         ) from None
     return tower
 
@@ -234,10 +241,10 @@ def fetch(where: str, name: str) -> Path:
     return Path(hf_hub_download(where, f"image_encoder/{name}"))
 
 
-def read_encoder(where: str, kit: Kit) -> ExemplarEncoder:
+def read_encoder(where: str, backbone: Backbone) -> ExemplarEncoder:
     """The frozen encoder in ``where/image_encoder``; released files name the tower's weights in the older way.
 
-    Files without a tower get that of ``kit``, if it is the one that they were trained behind.
+    Files without a tower get that of ``backbone``, if it is the one that they were trained behind.
     """
     try:
         config = json.loads(fetch(where, "config.json").read_text())
@@ -248,10 +255,10 @@ def read_encoder(where: str, kit: Kit) -> ExemplarEncoder:
     state = {name.replace("model.vision_model.", "model.", 1): value for name, value in state.items()}
     state.pop("model.embeddings.position_ids", None)  # a constant that older files carry
     if not any(name.startswith("model.") for name in state):
-        tower = kit_tower(kit, encoder.config)
-        if weights_hash(tower) != kit_facts(Path(where)).get("tower"):
+        tower = backbone_tower(backbone, encoder.config)
+        if weights_hash(tower) != backbone_facts(Path(where)).get("tower"):
             raise UserError(
-                f"{where} was trained behind another CLIP tower than that of kit {kit.name}: give its model.path"
+                f"{where} was trained behind another CLIP tower than that of {backbone.name}: give its model.path"
             )
         state |= {f"model.{name}": value for name, value in tower.state_dict().items()}
     try:
@@ -265,20 +272,20 @@ def export_painter(
     unet: UNet2DConditionModel,
     encoder: ExemplarEncoder,
     folder: Path,
-    kit: Kit,
+    backbone: Backbone,
     half: bool = False,
     tower: bool = True,
 ) -> Path:
-    """Write ``folder/paint_by_example``: ``unet`` and ``image_encoder`` in diffusers layout, and ``kit.json``.
+    """Write ``folder/paint_by_example``: ``unet`` and ``image_encoder`` in diffusers layout, and ``backbone.json``.
 
-    ``half``: weights in float16. ``tower=False`` leaves out CLIP's tower, which must then be the kit's own: diffusers
-    does not load that, harmony does.
+    ``half``: weights in float16. ``tower=False`` leaves out CLIP's tower, which must then be the backbone's own:
+    diffusers does not load that, harmony does.
     """
     target, partial = Path(folder) / "paint_by_example", Path(folder) / ".paint_by_example.partial"
     shutil.rmtree(partial, ignore_errors=True)
-    facts = {"kit": kit.name, "vae": kit.hash("vae"), "tower": weights_hash(encoder.model)}
-    if not tower and facts["tower"] != weights_hash(kit_tower(kit, encoder.config)):
-        raise UserError(f"its CLIP tower is not that of kit {kit.name}, so it cannot be left out: tower=true")
+    facts = {"backbone": backbone.name, "vae": backbone.hash("vae"), "tower": weights_hash(encoder.model)}
+    if not tower and facts["tower"] != weights_hash(backbone_tower(backbone, encoder.config)):
+        raise UserError(f"its CLIP tower is not that of backbone {backbone.name}, so it cannot be left out: tower=true")
     dtype = torch.float16 if half else torch.float32
     plain = UNet2DConditionModel.from_config(unet.config)
     plain.load_state_dict({name: value.detach().cpu() for name, value in unet.state_dict().items()})
@@ -291,7 +298,7 @@ def export_painter(
     state = {name: value for name, value in encoder.state_dict().items() if tower or not name.startswith("model.")}
     state = {name: value.to(dtype) for name, value in state.items()}
     write_tensors(partial / "image_encoder" / WEIGHTS, state, {"format": "pt"})
-    (partial / "kit.json").write_text(json.dumps(facts, indent=2) + "\n")
+    (partial / "backbone.json").write_text(json.dumps(facts, indent=2) + "\n")
     shutil.rmtree(target, ignore_errors=True)
     os.replace(partial, target)
     return target

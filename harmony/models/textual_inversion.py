@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 
 from harmony.core.errors import UserError
 from harmony.core.files import write_tensors
-from harmony.models.backbone import ASSETS, Kit
+from harmony.models.backbone import ASSETS, Backbone
 
 WEIGHTS = "learned_embeds.safetensors"  # diffusers' name for the file
 
@@ -36,7 +36,7 @@ class Word:
 
 def word_file(path: str | os.PathLike) -> Path:
     """The file of a learnt word: ``path``, what a run or its export keeps, or one shipped with the
-    tiny kit, ``words/teal_mug`` for instance. UserError for none.
+    tiny backbone, ``words/teal_mug`` for instance. UserError for none.
     """
     path = Path(path)
     for candidate in (path / "export" / WEIGHTS, path / WEIGHTS, path, ASSETS / path / WEIGHTS):
@@ -67,49 +67,51 @@ def save_word(word: Word, folder: Path) -> Path:
     return folder / WEIGHTS
 
 
-def add_tokens(kit: Kit, token: str, count: int) -> int:
-    """Make ``token`` and what stands for its further vectors tokens of the kit; the id of the first.
+def add_tokens(backbone: Backbone, token: str, count: int) -> int:
+    """Make ``token`` and what stands for its further vectors tokens of the backbone; the id of the first.
 
     UserError for a token without angle brackets, since a bare one would be found inside other words too, and for one
-    that the kit knows already. Tokenizers do not tell upper from lower case.
+    that the backbone knows already. Tokenizers do not tell upper from lower case.
     """
     if not re.fullmatch(r"<[^<>\s]+>", token):
         raise UserError(f"token={token}: give one word in angle brackets, <mug> for instance")
     tokens = Word(token.lower(), torch.empty(count, 0)).tokens
-    if taken := [name for name in tokens if name in kit.tokenizer.get_vocab()]:
-        raise UserError(f"token={taken[0]}: kit {kit.name} knows this word already, choose another")
-    first = len(kit.tokenizer)
-    kit.tokenizer.add_tokens(tokens)
-    kit.words[token.lower()] = tokens
+    if taken := [name for name in tokens if name in backbone.tokenizer.get_vocab()]:
+        raise UserError(f"token={taken[0]}: backbone {backbone.name} knows this word already, choose another")
+    first = len(backbone.tokenizer)
+    backbone.tokenizer.add_tokens(tokens)
+    backbone.words[token.lower()] = tokens
     return first
 
 
-def learn(kit: Kit, word: Word) -> Kit:
-    """``kit`` itself, whose tokenizer and text encoder know ``word`` from now on.
+def learn(backbone: Backbone, word: Word) -> Backbone:
+    """``backbone`` itself, whose tokenizer and text encoder know ``word`` from now on.
 
-    UserError for a word of another width, or one that the kit knows already.
+    UserError for a word of another width, or one that the backbone knows already.
     """
-    table = kit.text_encoder.get_input_embeddings()
+    table = backbone.text_encoder.get_input_embeddings()
     if word.vectors.shape[1] != table.embedding_dim:
         raise UserError(
-            f"{word.token} has vectors of {word.vectors.shape[1]} numbers, kit {kit.name} wants {table.embedding_dim}:"
+            f"{word.token} has vectors of {word.vectors.shape[1]} numbers, {backbone.name} wants {table.embedding_dim}:"
             " it was learnt on another model"
         )
-    first = add_tokens(kit, word.token, len(word.vectors))
+    first = add_tokens(backbone, word.token, len(word.vectors))
     rows = table.weight.new_zeros(max(table.num_embeddings, first + len(word.vectors)), table.embedding_dim)
     rows[: table.num_embeddings] = table.weight.detach()
     rows[first : first + len(word.vectors)] = word.vectors.to(rows)
-    kit.text_encoder.set_input_embeddings(torch.nn.Embedding.from_pretrained(rows, freeze=True))
-    kit.text_encoder.config.vocab_size = len(rows)
-    return kit
+    backbone.text_encoder.set_input_embeddings(torch.nn.Embedding.from_pretrained(rows, freeze=True))
+    backbone.text_encoder.config.vocab_size = len(rows)
+    return backbone
 
 
-def initial(kit: Kit, word: str, count: int) -> torch.Tensor:
-    """``count`` x D: the table's row of the kit's own ``word``, count times. UserError unless it is one token."""
-    ids = kit.encode(word)
-    if len(ids) != 1 or ids[0] == kit.tokenizer.unk_token_id:
-        raise UserError(f"init={word!r} is {len(ids)} tokens of kit {kit.name}: give a plain word that is a single one")
-    return kit.text_encoder.get_input_embeddings().weight[ids].detach().float().repeat(count, 1)
+def initial(backbone: Backbone, word: str, count: int) -> torch.Tensor:
+    """``count`` x D: the table's row of the backbone's own ``word``, count times. UserError unless it is one token."""
+    ids = backbone.encode(word)
+    if len(ids) != 1 or ids[0] == backbone.tokenizer.unk_token_id:
+        raise UserError(
+            f"init={word!r} is {len(ids)} tokens of backbone {backbone.name}: give a plain word that is a single one"
+        )
+    return backbone.text_encoder.get_input_embeddings().weight[ids].detach().float().repeat(count, 1)
 
 
 def text_states(text_encoder: torch.nn.Module, ids: torch.Tensor, first: int, vectors: torch.Tensor) -> torch.Tensor:

@@ -15,8 +15,8 @@ OBJECT = 122  # stored grey values above this are the object (masks re-coded by 
 REFERENCE_SIDE = 512  # lengths in pixels are given at this image side and scaled to the actual one
 TEST_RADIUS = 16  # px at 512: dilation of the hole at test time
 TRAIN_RADIUS = 32  # px at 512: largest dilation of the hole in training
-RULES = ("instance", "dilate", "train", "kit")
-KIT_MIX = {"instance": 0.15, "dilate": 0.3, "box": 0.2, "elsewhere": 0.15, "full": 0.2}
+RULES = ("instance", "dilate", "train", "backbone")
+BACKBONE_MIX = {"instance": 0.15, "dilate": 0.3, "box": 0.2, "elsewhere": 0.15, "full": 0.2}
 
 
 def scaled(length: float, shape: Sequence[int]) -> float:
@@ -111,9 +111,10 @@ def hole(
     ``instance``  M itself (Liu 2025, eq. 9 and 10, read literally)
     ``dilate``    M dilated by ``radius``, px at 512 (test default, no randomness)
     ``train``     M dilated by a random 0..32 px at 512 with probability 0.7, else the bounding box
-    ``kit``       the mixture KIT_MIX for training the inpainting kit: also holes elsewhere, and the whole image, which
+    ``backbone``       the mixture BACKBONE_MIX for training the inpainting backbone: also holes elsewhere, and the
+    whole image, which
                   turns the inpainting network into a text-to-image model
-    M_e contains M, except for the holes elsewhere of ``kit``. The random rules need ``rng``.
+    M_e contains M, except for the holes elsewhere of ``backbone``. The random rules need ``rng``.
     """
     match rule:
         case "instance":
@@ -122,8 +123,8 @@ def hole(
             return dilate(mask, round(scaled(radius, mask.shape)))
         case "train":
             return _dilated_at_random(mask, rng) if rng.random() < 0.7 else _box(mask)
-        case "kit":
-            return _kit_hole(mask, rng)
+        case "backbone":
+            return _backbone_hole(mask, rng)
         case _:
             raise UserError(f"hole rule '{rule}' is unknown; use one of {', '.join(RULES)}")
 
@@ -136,8 +137,8 @@ def _dilated_at_random(mask: np.ndarray, rng: np.random.Generator) -> np.ndarray
     return dilate(mask, round(scaled(rng.uniform(0, TRAIN_RADIUS), mask.shape)))
 
 
-def _kit_hole(mask: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    match rng.choice(list(KIT_MIX), p=list(KIT_MIX.values())):
+def _backbone_hole(mask: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    match rng.choice(list(BACKBONE_MIX), p=list(BACKBONE_MIX.values())):
         case "instance":
             return mask.copy()
         case "dilate":

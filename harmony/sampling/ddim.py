@@ -39,7 +39,7 @@ def to_eps(kind: str, predicted: torch.Tensor, z: torch.Tensor, a: torch.Tensor)
         return predicted
     if kind == "v_prediction":
         return a.sqrt() * predicted + (1 - a).sqrt() * z
-    raise UserError(f"the kit predicts '{kind}': epsilon and v_prediction are supported")
+    raise UserError(f"the backbone predicts '{kind}': epsilon and v_prediction are supported")
 
 
 def step(z: torch.Tensor, eps: torch.Tensor, t: int, s: int, abar: torch.Tensor) -> torch.Tensor:

@@ -15,7 +15,7 @@ import torch
 
 from harmony.core.errors import UserError
 from harmony.models.attention import cached_cross_attention, keys_and_values
-from harmony.models.backbone import Kit
+from harmony.models.backbone import Backbone
 from harmony.models.unet_halves import Encoded, Residuals, decode, encode, residuals, time_of
 from harmony.sampling.cuda_graphs import identity, recording_of, side_by_side
 from harmony.sampling.ddim import level, sample, to_eps
@@ -91,7 +91,7 @@ def control_residuals(
 def predict(
     unet: torch.nn.Module, z: torch.Tensor, known: torch.Tensor, t: torch.Tensor, text: torch.Tensor
 ) -> torch.Tensor:
-    """The UNet's output (eps, or v for a kit that predicts it), B x C x h x w, of the latent's dtype.
+    """The UNet's output (eps, or v for a backbone that predicts it), B x C x h x w, of the latent's dtype.
 
     ``known`` = [hole, masked latent] is B x (1 + C) x h x w.
     """
@@ -172,22 +172,22 @@ class Guided:
 
     def __init__(
         self,
-        kit: Kit,
+        backbone: Backbone,
         known: torch.Tensor,
         text: torch.Tensor,
         empty: torch.Tensor,
         schedule: Schedule,
         controls: Sequence[Control] = (),
     ):
-        if schedule.graphs and kit.device.type != "cuda":
+        if schedule.graphs and backbone.device.type != "cuda":
             raise UserError(
-                f"graphs=true records what a GPU does, and the kit is on the {kit.device.type}: leave it out"
+                f"graphs=true records what a GPU does, and the backbone is on the {backbone.device.type}: leave it out"
             )
-        self.kit, self.schedule, self.calls, self.rows = kit, schedule, 0, 0
+        self.backbone, self.schedule, self.calls, self.rows = backbone, schedule, 0, 0
         rows = torch.cat([empty.expand_as(text), text]) if self.guides(0) else text
         halves = len(rows) // len(text)
         controls = [(net, e.repeat(halves, 1, 1, 1), weight) for net, e, weight in embedded(controls)]
-        self.network = Network(kit.unet, known, rows, controls, schedule.compile)
+        self.network = Network(backbone.unet, known, rows, controls, schedule.compile)
         self.recording = recording_of(self.network.key(), self.network) if schedule.graphs else None
 
     def guides(self, call: int) -> bool:
@@ -206,7 +206,7 @@ class Guided:
         if guided:
             unconditional, conditional = output.chunk(2)
             output = unconditional + w * (conditional - unconditional)
-        return to_eps(self.kit.prediction_type, output, z, level(self.kit.alphas_cumprod, t).to(z.dtype))
+        return to_eps(self.backbone.prediction_type, output, z, level(self.backbone.alphas_cumprod, t).to(z.dtype))
 
     def output(self, z: torch.Tensor, t: torch.Tensor, rows: int) -> torch.Tensor:
         """The UNet's output for ``rows`` rows, of which the last are conditional."""
@@ -219,7 +219,7 @@ class Guided:
 
 @torch.no_grad()
 def sampled(
-    kit: Kit,
+    backbone: Backbone,
     noise: torch.Tensor,
     known: torch.Tensor,
     text: torch.Tensor,
@@ -228,12 +228,14 @@ def sampled(
     controls: Sequence[Control] = (),
 ) -> torch.Tensor:
     """Clean latent B x C x h x w from pure ``noise``; ``known`` is what the UNet sees beside it (see ``predict``)."""
-    eps = Guided(kit, known, text, empty, schedule, controls)
+    eps = Guided(backbone, known, text, empty, schedule, controls)
     with eps.ready():
         if schedule.solver == "ddim":
-            return sample(eps, noise, schedule.steps, kit.alphas_cumprod, kit.scheduler.config.steps_offset)
+            return sample(eps, noise, schedule.steps, backbone.alphas_cumprod, backbone.scheduler.config.steps_offset)
         solver = getattr(diffusers, SOLVERS[schedule.solver])
-        solver = solver.from_config(kit.scheduler.config, prediction_type="epsilon")  # which ``eps`` is, for any kit
+        solver = solver.from_config(
+            backbone.scheduler.config, prediction_type="epsilon"
+        )  # which ``eps`` is, for any backbone
         solver.set_timesteps(schedule.steps)
         z = noise
         for t in solver.timesteps:
@@ -242,7 +244,7 @@ def sampled(
 
 
 def inpaint(
-    kit: Kit,
+    backbone: Backbone,
     noise: torch.Tensor,
     hole: torch.Tensor,
     masked: torch.Tensor,
@@ -256,7 +258,7 @@ def inpaint(
     ``hole`` B x 1 x h x w in {0, 1}, ``masked`` the scaled latent of the masked image, ``text`` B x T x D, ``empty``
     1 x T x D. Channel order of Stable Diffusion inpainting: latent, mask, masked latent.
     """
-    return sampled(kit, noise, torch.cat([hole, masked], 1), text, empty, schedule, controls)
+    return sampled(backbone, noise, torch.cat([hole, masked], 1), text, empty, schedule, controls)
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import torch
 
-from harmony.models.backbone import Kit
+from harmony.models.backbone import Backbone
 from harmony.sampling.ddim import level, step, timesteps, to_eps
 from harmony.sampling.guidance import predict
 from harmony.sampling.text_to_image import whole_picture
@@ -43,14 +43,14 @@ class Search:
     enough: Callable[[int], float] = enough
 
 
-def denoiser(kit: Kit) -> Denoiser:
-    """The kit as a text-to-image model without guidance; gradients flow to the text."""
-    known = whole_picture(kit)
+def denoiser(backbone: Backbone) -> Denoiser:
+    """The backbone as a text-to-image model without guidance; gradients flow to the text."""
+    known = whole_picture(backbone)
 
     def eps(z: torch.Tensor, t: int, text: torch.Tensor) -> torch.Tensor:
         time = torch.full((len(z),), t, device=z.device, dtype=torch.long)
-        output = predict(kit.unet, z, known.expand(len(z), -1, -1, -1), time, text)
-        return to_eps(kit.prediction_type, output, z, level(kit.alphas_cumprod, t).to(z.dtype))
+        output = predict(backbone.unet, z, known.expand(len(z), -1, -1, -1), time, text)
+        return to_eps(backbone.prediction_type, output, z, level(backbone.alphas_cumprod, t).to(z.dtype))
 
     return eps
 

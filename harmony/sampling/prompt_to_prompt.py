@@ -13,7 +13,7 @@ import torch.nn.functional as F
 
 from harmony.core.errors import UserError
 from harmony.models.attention import AttentionControl, Layer, conditional, controlled
-from harmony.models.backbone import Kit
+from harmony.models.backbone import Backbone
 from harmony.sampling.ddim import step, timesteps
 from harmony.sampling.null_text import denoiser
 
@@ -215,7 +215,7 @@ class LocalBlend:
 
 @torch.no_grad()
 def edit_latents(
-    kit: Kit,
+    backbone: Backbone,
     z: torch.Tensor,
     texts: Sequence[torch.Tensor],
     nulls: Sequence[torch.Tensor],
@@ -228,9 +228,9 @@ def edit_latents(
     For each step ``texts`` K x T x D, the source's first, and ``nulls``, an empty prompt 1 x T x D (or K x T x D). Both
     halves of the guidance are one call of the UNet, so that a call is a step.
     """
-    eps, abar, offset = denoiser(kit), kit.alphas_cumprod, kit.scheduler.config.steps_offset
+    eps, abar, offset = denoiser(backbone), backbone.alphas_cumprod, backbone.scheduler.config.steps_offset
     gap, z = len(abar) // len(nulls), z.expand(len(texts[0]), -1, -1, -1)
-    with controlled(kit.unet, control) as steps:
+    with controlled(backbone.unet, control) as steps:
         for text, null, t in zip(texts, nulls, timesteps(len(nulls), offset, len(abar)), strict=True):
             at = steps.taken
             e_u, e_c = eps(torch.cat([z, z]), t, torch.cat([null.expand_as(text), text])).chunk(2)

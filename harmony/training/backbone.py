@@ -1,7 +1,7 @@
-"""The four trainings that make a kit: CLIP, the VAE, the captioner and the inpainting UNet.
+"""The four trainings that make a backbone: CLIP, the VAE, the captioner and the inpainting UNet.
 
 Each is a LightningModule that trains one part, keeps an exponential average of its weights, measures itself on held-out
-pictures, draws a grid, and at the end writes its part into the kit folder in diffusers / transformers layout.
+pictures, draws a grid, and at the end writes its part into the backbone folder in diffusers / transformers layout.
 """
 
 import json
@@ -18,7 +18,7 @@ from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
 from diffusers.training_utils import EMAModel
 from torch import nn
 
-from harmony.models.backbone import Kit, kit_path, write_model_index
+from harmony.models.backbone import Backbone, backbone_path, write_model_index
 from harmony.models.steady_norms import steady_norms
 from harmony.pixels.images import CLIP_MEAN, CLIP_STD, from_model, grid, to_clip, write_image
 from harmony.training.muon import Muon
@@ -36,7 +36,7 @@ SCHEDULE = {  # Stable Diffusion's; explicit are the flags that diffusers' defau
     "clip_sample": False,
     "set_alpha_to_one": False,
     "steps_offset": 1,
-    "prediction_type": "epsilon",  # of a kit of random weights; InpaintTask says its own
+    "prediction_type": "epsilon",  # of a backbone of random weights; InpaintTask says its own
 }
 
 
@@ -51,18 +51,18 @@ def write_part(folder: Path, name: str, *parts) -> None:
     write_model_index(folder)
 
 
-class KitTask(Task):
+class BackboneTask(Task):
     """What the four have in common: a linearly decaying rate, an EMA of the trained network, one grid, one save.
 
-    ``kit`` is the folder the part is written to, and from which earlier parts are read.
+    ``backbone`` is the folder the part is written to, and from which earlier parts are read.
     """
 
     optimiser = torch.optim.AdamW
 
-    def __init__(self, kit: str, lr: float, warmup: int = 100, weight_decay: float = 0.01, ema: float = 0.999):
+    def __init__(self, backbone: str, lr: float, warmup: int = 100, weight_decay: float = 0.01, ema: float = 0.999):
         super().__init__()
         self.save_hyperparameters(logger=False)
-        self.folder = Path(kit_path(kit))
+        self.folder = Path(backbone_path(backbone))
         self.net: nn.Module | None = None
         self.averaged: EMAModel | None = None
 
@@ -124,7 +124,7 @@ class KitTask(Task):
         raise NotImplementedError
 
     def save(self) -> None:
-        """Write the part into the kit folder; the averaged weights are in place."""
+        """Write the part into the backbone folder; the averaged weights are in place."""
         raise NotImplementedError
 
 
@@ -143,7 +143,7 @@ def psnr(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
 # ---------------------------------------------------------------------------------------------------- VAE
 
 
-class VAETask(KitTask):
+class VAETask(BackboneTask):
     """AutoencoderKL by squared error, that of colour alone, the L1 distance of image gradients, and a small KL term.
 
     loss = |d|^2 + chroma |opponent(d)|^2 + gradient |grad d|_1 + kl KL(q(z|x) || N(0, 1)),
@@ -155,7 +155,7 @@ class VAETask(KitTask):
 
     def __init__(
         self,
-        kit: str,
+        backbone: str,
         config: dict,
         lr: float = 1e-3,
         chroma: float = 0.5,
@@ -163,7 +163,7 @@ class VAETask(KitTask):
         kl: float = 1e-6,
         **options,
     ):
-        super().__init__(kit, lr, **options)
+        super().__init__(backbone, lr, **options)
         self.save_hyperparameters("config", "chroma", "gradient", "kl", logger=False)
 
     def build(self):
@@ -217,15 +217,17 @@ def train_tokenizer(texts: Iterable[str], vocabulary: int, length: int):
     return CLIPTokenizer(vocab=model["vocab"], merges=merges, model_max_length=length)
 
 
-class CLIPTask(KitTask):
+class CLIPTask(BackboneTask):
     """CLIP from scratch: symmetric cross-entropy over a batch of (picture, caption) pairs.
 
     Pairs with the same caption in one batch are each other's positives. Writes tokenizer, text encoder and image
     encoder.
     """
 
-    def __init__(self, kit: str, config: dict, vocabulary: int = 2048, length: int = 32, lr: float = 1e-3, **options):
-        super().__init__(kit, lr, **options)
+    def __init__(
+        self, backbone: str, config: dict, vocabulary: int = 2048, length: int = 32, lr: float = 1e-3, **options
+    ):
+        super().__init__(backbone, lr, **options)
         self.save_hyperparameters("config", "vocabulary", "length", logger=False)
 
     def build(self):
@@ -297,13 +299,15 @@ def train_wordpiece(texts: Iterable[str], vocabulary: int):
     return BertTokenizer(vocab=learnt.get_vocab())
 
 
-class CaptionerTask(KitTask):
+class CaptionerTask(BackboneTask):
     """BLIP from scratch: the language-modelling loss of the caption given the whole picture."""
 
     optimiser = Muon
 
-    def __init__(self, kit: str, config: dict, vocabulary: int = 1500, length: int = 24, lr: float = 1e-3, **options):
-        super().__init__(kit, lr, **options)
+    def __init__(
+        self, backbone: str, config: dict, vocabulary: int = 1500, length: int = 24, lr: float = 1e-3, **options
+    ):
+        super().__init__(backbone, lr, **options)
         self.save_hyperparameters("config", "vocabulary", "length", logger=False)
 
     def build(self):
@@ -370,49 +374,49 @@ def kind_and_colour(caption: str) -> tuple[str, ...]:
 # ---------------------------------------------------------------------------------------------------- UNet
 
 
-class InpaintTask(KitTask):
+class InpaintTask(BackboneTask):
     """The nine-channel inpainting UNet by the plain loss over the whole latent, text frozen, 10 % empty prompts.
 
     It predicts v by default: an eps error at high noise says next to nothing of the picture, so that a short training
     by the eps loss settles neither colour nor layout, and does not even copy what is known outside the hole.
 
-    Holes come from the cache (rule ``kit``): instances, dilations, boxes, strokes elsewhere, and full holes, for which
-    the network is a text-to-image model.
+    Holes come from the cache (rule ``backbone``): instances, dilations, boxes, strokes elsewhere, and full holes, for
+    which the network is a text-to-image model.
     """
 
     def __init__(
         self,
-        kit: str,
+        backbone: str,
         config: dict,
         lr: float = 5e-4,
         prompt_dropout: float = 0.1,
         prediction_type: str = "v_prediction",
         **options,
     ):
-        super().__init__(kit, lr, **options)
+        super().__init__(backbone, lr, **options)
         self.save_hyperparameters("config", "prompt_dropout", "prediction_type", logger=False)
-        self.kit = Kit(kit)
+        self.backbone = Backbone(backbone)
 
     def build(self):
-        kit = self.kit
+        backbone = self.backbone
         DDIMScheduler(**SCHEDULE | {"prediction_type": self.hparams.prediction_type}).save_pretrained(
             self.folder / "scheduler"
         )
-        width = kit.text_encoder.config.hidden_size
+        width = backbone.text_encoder.config.hidden_size
         self.register_buffer("abar", DDIMScheduler(**SCHEDULE).alphas_cumprod, persistent=False)
-        self.register_buffer("empty", kit.prompt([""]), persistent=False)
+        self.register_buffer("empty", backbone.prompt([""]), persistent=False)
         return UNet2DConditionModel(cross_attention_dim=width, **self.hparams.config)
 
     def on_fit_start(self):
         super().on_fit_start()
-        self.kit.to(self.device)
+        self.backbone.to(self.device)
 
     def training_step(self, batch, index):
-        text = self.kit.text(batch["tokens"])
+        text = self.backbone.text(batch["tokens"])
         text = torch.where((batch["drop"] < self.hparams.prompt_dropout)[:, None, None], self.empty, text)
-        z, known, t = noised(batch, self.kit.vae.config.scaling_factor, self.abar)
+        z, known, t = noised(batch, self.backbone.vae.config.scaling_factor, self.abar)
         predicted = self.net(torch.cat([z, known], 1), t, text).sample
-        wanted = target(self.kit.prediction_type, z, batch["noise"], self.abar[t])
+        wanted = target(self.backbone.prediction_type, z, batch["noise"], self.abar[t])
         loss = F.mse_loss(predicted, wanted)
         self.log("train/loss", loss, prog_bar=True)
         return loss
@@ -421,26 +425,28 @@ class InpaintTask(KitTask):
         """Fixed-seed grids: pictures from words alone, and holes filled by words."""
         from harmony.sampling.guidance import Schedule, inpaint
 
-        kit = self.kit
-        vars(kit)["unet"] = self.net.eval()
+        backbone = self.backbone
+        vars(backbone)["unet"] = self.net.eval()
         batch = {name: value.to(self.device) for name, value in data.examples(12).items()}
         count = len(batch["image"])
         everything = torch.ones_like(batch["hole"])
-        nothing = kit.latent(kit.moments(torch.zeros_like(batch["image"][:1])))
+        nothing = backbone.latent(backbone.moments(torch.zeros_like(batch["image"][:1])))
         rows = [[from_model(x)] for x in batch["image"]]
         noise = torch.randn(count, *nothing.shape[1:], generator=torch.Generator().manual_seed(0)).to(self.device)
-        text = kit.text(batch["tokens"])
+        text = backbone.text(batch["tokens"])
         holed = batch["image"] * (1 - batch["pixel_hole"])
         for guidance in (1.0, 2.0, 3.0):
-            free = inpaint(kit, noise, everything, nothing.expand_as(noise), text, self.empty, Schedule(25, guidance))
-            for row, x in zip(rows, kit.decode(free), strict=True):
+            free = inpaint(
+                backbone, noise, everything, nothing.expand_as(noise), text, self.empty, Schedule(25, guidance)
+            )
+            for row, x in zip(rows, backbone.decode(free), strict=True):
                 row.append(from_model(x))
         for row, x in zip(rows, holed, strict=True):
             row.append(from_model(x))
         for guidance in (1.0, 2.0, 3.0):
-            masked = kit.latent(kit.moments(holed))
-            filled = inpaint(kit, noise, batch["hole"], masked, text, self.empty, Schedule(25, guidance))
-            for row, x in zip(rows, kit.decode(filled), strict=True):
+            masked = backbone.latent(backbone.moments(holed))
+            filled = inpaint(backbone, noise, batch["hole"], masked, text, self.empty, Schedule(25, guidance))
+            for row, x in zip(rows, backbone.decode(filled), strict=True):
                 row.append(from_model(x))
         titles = ["truth", "text w=1", "w=2", "w=3", "hole", "fill w=1", "w=2", "w=3"]
         self.picture("inpaint", grid(rows, titles, scale=2))

@@ -155,7 +155,7 @@ class SampleGrid(Callback):
             return
         self.drawn = trainer.global_step
         if self.items is None:
-            manifest, resolution = trainer.datamodule.manifest, module.kit.resolution
+            manifest, resolution = trainer.datamodule.manifest, module.backbone.resolution
             self.items = load_reconstruct(manifest, "validation", resolution, self.count)
         composites, seeds = self.items.composites, seeds_of(self.seed, range(len(self.items)))
         module.eval()

@@ -16,7 +16,7 @@ from huggingface_hub.repocard import metadata_load
 from huggingface_hub.utils import validate_repo_id
 from yaml import YAMLError
 
-from harmony.models.backbone import ASSETS, kit_path
+from harmony.models.backbone import ASSETS, backbone_path
 from harmony.training.run_folder import RunFolder, select
 
 TEMPLATES = ASSETS / "cards"
@@ -66,12 +66,12 @@ def is_hub_id(backbone: str) -> bool:
         validate_repo_id(backbone)
     except HFValidationError:
         return False
-    return "/" in backbone and not os.path.exists(kit_path(backbone))
+    return "/" in backbone and not os.path.exists(backbone_path(backbone))
 
 
 def backbone_license(backbone: str) -> str:
     """The license that the card of a local backbone states, ``unknown`` where there is none."""
-    card = Path(kit_path(backbone)) / "README.md"
+    card = Path(backbone_path(backbone)) / "README.md"
     try:
         stated = (metadata_load(card) or {}).get("license") if card.is_file() else None
     except (OSError, ValueError, YAMLError):
@@ -85,10 +85,10 @@ def model_option(backbone: str) -> str:
 
 
 def training_values(run: RunFolder, facts: Mapping, without: str) -> dict[str, object]:
-    """What the template ``training`` shows. ``facts``: those of ``hint.json`` or ``kit.json``."""
+    """What the template ``training`` shows. ``facts``: those of ``hint.json`` or ``backbone.json``."""
     numbers, words, limit = run.metrics, run.fact("command", list), run.option("evaluate.limit")
     return {
-        "backbone": fact(facts, "kit"),
+        "backbone": fact(facts, "backbone"),
         "hashes": {part: fact(facts, part) for part in ("unet", "vae") if part in facts},
         "command": words and one_line(f"python -m harmony.fit {shlex.join(map(str, words[1:]))}"),
         "dataset": run.option("dataset.name"),
@@ -112,7 +112,7 @@ def training_values(run: RunFolder, facts: Mapping, without: str) -> dict[str, o
 
 
 def fact(facts: Mapping, name: str) -> str:
-    return select(facts, name, str, "hint.json or kit.json") or "unknown"
+    return select(facts, name, str, "hint.json or backbone.json") or "unknown"
 
 
 # --- one function a card
@@ -120,7 +120,7 @@ def fact(facts: Mapping, name: str) -> str:
 
 def controlnet_card(run: RunFolder, facts: Mapping, grid: bool, license: str | None) -> str:
     """The card of a ControlNet; ``facts`` are those of ``hint.json``."""
-    backbone, branch = fact(facts, "kit"), facts.get("branch")
+    backbone, branch = fact(facts, "backbone"), facts.get("branch")
     license = license or backbone_license(backbone)
     arguments = "".join(f", {name}={value!r}" for name, value in facts.get("parameters", {}).items())
     return render(
@@ -135,8 +135,10 @@ def controlnet_card(run: RunFolder, facts: Mapping, grid: bool, license: str | N
 
 
 def painter_card(run: RunFolder, facts: Mapping, all_tokens: bool, tower: bool, grid: bool, license: str | None) -> str:
-    """The card of a Paint by Example; ``facts`` are those of ``kit.json``. ``tower``: CLIP's is among the weights."""
-    backbone = fact(facts, "kit")
+    """The card of a Paint by Example; ``facts`` are those of ``backbone.json``. ``tower``: CLIP's is among the
+    weights.
+    """
+    backbone = fact(facts, "backbone")
     license = license or backbone_license(backbone)
     return render(
         ("paint_by_example", "training"),

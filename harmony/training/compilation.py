@@ -48,7 +48,13 @@ class Compilation(Callback):
         """Where the seconds of this task, backbone, precision and batch are kept, for this device and torch."""
         gpu = module.device.type == "cuda"
         device = torch.cuda.get_device_name(module.device) if gpu else "cpu"
-        facts = [type(module).__name__, *module.controls, module.kit.name, module.kit.dtype, trainer.precision]
+        facts = [
+            type(module).__name__,
+            *module.controls,
+            module.backbone.name,
+            module.backbone.dtype,
+            trainer.precision,
+        ]
         facts += [*batch["noise"].shape, device, torch.__version__]
         key = hashlib.sha256(" ".join(map(str, facts)).encode()).hexdigest()
         return Path(cache_dir()) / "harmony" / f"{key[:16]}.json"

@@ -1,4 +1,4 @@
-"""Training one ControlNet on a frozen inpainting kit (Liu 2025, eq. 6 and 8 to 11)."""
+"""Training one ControlNet on a frozen inpainting backbone (Liu 2025, eq. 6 and 8 to 11)."""
 
 from collections.abc import Callable, Sequence
 from functools import cached_property
@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from harmony.core.errors import UserError
 from harmony.data.latent_data import LatentData
 from harmony.methods.inpainting import Branch, Inpainting, load_branch
-from harmony.models.backbone import Kit, placed, weights_hash
+from harmony.models.backbone import Backbone, placed, weights_hash
 from harmony.models.controlnet import BRANCHES, export_controlnet, from_unet, zero_convolutions
 from harmony.models.unet_halves import Encoded, Residuals, decode, encode
 from harmony.pixels.hints import check_hint
@@ -37,7 +37,7 @@ def answer(
 
 
 class Controls(Task):
-    """What runs with ControlNets have in common once they are trained; ``controls`` and ``kit`` are the task's."""
+    """What runs with ControlNets have in common once they are trained; ``controls`` and ``backbone`` are the task's."""
 
     is_measured = True
     compiles = False
@@ -50,7 +50,7 @@ class Controls(Task):
 
     @property
     def home(self) -> torch.device:
-        return self.kit.device
+        return self.backbone.device
 
     def configure_callbacks(self) -> list[lightning.Callback]:
         if not self.compiles:
@@ -68,24 +68,24 @@ class Controls(Task):
 
     def baseline(self, settings: Settings) -> Inpainting:
         """Words alone: the hints off."""
-        return Inpainting(self.kit, [], settings)
+        return Inpainting(self.backbone, [], settings)
 
     def result(self, settings: Settings) -> Inpainting:
-        return Inpainting(self.kit, self.branches, settings)
+        return Inpainting(self.backbone, self.branches, settings)
 
     def export(self, folder: Path) -> None:
         """Write each ControlNet in diffusers layout: into ``folder``, or one of several into a folder of its name."""
         for b in self.branches:
             target = folder if len(self.controls) == 1 else folder / b.name
-            export_controlnet(b.net, target, b.name, b.parameters, self.kit)
+            export_controlnet(b.net, target, b.name, b.parameters, self.backbone)
 
 
 class ControlTask(Controls):
     """Fill the instance back into its own photograph, seeing only its hint: Liu 2025, eq. 8 over the whole latent.
 
-    Trained: the ControlNet, in float32. Frozen, in the kit's own dtype, and absent from checkpoints: VAE, text encoder
-    and UNet (the kit is no submodule). The UNet is not under no_grad: the gradient must pass through its decoder to the
-    residuals. Defaults are those of Liu 2025 (AdamW, lr 1e-6, warm-up 10,000, lambda 1).
+    Trained: the ControlNet, in float32. Frozen, in the backbone's own dtype, and absent from checkpoints: VAE, text
+    encoder and UNet (the backbone is no submodule). The UNet is not under no_grad: the gradient must pass through its
+    decoder to the residuals. Defaults are those of Liu 2025 (AdamW, lr 1e-6, warm-up 10,000, lambda 1).
 
     ``zero_lr``: learning rate of the zero convolutions and of the hint encoder's last layer, which start at 0 and hold
     everything else back; None = ``lr``. ``decay``: linear to 0 at the end instead of constant.
@@ -99,7 +99,7 @@ class ControlTask(Controls):
 
     def __init__(
         self,
-        kit: Kit,
+        backbone: Backbone,
         branch: str = "color",
         lr: float = 1e-6,
         zero_lr: float | None = None,
@@ -119,17 +119,24 @@ class ControlTask(Controls):
         self.compiles, self.checkpointing, self.offload = compile, checkpointing, offload
         if branch not in BRANCHES:
             raise UserError(f"module.branch={branch}: choose one of {', '.join(BRANCHES)}")
-        self.kit, self.branch, self.lr, self.zero_lr, self.warmup, self.decay = kit, branch, lr, zero_lr, warmup, decay
+        self.backbone, self.branch, self.lr, self.zero_lr, self.warmup, self.decay = (
+            backbone,
+            branch,
+            lr,
+            zero_lr,
+            warmup,
+            decay,
+        )
         self.weight_decay, self.prompt_dropout, self.in_channels = weight_decay, prompt_dropout, in_channels
         self.objective = Objective(**(objective or {}))
-        self.companion = companion and load_branch(companion, kit)  # no submodule
+        self.companion = companion and load_branch(companion, backbone)  # no submodule
         self.share = share
         self.net: torch.nn.Module | None = None
 
     def configure_model(self):
         if self.net is None:
-            self.net = lay_out(from_unet(self.kit.unrounded("unet"), self.kit.factor, self.in_channels))
-            for net in (self.net, self.kit.unet) if self.checkpointing else ():
+            self.net = lay_out(from_unet(self.backbone.unrounded("unet"), self.backbone.factor, self.in_channels))
+            for net in (self.net, self.backbone.unet) if self.checkpointing else ():
                 net.enable_gradient_checkpointing()
 
     @property
@@ -153,22 +160,24 @@ class ControlTask(Controls):
     @cached_property
     def frozen(self) -> dict[str, str]:
         """sha256 of each frozen part: what the ControlNet was trained on."""
-        hashes = {part: self.kit.hash(part) for part in ("vae", "unet", "text_encoder")}
+        hashes = {part: self.backbone.hash(part) for part in ("vae", "unet", "text_encoder")}
         return hashes | ({"companion": weights_hash(self.companion.net)} if self.companion else {})
 
     def on_save_checkpoint(self, checkpoint):
-        checkpoint["kit"] = self.frozen
+        checkpoint["backbone"] = self.frozen
 
     def on_load_checkpoint(self, checkpoint):
-        if any(self.frozen.get(part) != known for part, known in checkpoint["kit"].items()):
+        if any(
+            self.frozen.get(part) != known for part, known in (checkpoint.get("backbone") or checkpoint["kit"]).items()
+        ):
             raise UserError(
-                f"this run was trained on another state of kit {self.kit.name} or of its companion: put it back, or"
+                f"this run was trained on another state of {self.backbone.name} or of its companion: put it back, or"
                 " begin anew with resume=false"
             )
 
     def on_fit_start(self):
-        self.kit.to(self.device)
-        self.empty = self.kit.prompt([""])
+        self.backbone.to(self.device)
+        self.empty = self.backbone.prompt([""])
         if self.companion:
             placed(self.companion.net, self.device)
 
@@ -199,12 +208,12 @@ class ControlTask(Controls):
         """(u, t, text, wanted): the UNet's input B x (2C + 1) x h x w, timesteps B, states of the prompts (some empty),
         and the output that is wanted, B x C x h x w in float32: of a rounded latent, v would be off at high noise.
         """
-        kit = self.kit
-        text = kit.text(batch["tokens"])
+        backbone = self.backbone
+        text = backbone.text(batch["tokens"])
         text = torch.where((batch["drop"] < self.prompt_dropout)[:, None, None], self.empty, text)
-        z, known, t = noised(batch, kit.vae.config.scaling_factor, kit.alphas_cumprod, self.objective.t_min)
-        wanted = target(kit.prediction_type, z, batch["noise"], kit.alphas_cumprod[t])
-        return torch.cat([z, known], 1).to(kit.dtype), t, text.to(kit.dtype), wanted
+        z, known, t = noised(batch, backbone.vae.config.scaling_factor, backbone.alphas_cumprod, self.objective.t_min)
+        wanted = target(backbone.prediction_type, z, batch["noise"], backbone.alphas_cumprod[t])
+        return torch.cat([z, known], 1).to(backbone.dtype), t, text.to(backbone.dtype), wanted
 
     def behind(
         self,
@@ -223,8 +232,8 @@ class ControlTask(Controls):
         if self.companion:
             beside = self.beside(batch, u, t, text, run)
             residuals = beside if residuals is None else together(residuals, beside)
-        e = run(decode)(self.kit.unet, encoded, text, residuals)
-        kind, a = self.kit.prediction_type, self.kit.alphas_cumprod[t]
+        e = run(decode)(self.backbone.unet, encoded, text, residuals)
+        kind, a = self.backbone.prediction_type, self.backbone.alphas_cumprod[t]
         return self.objective.weight(a, batch["weight"], kind) * F.mse_loss(e.float(), wanted, reduction="none")
 
     @torch.no_grad()
@@ -237,7 +246,7 @@ class ControlTask(Controls):
 
     def error(self, batch: dict, *inputs: torch.Tensor, run: Run = as_it_is) -> torch.Tensor:
         """Weighted squared error B x C x h x w: the whole pass through UNet and ControlNet."""
-        encoded = run(encode)(self.kit.unet, *inputs[:3])
+        encoded = run(encode)(self.backbone.unet, *inputs[:3])
         return self.behind(batch, *inputs, encoded, run=run)
 
     @property
@@ -279,7 +288,7 @@ class ControlTask(Controls):
         A companion runs in both, in its share of the samples.
         """
         u, t, text, wanted = self.inputs(batch)
-        encoded = encode(self.kit.unet, u, t, text)
+        encoded = encode(self.backbone.unet, u, t, text)
         for name, hint_off in (("validation/loss", False), ("validation/loss_hint_off", True)):
             error = self.behind(batch, u, t, text, wanted, encoded, hint_off)
             self.log(name, error.mean(), batch_size=len(t), sync_dist=True)
@@ -292,14 +301,14 @@ class JointTask(Controls):
     gradient alone, so the nets become what separate runs on the same noise would make them.
     """
 
-    def __init__(self, kit: Kit, branch: Sequence[str] = ("color", "structure"), **options):
+    def __init__(self, backbone: Backbone, branch: Sequence[str] = ("color", "structure"), **options):
         super().__init__()
         if isinstance(branch, str) or len(set(branch)) < len(branch):
             raise UserError(f"module.branch={branch}: list each branch once, as in [color, structure]")
         if options.get("companion"):
             raise UserError("module.companion goes with one ControlNet a run; here they are trained side by side")
-        self.kit, self.names = kit, list(branch)
-        self.tasks = torch.nn.ModuleDict({name: ControlTask(kit, name, **options) for name in branch})
+        self.backbone, self.names = backbone, list(branch)
+        self.tasks = torch.nn.ModuleDict({name: ControlTask(backbone, name, **options) for name in branch})
         self.compiles = self.lead.compiles
 
     @property
@@ -324,8 +333,8 @@ class JointTask(Controls):
         self.lead.on_load_checkpoint(checkpoint)
 
     def on_fit_start(self):
-        self.kit.to(self.device)
-        self.lead.empty = self.kit.prompt([""])
+        self.backbone.to(self.device)
+        self.lead.empty = self.backbone.prompt([""])
 
     on_validation_start = on_fit_start
 
@@ -340,7 +349,7 @@ class JointTask(Controls):
         self, batch: dict, *inputs: torch.Tensor, hint_off: bool = False, run: Run = as_it_is
     ) -> dict[str, torch.Tensor]:
         """The loss of each net; ``inputs`` are those of ``ControlTask.inputs``."""
-        encoded = run(encode)(self.kit.unet, *inputs[:3])
+        encoded = run(encode)(self.backbone.unet, *inputs[:3])
         errors = {name: task.behind(batch, *inputs, encoded, hint_off, run) for name, task in self.tasks.items()}
         return {name: error.mean() for name, error in errors.items()}
 

@@ -20,7 +20,7 @@ from harmony.core.errors import UserError
 from harmony.core.files import write_text
 from harmony.models.backbone import ship
 from harmony.models.controlnet import BRANCHES, controlnet_folder, export_controlnet, from_unet, read_hint
-from harmony.models.paint_by_example import export_painter, kit_facts, load_painter, painter_folder
+from harmony.models.paint_by_example import backbone_facts, export_painter, load_painter, painter_folder
 from harmony.training.cards import backbone_card, controlnet_card, painter_card
 from harmony.training.run_folder import RunFolder
 
@@ -165,9 +165,9 @@ def write_painter(run: RunFolder, output: Path, license: str | None, half: bool,
             raise UserError(f"{run.path} has not ended: the command of its training goes on with it")
         run.check_all(painter_folder(run.path))
         painter = load_painter(run.path, run.backbone())
-        networks = export_painter(painter.kit.unet, painter.encoder, folder, painter.kit, half, tower)
+        networks = export_painter(painter.backbone.unet, painter.encoder, folder, painter.backbone, half, tower)
         all_tokens, grid = painter.encoder.all_tokens, has_grid(run, output)
-        publish(run, networks, painter_card(run, kit_facts(networks), all_tokens, tower, grid, license), output)
+        publish(run, networks, painter_card(run, backbone_facts(networks), all_tokens, tower, grid, license), output)
     return output
 
 
@@ -185,7 +185,7 @@ def newest_run(runs: Path, experiment: str) -> RunFolder:
 
 def write_backbone(source: Path, output: Path, runs: Path) -> Path:
     """Ship the trained backbone in ``source``: float16 weights, a card with the figures and grids of its trainings."""
-    trainings = {part: newest_run(runs, f"kit_{part}") for part in BACKBONE_PARTS}
+    trainings = {part: newest_run(runs, f"backbone_{part}") for part in BACKBONE_PARTS}
     sizes = ship(source, output)
     figures, pictures = [], []
     with scratch(output) as folder:

@@ -1,4 +1,4 @@
-"""Training Paint by Example (Yang 2022) on a kit: the whole UNet and the exemplar encoder."""
+"""Training Paint by Example (Yang 2022) on a backbone: the whole UNet and the exemplar encoder."""
 
 from dataclasses import replace
 from functools import cached_property
@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from harmony.core.errors import UserError
 from harmony.data.latent_data import LatentData
 from harmony.methods.paint_by_example import PaintByExample
-from harmony.models.backbone import Kit, weights_hash
+from harmony.models.backbone import Backbone, weights_hash
 from harmony.models.paint_by_example import (
     ExemplarEncoder,
     Painter,
@@ -30,15 +30,15 @@ from harmony.training.task import Task
 class ExemplarTask(Task):
     """Paint the object back into its own photograph, seeing it through the bottleneck of one token.
 
-    Trained in float32: UNet (from the kit's inpainting UNet), mapper, final layer norm, projection, and the vector
+    Trained in float32: UNet (from the backbone's inpainting UNet), mapper, final layer norm, projection, and the vector
     that stands for no exemplar. Frozen and absent from checkpoints: VAE and CLIP's tower. Loss: mean
     squared error of the whole latent. Defaults are those of the released code (AdamW, lr 1e-5, warm-up 10,000).
 
     ``dropout``: share of samples, or with ``dropout_by="batch"`` (the released code) of batches, without exemplar.
     ``encoder_lr``: learning rate of what is untrained at the beginning; None = ``lr``. ``decay``: linear to 0.
     ``all_tokens``: the ablation that keeps the patch tokens. ``tower``: folder or hub id of the CLIP vision tower that
-    sees the exemplars, where it is not the kit's own (Stable Diffusion brings none). ``offload``: AdamW's moments and
-    the update in host memory.
+    sees the exemplars, where it is not the backbone's own (Stable Diffusion brings none). ``offload``: AdamW's moments
+    and the update in host memory.
     """
 
     is_measured = True
@@ -46,7 +46,7 @@ class ExemplarTask(Task):
 
     def __init__(
         self,
-        kit: Kit,
+        backbone: Backbone,
         lr: float = 1e-5,
         encoder_lr: float | None = None,
         warmup: int = 10_000,
@@ -61,7 +61,7 @@ class ExemplarTask(Task):
         super().__init__()
         if dropout_by not in ("sample", "batch"):
             raise UserError(f"module.dropout_by={dropout_by}: choose sample or batch")
-        self.kit, self.lr, self.encoder_lr, self.warmup, self.decay = kit, lr, encoder_lr, warmup, decay
+        self.backbone, self.lr, self.encoder_lr, self.warmup, self.decay = backbone, lr, encoder_lr, warmup, decay
         self.weight_decay, self.dropout, self.dropout_by = weight_decay, dropout, dropout_by
         self.all_tokens, self.tower_path, self.offload = all_tokens, tower, offload
         self.unet: torch.nn.Module | None = None
@@ -69,17 +69,17 @@ class ExemplarTask(Task):
 
     def configure_model(self):
         if self.unet is None:
-            self.unet = lay_out(painting_unet(self.kit.unrounded("unet")))
+            self.unet = lay_out(painting_unet(self.backbone.unrounded("unet")))
             width = self.unet.config.cross_attention_dim
             self.encoder = fresh_encoder(self.tower, width, self.all_tokens).float()
-            self.kit = self.kit.with_unet(self.unet)  # and what was copied takes no more room
+            self.backbone = self.backbone.with_unet(self.unet)  # and what was copied takes no more room
             del self.tower
-            vars(self.kit).pop("image_encoder", None)
+            vars(self.backbone).pop("image_encoder", None)
 
     @cached_property
     def tower(self) -> torch.nn.Module:
         """What sees the exemplars at first; no submodule."""
-        return load_tower(self.tower_path) if self.tower_path else self.kit.image_encoder
+        return load_tower(self.tower_path) if self.tower_path else self.backbone.image_encoder
 
     def check(self, data: LatentData) -> None:
         """UserError unless the cache is to hold exemplars of the tower's side."""
@@ -89,7 +89,7 @@ class ExemplarTask(Task):
 
     @property
     def painter(self) -> Painter:
-        return Painter(self.kit, self.encoder)
+        return Painter(self.backbone, self.encoder)
 
     def baseline(self, settings: Settings) -> PaintByExample:
         """Without an exemplar: guidance 0."""
@@ -100,33 +100,35 @@ class ExemplarTask(Task):
 
     def export(self, folder: Path) -> None:
         """Write ``folder/paint_by_example`` in diffusers layout."""
-        export_painter(self.unet, self.encoder, folder, self.kit)
+        export_painter(self.unet, self.encoder, folder, self.backbone)
 
     @property
     def home(self) -> torch.device:
-        return self.kit.device
+        return self.backbone.device
 
     @cached_property
     def frozen(self) -> dict[str, str]:
         """What it was trained on: the VAE's sha256, and one of the tower's weights."""
-        return {"vae": self.kit.hash("vae"), "tower": weights_hash(self.encoder.model)}
+        return {"vae": self.backbone.hash("vae"), "tower": weights_hash(self.encoder.model)}
 
     def on_save_checkpoint(self, checkpoint):
         state = checkpoint["state_dict"]
         checkpoint["state_dict"] = {name: v for name, v in state.items() if not name.startswith("encoder.model.")}
-        checkpoint["kit"] = self.frozen
+        checkpoint["backbone"] = self.frozen
 
     def on_load_checkpoint(self, checkpoint):
-        if any(self.frozen.get(part) != known for part, known in checkpoint["kit"].items()):
+        if any(
+            self.frozen.get(part) != known for part, known in (checkpoint.get("backbone") or checkpoint["kit"]).items()
+        ):
             raise UserError(
-                f"this run was trained on another state of kit {self.kit.name} or of the tower: begin anew,"
+                f"this run was trained on another state of backbone {self.backbone.name} or of the tower: begin anew,"
                 " resume=false"
             )
         tower = {f"encoder.model.{name}": v for name, v in self.encoder.model.state_dict().items()}
         checkpoint["state_dict"] |= tower
 
     def on_fit_start(self):
-        self.kit.to(self.device)
+        self.backbone.to(self.device)
 
     on_validation_start = on_fit_start
 
@@ -148,10 +150,10 @@ class ExemplarTask(Task):
         return torch.where(dropped, self.encoder.uncond_vector, context)
 
     def loss(self, batch: dict, context: torch.Tensor) -> torch.Tensor:
-        kit = self.kit
-        z, known, t = noised(batch, kit.vae.config.scaling_factor, kit.alphas_cumprod)
+        backbone = self.backbone
+        z, known, t = noised(batch, backbone.vae.config.scaling_factor, backbone.alphas_cumprod)
         hole, masked = known[:, :1], known[:, 1:]
-        wanted = target(kit.prediction_type, z, batch["noise"], kit.alphas_cumprod[t])
+        wanted = target(backbone.prediction_type, z, batch["noise"], backbone.alphas_cumprod[t])
         u = torch.cat([z, known_by_example(hole, masked)], 1)
         return F.mse_loss(self.unet(u, t, context, return_dict=False)[0].float(), wanted)
 

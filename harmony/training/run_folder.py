@@ -16,11 +16,11 @@ from typing import Any
 import yaml
 
 from harmony.core.errors import UserError
-from harmony.models.backbone import Kit
+from harmony.models.backbone import Backbone
 
 Plain = str | int | float | bool
 # last parts of ``_target_``: modules move, and runs from before name the old ones; so will runs of renamed classes
-BACKBONES = ("Kit",)
+BACKBONES = ("Backbone", "Kit")  # the latter in runs of version 0.1
 TASKS = ("ControlTask", "JointTask", "ExemplarTask")
 
 
@@ -139,11 +139,11 @@ class RunFolder:
         self.known_class("model", BACKBONES)
         return self.known_class("module", TASKS)
 
-    def backbone(self) -> Kit:
+    def backbone(self) -> Backbone:
         """The backbone that the run was trained on."""
         self.known_class("model", BACKBONES)
         path, weights, geometry = (self.option(f"model.{name}") for name in ("path", "weights", "geometry"))
-        return Kit(str(path), str(weights or "hub"), geometry=geometry and str(geometry))
+        return Backbone(str(path), str(weights or "hub"), geometry=geometry and str(geometry))
 
 
 def find_run(path: Path) -> RunFolder:

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from harmony.core.errors import UserError
 from harmony.methods.method import seeds_of
 from harmony.metrics.similarity import clip_t, embeddings
-from harmony.models.backbone import DIFFUSION, Kit, scaled_latent
+from harmony.models.backbone import DIFFUSION, Backbone, scaled_latent
 from harmony.models.clip import clip_of
 from harmony.models.textual_inversion import Word, add_tokens, initial, save_word, text_states
 from harmony.pixels.images import grid, write_image
@@ -55,7 +55,7 @@ class TextualInversionTask(Task):
 
     def __init__(
         self,
-        kit: Kit,
+        backbone: Backbone,
         token: str,
         init: str,
         property: str = "object",
@@ -71,15 +71,15 @@ class TextualInversionTask(Task):
             raise UserError(f"property={property}: choose one of {', '.join(TEMPLATES)}")
         if vectors < 1:
             raise UserError(f"vectors={vectors}: a word has one at least")
-        self.kit, self.token, self.init, self.lr, self.weight_decay = kit, token, init, lr, weight_decay
+        self.backbone, self.token, self.init, self.lr, self.weight_decay = backbone, token, init, lr, weight_decay
         self.templates, self.settings, self.seed = TEMPLATES[property], Settings(steps, guidance), seed
-        self.vectors = torch.nn.Parameter(initial(kit, init, vectors))
-        self.first = add_tokens(kit, token, vectors)
-        self.clip = clip_of(kit)
+        self.vectors = torch.nn.Parameter(initial(backbone, init, vectors))
+        self.first = add_tokens(backbone, token, vectors)
+        self.clip = clip_of(backbone)
 
     def on_fit_start(self):
-        self.kit.to(self.device)
-        data, self.known = self.trainer.datamodule, whole_picture(self.kit)
+        self.backbone.to(self.device)
+        data, self.known = self.trainer.datamodule, whole_picture(self.backbone)
         fit = [template for template in self.templates if self.is_read(template)]
         self.prompts = [[text] if text else fit for text in data.captions]
         if unread := [text for text in data.captions if text and not self.is_read(text)]:
@@ -100,23 +100,23 @@ class TextualInversionTask(Task):
 
     def is_read(self, prompt: str) -> bool:
         """Whether the whole word comes before the model stops reading."""
-        return self.first + len(self.vectors) - 1 in self.kit.tokens([self.said(prompt)])
+        return self.first + len(self.vectors) - 1 in self.backbone.tokens([self.said(prompt)])
 
     def text(self, prompts: list[str]) -> torch.Tensor:
         """B prompts with {} for the word -> B x T x D, through its vectors as they stand."""
-        tokens = self.kit.tokens([self.said(prompt) for prompt in prompts]).to(self.device)
-        return text_states(self.kit.text_encoder, tokens, self.first, self.vectors)
+        tokens = self.backbone.tokens([self.said(prompt) for prompt in prompts]).to(self.device)
+        return text_states(self.backbone.text_encoder, tokens, self.first, self.vectors)
 
     def training_step(self, batch: dict, index: int) -> torch.Tensor:
-        kit, abar = self.kit, self.kit.alphas_cumprod
+        backbone, abar = self.backbone, self.backbone.alphas_cumprod
         t = (batch["time"] * len(abar)).long()
         a = abar[t].view(-1, 1, 1, 1)
-        z = scaled_latent(batch["moments"], kit.vae.config.scaling_factor, batch["encode"])
+        z = scaled_latent(batch["moments"], backbone.vae.config.scaling_factor, batch["encode"])
         z = a.sqrt() * z + (1 - a).sqrt() * batch["noise"]
         drawn = zip((self.prompts[i] for i in batch["picture"].tolist()), batch["template"].tolist(), strict=True)
         text = self.text([prompts[int(share * len(prompts))] for prompts, share in drawn])
-        output = predict(kit.unet, z, self.known.expand(len(z), -1, -1, -1), t, text)
-        loss = F.mse_loss(output.float(), target(kit.prediction_type, z, batch["noise"], abar[t]))
+        output = predict(backbone.unet, z, self.known.expand(len(z), -1, -1, -1), t, text)
+        loss = F.mse_loss(output.float(), target(backbone.prediction_type, z, batch["noise"], abar[t]))
         self.log("train/loss", loss, prog_bar=True, batch_size=len(z))
         return loss
 
@@ -125,9 +125,9 @@ class TextualInversionTask(Task):
         known = list(dict.fromkeys(prompt for prompts in self.prompts for prompt in prompts))
         chosen = [known[i % len(known)] for i in indices.tolist()]
         plain = [prompt.replace("{}", self.init) for prompt in chosen]
-        texts = {"baseline/": self.kit.prompt(plain), "": self.text(chosen)}
+        texts = {"baseline/": self.backbone.prompt(plain), "": self.text(chosen)}
         seeds = seeds_of(self.seed, indices.tolist())
-        made = {name: text_to_image(self.kit, text, self.settings, seeds) for name, text in texts.items()}
+        made = {name: text_to_image(self.backbone, text, self.settings, seeds) for name, text in texts.items()}
         figures = {}
         if self.clip is not None:
             words = torch.nn.functional.normalize(self.clip.texts(plain).float().cpu(), dim=1)
@@ -154,19 +154,21 @@ class TextualInversionTask(Task):
                 logger.log_image("samples", [picture], caption=[path.name])
 
     def learnt_on(self) -> dict[str, str]:
-        """Hashes of the pictures, their captions, and the kit's networks."""
-        return self.trainer.datamodule.hashes() | {part: self.kit.hash(part) for part in DIFFUSION}
+        """Hashes of the pictures, their captions, and the backbone's networks."""
+        return self.trainer.datamodule.hashes() | {part: self.backbone.hash(part) for part in DIFFUSION}
 
     def on_save_checkpoint(self, checkpoint):
         checkpoint["learnt_on"] = self.learnt_on()
 
     def on_load_checkpoint(self, checkpoint):
         if checkpoint["learnt_on"] != self.learnt_on():
-            raise UserError("this run began with other pictures or another state of the kit: begin anew, resume=false")
+            raise UserError(
+                "this run began with other pictures or another state of the backbone: begin anew, resume=false"
+            )
 
     @property
     def home(self) -> torch.device:
-        return self.kit.device
+        return self.backbone.device
 
     def export(self, folder: Path) -> None:
         """Write ``folder/learned_embeds.safetensors``, which diffusers' ``load_textual_inversion`` reads too."""

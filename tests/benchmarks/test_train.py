@@ -19,34 +19,34 @@ from harmony.benchmarks.train import (
     reference_step,
     to_device,
 )
-from harmony.models.backbone import Kit
+from harmony.models.backbone import Backbone
 from harmony.training.control import JointTask
 
 
 @pytest.fixture
-def kit(random_kit):
-    return Kit(str(random_kit))
+def backbone(random_backbone):
+    return Backbone(str(random_backbone))
 
 
-def test_both_sides_train_the_same_net(kit):
-    """Guards the comparison: from the same weights each step moves its ControlNet and nothing of the kit."""
-    batch, before = cached_batch(kit, 2), copy.deepcopy(kit.unet.state_dict())
-    task = ready(kit, ("color",), Load(2, 1, 1))
+def test_both_sides_train_the_same_net(backbone):
+    """Guards the comparison: from the same weights each step moves its ControlNet and nothing of the backbone."""
+    batch, before = cached_batch(backbone, 2), copy.deepcopy(backbone.unet.state_dict())
+    task = ready(backbone, ("color",), Load(2, 1, 1))
     task.lr = 1e-3
     nets = task.net, copy.deepcopy(task.net)
     start = copy.deepcopy(nets[0].state_dict())
-    for net, step in zip(nets, (our_step(task, batch), reference_step(kit, nets[1], batch)), strict=True):
+    for net, step in zip(nets, (our_step(task, batch), reference_step(backbone, nets[1], batch)), strict=True):
         first = step()
         assert 0 < float(first) < 10
         assert any(not torch.equal(value, start[name]) for name, value in net.state_dict().items())
-    assert all(torch.equal(value, before[name]) for name, value in kit.unet.state_dict().items())
+    assert all(torch.equal(value, before[name]) for name, value in backbone.unet.state_dict().items())
 
 
 def test_the_work_of_stable_diffusion_2():
     """Guards the count, and that the frozen UNet costs no weight gradients: 2.267 TFLOP an image, of one ControlNet
     on cached latents (with attention's plain backward).
     """
-    shapes = shapes_of(Kit("sd2/sd2", weights="random", geometry="sd2"))
+    shapes = shapes_of(Backbone("sd2/sd2", weights="random", geometry="sd2"))
     task = ready(shapes, ("color",), Load(1, 1, 1))
     batch = to_device(cached_batch(shapes, 1), shapes.device)
     with shapes.device:
@@ -56,24 +56,24 @@ def test_the_work_of_stable_diffusion_2():
 
 
 @pytest.mark.parametrize("branches", [("color",), ("color", "structure")])
-def test_the_bench_of_training(kit, branches):
+def test_the_bench_of_training(backbone, branches):
     said = []
-    figures = bench_train(kit, Load(2, 1, 2), branches, said.append)
+    figures = bench_train(backbone, Load(2, 1, 2), branches, said.append)
     assert set(figures) >= {"ours", "reference", "ratio", "ratio_min", "ratio_max", "tflops", "share_of_peak"}
     assert figures["reference_tflop"] > figures["tflop"] > 0 and len(said) == 3
-    assert isinstance(ready(kit, branches, Load(2, 1, 1)), JointTask) == (len(branches) > 1)
+    assert isinstance(ready(backbone, branches, Load(2, 1, 1)), JointTask) == (len(branches) > 1)
 
 
 STEP = """
 import time
-from harmony.models.backbone import Kit
+from harmony.models.backbone import Backbone
 from harmony.benchmarks.measure import peak_memory
 from harmony.benchmarks.train import Load, cached_batch, our_step, ready
-kit = Kit("sd2", weights="random", geometry="sd2")
-step = our_step(ready(kit, ("color",), Load(1, 1, 1)), cached_batch(kit, 1))
+backbone = Backbone("sd2", weights="random", geometry="sd2")
+step = our_step(ready(backbone, ("color",), Load(1, 1, 1)), cached_batch(backbone, 1))
 began = time.perf_counter()
 step()
-print("step", time.perf_counter() - began, "s", peak_memory(kit.device), "GiB")
+print("step", time.perf_counter() - began, "s", peak_memory(backbone.device), "GiB")
 """
 
 

@@ -367,8 +367,8 @@ def test_two_processes_share_one_run_folder(house):
 
 
 def test_provenance_names_what_a_run_depended_on(cfg, tmp_path):
-    facts = provenance(cfg("seed=4"), kit="abc")
-    assert facts["seed"] == 4 and facts["kit"] == "abc" and facts["versions"]["torch"] and facts["device"]
+    facts = provenance(cfg("seed=4"), backbone="abc")
+    assert facts["seed"] == 4 and facts["backbone"] == "abc" and facts["versions"]["torch"] and facts["device"]
     write_json(tmp_path / "provenance.json", facts)
 
 

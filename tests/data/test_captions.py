@@ -24,7 +24,7 @@ WORDS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "a", "picture", "of", "re
 
 @pytest.fixture
 def captioner_folder(tmp_path):
-    """A random BLIP of a few thousand parameters with a 14-word vocabulary, saved as a kit saves it."""
+    """A random BLIP of a few thousand parameters with a 14-word vocabulary, saved as a backbone saves it."""
     torch.manual_seed(0)
     small = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
     ids = {"pad_token_id": 0, "bos_token_id": 2, "eos_token_id": 3, "sep_token_id": 3}
@@ -32,7 +32,7 @@ def captioner_folder(tmp_path):
         text_config=small | ids | {"vocab_size": len(WORDS), "encoder_hidden_size": 16},
         vision_config=small | {"image_size": 16, "patch_size": 8},
     )
-    folder = tmp_path / "kit" / "captioner"
+    folder = tmp_path / "backbone" / "captioner"
     folder.mkdir(parents=True)
     (folder / "vocab.txt").write_text("\n".join(WORDS))
     tokenizer = BertTokenizer(str(folder / "vocab.txt"))
@@ -87,7 +87,7 @@ def test_captioner_name_changes_with_the_weights(captioner_folder):
     model, _ = load_captioner(captioner_folder)
     torch.nn.init.zeros_(next(model.parameters()))
     model.save_pretrained(captioner_folder)
-    assert before.startswith("kit@") and captioner_name(captioner_folder) != before
+    assert before.startswith("backbone@") and captioner_name(captioner_folder) != before
     assert captioner_name("someone/blip-large") == "someone/blip-large"
 
 

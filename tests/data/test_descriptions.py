@@ -41,7 +41,7 @@ from harmony.data.descriptions import (
     read_descriptions,
     surroundings,
 )
-from harmony.models.backbone import Kit
+from harmony.models.backbone import Backbone
 from harmony.models.clip import clip_of
 from harmony.pixels.images import read_image
 from harmony.pixels.masks import read_mask
@@ -217,8 +217,8 @@ def test_the_mean_is_measured():
 
 
 @pytest.fixture(scope="module")
-def kit():
-    return Kit("tiny")
+def backbone():
+    return Backbone("tiny")
 
 
 @pytest.fixture(scope="module")
@@ -229,45 +229,46 @@ def picture(studio_rows):
     return image, read_mask(ROOT / row.mask, (image.shape[1], image.shape[0]), resize=True)
 
 
-def scorer(kit, **options) -> WordScorer:
-    return WordScorer(clip_of(kit), lambda image: "a mug", **options)
+def scorer(backbone, **options) -> WordScorer:
+    return WordScorer(clip_of(backbone), lambda image: "a mug", **options)
 
 
-def test_scored_words_are_words_of_the_lists(kit, picture):
-    """Guards the words of a real CLIP on a real picture: those of the lists that the kit knows, the likeliest first,
-    the object's own for the object and all others for what is around it; the same again, and no more than asked for.
+def test_scored_words_are_words_of_the_lists(backbone, picture):
+    """Guards the words of a real CLIP on a real picture: those of the lists that the backbone knows, the likeliest
+    first, the object's own for the object and all others for what is around it; the same again, and no more than asked
+    for.
     """
-    known = lambda word: len(kit.encode(word)) == 1  # noqa: E731
+    known = lambda word: len(backbone.encode(word)) == 1  # noqa: E731
     phrases = {phrase(look, s) for s, looks in LIGHTS.items() for look in looks if known(look) and known(s)}
-    assert 3 < len(phrases) < sum(map(len, LIGHTS.values())), "the tiny kit knows some of the words"
-    describe = scorer(kit, known=known, count=len(phrases), sure=0.0)
+    assert 3 < len(phrases) < sum(map(len, LIGHTS.values())), "the tiny backbone knows some of the words"
+    describe = scorer(backbone, known=known, count=len(phrases), sure=0.0)
     found = describe(*picture)
     image, mask = picture
     own = describe.ranked("a mug", alone(image, mask), image[mask])[0][0]
     around = [light for light, _ in describe.ranked("a mug", surroundings(image, mask), image[~mask])]
     assert set(around) == phrases and found == [Description("a mug", own, light) for light in around if light != own]
-    assert scorer(kit, known=known, count=3, sure=0.0)(*picture) == found[:3]
+    assert scorer(backbone, known=known, count=3, sure=0.0)(*picture) == found[:3]
 
 
-def test_the_light_around_does_not_depend_on_the_object(kit, picture):
+def test_the_light_around_does_not_depend_on_the_object(backbone, picture):
     """Guards both views: another object in the same photograph is led to the same lights."""
     image, mask = picture
-    describe = scorer(kit, sure=2.0)
+    describe = scorer(backbone, sure=2.0)
     other = np.where(mask[..., None], np.uint8([230, 40, 60]), image)
     assert [d.background for d in describe(image, mask)] == [d.background for d in describe(other, mask)]
 
 
-def test_an_unsure_light_is_called_plain(kit, picture):
+def test_an_unsure_light_is_called_plain(backbone, picture):
     """Guards the colour of the object itself: below ``sure`` nothing is said of its light."""
-    assert {d.foreground for d in scorer(kit, sure=2.0)(*picture)} == {PLAIN}
-    assert {d.foreground for d in scorer(kit, sure=0.0)(*picture)} != {PLAIN}
+    assert {d.foreground for d in scorer(backbone, sure=2.0)(*picture)} == {PLAIN}
+    assert {d.foreground for d in scorer(backbone, sure=0.0)(*picture)} != {PLAIN}
 
 
-def test_measured_colours_speak_for_their_words(kit, picture):
+def test_measured_colours_speak_for_their_words(backbone, picture):
     """Guards the mixture of CLIP and measurement: for one view, golden pixels make golden lights likelier and others
     less likely than grey pixels do; probabilities, the highest first.
     """
-    describe = scorer(kit)
+    describe = scorer(backbone)
     colours = {"grey": (128, 128, 128), "golden": (230, 170, 60)}
     shares = {}
     for name, colour in colours.items():
@@ -282,17 +283,17 @@ def test_measured_colours_speak_for_their_words(kit, picture):
             assert share < shares["grey"][light]
 
 
-def test_a_kit_that_knows_none_of_the_words(kit):
+def test_a_backbone_that_knows_none_of_the_words(backbone):
     """Guards a tokenizer of another trade: said before any picture is looked at."""
     with pytest.raises(UserError, match="knows none of the words for light"):
-        scorer(kit, known=lambda word: False)
+        scorer(backbone, known=lambda word: False)
 
 
-def test_an_object_that_leaves_no_surroundings(kit, picture):
+def test_an_object_that_leaves_no_surroundings(backbone, picture):
     """Guards a mask that is white everywhere: there is no light around the object, which is said in one line."""
     image, mask = picture
     with pytest.raises(UserError):
-        scorer(kit)(image, np.ones_like(mask))
+        scorer(backbone)(image, np.ones_like(mask))
 
 
 # --- words that a vision-language model finds

@@ -19,7 +19,7 @@ from harmony.data import latent_cache as latents
 from harmony.data.latent_cache import Cache, Latents, Recipe, describe, example, key
 from harmony.data.latent_data import build
 from harmony.data.manifest import read_manifest, write_manifest
-from harmony.models.backbone import Kit
+from harmony.models.backbone import Backbone
 from harmony.pixels.hints import hint
 from harmony.pixels.images import to_model
 
@@ -29,8 +29,8 @@ ITEMS = 24  # 12 rows, 2 variants
 
 
 @pytest.fixture(scope="module")
-def kit(random_kit):
-    return Kit(str(random_kit))
+def backbone(random_backbone):
+    return Backbone(str(random_backbone))
 
 
 @pytest.fixture(scope="module")
@@ -45,12 +45,12 @@ def small_shards(monkeypatch):
 
 
 @pytest.fixture
-def cache(kit, manifest, small_shards, tmp_path):
-    return built(manifest, "train", kit, RECIPE, tmp_path / "cache", lambda line: None)
+def cache(backbone, manifest, small_shards, tmp_path):
+    return built(manifest, "train", backbone, RECIPE, tmp_path / "cache", lambda line: None)
 
 
-def built(manifest, split, kit, recipe, root, say=print):
-    return build([Cache(manifest, split, kit, recipe, root, say)])[0]
+def built(manifest, split, backbone, recipe, root, say=print):
+    return build([Cache(manifest, split, backbone, recipe, root, say)])[0]
 
 
 def shards(folder):
@@ -61,19 +61,19 @@ def ages(folder):
     return {path.name: path.stat().st_mtime_ns for path in folder.glob("*.safetensors")}
 
 
-def test_items_equal_a_direct_computation(cache, kit, manifest):
+def test_items_equal_a_direct_computation(cache, backbone, manifest):
     """Guards the contents: both posteriors, the hole by nearest, coverage, hints, and which item belongs to which
     row.
     """
     rows, data = read_manifest(manifest, "train")[1], Latents(cache)
     assert len(data) == ITEMS
     for i in (0, 1, 13, ITEMS - 1):
-        item, e = data[i], example(rows[i // 2], manifest.parent, RECIPE, kit.resolution, i % 2)
+        item, e = data[i], example(rows[i // 2], manifest.parent, RECIPE, backbone.resolution, i % 2)
         x = to_model(e.image)[None]
         hole = torch.from_numpy(e.hole)[None, None].float()
         assert (item["row"], item["index"]) == (i // 2, i)
-        assert torch.allclose(item["moments"], kit.vae.encode(x).latent_dist.parameters[0], atol=2e-3, rtol=2e-3)
-        masked = kit.vae.encode(torch.where(hole > 0, torch.zeros_like(x), x)).latent_dist.parameters[0]
+        assert torch.allclose(item["moments"], backbone.vae.encode(x).latent_dist.parameters[0], atol=2e-3, rtol=2e-3)
+        masked = backbone.vae.encode(torch.where(hole > 0, torch.zeros_like(x), x)).latent_dist.parameters[0]
         assert torch.allclose(item["masked_moments"], masked, atol=2e-3, rtol=2e-3)
         assert torch.equal(item["hole"], hole[0, :, ::4, ::4])
         covered = torch.from_numpy(e.mask).float().view(8, 4, 8, 4).mean((1, 3))
@@ -89,39 +89,39 @@ def test_items_equal_a_direct_computation(cache, kit, manifest):
     assert (moments[:, :4].std() > 0) and torch.isfinite(moments).all()
 
 
-def test_examples_depend_on_row_and_variant_alone(kit, manifest):
+def test_examples_depend_on_row_and_variant_alone(backbone, manifest):
     """Guards determinism: an item is the same whatever was made before it; the hole holds the instance."""
     rows = read_manifest(manifest, "train")[1]
-    first = example(rows[4], manifest.parent, RECIPE, kit.resolution, 1)
-    example(rows[5], manifest.parent, RECIPE, kit.resolution, 0)
-    again = example(rows[4], manifest.parent, RECIPE, kit.resolution, 1)
+    first = example(rows[4], manifest.parent, RECIPE, backbone.resolution, 1)
+    example(rows[5], manifest.parent, RECIPE, backbone.resolution, 0)
+    again = example(rows[4], manifest.parent, RECIPE, backbone.resolution, 1)
     assert np.array_equal(first.image, again.image) and np.array_equal(first.hole, again.hole)
     assert (first.hole | ~first.mask).all()
-    other = example(rows[4], manifest.parent, replace(RECIPE, seed=4), kit.resolution, 1)
+    other = example(rows[4], manifest.parent, replace(RECIPE, seed=4), backbone.resolution, 1)
     assert not (np.array_equal(first.hole, other.hole) and np.array_equal(first.image, other.image))
 
 
-def test_build_is_deterministic(cache, kit, manifest, tmp_path):
-    again = built(manifest, "train", kit, RECIPE, tmp_path / "again", lambda line: None)
+def test_build_is_deterministic(cache, backbone, manifest, tmp_path):
+    again = built(manifest, "train", backbone, RECIPE, tmp_path / "again", lambda line: None)
     assert again.name == cache.name and len(shards(cache)) == 4
     assert shards(again) == shards(cache)
 
 
-def test_a_kit_with_its_channels_last_fills_the_same_cache(
-    cache, manifest, random_kit, small_shards, tmp_path, channels_last
+def test_a_backbone_with_its_channels_last_fills_the_same_cache(
+    cache, manifest, random_backbone, small_shards, tmp_path, channels_last
 ):
     """Guards the GPU's layout: moments that lie in memory in another order are stored in the usual one."""
-    kit = Kit(str(random_kit))
-    moments = kit.moments(torch.zeros(2, 3, 32, 32))
+    backbone = Backbone(str(random_backbone))
+    moments = backbone.moments(torch.zeros(2, 3, 32, 32))
     assert not moments.is_contiguous(), "or nothing is tested here"
-    folder = built(manifest, "train", kit, RECIPE, tmp_path / "channels_last", lambda line: None)
+    folder = built(manifest, "train", backbone, RECIPE, tmp_path / "channels_last", lambda line: None)
     assert folder.name == cache.name
     for i in (0, ITEMS - 1):
         for name, value in Latents(cache)[i].items():
             torch.testing.assert_close(Latents(folder)[i][name], value, atol=2e-3, rtol=2e-3)
 
 
-def test_a_stopped_build_goes_on(kit, manifest, small_shards, tmp_path, monkeypatch, cache):
+def test_a_stopped_build_goes_on(backbone, manifest, small_shards, tmp_path, monkeypatch, cache):
     """Guards resumption: what the first go finished is not redone, and the result is that of an unbroken build."""
     root = tmp_path / "stopped"
     original, written = latents.write_shard, []
@@ -134,7 +134,7 @@ def test_a_stopped_build_goes_on(kit, manifest, small_shards, tmp_path, monkeypa
 
     monkeypatch.setattr(latents, "write_shard", stop_after_two)
     with pytest.raises(KeyboardInterrupt):
-        built(manifest, "train", kit, RECIPE, root, lambda line: None)
+        built(manifest, "train", backbone, RECIPE, root, lambda line: None)
     folder = root / cache.name
     before = ages(folder)
     assert sorted(before) == ["00000.safetensors", "00001.safetensors"]
@@ -142,16 +142,16 @@ def test_a_stopped_build_goes_on(kit, manifest, small_shards, tmp_path, monkeypa
         Latents(folder)
     monkeypatch.setattr(latents, "write_shard", original)
     said = []
-    built(manifest, "train", kit, RECIPE, root, said.append)
+    built(manifest, "train", backbone, RECIPE, root, said.append)
     after = ages(folder)
     assert {name: after[name] for name in before} == before and len(said) == 2
     assert shards(folder) == shards(cache)
-    built(manifest, "train", kit, RECIPE, root, said.append)
+    built(manifest, "train", backbone, RECIPE, root, said.append)
     assert ages(folder) == after and len(said) == 2, "a complete cache is left alone, silently"
 
 
 @pytest.mark.parametrize("harm", ["flip", "truncate", "record", "index"])
-def test_damage_is_found_and_mended(cache, kit, manifest, harm):
+def test_damage_is_found_and_mended(cache, backbone, manifest, harm):
     """Guards the checksums: a changed byte, a cut shard, a torn record or index are rebuilt, never trained on."""
     good = shards(cache)
     path = cache / "00001.safetensors"
@@ -168,30 +168,30 @@ def test_damage_is_found_and_mended(cache, kit, manifest, harm):
         with pytest.raises(UserError, match="index.json is damaged"):
             Latents(cache)
     said, before = [], ages(cache)
-    built(manifest, "train", kit, RECIPE, cache.parent, said.append)
+    built(manifest, "train", backbone, RECIPE, cache.parent, said.append)
     assert shards(cache) == good and len(Latents(cache)) == ITEMS
     redone = {name for name, age in ages(cache).items() if age != before[name]}
     assert redone == (set() if harm == "index" else {path.name})
     assert any("00001.safetensors is damaged" in line for line in said) == (harm != "index")
 
 
-def test_foreign_caches_are_refused_by_name(cache, kit, manifest):
+def test_foreign_caches_are_refused_by_name(cache, backbone, manifest):
     """Guards the key: everything that decides the contents is in it, and the refusal says what differs."""
     rows = read_manifest(manifest, "train")[1]
-    fitting = describe(kit, RECIPE, rows)
+    fitting = describe(backbone, RECIPE, rows)
     Latents(cache, fitting)
 
-    class Larger(Kit):
+    class Larger(Backbone):
         resolution = 64
 
     other_hints = HINTS | {"color": {"sigma": 4, "normalize": True}}
     others = {
-        "resolution": describe(Larger(kit.path), RECIPE, rows),
-        "rows": describe(kit, RECIPE, rows[1:]),
-        "hints": describe(kit, replace(RECIPE, hints=other_hints), rows),
-        "hole": describe(kit, replace(RECIPE, hole="dilate"), rows),
-        "crop": describe(kit, replace(RECIPE, crop="centre"), rows),
-        "seed": describe(kit, replace(RECIPE, seed=9), rows),
+        "resolution": describe(Larger(backbone.path), RECIPE, rows),
+        "rows": describe(backbone, RECIPE, rows[1:]),
+        "hints": describe(backbone, replace(RECIPE, hints=other_hints), rows),
+        "hole": describe(backbone, replace(RECIPE, hole="dilate"), rows),
+        "crop": describe(backbone, replace(RECIPE, crop="centre"), rows),
+        "seed": describe(backbone, replace(RECIPE, seed=9), rows),
         "vae": fitting | {"vae": "f00"},
         "schema": fitting | {"schema": 0},
     }
@@ -201,23 +201,27 @@ def test_foreign_caches_are_refused_by_name(cache, kit, manifest):
             Latents(cache, description)
         assert "\n" not in str(refused.value)
     changed = [replace(rows[0], sha256="0" * 64), *rows[1:]]
-    assert key(describe(kit, RECIPE, changed)) != key(fitting), "another image under the same name is another cache"
+    assert key(describe(backbone, RECIPE, changed)) != key(fitting), (
+        "another image under the same name is another cache"
+    )
 
 
-def test_a_missing_image_is_named(kit, manifest, tmp_path, studio_rows):
+def test_a_missing_image_is_named(backbone, manifest, tmp_path, studio_rows):
     """Guards bad input: a picture that went away after preparation is one line with its path."""
     row = replace(studio_rows[0], image="gone.jpg")
     write_manifest(tmp_path / "manifest.jsonl", [row], "studio")
     with pytest.raises(UserError, match=r"gone\.jpg does not exist"):
-        built(tmp_path / "manifest.jsonl", "train", kit, Recipe(), tmp_path / "cache")
+        built(tmp_path / "manifest.jsonl", "train", backbone, Recipe(), tmp_path / "cache")
     with pytest.raises(UserError, match="no rows in split test"):
-        built(tmp_path / "manifest.jsonl", "test", kit, Recipe(), tmp_path / "cache")
+        built(tmp_path / "manifest.jsonl", "test", backbone, Recipe(), tmp_path / "cache")
 
 
 @pytest.mark.parametrize(
     "failure", [OSError(errno.ENOSPC, "No space left on device"), RuntimeError("I/O error: os error 28")]
 )
-def test_a_full_disk_leaves_nothing_half_written(kit, manifest, small_shards, tmp_path, monkeypatch, failure, cache):
+def test_a_full_disk_leaves_nothing_half_written(
+    backbone, manifest, small_shards, tmp_path, monkeypatch, failure, cache
+):
     """Guards the disk: one line, no partial file, finished shards kept, and the same command goes on."""
     original, calls = safetensors.torch.save_file, []
 
@@ -230,16 +234,16 @@ def test_a_full_disk_leaves_nothing_half_written(kit, manifest, small_shards, tm
 
     monkeypatch.setattr(safetensors.torch, "save_file", fill)
     with pytest.raises(UserError, match="disk full while writing .*00001.safetensors") as full:
-        built(manifest, "train", kit, RECIPE, tmp_path / "full", lambda line: None)
+        built(manifest, "train", backbone, RECIPE, tmp_path / "full", lambda line: None)
     assert "\n" not in str(full.value)
     folder = tmp_path / "full" / cache.name
     assert sorted(path.name for path in folder.iterdir()) == ["00000.json", "00000.safetensors"]
     monkeypatch.setattr(safetensors.torch, "save_file", original)
-    built(manifest, "train", kit, RECIPE, tmp_path / "full", lambda line: None)
+    built(manifest, "train", backbone, RECIPE, tmp_path / "full", lambda line: None)
     assert shards(folder) == shards(cache)
 
 
-def build_slowly(manifest, kit_folder, root):
+def build_slowly(manifest, backbone_folder, root):
     """In a process of its own: a shard every 0.2 s."""
     torch.set_num_threads(1)
     original = latents.write_shard
@@ -250,13 +254,13 @@ def build_slowly(manifest, kit_folder, root):
         return digest
 
     latents.write_shard = slow
-    built(manifest, "train", Kit(kit_folder), RECIPE, root, lambda line: None)
+    built(manifest, "train", Backbone(backbone_folder), RECIPE, root, lambda line: None)
 
 
-def test_a_killed_build_goes_on(kit, manifest, small_shards, tmp_path, cache):
+def test_a_killed_build_goes_on(backbone, manifest, small_shards, tmp_path, cache):
     """Guards SIGKILL: a real process dies in the middle of a build; completing it gives the same bytes."""
     root = tmp_path / "killed"
-    process = multiprocessing.get_context("fork").Process(target=build_slowly, args=(manifest, kit.path, root))
+    process = multiprocessing.get_context("fork").Process(target=build_slowly, args=(manifest, backbone.path, root))
     process.start()
     folder = root / cache.name
     while not (folder / "00000.safetensors").exists() and process.is_alive():
@@ -265,7 +269,7 @@ def test_a_killed_build_goes_on(kit, manifest, small_shards, tmp_path, cache):
     process.join()
     assert process.exitcode == -signal.SIGKILL
     assert 0 < len(shards(folder)) < 4 and not (folder / "index.json").exists()
-    built(manifest, "train", kit, RECIPE, root, lambda line: None)
+    built(manifest, "train", backbone, RECIPE, root, lambda line: None)
     assert shards(folder) == shards(cache)
     left = {path.name for path in folder.iterdir()}
     assert left == {path.name for path in cache.iterdir()}, "no partial file stays"
@@ -286,7 +290,7 @@ def test_copies_for_loader_processes_open_their_own_files(cache):
     )
 
 
-def test_hints_may_come_from_another_light(kit, manifest, tmp_path):
+def test_hints_may_come_from_another_light(backbone, manifest, tmp_path):
     """Guards ``mismatch``: picture, mask and hole stay, the hint is that of the object under its second light, or of a
     photometric change where there is no second light.
     """
@@ -303,8 +307,8 @@ def test_hints_may_come_from_another_light(kit, manifest, tmp_path):
             assert np.abs(e.instance.astype(int) - a.image)[a.mask].mean() > 2
         second = example(replace(row, image=row.extras["relit"]), manifest.parent, plain, 32)
         assert np.array_equal(b.instance, second.image) and not np.array_equal(c.instance, b.instance)
-    folder = built(manifest, "train", kit, other, tmp_path / "cache", lambda line: None)
-    e = example(rows[1], manifest.parent, other, kit.resolution)
+    folder = built(manifest, "train", backbone, other, tmp_path / "cache", lambda line: None)
+    e = example(rows[1], manifest.parent, other, backbone.resolution)
     stored = Latents(folder)[1]["hint_color"]
     seen = hint("color", e.instance, e.mask, **HINTS["color"])
     assert np.array_equal((stored.numpy() * 255).round().astype(np.uint8), np.moveaxis(seen, -1, 0))

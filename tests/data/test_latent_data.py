@@ -39,7 +39,7 @@ def test_items_carry_their_caption_and_the_hint_of_their_branch(data, latent_dat
     rows = read_manifest(data.manifest, "train")[1]
     for i in (0, 5, 23):
         item = data.sets["train"][0, i]
-        assert torch.equal(item["tokens"], data.kit.tokens([rows[i // 2].caption])[0])
+        assert torch.equal(item["tokens"], data.backbone.tokens([rows[i // 2].caption])[0])
         assert torch.equal(item["hint_color"], data.sets["train"].latents[i]["hint_color"])
         assert {name for name in item if name.startswith("hint")} == {"hint_color"}
     structure, plain = latent_data(branch="structure"), latent_data(branch=None)
@@ -83,9 +83,9 @@ def test_validation_is_the_same_every_time(data):
 
 
 def test_examples_are_held_out_rows(data):
-    """Guards ``examples``: the test split at the kit's resolution, the latent hole by nearest."""
+    """Guards ``examples``: the test split at the backbone's resolution, the latent hole by nearest."""
     batch = data.examples(3)
     rows = read_manifest(data.manifest, "test")[1]
     assert batch["image"].shape == (3, 3, 32, 32) and batch["image"].abs().max() <= 1
     assert torch.equal(batch["hole"], batch["pixel_hole"][:, :, ::4, ::4])
-    assert torch.equal(batch["tokens"], data.kit.tokens([row.caption for row in rows[:3]]))
+    assert torch.equal(batch["tokens"], data.backbone.tokens([row.caption for row in rows[:3]]))

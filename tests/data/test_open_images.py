@@ -46,7 +46,7 @@ def recipe(fo, tmp_path, request):
         "dir": str(tmp_path / "data"),
         "splits": ["train"],
         "select": {"min_area": 0.02, "max_area": 0.8},
-        "captions": {"given": True, "captioner": "kit"},
+        "captions": {"given": True, "captioner": "backbone"},
         "download": {"examples": 2},
     }
     for each in fo.list_datasets(f"{name}*"):
@@ -213,7 +213,10 @@ def test_blip_captions_the_rest_once_for_each_captioner(fo, recipe, folder, tmp_
     assert asked == ["a1", "b2"]
     prepare_dataset(recipe, tmp_path / "work", captioner="hub/other")
     assert asked == ["a1", "b2"] * 2
-    recipe["captions"] = {"given": False, "captioner": "hub/other"}  # named in the recipe, it comes before the kit's
+    recipe["captions"] = {
+        "given": False,
+        "captioner": "hub/other",
+    }  # named in the recipe, it comes before the backbone's
     prepare_dataset(recipe, tmp_path / "work", captioner="hub/blip")
     assert asked == ["a1", "b2"] * 2 + ["a0"]
     write_image(folder.folder / "data" / "a1.jpg", np.zeros((32, 40, 3), np.uint8))
@@ -276,8 +279,8 @@ def test_captions_are_not_made_twice(fo, recipe, folder, tmp_path, monkeypatch):
 
 
 def test_two_processes_caption_as_one(fo, recipe, tmp_path, make_folder):
-    """Guards preparation over ranks by the real command: each captions its shards with the kit's BLIP, only the first
-    knows FiftyOne, and the manifest is that of one process.
+    """Guards preparation over ranks by the real command: each captions its shards with the backbone's BLIP, only the
+    first knows FiftyOne, and the manifest is that of one process.
     """
     folder = make_folder(tmp_path / "data")
     for n in range(preparation.CAPTIONS + 2):

@@ -11,10 +11,10 @@ from PIL import Image
 
 from harmony.core.errors import UserError
 from harmony.data.picture_data import PicturesData, Views
-from harmony.models.backbone import Kit
+from harmony.models.backbone import Backbone
 from harmony.pixels.images import resize, to_model, write_image
 
-WIDE = np.random.default_rng(0).integers(0, 256, (32, 48, 3), np.uint8)  # the kit's resolution is 32
+WIDE = np.random.default_rng(0).integers(0, 256, (32, 48, 3), np.uint8)  # the backbone's resolution is 32
 TALL = np.random.default_rng(1).integers(0, 256, (50, 32, 3), np.uint8)
 
 
@@ -35,9 +35,9 @@ def concept(tmp_path):
 
 
 @pytest.fixture
-def pictures(concept, random_kit):
+def pictures(concept, random_backbone):
     """``pictures(**options)``: the data of that folder."""
-    return lambda **options: PicturesData(str(concept), Kit(str(random_kit)), **options)
+    return lambda **options: PicturesData(str(concept), Backbone(str(random_backbone)), **options)
 
 
 def test_pictures_are_squares_and_upright(pictures):
@@ -52,12 +52,14 @@ def test_pictures_are_squares_and_upright(pictures):
     assert abs(squashed[0][:, 0].astype(float) - WIDE[:, 0]).mean() < 40 < abs(squashed[0] - 1.0 * middles[0]).mean()
 
 
-def test_views_are_the_pictures_and_their_mirror_images(pictures, random_kit):
-    """Guards the encoding: a view is the kit's own moments of a picture, or of its mirror image half of the time."""
-    data, kit = pictures(), Kit(str(random_kit))
+def test_views_are_the_pictures_and_their_mirror_images(pictures, random_backbone):
+    """Guards the encoding: a view is the backbone's own moments of a picture, or of its mirror image half of the
+    time.
+    """
+    data, backbone = pictures(), Backbone(str(random_backbone))
     data.setup()
     draws = [data.views[position, 1]["moments"] for position in range(100)]
-    straight, mirrored = kit.moments(to_model(np.stack([data.pictures[1], data.pictures[1][:, ::-1]])))
+    straight, mirrored = backbone.moments(to_model(np.stack([data.pictures[1], data.pictures[1][:, ::-1]])))
     both = [[torch.allclose(moments, way, atol=1e-5) for moments in draws] for way in (straight, mirrored)]
     assert sum(both[0]) + sum(both[1]) == 100 and 35 <= sum(both[1]) <= 65
     assert len(data.views) == 3 and data.views[0, 2]["picture"] == 2
@@ -114,16 +116,16 @@ def test_captions_say_where_the_word_belongs(pictures, concept):
         pictures().captions  # noqa: B018
 
 
-def test_folders_without_pictures_are_refused(concept, random_kit):
+def test_folders_without_pictures_are_refused(concept, random_backbone):
     """Guards bad input: nothing there, no pictures in it, one that is none."""
     (concept / "empty").mkdir()
     (concept / "empty" / "captions.json").write_text("{}")
     for name, message in (("missing", "missing: no such folder"), ("empty", "empty: no pictures")):
         with pytest.raises(UserError, match=message):
-            PicturesData(str(concept / name), Kit(str(random_kit))).setup()
+            PicturesData(str(concept / name), Backbone(str(random_backbone))).setup()
     (concept / "empty" / "torn.jpg").write_bytes(b"\xff\xd8")
     with pytest.raises(UserError, match="torn.jpg cannot be decoded"):
-        PicturesData(str(concept / "empty"), Kit(str(random_kit))).setup()
+        PicturesData(str(concept / "empty"), Backbone(str(random_backbone))).setup()
 
 
 def test_pictures_are_known_by_their_content(pictures, concept):

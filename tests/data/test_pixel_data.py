@@ -37,7 +37,7 @@ def test_photographs_have_their_share_of_a_batch(pixels):
 
 
 def test_held_out_pictures_are_of_the_test_split(pixels):
-    """Guards the kit's measurements: test rows only, renders and photographs apart, captions distinct."""
+    """Guards the backbone's measurements: test rows only, renders and photographs apart, captions distinct."""
     held = pixels.held_out()
     assert {kind: len(x) for kind, x in held.items()} == {"renders": 5, "photos": 2}
     images, captions = pixels.retrieval()

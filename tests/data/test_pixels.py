@@ -1,4 +1,4 @@
-"""Rows of a folder in Open Images layout, the largest instance of each photograph: what a kit is trained on."""
+"""Rows of a folder in Open Images layout, the largest instance of each photograph: what a backbone is trained on."""
 
 import shutil
 from pathlib import Path
@@ -9,7 +9,7 @@ from harmony.core.errors import UserError
 from harmony.data.manifest import read_manifest
 from harmony.data.pixel_data import is_render
 from harmony.data.sources import pixels
-from harmony.data.sources.pixels import prepare_kit, rows_of
+from harmony.data.sources.pixels import prepare_backbone, rows_of
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -43,7 +43,7 @@ def test_a_studio_scene_gives_two_rows(studio_rows):
         assert row.caption.split(",")[0] == other.caption.split(",")[0] and row.caption != other.caption
 
 
-def test_kit_manifest_joins_renders_and_permitted_photographs(photos, tmp_path, monkeypatch):
+def test_backbone_manifest_joins_renders_and_permitted_photographs(photos, tmp_path, monkeypatch):
     """Guards what shipped weights see: only photographs of the listed sources train; the test split may hold any."""
     small = tmp_path / "studio_small"
     source = ROOT / "datasets" / "studio" / "validation"
@@ -54,8 +54,8 @@ def test_kit_manifest_joins_renders_and_permitted_photographs(photos, tmp_path, 
         for path in sorted((source / "data").iterdir())[:2]:
             shutil.copy(path, small / split / "data")
     monkeypatch.setattr(pixels, "generate", lambda root, *args, **options: root)
-    recipe = {"name": "kit", "dir": str(small), "count": 0, "size": 16, "photos": str(photos), "sources": ["ccp"]}
-    rows = read_manifest(prepare_kit(recipe, tmp_path / "work"))[1]
+    recipe = {"name": "backbone", "dir": str(small), "count": 0, "size": 16, "photos": str(photos), "sources": ["ccp"]}
+    rows = read_manifest(prepare_backbone(recipe, tmp_path / "work"))[1]
     photographs = {split: [r.id for r in rows if r.split == split and r.id.startswith("a") and len(r.id) == 2] for split
     in
                    ("train", "validation", "test")}  # fmt: skip

@@ -15,7 +15,7 @@ from harmony.methods.baselines import CopyPaste, Poisson, Reinhard
 from harmony.methods.inpainting import Branch, Inpainting
 from harmony.methods.method import Composite, Method, fingerprint, seeds_of
 from harmony.methods.stored import Stored
-from harmony.models.backbone import Kit
+from harmony.models.backbone import Backbone
 from harmony.pixels.composites import reinhard
 from harmony.pixels.images import Crop, crop_resize, write_image
 from harmony.pixels.masks import dilate
@@ -90,11 +90,11 @@ def test_outputs_are_never_mistaken(items, tmp_path):
     assert len(places) == 12
 
 
-def test_two_processes_make_what_one_makes(random_kit, awake, items, tmp_path, monkeypatch):
+def test_two_processes_make_what_one_makes(random_backbone, awake, items, tmp_path, monkeypatch):
     """Guards the shares: disjoint, complete, and the pictures of two processes are those of one, bit for bit."""
-    kit = Kit(str(random_kit))
-    net = Branch("color", awake(kit))
-    rows = {"ours": Inpainting(kit, [net], Settings(1, 2.0)), "reinhard": Reinhard(kit)}
+    backbone = Backbone(str(random_backbone))
+    net = Branch("color", awake(backbone))
+    rows = {"ours": Inpainting(backbone, [net], Settings(1, 2.0)), "reinhard": Reinhard(backbone)}
     fill_blocks(items, rows, tmp_path / "one", 0, say=quiet)
     monkeypatch.setattr(blocks, "await_files", lambda files, say: None)  # the two take turns here
     fill_blocks(items, rows, tmp_path / "two", 0, rank=1, world=2, say=quiet)
@@ -115,28 +115,28 @@ def test_a_process_that_died_is_named(items, tmp_path, monkeypatch):
         fill_blocks(items, {"a": Constant("a", [])}, tmp_path, 0, rank=0, world=2, say=quiet)
 
 
-def test_baselines_put_the_instance_onto_the_background(items, random_kit):
+def test_baselines_put_the_instance_onto_the_background(items, random_backbone):
     """Guards the composites: the object of the instance on the background, nothing of the truth."""
-    kit, c = Kit(str(random_kit)), items.composites[3]
-    (paste,), (recolored,), (blended,) = (m(kit).fill([c], [(0, 3)]) for m in (CopyPaste, Reinhard, Poisson))
+    backbone, c = Backbone(str(random_backbone)), items.composites[3]
+    (paste,), (recolored,), (blended,) = (m(backbone).fill([c], [(0, 3)]) for m in (CopyPaste, Reinhard, Poisson))
     assert np.array_equal(paste[c.mask], c.instance[c.mask])
     assert np.array_equal(recolored[c.mask], reinhard(c.instance, c.mask, c.background)[c.mask])
     assert all(np.array_equal(y[~c.mask], c.background[~c.mask]) for y in (paste, recolored, blended))
     assert not np.array_equal(blended, paste)
 
 
-def test_results_of_other_programs_by_name(items, random_kit, tmp_path):
+def test_results_of_other_programs_by_name(items, random_backbone, tmp_path):
     """Guards ``stored``: the square itself, or the whole photograph, cut as its composite was; what is missing or of
     another size is one line; other pictures are another fingerprint.
     """
-    kit, crop = Kit(str(random_kit)), Crop(10, 4, 20)
+    backbone, crop = Backbone(str(random_backbone)), Crop(10, 4, 20)
     square, whole = np.random.default_rng(1).integers(0, 256, (2, 32, 32, 3), np.uint8)
     photograph = np.repeat(np.repeat(whole, 2, 0), 2, 1)[:40]  # 64 x 40
     write_image(tmp_path / "0.png", square)
     write_image(tmp_path / "1.png", photograph)
     write_image(tmp_path / "2.png", photograph[:30])
     composites = [replace(c, crop=crop, size=(64, 40)) for c in items.composites]
-    stored = Stored(kit, str(tmp_path))
+    stored = Stored(backbone, str(tmp_path))
     first, second = stored.fill(composites[:2], [(0, 0), (0, 1)])
     assert np.array_equal(first, square) and np.array_equal(second, crop_resize(photograph, crop, 32))
     with pytest.raises(UserError, match="2.png is 64 x 30: give the whole photograph .64x40. or its square"):
@@ -145,9 +145,9 @@ def test_results_of_other_programs_by_name(items, random_kit, tmp_path):
         stored.fill(composites[3:4], [(0, 3)])
     before = stored.fingerprint
     write_image(tmp_path / "0.png", whole)
-    assert Stored(kit, str(tmp_path)).fingerprint != before
+    assert Stored(backbone, str(tmp_path)).fingerprint != before
     with pytest.raises(UserError, match="no such folder of results"):
-        Stored(kit, str(tmp_path / "nowhere"))
+        Stored(backbone, str(tmp_path / "nowhere"))
 
 
 def test_scores_compare_with_the_truth_and_drift_with_what_was_given(items):

@@ -12,7 +12,7 @@ from harmony.data.sources.editing import concepts, read_cases
 from harmony.evaluation import editing as editing_bench
 from harmony.evaluation.editing import EditingStudy, load_items
 from harmony.evaluation.report import Report
-from harmony.models.backbone import Kit
+from harmony.models.backbone import Backbone
 from harmony.models.textual_inversion import Word, initial, save_word
 from harmony.sampling.guidance import Settings
 
@@ -22,19 +22,21 @@ SPEC = {"inner": 1, "own": 0.5, "threshold": 0.3, "parts": ["reconstruction", "e
 
 @pytest.fixture(scope="module")
 def words(tmp_path_factory):
-    """A word for each concept of the tiny kit, none of them learnt."""
-    folder, kit = tmp_path_factory.mktemp("words"), Kit("tiny")
+    """A word for each concept of the tiny backbone, none of them learnt."""
+    folder, backbone = tmp_path_factory.mktemp("words"), Backbone("tiny")
     for name in concepts(BENCH):
-        save_word(Word(f"<{name}>", initial(kit, "car", 1) + 0.1), folder / name)
+        save_word(Word(f"<{name}>", initial(backbone, "car", 1) + 0.1), folder / name)
     return folder
 
 
-def study(random_kit, folder, words, **more):
+def study(random_backbone, folder, words, **more):
     folder.mkdir(parents=True, exist_ok=True)
     settings = Settings(steps=2, guidance=3.0)
-    kit, more = Kit(str(random_kit)), {"limit": 2} | more
+    backbone, more = Backbone(str(random_backbone)), {"limit": 2} | more
     spec = SPEC | {"parts": more.pop("parts", SPEC["parts"])}
-    return EditingStudy("editing", spec, words and str(words), kit, BENCH / "edits.jsonl", folder, settings, **more)
+    return EditingStudy(
+        "editing", spec, words and str(words), backbone, BENCH / "edits.jsonl", folder, settings, **more
+    )
 
 
 def test_all_rows_and_figures(words, tmp_path, monkeypatch):
@@ -51,9 +53,9 @@ def test_all_rows_and_figures(words, tmp_path, monkeypatch):
     assert all(np.isfinite(value) for value in figures.values())
 
 
-def test_the_truth_itself_is_the_best_edit(random_kit, tmp_path):
+def test_the_truth_itself_is_the_best_edit(random_backbone, tmp_path):
     """Guards against a swap of pictures: given each case's own truth, psnr is infinite and clip_i is 100."""
-    made = study(random_kit, tmp_path, None, parts=["edits"])
+    made = study(random_backbone, tmp_path, None, parts=["edits"])
     truths = [truth for item in made.items for truth in item.truths]
     (row,) = made.changed({"edits/truth": np.stack(truths)}).values()
     assert all(row[f"{word}/psnr"] == np.inf for word in ("colour", "kind", "light"))
@@ -61,15 +63,15 @@ def test_the_truth_itself_is_the_best_edit(random_kit, tmp_path):
     assert row["colour/fpsnr"] == np.inf and 0 < row["colour/bg_mse"] < 50  # shadows and reflections differ
 
 
-def test_what_is_made_is_not_made_again(random_kit, tmp_path, monkeypatch):
-    """Guards the resume: a second go inverts nothing; a changed kit's pictures lie elsewhere."""
-    first = study(random_kit, tmp_path, None, parts=["reconstruction"])
+def test_what_is_made_is_not_made_again(random_backbone, tmp_path, monkeypatch):
+    """Guards the resume: a second go inverts nothing; a changed backbone's pictures lie elsewhere."""
+    first = study(random_backbone, tmp_path, None, parts=["reconstruction"])
     table = first.measure().text
     monkeypatch.setattr(editing_bench, "invert_pictures", None)
-    again = study(random_kit, tmp_path, None, parts=["reconstruction"])
+    again = study(random_backbone, tmp_path, None, parts=["reconstruction"])
     assert again.measure().text == table and not list(again.made.glob(".*"))
-    other = tmp_path / "kit"
-    shutil.copytree(random_kit, other)
+    other = tmp_path / "backbone"
+    shutil.copytree(random_backbone, other)
     with open(other / "unet" / "config.json", "a") as file:
         file.write("\n")
     moved = study(other, tmp_path, None, parts=["reconstruction"])
@@ -78,33 +80,33 @@ def test_what_is_made_is_not_made_again(random_kit, tmp_path, monkeypatch):
         moved.measure()
 
 
-def test_two_processes_share_the_scenes(random_kit, tmp_path, monkeypatch):
+def test_two_processes_share_the_scenes(random_backbone, tmp_path, monkeypatch):
     """Guards ranks: each makes its blocks, and the table is that of one process."""
     monkeypatch.setattr("harmony.evaluation.blocks.BLOCK", 1)
-    alone = study(random_kit, tmp_path / "one", None, parts=["reconstruction"]).measure().figures
+    alone = study(random_backbone, tmp_path / "one", None, parts=["reconstruction"]).measure().figures
     shared = tmp_path / "two"
-    made = study(random_kit, shared, None, parts=["reconstruction"], rank=1, world=2)
+    made = study(random_backbone, shared, None, parts=["reconstruction"], rank=1, world=2)
     monkeypatch.setattr(editing_bench, "await_files", lambda files: None)
     assert made.measure() == Report() and [f.name for f in made.made.iterdir()] == ["00001.npz"]
-    both = study(random_kit, shared, None, parts=["reconstruction"], rank=0, world=2).measure().figures
+    both = study(random_backbone, shared, None, parts=["reconstruction"], rank=0, world=2).measure().figures
     assert both == pytest.approx(alone, rel=1e-4)
 
 
-def test_items(random_kit):
-    """Guards the sizes: everything at the kit's resolution, spread over the bench."""
+def test_items(random_backbone):
+    """Guards the sizes: everything at the backbone's resolution, spread over the bench."""
     items = load_items(BENCH / "edits.jsonl", 32, 3)
     assert [item.image.shape for item in items] == [(32, 32, 3)] * 3 and items[0].masks[2] is None
     assert items[0].masks[0].shape == (32, 32) and items[0].masks[0].any()
     assert items[-1].prompt == read_cases(BENCH / "edits.jsonl")[-1].source
 
 
-def test_what_it_refuses(random_kit, tmp_path):
+def test_what_it_refuses(random_backbone, tmp_path):
     with pytest.raises(UserError, match="study.parts=nonsense: choose among reconstruction, edits, concepts"):
-        study(random_kit, tmp_path, None, parts=["nonsense"])
+        study(random_backbone, tmp_path, None, parts=["nonsense"])
     with pytest.raises(UserError, match="there is no learnt word in .*azure_house"):
-        study(random_kit, tmp_path, tmp_path).measure()
+        study(random_backbone, tmp_path, tmp_path).measure()
 
 
-def test_a_word_that_is_left_out_is_said(random_kit, tmp_path):
-    text = study(random_kit, tmp_path, None, parts=["concepts"]).measure().text
+def test_a_word_that_is_left_out_is_said(random_backbone, tmp_path):
+    text = study(random_backbone, tmp_path, None, parts=["concepts"]).measure().text
     assert "concepts: left out, give words=FOLDER" in text

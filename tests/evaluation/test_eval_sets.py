@@ -9,9 +9,9 @@ from harmony.evaluation.eval_sets import EvalSet, enough, load_reconstruct, load
 from harmony.evaluation.figures import Fidelity
 from harmony.methods.inpainting import Branch, Inpainting
 from harmony.methods.method import Composite, seeds_of
-from harmony.models.backbone import Kit
-from harmony.models.clip import kit_clip
-from harmony.models.features import KitFeatures, feature_extractor
+from harmony.models.backbone import Backbone
+from harmony.models.clip import backbone_clip
+from harmony.models.features import BackboneFeatures, feature_extractor
 from harmony.pixels.masks import dilate
 from harmony.sampling.guidance import Settings
 
@@ -19,8 +19,8 @@ NAMES = {"psnr", "mse", "fpsnr", "fmse", "bg_drift", "edge_f1", "color_de", "sea
 
 
 @pytest.fixture(scope="module")
-def kit(random_kit):
-    return Kit(str(random_kit))
+def backbone(random_backbone):
+    return Backbone(str(random_backbone))
 
 
 @pytest.fixture(scope="module")
@@ -34,8 +34,8 @@ def items():
     return EvalSet("test", composites, [c.background for c in composites])
 
 
-def test_a_perfect_reconstruction(kit, items):
-    numbers = Fidelity(items, KitFeatures(kit.image_encoder), kit_clip(kit)).figures(items.truths)
+def test_a_perfect_reconstruction(backbone, items):
+    numbers = Fidelity(items, BackboneFeatures(backbone.image_encoder), backbone_clip(backbone)).figures(items.truths)
     assert {name for name in numbers if name.startswith("test/raw/")} >= {f"test/raw/{name}" for name in NAMES}
     for kind in ("raw", "pasted"):
         assert numbers[f"test/{kind}/mse"] == numbers[f"test/{kind}/color_de"] == numbers[f"test/{kind}/bg_drift"] == 0
@@ -44,21 +44,21 @@ def test_a_perfect_reconstruction(kit, items):
         assert numbers[f"test/{kind}/clip_i"] == pytest.approx(100) and abs(numbers[f"test/{kind}/clip_t"]) < 100
 
 
-def test_pasting_back_mends_the_background_and_nothing_else(kit, items):
+def test_pasting_back_mends_the_background_and_nothing_else(backbone, items):
     outputs = [np.roll(truth, 1, axis=0) for truth in items.truths]
-    numbers = Fidelity(items, KitFeatures(kit.image_encoder)).figures(outputs)
-    assert "test/raw/clip_i" not in numbers, "a kit without an image tower has no CLIP score"
+    numbers = Fidelity(items, BackboneFeatures(backbone.image_encoder)).figures(outputs)
+    assert "test/raw/clip_i" not in numbers, "a backbone without an image tower has no CLIP score"
     assert numbers["test/raw/bg_drift"] > 100
     assert numbers["test/pasted/bg_drift"] == 0
     assert numbers["test/raw/fmse"] == numbers["test/pasted/fmse"] > 100
     assert numbers["test/raw/mse"] > numbers["test/pasted/mse"]
 
 
-def test_reconstruction_keeps_the_order(kit, items, awake):
-    branch = Branch("color", awake(kit))
-    outputs = Inpainting(kit, [branch], Settings(2, 2.0, batch=3)).fill(items.composites, seeds_of(0, range(4)))
+def test_reconstruction_keeps_the_order(backbone, items, awake):
+    branch = Branch("color", awake(backbone))
+    outputs = Inpainting(backbone, [branch], Settings(2, 2.0, batch=3)).fill(items.composites, seeds_of(0, range(4)))
     assert len(outputs) == 4 and {y.shape for y in outputs} == {(32, 32, 3)}
-    alone = Inpainting(kit, [branch], Settings(2, 2.0)).fill(items.composites[:1], seeds_of(0, [0]))[0]
+    alone = Inpainting(backbone, [branch], Settings(2, 2.0)).fill(items.composites[:1], seeds_of(0, [0]))[0]
     assert np.abs(outputs[0].astype(int) - alone).max() <= 1
 
 
@@ -98,5 +98,5 @@ def test_one_picture_is_refused_before_it_is_painted(items):
         enough(items.part([0]))
 
 
-def test_features_say_what_they_are(kit):
-    assert feature_extractor(kit).protocol in ("kit-clip", "inception-clean")
+def test_features_say_what_they_are(backbone):
+    assert feature_extractor(backbone).protocol in ("backbone-clip", "inception-clean")

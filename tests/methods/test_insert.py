@@ -8,7 +8,7 @@ from harmony.core.errors import UserError
 from harmony.methods.inpainting import Branch, Inpainting, load_branch
 from harmony.methods.insert import cut, insert
 from harmony.methods.method import Composite, seeds_of
-from harmony.models.backbone import Kit
+from harmony.models.backbone import Backbone
 from harmony.models.controlnet import export_controlnet
 from harmony.pixels.images import to_model
 from harmony.pixels.masks import dilate
@@ -19,13 +19,13 @@ WEIGHTS = {"color": 0.7, "structure": 0.3, "raw": 0.7}
 
 
 @pytest.fixture(scope="module")
-def kit(random_kit):
-    return Kit(str(random_kit))
+def backbone(random_backbone):
+    return Backbone(str(random_backbone))
 
 
 @pytest.fixture(scope="module")
-def color(kit, awake):
-    return Branch("color", awake(kit), 1.0, {"sigma": 10, "normalize": True})
+def color(backbone, awake):
+    return Branch("color", awake(backbone), 1.0, {"sigma": 10, "normalize": True})
 
 
 def picture(width: int, height: int, seed: int = 0) -> np.ndarray:
@@ -38,33 +38,33 @@ def rectangle(width: int, height: int, x0: int, y0: int, x1: int, y1: int) -> np
     return mask
 
 
-def harmonize(kit, background, foreground, mask, prompt, branches, settings=FAST, region=None, feather=0, seed=0):
+def harmonize(backbone, background, foreground, mask, prompt, branches, settings=FAST, region=None, feather=0, seed=0):
     """One insertion by words and ControlNets."""
-    insertion = cut(kit.resolution, background, foreground, mask, region, caption=prompt)
-    return insert(Inpainting(kit, branches, settings), [insertion], seed, feather)[0]
+    insertion = cut(backbone.resolution, background, foreground, mask, region, caption=prompt)
+    return insert(Inpainting(backbone, branches, settings), [insertion], seed, feather)[0]
 
 
 SCENES = {  # width, height, box of the object
     "portrait": (37, 61, (9, 20, 25, 41)),
     "landscape": (101, 43, (60, 11, 83, 30)),
     "native": (32, 32, (10, 10, 20, 20)),
-    "smaller than the kit": (19, 17, (5, 4, 12, 11)),
+    "smaller than the backbone": (19, 17, (5, 4, 12, 11)),
     "touches the border": (53, 47, (0, 20, 12, 47)),
     "in the corner": (53, 47, (40, 30, 53, 47)),
     "as wide as the picture": (90, 40, (0, 10, 90, 30)),
     "all but a border of one pixel": (41, 33, (1, 1, 40, 32)),
     "a border of one pixel at the right": (41, 33, (0, 0, 40, 33)),
     "everything": (40, 30, (0, 0, 40, 30)),
-    "far larger than the kit": (300, 200, (100, 50, 171, 133)),
+    "far larger than the backbone": (300, 200, (100, 50, 171, 133)),
 }
 
 
 @pytest.mark.parametrize("name", SCENES)
-def test_outside_the_hole_nothing_changes(kit, color, name):
+def test_outside_the_hole_nothing_changes(backbone, color, name):
     width, height, box = SCENES[name]
     background, foreground = picture(width, height), picture(width, height, 1)
     mask = rectangle(width, height, *box)
-    result = harmonize(kit, background, foreground, mask, "a red mushroom", [color], FAST)
+    result = harmonize(backbone, background, foreground, mask, "a red mushroom", [color], FAST)
     assert result.image.shape == background.shape and result.image.dtype == np.uint8
     assert result.raw.shape == (32, 32, 3)
     assert np.array_equal(result.image[~result.hole], background[~result.hole])
@@ -79,17 +79,17 @@ def test_outside_the_hole_nothing_changes(kit, color, name):
     assert x1 <= result.crop.x0 + result.crop.side and y1 <= result.crop.y0 + result.crop.side
 
 
-def test_seed_decides(kit, color):
-    inputs = (kit, picture(45, 37), picture(45, 37, 1), rectangle(45, 37, 10, 10, 30, 30), "a blue car", [color])
+def test_seed_decides(backbone, color):
+    inputs = (backbone, picture(45, 37), picture(45, 37, 1), rectangle(45, 37, 10, 10, 30, 30), "a blue car", [color])
     first, again, other = (harmonize(*inputs, FAST, seed=seed) for seed in (5, 5, 6))
     assert np.array_equal(first.image, again.image) and np.array_equal(first.raw, again.raw)
     assert not np.array_equal(first.raw, other.raw)
 
 
-def test_region_and_feather(kit, color):
+def test_region_and_feather(backbone, color):
     background, foreground = picture(64, 48), picture(64, 48, 1)
     mask, region = rectangle(64, 48, 20, 10, 40, 30), rectangle(64, 48, 10, 30, 45, 44)
-    inputs = (kit, background, foreground, mask, "a blue car", [color], FAST)
+    inputs = (backbone, background, foreground, mask, "a blue car", [color], FAST)
     result = harmonize(*inputs, region=region)
     assert result.hole[region].all()
     assert (result.image != background)[region & result.hole].mean() > 0.5
@@ -101,11 +101,11 @@ def test_region_and_feather(kit, color):
     assert near < far
 
 
-def test_the_model_sees_the_instance_but_not_what_the_hole_covers(kit, color):
+def test_the_model_sees_the_instance_but_not_what_the_hole_covers(backbone, color):
     background, foreground, mask = picture(32, 32), picture(32, 32, 1), rectangle(32, 32, 6, 6, 26, 26)
 
     def raw(background, foreground, branches):
-        return harmonize(kit, background, foreground, mask, "a blue car", branches, FAST).raw
+        return harmonize(backbone, background, foreground, mask, "a blue car", branches, FAST).raw
 
     before = raw(background, foreground, [color])
     covered = np.where(mask[..., None], 255 - background, background)
@@ -117,24 +117,24 @@ def test_the_model_sees_the_instance_but_not_what_the_hole_covers(kit, color):
     assert np.array_equal(raw(background, outside, [color]), before)
 
 
-def test_the_hole_is_mid_grey_for_the_model(kit, monkeypatch):
+def test_the_hole_is_mid_grey_for_the_model(backbone, monkeypatch):
     """Guards the masked image: 0 in [-1, 1] under the hole, not black, and the picture itself elsewhere."""
-    seen, moments = [], Kit.moments
-    monkeypatch.setattr(Kit, "moments", lambda self, x: (seen.append(x), moments(self, x))[1])
+    seen, moments = [], Backbone.moments
+    monkeypatch.setattr(Backbone, "moments", lambda self, x: (seen.append(x), moments(self, x))[1])
     image, mask = picture(32, 32), rectangle(32, 32, 8, 8, 20, 20)
-    Inpainting(kit, [], FAST).fill([Composite(image, image, mask, mask, "x")], [(0, 0)])
+    Inpainting(backbone, [], FAST).fill([Composite(image, image, mask, mask, "x")], [(0, 0)])
     (x,) = seen
     assert (x[0][:, mask] == 0).all() and torch.allclose(x[0][:, ~mask], to_model(image)[:, ~mask])
 
 
-def test_weights_fade_a_branch_out(kit, color):
-    inputs = (kit, picture(32, 32), picture(32, 32, 1), rectangle(32, 32, 6, 6, 26, 26), "a blue car")
+def test_weights_fade_a_branch_out(backbone, color):
+    inputs = (backbone, picture(32, 32), picture(32, 32, 1), rectangle(32, 32, 6, 6, 26, 26), "a blue car")
     plain = harmonize(*inputs, [], FAST).raw
     assert np.array_equal(harmonize(*inputs, [Branch("color", color.net, 0.0)], FAST).raw, plain)
     assert not np.array_equal(harmonize(*inputs, [color], FAST).raw, plain)
 
 
-def test_an_image_does_not_depend_on_its_neighbours(kit, color):
+def test_an_image_does_not_depend_on_its_neighbours(backbone, color):
     images = [picture(32, 32, seed) for seed in range(3)]
     masks = [rectangle(32, 32, 8, 8, 20 + i, 22) for i in range(3)]
     holes, prompts = [dilate(m, 1) for m in masks], ["a red mushroom", "a blue car", "snow"]
@@ -142,7 +142,7 @@ def test_an_image_does_not_depend_on_its_neighbours(kit, color):
     composites = [Composite(x, x, *rest) for x, *rest in zip(images, masks, holes, prompts, strict=True)]
 
     def run(order, batch):
-        method = Inpainting(kit, [color], Settings(2, 2.0, batch=batch))
+        method = Inpainting(backbone, [color], Settings(2, 2.0, batch=batch))
         return dict(zip(order, method.fill([composites[i] for i in order], seeds_of(0, order)), strict=True))
 
     together, alone = run([0, 1, 2], 16), run([2, 0, 1], 1)
@@ -160,42 +160,42 @@ def test_an_image_does_not_depend_on_its_neighbours(kit, color):
         ({"region": np.ones((4, 5), bool)}, "region is 5 x 4"),
     ],
 )
-def test_what_does_not_fit_is_said(kit, change, words):
+def test_what_does_not_fit_is_said(backbone, change, words):
     inputs = {"background": picture(50, 40), "foreground": picture(50, 40), "mask": rectangle(50, 40, 9, 9, 20, 20)}
     with pytest.raises(UserError, match=words):
-        harmonize(kit, prompt="", branches=[], settings=FAST, **inputs | change)
+        harmonize(backbone, prompt="", branches=[], settings=FAST, **inputs | change)
 
 
-def test_an_object_that_vanishes_is_said(kit):
-    thin = rectangle(400, 400, 201, 0, 202, 400)  # one column in 400 falls between the kit's 32
+def test_an_object_that_vanishes_is_said(backbone):
+    thin = rectangle(400, 400, 201, 0, 202, 400)  # one column in 400 falls between the backbone's 32
     with pytest.raises(UserError, match="too small"):
-        harmonize(kit, picture(400, 400), picture(400, 400), thin, "", [], FAST)
+        harmonize(backbone, picture(400, 400), picture(400, 400), thin, "", [], FAST)
 
 
-def test_nan_is_not_painted(kit, awake):
-    net = awake(kit)
+def test_nan_is_not_painted(backbone, awake):
+    net = awake(backbone)
     torch.nn.init.constant_(net.controlnet_mid_block.bias, float("nan"))
-    inputs = (kit, picture(32, 32), picture(32, 32), rectangle(32, 32, 9, 9, 20, 20), "")
+    inputs = (backbone, picture(32, 32), picture(32, 32), rectangle(32, 32, 9, 9, 20, 20), "")
     with pytest.raises(UserError, match="NaN"):
         harmonize(*inputs, [Branch("color", net)], FAST)
 
 
-def test_a_branch_is_loaded_with_its_operator_and_weight(kit, color, tmp_path):
-    export_controlnet(color.net, tmp_path, "structure", {"low": 50, "high": 90, "edge_source": "masked"}, kit)
-    branch = load_branch(str(tmp_path), kit, WEIGHTS, operator="color")  # hint.json wins
-    kit = Kit(kit.path)
+def test_a_branch_is_loaded_with_its_operator_and_weight(backbone, color, tmp_path):
+    export_controlnet(color.net, tmp_path, "structure", {"low": 50, "high": 90, "edge_source": "masked"}, backbone)
+    branch = load_branch(str(tmp_path), backbone, WEIGHTS, operator="color")  # hint.json wins
+    backbone = Backbone(backbone.path)
     assert (branch.name, branch.weight, branch.parameters["low"]) == ("structure", 0.3, 50)
     (tmp_path / "controlnet" / "hint.json").unlink()
-    branch = load_branch(str(tmp_path), kit, WEIGHTS, operator="color")
+    branch = load_branch(str(tmp_path), backbone, WEIGHTS, operator="color")
     assert (branch.name, branch.weight, branch.parameters) == ("color", 0.7, None)
     with pytest.raises(UserError, match="branch=color|structure|raw"):
-        load_branch(str(tmp_path), kit, WEIGHTS)
-    assert load_branch(str(tmp_path), kit, operator="color").net is branch.net, "loaded once"
+        load_branch(str(tmp_path), backbone, WEIGHTS)
+    assert load_branch(str(tmp_path), backbone, operator="color").net is branch.net, "loaded once"
 
 
-def test_a_controlnet_of_another_kit_is_refused(kit, color, tmp_path):
-    export_controlnet(color.net, tmp_path, "color", {}, kit)
-    other = Kit(kit.path)
+def test_a_controlnet_of_another_backbone_is_refused(backbone, color, tmp_path):
+    export_controlnet(color.net, tmp_path, "color", {}, backbone)
+    other = Backbone(backbone.path)
     other.unet.register_to_config(cross_attention_dim=64)
-    with pytest.raises(UserError, match="does not fit kit"):
+    with pytest.raises(UserError, match="does not fit backbone"):
         load_branch(str(tmp_path), other, WEIGHTS)

@@ -11,7 +11,7 @@ from diffusers.pipelines.deprecated.paint_by_example.image_encoder import PaintB
 
 from harmony.methods.method import Composite, seeds_of
 from harmony.methods.paint_by_example import PaintByExample, paint
-from harmony.models.backbone import Kit
+from harmony.models.backbone import Backbone
 from harmony.models.paint_by_example import Painter, fresh_encoder, known_by_example, painting_unet
 from harmony.pixels.images import to_clip, to_hint, to_model
 from harmony.pixels.masks import to_latent
@@ -19,12 +19,12 @@ from harmony.sampling.guidance import Guided, Schedule, Settings
 
 
 @pytest.fixture(scope="module")
-def painter(random_kit):
-    kit = Kit(str(random_kit))
+def painter(random_backbone):
+    backbone = Backbone(str(random_backbone))
     torch.manual_seed(0)
-    encoder = fresh_encoder(kit.image_encoder, kit.unet.config.cross_attention_dim)
-    unet = painting_unet(kit.unet).requires_grad_(False).eval()
-    return Painter(kit.with_unet(unet), encoder.requires_grad_(False).eval())
+    encoder = fresh_encoder(backbone.image_encoder, backbone.unet.config.cross_attention_dim)
+    unet = painting_unet(backbone.unet).requires_grad_(False).eval()
+    return Painter(backbone.with_unet(unet), encoder.requires_grad_(False).eval())
 
 
 def squares(count: int, size: int, seed: int = 0) -> list[np.ndarray]:
@@ -40,13 +40,13 @@ def holes():
 
 def test_it_agrees_with_the_pipeline(painter, holes):
     """Guards equality: same weights, noise, mask; latents of PaintByExamplePipeline within 1e-5 of their size."""
-    kit = painter.kit
+    backbone = painter.backbone
     theirs = PaintByExampleImageEncoder(painter.encoder.config).eval()
     theirs.load_state_dict(painter.encoder.state_dict())
-    vae = copy.deepcopy(kit.vae)  # the pipeline draws from the posterior, we take its mean: leave it no width
+    vae = copy.deepcopy(backbone.vae)  # the pipeline draws from the posterior, we take its mean: leave it no width
     vae.quant_conv.weight[4:], vae.quant_conv.bias[4:] = 0, -30
-    scheduler = DDIMScheduler.from_config(kit.scheduler.config)
-    pipeline = PaintByExamplePipeline(vae, theirs, kit.unet, scheduler, None, None, requires_safety_checker=False)
+    scheduler = DDIMScheduler.from_config(backbone.scheduler.config)
+    pipeline = PaintByExamplePipeline(vae, theirs, backbone.unet, scheduler, None, None, requires_safety_checker=False)
     pipeline.set_progress_bar_config(disable=True)
     pictures = torch.stack([to_hint(e) for e in squares(2, 32, 1)])
     image = torch.stack([to_model(x) for x in squares(2, 32)])
@@ -56,21 +56,21 @@ def test_it_agrees_with_the_pipeline(painter, holes):
         example_image=to_clip(pictures), image=image, mask_image=mask, num_inference_steps=5, guidance_scale=4.0,
         latents=noise.clone(), output_type="latent",
     ).images  # fmt: skip
-    masked = kit.latent(kit.moments(image * (1 - mask)))
-    ours = paint(painter, noise, to_latent(mask, kit.factor), masked, painter.encoder(pictures), Schedule(5, 4.0))
+    masked = backbone.latent(backbone.moments(image * (1 - mask)))
+    ours = paint(painter, noise, to_latent(mask, backbone.factor), masked, painter.encoder(pictures), Schedule(5, 4.0))
     apart = (ours - torch.as_tensor(expected)).abs().max()
     assert apart <= 1e-5 * ours.abs().max()  # random weights make latents of up to 17, and rounding grows with them
 
 
 def test_guidance_is_linear(painter):
     """Guards guidance: w = 1 is the conditional output, 0 that of the vector, and in between it is linear."""
-    kit, encoder = painter.kit, painter.encoder
+    backbone, encoder = painter.backbone, painter.encoder
     z, masked = torch.randn(2, 1, 4, 8, 8, generator=torch.Generator().manual_seed(0))
     known = known_by_example(torch.ones(1, 1, 8, 8), masked)
     context = torch.randn(1, 1, 32, generator=torch.Generator().manual_seed(1))
 
     def eps(w, context=context):
-        return Guided(kit, known, context, encoder.uncond_vector, Schedule(guidance=w))(z, 500)
+        return Guided(backbone, known, context, encoder.uncond_vector, Schedule(guidance=w))(z, 500)
 
     assert torch.allclose(eps(0.0), eps(1.0, encoder.uncond_vector), atol=1e-6)
     assert torch.allclose(eps(3.0), eps(0.0) + 3 * (eps(1.0) - eps(0.0)), atol=1e-4)

@@ -1,4 +1,4 @@
-"""Editing by words: inversions that are kept, and edits of a picture, on a random kit."""
+"""Editing by words: inversions that are kept, and edits of a picture, on a random backbone."""
 
 import numpy as np
 import pytest
@@ -23,7 +23,7 @@ from harmony.methods.prompt_editing import (
     plan,
     reconstruct,
 )
-from harmony.models.backbone import Kit
+from harmony.models.backbone import Backbone
 from harmony.models.textual_inversion import Word, initial, learn
 from harmony.sampling.null_text import denoiser, replay
 from harmony.sampling.prompt_to_prompt import LocalBlend, PromptToPrompt, spans
@@ -33,8 +33,8 @@ EVERYWHERE = Mode(cross=0.8, own=0.5, factor=1.0, local=False)
 
 
 @pytest.fixture(scope="module")
-def kit(random_kit):
-    return Kit(str(random_kit))
+def backbone(random_backbone):
+    return Backbone(str(random_backbone))
 
 
 @pytest.fixture(scope="module")
@@ -43,15 +43,15 @@ def image():
 
 
 @pytest.fixture(scope="module")
-def inversion(kit, image):
+def inversion(backbone, image):
     """In the fast mode."""
-    return invert_pictures(kit, [image], [SOURCE], STEPS, W, 0)[0]
+    return invert_pictures(backbone, [image], [SOURCE], STEPS, W, 0)[0]
 
 
 @pytest.fixture
-def toy(random_kit):
-    """``toy(number)``: a kit of its own that has learnt <toy>, two vectors full of this number."""
-    return lambda number: learn(Kit(str(random_kit)), Word("<toy>", torch.full((2, 32), float(number))))
+def toy(random_backbone):
+    """``toy(number)``: a backbone of its own that has learnt <toy>, two vectors full of this number."""
+    return lambda number: learn(Backbone(str(random_backbone)), Word("<toy>", torch.full((2, 32), float(number))))
 
 
 def apart(a: np.ndarray, b: np.ndarray) -> int:
@@ -59,9 +59,9 @@ def apart(a: np.ndarray, b: np.ndarray) -> int:
     return int(np.abs(a.astype(int) - b).max())
 
 
-def latent(kit: Kit, found: Inversion, nulls: list[torch.Tensor], w: float = W) -> torch.Tensor:
+def latent(backbone: Backbone, found: Inversion, nulls: list[torch.Tensor], w: float = W) -> torch.Tensor:
     """What guided sampling gives back."""
-    return replay(denoiser(kit), found.noise, kit.prompt([SOURCE]), nulls, w, kit.alphas_cumprod)[-1]
+    return replay(denoiser(backbone), found.noise, backbone.prompt([SOURCE]), nulls, w, backbone.alphas_cumprod)[-1]
 
 
 # --- words
@@ -88,55 +88,57 @@ def test_the_words_that_change(source, target, gone, come, mode):
 
 def test_a_learnt_word_of_two_vectors_is_one_word(toy, inversion, monkeypatch):
     """Guards long words: it replaces one word, a local edit looks at both its tokens, and it has one map."""
-    kit, seen, target = toy(0.1), [], "a red <toy> on snow"
-    assert len(kit.words["<toy>"]) == 2 and mode_of(SOURCE, target) == "replace"
+    backbone, seen, target = toy(0.1), [], "a red <toy> on snow"
+    assert len(backbone.words["<toy>"]) == 2 and mode_of(SOURCE, target) == "replace"
     assert changes(SOURCE, target) == Changes([2], [2])
     blend = lambda words, *more: (seen.append(words), LocalBlend(words, *more))[1]  # noqa: E731
     monkeypatch.setattr(edit, "LocalBlend", blend)
-    edited = perform(kit, inversion, SOURCE, target, MODES["replace"])
+    edited = perform(backbone, inversion, SOURCE, target, MODES["replace"])
     assert [row.nonzero()[:, 0].tolist() for row in seen[0]] == [[3], [3, 4]]
-    assert [word for word, _ in edited.maps[1]] == target.split() and spans(target, kit.encode, 16)[3] == (5, 6)
+    assert [word for word, _ in edited.maps[1]] == target.split() and spans(target, backbone.encode, 16)[3] == (5, 6)
 
 
 # --- inversion
 
 
-def test_the_fast_mode_is_blind_to_guidance(kit, image, inversion):
+def test_the_fast_mode_is_blind_to_guidance(backbone, image, inversion):
     """Guards the fast mode: the condition stands for the empty prompt; what comes back does not depend on w."""
-    assert len(inversion.nulls) == STEPS and all(torch.equal(n, kit.prompt([SOURCE])) for n in inversion.nulls)
-    one, many = (latent(kit, inversion, inversion.nulls, w) for w in (1.0, 20.0))
+    assert len(inversion.nulls) == STEPS and all(torch.equal(n, backbone.prompt([SOURCE])) for n in inversion.nulls)
+    one, many = (latent(backbone, inversion, inversion.nulls, w) for w in (1.0, 20.0))
     assert torch.allclose(one, many, atol=1e-4)
-    pictures = [reconstruct(kit, [inversion], [SOURCE], w)[0] for w in (1.0, 20.0)]
+    pictures = [reconstruct(backbone, [inversion], [SOURCE], w)[0] for w in (1.0, 20.0)]
     assert apart(*pictures) <= 1 and pictures[0].shape == image.shape
-    assert not torch.allclose(latent(kit, inversion, [kit.prompt([""])] * STEPS, 20.0), many, atol=0.1)
+    assert not torch.allclose(latent(backbone, inversion, [backbone.prompt([""])] * STEPS, 20.0), many, atol=0.1)
 
 
-def test_null_texts_bring_a_picture_back(kit, image, inversion):
+def test_null_texts_bring_a_picture_back(backbone, image, inversion):
     """Guards reconstruction: N embeddings 1 x T x D; nearer to the picture's latent than with the empty prompt, and
     that latent is the picture, encoded.
     """
     lines = []
-    (found,) = invert_pictures(kit, [image], [SOURCE], STEPS, W, 5, lines.append)
-    empty = kit.prompt([""])
+    (found,) = invert_pictures(backbone, [image], [SOURCE], STEPS, W, 5, lines.append)
+    empty = backbone.prompt([""])
     assert len(found.nulls) == STEPS == len(lines) and all(null.shape == empty.shape for null in found.nulls)
-    assert torch.allclose(found.latent, edit.encode(kit, [image])) and torch.allclose(found.noise, inversion.noise)
-    misses = [(latent(kit, found, nulls) - found.latent).square().mean() for nulls in (found.nulls, [empty] * STEPS)]
+    assert torch.allclose(found.latent, edit.encode(backbone, [image])) and torch.allclose(found.noise, inversion.noise)
+    misses = [
+        (latent(backbone, found, nulls) - found.latent).square().mean() for nulls in (found.nulls, [empty] * STEPS)
+    ]
     assert misses[0] < 0.9 * misses[1]
     assert f"{misses[0]:.2e}" == lines[-1].split()[-1], "what is stored replays the optimisation"
 
 
-def test_pictures_are_inverted_each_by_itself(kit, image):
+def test_pictures_are_inverted_each_by_itself(backbone, image):
     """Guards the batch: another picture beside it changes neither the noise nor the embeddings, nor what comes back."""
     pictures, prompts = [image, image[::-1].copy()], [SOURCE, TARGET]
-    both = invert_pictures(kit, pictures, prompts, 2, W, 2)
-    alone = [invert_pictures(kit, [p], [text], 2, W, 2)[0] for p, text in zip(pictures, prompts, strict=True)]
+    both = invert_pictures(backbone, pictures, prompts, 2, W, 2)
+    alone = [invert_pictures(backbone, [p], [text], 2, W, 2)[0] for p, text in zip(pictures, prompts, strict=True)]
     for ours, theirs in zip(both, alone, strict=True):
         assert torch.allclose(ours.noise, theirs.noise, atol=1e-4) and ours.latent.shape == (1, 4, 8, 8)
         assert all(torch.allclose(a, b, atol=1e-3) for a, b in zip(ours.nulls, theirs.nulls, strict=True))
     assert not torch.allclose(both[0].noise, both[1].noise, atol=0.1)
-    together = reconstruct(kit, both, prompts, W)
+    together = reconstruct(backbone, both, prompts, W)
     assert all(
-        apart(reconstruct(kit, [one], [text], W)[0], p) <= 2
+        apart(reconstruct(backbone, [one], [text], W)[0], p) <= 2
         for one, text, p in zip(both, prompts, together, strict=True)
     )
 
@@ -145,13 +147,13 @@ def test_pictures_are_inverted_each_by_itself(kit, image):
 
 
 @pytest.fixture
-def keep(tmp_path, kit, image, monkeypatch):
+def keep(tmp_path, backbone, image, monkeypatch):
     """``keep(**other)``: the inversion of ``kept_inversion`` and how many have been computed so far."""
     computed, usual = [], edit.invert_pictures
     monkeypatch.setattr(edit, "invert_pictures", lambda *given: (computed.append(given), usual(*given))[1])
 
     def run(**other):
-        usual = {"kit": kit, "image": image, "prompt": SOURCE, "steps": 2, "w": W, "inner": 0}
+        usual = {"backbone": backbone, "image": image, "prompt": SOURCE, "steps": 2, "w": W, "inner": 0}
         return kept_inversion(tmp_path / "kept", **usual | other), len(computed)
 
     return run
@@ -176,19 +178,19 @@ def test_whatever_it_depends_on_makes_another_inversion(keep, image, toy, tmp_pa
     pixel = image.copy()
     pixel[0, 0, 0] ^= 1
     others = [{"image": pixel}, {"prompt": TARGET}, {"steps": 3}, {"w": 2.0}, {"inner": 1}]
-    others += [{"kit": toy(0.1)}, {"kit": toy(0.2)}]
+    others += [{"backbone": toy(0.1)}, {"backbone": toy(0.2)}]
     keep()
     assert [keep(**other)[1] for other in others] == [*range(2, 9)]
     assert [keep(**other)[1] for other in others] == [8] * 7, "and each is found again"
     assert len(list((tmp_path / "kept").iterdir())) == 8
 
 
-def test_other_weights_make_another_inversion(kit, image, monkeypatch):
+def test_other_weights_make_another_inversion(backbone, image, monkeypatch):
     """Guards the key: each of the five parts that sampling needs."""
     keys = set()
     for part in ("none", "vae", "unet", "text_encoder", "tokenizer", "scheduler"):
-        monkeypatch.setattr(Kit, "hash", lambda self, name, part=part: f"{name}, new" if name == part else name)
-        keys.add(inversion_key(kit, image))
+        monkeypatch.setattr(Backbone, "hash", lambda self, name, part=part: f"{name}, new" if name == part else name)
+        keys.add(inversion_key(backbone, image))
     assert len(keys) == 6
 
 
@@ -223,39 +225,39 @@ def test_a_write_that_fails_leaves_nothing(keep, tmp_path, monkeypatch):
 # --- edits
 
 
-def perform(kit, inversion, source, target, mode, factors=None, look_at=None, threshold=0.3):
+def perform(backbone, inversion, source, target, mode, factors=None, look_at=None, threshold=0.3):
     """The edit that is planned."""
-    return edit_picture(kit, inversion, plan(kit, source, target, mode, factors, look_at), W, threshold)
+    return edit_picture(backbone, inversion, plan(backbone, source, target, mode, factors, look_at), W, threshold)
 
 
-def test_identical_prompts_give_the_reconstruction(kit, inversion):
+def test_identical_prompts_give_the_reconstruction(backbone, inversion):
     """Guards the null edit: with a factor of 1 both rows are what reconstructs the picture; every word has its map."""
     for factors in (None, {"red": 1.0}):
-        edited = perform(kit, inversion, SOURCE, SOURCE, MODES["reweight"], factors)
+        edited = perform(backbone, inversion, SOURCE, SOURCE, MODES["reweight"], factors)
         assert np.array_equal(*edited.pictures) and edited.masks is None
-        assert apart(edited.pictures[0], reconstruct(kit, [inversion], [SOURCE], W)[0]) <= 1
+        assert apart(edited.pictures[0], reconstruct(backbone, [inversion], [SOURCE], W)[0]) <= 1
     for maps in edited.maps:
         assert [word for word, _ in maps] == SOURCE.split() and all(heat.shape == (8, 8) for _, heat in maps)
         assert all(heat.max() == 1 and heat.min() >= 0 for _, heat in maps)
 
 
-def test_the_source_is_reconstructed_whatever_the_target(kit, inversion):
+def test_the_source_is_reconstructed_whatever_the_target(backbone, inversion):
     """Guards the source's row: its picture is the reconstruction in every mode; the target's is another."""
-    back = reconstruct(kit, [inversion], [SOURCE], W)[0]
+    back = reconstruct(backbone, [inversion], [SOURCE], W)[0]
     for name, target in (("replace", TARGET), ("insert", "a big red mushroom on snow"), ("style", f"{SOURCE} car")):
-        edited = perform(kit, inversion, SOURCE, target, MODES[name])
+        edited = perform(backbone, inversion, SOURCE, target, MODES[name])
         assert apart(edited.pictures[0], back) <= 1 < apart(edited.pictures[1], back), name
 
 
-def test_factors_reach_the_edit(kit, inversion):
+def test_factors_reach_the_edit(backbone, inversion):
     """Guards reweighting: of a word, of the words that come (the mode's), and a factor that is given instead of it."""
 
     def target(prompt, mode, factors=None) -> np.ndarray:
-        edited = perform(kit, inversion, SOURCE, prompt, mode, factors)
+        edited = perform(backbone, inversion, SOURCE, prompt, mode, factors)
         assert apart(edited.pictures[0], back) <= 1, "the source has no factors"
         return edited.pictures[1]
 
-    back = reconstruct(kit, [inversion], [SOURCE], W)[0]
+    back = reconstruct(backbone, [inversion], [SOURCE], W)[0]
     assert apart(target(SOURCE, MODES["reweight"], {"red": 5.0}), back) > 1
     louder = Mode(0.8, 0.5, 3.0, False)
     plain, given = target(TARGET, louder, {}), target(TARGET, louder, {"car": 3.0})
@@ -263,24 +265,24 @@ def test_factors_reach_the_edit(kit, inversion):
     assert np.array_equal(target(TARGET, EVERYWHERE), plain)
 
 
-def test_shares_become_steps(kit, inversion, monkeypatch):
+def test_shares_become_steps(backbone, inversion, monkeypatch):
     """Guards counts: floor(f N) steps of cross- and self-attention; maps of at most 16 x 16 positions, here 8 x 8."""
     made = []
     control = lambda *given, **more: (made.append((given[1:], more)), PromptToPrompt(*given, **more))[1]  # noqa: E731
     monkeypatch.setattr(edit, "PromptToPrompt", control)
     for mode in (Mode(0.8, 0.5, 1.0, False), Mode(1.0, 0.0, 1.0, False)):
-        perform(kit, inversion, SOURCE, TARGET, mode)
+        perform(backbone, inversion, SOURCE, TARGET, mode)
     assert made == [((3, 2), {"maps": 64}), ((4, 0), {"maps": 64})]
 
 
-def test_a_local_edit_stays_where_its_words_look(kit, inversion, monkeypatch):
+def test_a_local_edit_stays_where_its_words_look(backbone, inversion, monkeypatch):
     """Guards locality: outside both masks the target's latent is the source's, inside it is not; masks are pixels of
     the picture, one for each prompt.
     """
     latents = []
     usual = edit.edit_latents
     monkeypatch.setattr(edit, "edit_latents", lambda *given: (latents.append(usual(*given)), latents[-1])[1])
-    edited = perform(kit, inversion, SOURCE, TARGET, MODES["replace"], threshold=0.97)
+    edited = perform(backbone, inversion, SOURCE, TARGET, MODES["replace"], threshold=0.97)
     assert all(mask.shape == (32, 32) and mask.dtype == bool for mask in edited.masks) and len(edited.masks) == 2
     union = edited.masks[0] | edited.masks[1]
     cells = torch.from_numpy(union[::4, ::4])
@@ -289,7 +291,7 @@ def test_a_local_edit_stays_where_its_words_look(kit, inversion, monkeypatch):
     assert torch.equal(source[:, ~cells], target[:, ~cells]) and (source != target).any(0)[cells].all()
 
 
-def test_what_a_local_edit_looks_at(kit, inversion, monkeypatch):
+def test_what_a_local_edit_looks_at(backbone, inversion, monkeypatch):
     """Guards the blend: the words that change, or those that are named; the threshold and a fifth of the steps; where
     nothing is seen nothing changes.
     """
@@ -297,25 +299,25 @@ def test_what_a_local_edit_looks_at(kit, inversion, monkeypatch):
     blend = lambda words, *more: (made.append((words, more)), LocalBlend(words, *more))[1]  # noqa: E731
     monkeypatch.setattr(edit, "LocalBlend", blend)
     monkeypatch.setattr(LocalBlend, "masks", lambda self, seen, h, w: torch.zeros(2, h, w, dtype=torch.bool))
-    inserted = perform(kit, inversion, SOURCE, "a blue red mushroom on snow", MODES["insert"])
+    inserted = perform(backbone, inversion, SOURCE, "a blue red mushroom on snow", MODES["insert"])
     assert [row.nonzero()[:, 0].tolist() for row in made[0][0]] == [[], [2]] and made[0][1] == (0, 0.3)
-    perform(kit, inversion, SOURCE, TARGET, MODES["replace"], None, [[1, 4], [2]], 0.5)
+    perform(backbone, inversion, SOURCE, TARGET, MODES["replace"], None, [[1, 4], [2]], 0.5)
     assert [row.nonzero()[:, 0].tolist() for row in made[1][0]] == [[2, 5], [3]] and made[1][1] == (0, 0.5)
     late = Inversion(inversion.latent, inversion.noise, [inversion.nulls[0]] * 10)
-    perform(kit, late, SOURCE, TARGET, MODES["replace"])
+    perform(backbone, late, SOURCE, TARGET, MODES["replace"])
     assert made[2][1][0] == 2
     assert apart(*inserted.pictures) == 0 and not any(mask.any() for mask in inserted.masks)
 
 
-def test_the_unet_is_itself_again(kit, inversion, monkeypatch):
-    """Guards the kit: its own attention processors and no hooks, after an edit and after one that failed."""
-    before = dict(kit.unet.attn_processors)
+def test_the_unet_is_itself_again(backbone, inversion, monkeypatch):
+    """Guards the backbone: its own attention processors and no hooks, after an edit and after one that failed."""
+    before = dict(backbone.unet.attn_processors)
 
     def whole() -> bool:
-        now = kit.unet.attn_processors
-        return all(now[name] is own for name, own in before.items()) and not kit.unet._forward_hooks
+        now = backbone.unet.attn_processors
+        return all(now[name] is own for name, own in before.items()) and not backbone.unet._forward_hooks
 
-    perform(kit, inversion, SOURCE, TARGET, EVERYWHERE)
+    perform(backbone, inversion, SOURCE, TARGET, EVERYWHERE)
     assert whole()
 
     def boom(*given):
@@ -323,7 +325,7 @@ def test_the_unet_is_itself_again(kit, inversion, monkeypatch):
 
     monkeypatch.setattr(PromptToPrompt, "__call__", boom)
     with pytest.raises(KeyboardInterrupt):
-        perform(kit, inversion, SOURCE, TARGET, EVERYWHERE)
+        perform(backbone, inversion, SOURCE, TARGET, EVERYWHERE)
     assert whole()
 
 
@@ -336,10 +338,10 @@ def test_the_unet_is_itself_again(kit, inversion, monkeypatch):
         (SOURCE, TARGET, {"mushroom": 2.0}, "reweight.mushroom: the target 'a red car on snow' has no such word"),
     ],
 )
-def test_edits_that_cannot_be_perform(kit, inversion, source, target, factors, said):
+def test_edits_that_cannot_be_perform(backbone, inversion, source, target, factors, said):
     """Guards bad input: nothing to look at, prompts that are too long, a factor of a word of the source alone."""
     with pytest.raises(UserError, match=said):
-        plan(kit, source, target, MODES["replace"], factors)
+        plan(backbone, source, target, MODES["replace"], factors)
 
 
 @pytest.mark.slow
@@ -348,15 +350,15 @@ def test_it_runs_at_true_size(model, tmp_path):
     """Guards the paths at the size of Stable Diffusion 1 and 2, with random weights: a word of two vectors, a null text
     for each of two steps, an edit, every processor put back. About 10 GB and some minutes on a CPU.
     """
-    kit = instantiate(compose("edit", ["image=x", "target=x", f"model={model}", "model.weights=random"]).model)
-    learn(kit, Word("<toy>", initial(kit, "car", 2)))
+    backbone = instantiate(compose("edit", ["image=x", "target=x", f"model={model}", "model.weights=random"]).model)
+    learn(backbone, Word("<toy>", initial(backbone, "car", 2)))
     image = np.random.default_rng(0).integers(0, 256, (512, 512, 3), np.uint8)
     prompts = "a red car on snow", "a red <toy> on snow"
-    before = dict(kit.unet.attn_processors)
-    (inversion,) = invert_pictures(kit, [image], prompts[:1], steps=2, w=7.5, inner=1)
+    before = dict(backbone.unet.attn_processors)
+    (inversion,) = invert_pictures(backbone, [image], prompts[:1], steps=2, w=7.5, inner=1)
     assert inversion.noise.shape == (1, 4, 64, 64) and len(inversion.nulls) == 2
-    assert not torch.equal(*inversion.nulls) and inversion.nulls[0].shape == kit.prompt([""]).shape
-    edited = edit_picture(kit, inversion, plan(kit, *prompts, MODES["replace"]), 7.5)
+    assert not torch.equal(*inversion.nulls) and inversion.nulls[0].shape == backbone.prompt([""]).shape
+    edited = edit_picture(backbone, inversion, plan(backbone, *prompts, MODES["replace"]), 7.5)
     assert [picture.shape for picture in edited.pictures] == [(512, 512, 3)] * 2
     assert edited.maps[1][2][0] == "<toy>" and edited.maps[1][2][1].shape == (16, 16)
-    assert kit.unet.attn_processors == before
+    assert backbone.unet.attn_processors == before

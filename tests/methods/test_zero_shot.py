@@ -1,4 +1,4 @@
-"""Zero-shot harmonization (Chen 2023): its invariants on a random kit, and the policy on scripted scores."""
+"""Zero-shot harmonization (Chen 2023): its invariants on a random backbone, and the policy on scripted scores."""
 
 import resource
 from contextlib import contextmanager
@@ -37,7 +37,7 @@ from harmony.methods.zero_shot import (
     sobel,
 )
 from harmony.models.attention import Layer, controlled
-from harmony.models.backbone import Kit, weights_hash
+from harmony.models.backbone import Backbone, weights_hash
 from harmony.models.textual_inversion import states_of
 from harmony.pixels.images import from_model, to_hint, to_model
 from harmony.sampling.null_text import denoiser, guided_step, replay
@@ -50,8 +50,8 @@ BARE = Parts(steps=2, refine=0, edges=0.0)  # inversion, null texts and the copi
 
 
 @pytest.fixture(scope="module")
-def kit(random_kit):
-    return Kit(str(random_kit))
+def backbone(random_backbone):
+    return Backbone(str(random_backbone))
 
 
 @pytest.fixture(scope="module")
@@ -70,9 +70,9 @@ def second():
     return np.random.default_rng(1).integers(0, 256, (32, 32, 3), dtype=np.uint8), mask
 
 
-def once(kit, scene, words=WORDS, parts=SHORT) -> np.ndarray:
+def once(backbone, scene, words=WORDS, parts=SHORT) -> np.ndarray:
     """One round of one composite."""
-    return harmonize_once(kit, [scene[0]], [scene[1]], [words], parts)[0]
+    return harmonize_once(backbone, [scene[0]], [scene[1]], [words], parts)[0]
 
 
 def apart(a: np.ndarray, b: np.ndarray) -> int:
@@ -123,13 +123,13 @@ def watched(monkeypatch):
     ("object_", "light", "first"),
     [("a red mushroom", "warm light", 4), ("mushroom", "moonlight", 2), ("moonlight car", "warm moonlight", 6)],
 )
-def test_where_the_descriptors_are(kit, object_, light, first):
+def test_where_the_descriptors_are(backbone, object_, light, first):
     """Guards the places: behind the object phrase up to the last word, also where words are several tokens."""
     prompt = f"{object_} {light}"
-    found = descriptors(kit, prompt, object_)
-    (ids,) = kit.tokens([prompt])
-    assert ids[found].tolist() == [i for word in light.split() for i in kit.encode(word)]
-    assert found.nonzero()[0].item() == first and ids[found.nonzero()[-1] + 1] == kit.tokenizer.eos_token_id
+    found = descriptors(backbone, prompt, object_)
+    (ids,) = backbone.tokens([prompt])
+    assert ids[found].tolist() == [i for word in light.split() for i in backbone.encode(word)]
+    assert found.nonzero()[0].item() == first and ids[found.nonzero()[-1] + 1] == backbone.tokenizer.eos_token_id
 
 
 @pytest.mark.parametrize(
@@ -139,10 +139,10 @@ def test_where_the_descriptors_are(kit, object_, light, first):
         ("a red mushroom " + "warm " * 12, "a red mushroom", "has 15 tokens, the model reads 14"),
     ],
 )
-def test_prompts_that_cannot_lead(kit, prompt, object_, said):
+def test_prompts_that_cannot_lead(backbone, prompt, object_, said):
     """Guards bad input: no words behind the object, or more than the text encoder reads."""
     with pytest.raises(UserError, match=said):
-        descriptors(kit, prompt, object_)
+        descriptors(backbone, prompt, object_)
 
 
 def test_the_attention_loss_is_about_places():
@@ -172,17 +172,17 @@ def test_words_are_held_and_weighed():
     assert torch.allclose(words.weights.sum(1), torch.ones(2)) and (words.weights[~where[2:]] == 0).all()
 
 
-def test_looks_are_the_mean_over_layers_and_heads(kit):
+def test_looks_are_the_mean_over_layers_and_heads(backbone):
     """Guards the maps: words' attention in the wanted size outside the middle block, summing to 1, with a gradient."""
-    found, text, z = [], kit.prompt(["a red mushroom", "a car"]).requires_grad_(True), torch.randn(2, 4, 8, 8)
+    found, text, z = [], backbone.prompt(["a red mushroom", "a car"]).requires_grad_(True), torch.randn(2, 4, 8, 8)
 
     class Record(Looks):
         def __call__(self, probabilities, layer, step):
             found.append((layer, probabilities.detach()))
             return super().__call__(probabilities, layer, step)
 
-    with controlled(kit.unet, looks := Record(64)):
-        denoiser(kit)(z, 501, text)
+    with controlled(backbone.unet, looks := Record(64)):
+        denoiser(backbone)(z, 501, text)
     assert {layer.place for layer, _ in found} == {"down", "up"} and all(layer.cross for layer, _ in found)
     expected = torch.stack([p.mean(1) for _, p in found]).mean(0)
     assert looks.mean.shape == (2, 64, 16) and torch.allclose(looks.mean, expected, atol=1e-6)
@@ -196,7 +196,7 @@ def test_looks_are_the_mean_over_layers_and_heads(kit):
 
 
 @pytest.fixture
-def refined(kit, monkeypatch):
+def refined(backbone, monkeypatch):
     """``refined(parts)``: refines the words of two composites on latents of noise; ``texts`` of each step, ``rows``
     that went into the text encoder each time, ``words`` in the end, ``tokens``, ``where``, ``masks``, the latent ``z``,
     and the masks and maps that were ``compared``.
@@ -210,15 +210,15 @@ def refined(kit, monkeypatch):
     def run(parts: Parts) -> SimpleNamespace:
         prompts, objects = [WORDS.prompts, OTHER.prompts], [WORDS.object, OTHER.object] * 2
         prompts = [pair[0] for pair in prompts] + [pair[1] for pair in prompts]
-        tokens = kit.tokens(prompts)
-        where = torch.stack([descriptors(kit, *pair) for pair in zip(prompts, objects, strict=True)])
+        tokens = backbone.tokens(prompts)
+        where = torch.stack([descriptors(backbone, *pair) for pair in zip(prompts, objects, strict=True)])
         rng, masks = torch.Generator().manual_seed(0), torch.zeros(2, 1, 32, 32)
         masks[0, :, 8:24, 8:24] = masks[1, :, :16] = 1
         z = torch.randn(2, 4, 8, 8, generator=rng)
         rows = []
-        hook = embeddings(kit).register_forward_hook(lambda module, args, out: rows.append(out.detach()))
+        hook = embeddings(backbone).register_forward_hook(lambda module, args, out: rows.append(out.detach()))
         try:
-            texts = refined_texts(kit, [z] * (parts.steps + 1), masks, tokens, where, parts)
+            texts = refined_texts(backbone, [z] * (parts.steps + 1), masks, tokens, where, parts)
         finally:
             hook.remove()
         found = {"texts": texts, "rows": rows, "words": made[-1], "compared": compared}
@@ -227,30 +227,30 @@ def refined(kit, monkeypatch):
     return run
 
 
-def embeddings(kit: Kit) -> torch.nn.Module:
+def embeddings(backbone: Backbone) -> torch.nn.Module:
     """What adds up the rows of tokens and of positions."""
-    return next(part for name, part in kit.text_encoder.named_modules() if name.endswith("embeddings"))
+    return next(part for name, part in backbone.text_encoder.named_modules() if name.endswith("embeddings"))
 
 
-def test_refinement_changes_descriptors_alone(kit, refined):
+def test_refinement_changes_descriptors_alone(backbone, refined):
     """Guards what is refined: the text encoder's input is that of the bare prompts but for the descriptors, which
     all move; states before them are bit for bit the bare ones.
     """
     found = refined(Parts(steps=3, refine=2, lr=0.05, hold=0.0))
-    plain = embeddings(kit)(found.tokens)
+    plain = embeddings(backbone)(found.tokens)
     assert len(found.texts) == 3 and len(found.rows) == 3 * (2 + 1), "each improvement, and what is kept of each step"
     assert torch.equal(found.rows[0], plain), "the words begin as they are"
     for rows in found.rows[1:]:
         assert torch.equal(rows[~found.where], plain[~found.where])
         assert (rows - plain)[found.where].abs().amax(1).min() > 0
-    bare = kit.text(found.tokens)
+    bare = backbone.text(found.tokens)
     for text in found.texts:
         for row, old, where in zip(text, bare, found.where, strict=True):
             first = where.nonzero()[0, 0]
             assert torch.allclose(row[:first], old[:first], atol=1e-6) and not torch.equal(row[first:], old[first:])
 
 
-def test_the_backgrounds_words_are_one(kit, refined):
+def test_the_backgrounds_words_are_one(backbone, refined):
     """Guards the pooling: in the backgrounds' states all descriptors are their weighted sum, those of the foregrounds
     and whatever else stay; the weights are a simplex that has moved.
     """
@@ -260,7 +260,9 @@ def test_the_backgrounds_words_are_one(kit, refined):
     assert (weights[~found.where[2:]] == 0).all()
     assert all(w[here].std() > 1e-4 for w, here in zip(weights, found.where[2:], strict=True))
     with torch.no_grad():
-        moved = states_of(kit.text_encoder, found.tokens, lambda rows: rows + words.change * found.where[..., None])
+        moved = states_of(
+            backbone.text_encoder, found.tokens, lambda rows: rows + words.change * found.where[..., None]
+        )
     for row in range(4):
         here, text = found.where[row], found.texts[-1][row]
         summed = moved[row] if row < 2 else (moved[row] * weights[row - 2, :, None]).sum(0, keepdim=True).expand(16, -1)
@@ -268,7 +270,7 @@ def test_the_backgrounds_words_are_one(kit, refined):
         assert torch.allclose(text[~here], moved[row][~here], atol=1e-5)
 
 
-def test_where_words_should_look(kit, refined):
+def test_where_words_should_look(backbone, refined):
     """Guards L_Emb: the maps of all descriptors of a prompt together, the background's each by its weight, against the
     share of the object in each position for the foreground and the rest for the background.
     """
@@ -276,8 +278,8 @@ def test_where_words_should_look(kit, refined):
     ((mask, heat),) = found.compared
     inside = F.avg_pool2d(found.masks, 4).flatten(1)
     assert torch.allclose(mask, torch.cat([inside, 1 - inside])) and set(inside.unique().tolist()) == {0, 1}
-    with torch.no_grad(), controlled(kit.unet, looks := Looks(64)):
-        denoiser(kit)(found.z.repeat(2, 1, 1, 1), 1, kit.text(found.tokens))
+    with torch.no_grad(), controlled(backbone.unet, looks := Looks(64)):
+        denoiser(backbone)(found.z.repeat(2, 1, 1, 1), 1, backbone.text(found.tokens))
     weights = found.where.float()
     weights[2:] /= weights[2:].sum(1, keepdim=True)
     assert torch.allclose(heat, (looks.mean * weights[:, None]).sum(2), atol=1e-5)
@@ -347,72 +349,74 @@ def test_a_deep_detector_adds_its_share(scene, second, deep):
     assert more.item() == pytest.approx(0.3 * ((deep(x) - deep(y)) * mask).square().mean().item(), rel=1e-4)
 
 
-def test_a_deep_detector_carries_gradient(kit, scene, deep, watched):
+def test_a_deep_detector_carries_gradient(backbone, scene, deep, watched):
     """Guards the gradient from the deep edges alone to the null embedding, and that it leads to other null texts."""
-    text, empty = kit.prompt([WORDS.prompts[0]]), kit.prompt([""]).requires_grad_(True)
+    text, empty = backbone.prompt([WORDS.prompts[0]]), backbone.prompt([""]).requires_grad_(True)
     z, mask = torch.randn(1, 4, 8, 8), torch.from_numpy(scene[1])[None, None].float()
-    reached = guided_step(denoiser(kit), z, 501, empty, denoiser(kit)(z, 501, text), 2.5, 500, kit.alphas_cumprod)
-    made = kit.decode(reached) / 2 + 0.5
+    reached = guided_step(
+        denoiser(backbone), z, 501, empty, denoiser(backbone)(z, 501, text), 2.5, 500, backbone.alphas_cumprod
+    )
+    made = backbone.decode(reached) / 2 + 0.5
     with_, without = (edge_loss(made, to_hint(scene[0])[None], mask, Parts(deep=d)) for d in (deep, None))
     (gradient,) = torch.autograd.grad((with_ - without).sum(), empty)
     assert gradient.abs().max() > 0
     found = []
     for detector in (None, deep):
-        once(kit, scene, parts=Parts(steps=2, refine=0, deep=detector))
+        once(backbone, scene, parts=Parts(steps=2, refine=0, deep=detector))
         found.append(watched.nulls[-1])
     assert not torch.equal(*found)
 
 
-def test_edges_are_taken_in_one_range(kit, scene, monkeypatch):
+def test_edges_are_taken_in_one_range(backbone, scene, monkeypatch):
     """Guards the range: a codec without loss gives edges that are the composite's own, and the composite back."""
     found, usual = [], zero_shot.edge_loss
     monkeypatch.setattr(zero_shot, "edge_loss", lambda *given: (found.append(usual(*given)), found[-1])[1])
     picture = to_model(scene[0])
-    monkeypatch.setattr(kit, "decode", lambda z: picture.expand(len(z), -1, -1, -1) + 0 * z.mean())
-    assert np.array_equal(once(kit, scene, parts=Parts(steps=2, refine=0, detail=False)), scene[0])
+    monkeypatch.setattr(backbone, "decode", lambda z: picture.expand(len(z), -1, -1, -1) + 0 * z.mean())
+    assert np.array_equal(once(backbone, scene, parts=Parts(steps=2, refine=0, detail=False)), scene[0])
     assert len(found) > 1 and all(loss.abs().max() < 1e-9 for loss in found)
 
 
 # --- null texts
 
 
-def test_golden_schedule_of_the_null_texts(kit, scene, watched):
+def test_golden_schedule_of_the_null_texts(backbone, scene, watched):
     """Guards the counts: one improvement a step for the first tenth, five at last, none left out; rate 0.1."""
-    once(kit, scene, parts=replace(BARE, steps=4))
+    once(backbone, scene, parts=replace(BARE, steps=4))
     search = watched.search
     assert [search.inner(i, 50) for i in range(50)] == [1 + i // 10 for i in range(50)]
     assert search.rate(0) == search.rate(49) == Parts().null_lr == 0.1
     assert len(watched.losses) == 1 + 2 + 3 + 4
 
 
-def test_the_null_texts_lower_their_loss(kit, scene, watched):
+def test_the_null_texts_lower_their_loss(backbone, scene, watched):
     """Guards the descent: with edges and without, the last loss of the steps is below the first in sum; ten times the
     distance is what is lowered.
     """
     for edges in (1.0, 0.0):
-        once(kit, scene, parts=replace(BARE, steps=4, edges=edges))
+        once(backbone, scene, parts=replace(BARE, steps=4, edges=edges))
         first, last = ([watched.losses[i] for i in at] for at in ((0, 1, 3, 6), (0, 2, 5, 9)))
         assert sum(last) < sum(first)
     a, b = watched.trajectory[0], watched.trajectory[1]
     assert torch.allclose(watched.search.loss(a, b), 10 * (a - b).square().mean((1, 2, 3)))
 
 
-def test_nothing_is_decoded_without_edges(kit, scene):
+def test_nothing_is_decoded_without_edges(backbone, scene):
     """Guards the cost: the decoder is called for the result alone; with edges once more for each improvement."""
     for edges, count in ((0.0, 1), (1.0, 1 + 1 + 3)):
-        with calls(kit.vae.decoder) as decoded:
-            once(kit, scene, parts=Parts(steps=2, refine=0, edges=edges))
+        with calls(backbone.vae.decoder) as decoded:
+            once(backbone, scene, parts=Parts(steps=2, refine=0, edges=edges))
         assert len(decoded) == count and len(decoded[-1]) == 2
 
 
-def test_the_composite_is_inverted_without_words(kit, scene, watched):
+def test_the_composite_is_inverted_without_words(backbone, scene, watched):
     """Guards the inversion: from the posterior's mean, under the empty prompt, whatever the words."""
     found = []
     for words in (WORDS, OTHER):
-        once(kit, scene, words, BARE)
+        once(backbone, scene, words, BARE)
         found.append(watched.trajectory)
     assert all(torch.equal(a, b) for a, b in zip(*found, strict=True)) and len(found[0]) == 3
-    mean = kit.moments(to_model(scene[0])[None]).chunk(2, dim=1)[0] * kit.vae.config.scaling_factor
+    mean = backbone.moments(to_model(scene[0])[None]).chunk(2, dim=1)[0] * backbone.vae.config.scaling_factor
     assert torch.allclose(found[0][0], mean, atol=1e-6)
 
 
@@ -432,40 +436,42 @@ def test_golden_copy_of_attention():
     assert torch.equal(CopyAttention(4)(maps[4:], layers[0], 0), maps[[4, 5, 4, 5]])
 
 
-def test_the_same_words_lead_nowhere(kit, scene):
+def test_the_same_words_lead_nowhere(backbone, scene):
     """Guards the null edit: the background's row is the foreground's, bit for bit at every step, and the composite
     comes back; other words lead it away.
     """
     for words, same in ((SAME, True), (WORDS, False)):
-        with calls(kit.unet, rows=4) as seen:
-            made = once(kit, scene, words, BARE)
+        with calls(backbone.unet, rows=4) as seen:
+            made = once(backbone, scene, words, BARE)
         assert len(seen) == 2 and torch.equal(seen[1][0], seen[1][1]) == torch.equal(seen[1][2], seen[1][3]) == same
         assert torch.equal(seen[0][0], seen[0][1]), "both begin with the same noise"
         assert np.array_equal(made, scene[0]) == same
 
 
 @pytest.mark.parametrize("copied", [True, False])
-def test_the_same_words_are_plain_guided_sampling(kit, scene, watched, monkeypatch, copied):
+def test_the_same_words_are_plain_guided_sampling(backbone, scene, watched, monkeypatch, copied):
     """Guards equality with the composite's noise, words and null texts; attention copied or not."""
     if not copied:
         monkeypatch.setattr(CopyAttention, "wants", lambda *given: False)
-    made = once(kit, scene, SAME, replace(BARE, detail=False))
-    text = kit.prompt([SAME.prompts[0]])
-    z = replay(denoiser(kit), watched.trajectory[-1], text, watched.nulls, BARE.guidance, kit.alphas_cumprod)[-1]
+    made = once(backbone, scene, SAME, replace(BARE, detail=False))
+    text = backbone.prompt([SAME.prompts[0]])
+    z = replay(denoiser(backbone), watched.trajectory[-1], text, watched.nulls, BARE.guidance, backbone.alphas_cumprod)[
+        -1
+    ]
     assert all(torch.equal(used, text) for used in watched.texts)
-    assert apart(made, from_model(kit.decode(z))[0]) <= 1
+    assert apart(made, from_model(backbone.decode(z))[0]) <= 1
 
 
-def test_self_attention_may_be_left_alone(kit, scene):
+def test_self_attention_may_be_left_alone(backbone, scene):
     """Guards own=: it changes what other words lead to."""
-    assert apart(once(kit, scene, WORDS, BARE), once(kit, scene, WORDS, replace(BARE, own=False))) > 2
+    assert apart(once(backbone, scene, WORDS, BARE), once(backbone, scene, WORDS, replace(BARE, own=False))) > 2
 
 
-def test_detail_adds_what_the_words_change(kit, scene):
+def test_detail_adds_what_the_words_change(backbone, scene):
     """Guards detail=: the composite and the difference that the words make; without, the picture itself."""
     plain = replace(BARE, detail=False)
-    back, led = (once(kit, scene, words, plain).astype(int) for words in (SAME, WORDS))
-    kept = once(kit, scene, WORDS, BARE)
+    back, led = (once(backbone, scene, words, plain).astype(int) for words in (SAME, WORDS))
+    kept = once(backbone, scene, WORDS, BARE)
     clear = (np.minimum(back, led) > 0) & (np.maximum(back, led) < 255)
     expected = np.clip(scene[0] + led - back, 0, 255)
     assert clear.mean() > 0.5 and np.abs(kept - expected)[clear].max() <= 1
@@ -474,54 +480,54 @@ def test_detail_adds_what_the_words_change(kit, scene):
 # --- a round
 
 
-def test_a_round_is_deterministic_whatever_the_batch(kit, scene, second):
+def test_a_round_is_deterministic_whatever_the_batch(backbone, scene, second):
     """Guards determinism: no dice; the words, masks and pictures of a batch do not mix."""
     torch.manual_seed(1)
-    first = once(kit, scene)
+    first = once(backbone, scene)
     torch.manual_seed(2)
-    assert np.array_equal(first, once(kit, scene)) and first.shape == (32, 32, 3) and first.dtype == np.uint8
-    both = harmonize_once(kit, *zip(scene, second, strict=True), [WORDS, OTHER], SHORT)
-    assert apart(both[0], first) <= 2 and apart(both[1], once(kit, second, OTHER)) <= 2
+    assert np.array_equal(first, once(backbone, scene)) and first.shape == (32, 32, 3) and first.dtype == np.uint8
+    both = harmonize_once(backbone, *zip(scene, second, strict=True), [WORDS, OTHER], SHORT)
+    assert apart(both[0], first) <= 2 and apart(both[1], once(backbone, second, OTHER)) <= 2
 
 
-def test_an_empty_mask_gives_the_composite_back(kit, scene):
+def test_an_empty_mask_gives_the_composite_back(backbone, scene):
     """Guards the empty mask: nothing to look at and no edges, but every loss is a number, and all is background."""
     nothing = np.zeros_like(scene[1])
-    (made,) = run_together(kit, [rounds(scene[0], nothing, 1, 2)], [[WORDS]], [nothing], SHORT)
+    (made,) = run_together(backbone, [rounds(scene[0], nothing, 1, 2)], [[WORDS]], [nothing], SHORT)
     assert len(made) == 2 and all(np.array_equal(r.image, scene[0]) for r in made)
 
 
 @pytest.mark.parametrize("where", [None, "refinement", "null texts", "copy"])
-def test_nothing_of_the_kit_changes(kit, scene, monkeypatch, where):
-    """Guards the kit: weights, gradients, attention processors and hooks, after a round and after one that fails
+def test_nothing_of_the_backbone_changes(backbone, scene, monkeypatch, where):
+    """Guards the backbone: weights, gradients, attention processors and hooks, after a round and after one that fails
     in any of its stages.
     """
-    networks = kit.unet, kit.vae, kit.text_encoder
-    before, own = [weights_hash(network) for network in networks], dict(kit.unet.attn_processors)
+    networks = backbone.unet, backbone.vae, backbone.text_encoder
+    before, own = [weights_hash(network) for network in networks], dict(backbone.unet.attn_processors)
 
     def boom(*given):
         raise KeyboardInterrupt
 
-    spots = {"refinement": (Looks, "__call__"), "null texts": (kit, "decode"), "copy": (CopyAttention, "__call__")}
+    spots = {"refinement": (Looks, "__call__"), "null texts": (backbone, "decode"), "copy": (CopyAttention, "__call__")}
     with monkeypatch.context() as patch:
         if where is None:
-            once(kit, scene)
+            once(backbone, scene)
         else:
             patch.setattr(*spots[where], boom)
             with pytest.raises(KeyboardInterrupt):
-                once(kit, scene)
+                once(backbone, scene)
     assert [weights_hash(network) for network in networks] == before
     assert not any(p.requires_grad or p.grad is not None for network in networks for p in network.parameters())
-    assert all(kit.unet.attn_processors[name] is processor for name, processor in own.items())
+    assert all(backbone.unet.attn_processors[name] is processor for name, processor in own.items())
     assert not any(part._forward_hooks for network in networks for part in network.modules())
 
 
-def test_a_kit_whose_latents_are_not_a_power_of_two(kit):
+def test_a_backbone_whose_latents_are_not_a_power_of_two(backbone):
     """Guards the maps: a UNet without a layer of 16 x 16 positions (96 px here, Stable Diffusion at 768) has others."""
     torch.manual_seed(0)
     shape = {"down_block_types": ["CrossAttnDownBlock2D"] * 2, "up_block_types": ["CrossAttnUpBlock2D"] * 2}
-    config = {**kit.unet.config, "sample_size": 24, **shape}
-    large = kit.with_unet(UNet2DConditionModel.from_config(config).requires_grad_(False).eval())
+    config = {**backbone.unet.config, "sample_size": 24, **shape}
+    large = backbone.with_unet(UNet2DConditionModel.from_config(config).requires_grad_(False).eval())
     mask = np.zeros((96, 96), bool)
     mask[20:60, 20:60] = True
     picture = np.random.default_rng(0).integers(0, 256, (96, 96, 3), dtype=np.uint8)
@@ -624,7 +630,7 @@ def test_rounds_are_told_as_they_end():
     assert [(r.number, r.score, r.decision) for r in told] == [(r.number, r.score, r.decision) for r in made]
 
 
-def test_several_composites_side_by_side(kit, scene, second, monkeypatch):
+def test_several_composites_side_by_side(backbone, scene, second, monkeypatch):
     """Guards the batch: composites that need fewer rounds leave it; each has the rounds that it has alone, its own
     background around them.
     """
@@ -636,12 +642,12 @@ def test_several_composites_side_by_side(kit, scene, second, monkeypatch):
         judge = iter([0.1, 0.9, 0.8])  # of the first: two descriptions, then the better one goes on
         return [rounds(*scene, 2, 2, lambda *given: next(judge)), rounds(*second, 1, 1)]
 
-    together = run_together(kit, asked(), descriptions, masks, BARE)
+    together = run_together(backbone, asked(), descriptions, masks, BARE)
     assert [len(pictures) for _, pictures, *_ in batches] == [2, 1, 1]
     assert [[m is scene[1] for m in given] for _, _, given, *_ in batches] == [[True, False], [True], [True]]
     assert [[r.prompt for r in made] for made in together] == [[0, 1, 1], [0]]
     for n, (image, mask) in enumerate((scene, second)):
-        (alone,) = run_together(kit, [asked()[n]], [descriptions[n]], [mask], BARE)
+        (alone,) = run_together(backbone, [asked()[n]], [descriptions[n]], [mask], BARE)
         assert all(apart(a.image, b.image) <= 2 for a, b in zip(together[n], alone, strict=True))
         assert all(np.array_equal(r.image[~mask], image[~mask]) for r in together[n])
     assert (together[0][0].image != scene[0]).any() and (together[0][1].image == scene[0]).all()
@@ -652,13 +658,13 @@ def test_a_round_at_true_size(capsys):
     """Guards the path at the size of Stable Diffusion 2, with random weights: a round of two steps, edges decoded, all
     maps copied, every processor put back; says how much memory it took.
     """
-    kit = instantiate(compose("edit", ["image=x", "target=x", "model=sd2_base", "model.weights=random"]).model)
+    backbone = instantiate(compose("edit", ["image=x", "target=x", "model=sd2_base", "model.weights=random"]).model)
     rng, mask = np.random.default_rng(0), np.zeros((512, 512), bool)
     mask[150:400, 180:360] = True
-    picture, before = rng.integers(0, 256, (512, 512, 3), np.uint8), dict(kit.unet.attn_processors)
+    picture, before = rng.integers(0, 256, (512, 512, 3), np.uint8), dict(backbone.unet.attn_processors)
     words = Description("a red car on snow,", "pink neon light", "grey overcast light")
-    (made,) = run_together(kit, [rounds(picture, mask, 1, 1)], [[words]], [mask], Parts(steps=2, refine=1))
+    (made,) = run_together(backbone, [rounds(picture, mask, 1, 1)], [[words]], [mask], Parts(steps=2, refine=1))
     assert made[0].image.shape == (512, 512, 3) and np.array_equal(made[0].image[~mask], picture[~mask])
-    assert (made[0].image != picture)[mask].any() and kit.unet.attn_processors == before
+    assert (made[0].image != picture)[mask].any() and backbone.unet.attn_processors == before
     with capsys.disabled():
         print(f"\n{resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20:.1f} GiB at most")

@@ -11,7 +11,7 @@ from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection
 from harmony.core.errors import UserError
 from harmony.metrics import frechet
 from harmony.metrics.frechet import Statistics, frechet_distance, kid
-from harmony.models.features import INCEPTION_FILE, KitFeatures, inception_features
+from harmony.models.features import INCEPTION_FILE, BackboneFeatures, inception_features
 from harmony.pixels import images
 
 
@@ -30,13 +30,13 @@ def pictures(n, seed=0, tint=0, side=48):
 
 
 @pytest.fixture(scope="module")
-def kit_features():
+def backbone_features():
     torch.manual_seed(0)
     config = CLIPVisionConfig(
         hidden_size=16, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2, image_size=32, patch_size=8,
         projection_dim=8,
     )  # fmt: skip
-    return KitFeatures(CLIPVisionModelWithProjection(config).eval())
+    return BackboneFeatures(CLIPVisionModelWithProjection(config).eval())
 
 
 # --- statistics
@@ -110,14 +110,14 @@ def test_clean_resize_is_not_rounded():
     assert 0 <= resized.min() and resized.max() <= 255 and (resized != resized.round()).any()
 
 
-def test_kit_features_are_pooled_before_the_projection(kit_features):
+def test_backbone_features_are_pooled_before_the_projection(backbone_features):
     x = frechet.clean_resize(pictures(2), 32)
-    assert kit_features.protocol == "kit-clip" and kit_features.size == 32
-    assert kit_features(x).shape == (2, 16)
-    model = kit_features.model
+    assert backbone_features.protocol == "backbone-clip" and backbone_features.size == 32
+    assert backbone_features(x).shape == (2, 16)
+    model = backbone_features.model
     projected = model(pixel_values=frechet.normalize_clip(x, 32)).image_embeds
-    assert torch.allclose(model.visual_projection(kit_features(x)), projected, atol=1e-5)
-    assert kit_features(frechet.clean_resize(pictures(2), 299)).shape == (2, 16)
+    assert torch.allclose(model.visual_projection(backbone_features(x)), projected, atol=1e-5)
+    assert backbone_features(frechet.clean_resize(pictures(2), 299)).shape == (2, 16)
 
 
 def test_normalize_clip_takes_255():
@@ -126,16 +126,16 @@ def test_normalize_clip_takes_255():
     assert torch.allclose(white[0, :, 0, 0], torch.tensor(expected))
 
 
-def test_batches_do_not_change_features(kit_features):
+def test_batches_do_not_change_features(backbone_features):
     stream = iter(pictures(7))
-    batched = frechet.extract(stream, kit_features, 32, batch=3)
+    batched = frechet.extract(stream, backbone_features, 32, batch=3)
     assert batched.shape == (7, 16)
-    assert torch.allclose(batched, frechet.extract(pictures(7), kit_features, 32, batch=7), atol=1e-5)
+    assert torch.allclose(batched, frechet.extract(pictures(7), backbone_features, 32, batch=7), atol=1e-5)
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
 @pytest.mark.parametrize("size", [32, 299])
-def test_same_figure_as_clean_fid(tmp_path, kit_features, size):
+def test_same_figure_as_clean_fid(tmp_path, backbone_features, size):
     """clean-fid on two folders with our extractor, at the extractor's own side and at clean-fid's 299."""
     sets = pictures(40), pictures(40, seed=1, tint=40)
     for name, pictures_of_set in zip("ab", sets, strict=True):
@@ -144,10 +144,12 @@ def test_same_figure_as_clean_fid(tmp_path, kit_features, size):
             images.write_image(tmp_path / name / f"{i:02}.png", picture)
     resizer = None if size == 299 else cleanfid.fid.make_resizer("PIL", False, "bicubic", (size, size))
     theirs = cleanfid.fid.compute_fid(
-        str(tmp_path / "a"), str(tmp_path / "b"), custom_feat_extractor=kit_features, custom_fn_resize=resizer,
+        str(tmp_path / "a"), str(tmp_path / "b"), custom_feat_extractor=backbone_features, custom_fn_resize=resizer,
         num_workers=0, device=torch.device("cpu"), verbose=False,
     )  # fmt: skip
-    ours = frechet_distance(*(stats(frechet.extract(pictures_of_set, kit_features, size)) for pictures_of_set in sets))
+    ours = frechet_distance(
+        *(stats(frechet.extract(pictures_of_set, backbone_features, size)) for pictures_of_set in sets)
+    )
     assert ours > 0.01 and ours == pytest.approx(theirs, rel=1e-3)
 
 

@@ -9,7 +9,7 @@ import torch
 from transformers import CLIPTextConfig, CLIPTextModelWithProjection, CLIPVisionConfig, CLIPVisionModelWithProjection
 
 from harmony.metrics import similarity
-from harmony.models.clip import KitClip, OpenClip
+from harmony.models.clip import BackboneClip, OpenClip
 
 
 def pictures(n=3, side=40):
@@ -34,14 +34,14 @@ class Tokens:
         return type("Encoding", (), {"input_ids": padded})
 
 
-def test_kit_clip_projects_both_into_one_space():
+def test_backbone_clip_projects_both_into_one_space():
     torch.manual_seed(0)
     common = dict(hidden_size=16, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2, projection_dim=8)
     vision = CLIPVisionModelWithProjection(CLIPVisionConfig(**common, image_size=32, patch_size=8)).eval()
     text = CLIPTextModelWithProjection(
         CLIPTextConfig(**common, vocab_size=64, max_position_embeddings=12, eos_token_id=63)
     ).eval()
-    clip = KitClip(vision, text.text_model, text.text_projection, Tokens())
+    clip = BackboneClip(vision, text.text_model, text.text_projection, Tokens())
     seen, read = clip.images(pictures()), clip.texts(["a red cup", "snow", "a caption far longer than twelve"])
     assert seen.shape == read.shape == (3, 8) and not seen.requires_grad
     ids = Tokens()(["snow"], 12).input_ids

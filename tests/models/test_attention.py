@@ -6,12 +6,12 @@ import pytest
 import torch
 
 from harmony.models.attention import conditional, controlled, layers, map_side
-from harmony.models.backbone import Kit
+from harmony.models.backbone import Backbone
 
 
 @pytest.fixture(scope="module")
-def unet(random_kit):
-    return Kit(str(random_kit)).unet
+def unet(random_backbone):
+    return Backbone(str(random_backbone)).unet
 
 
 @pytest.fixture
@@ -99,7 +99,9 @@ def test_rows_with_and_without_guidance():
 
 
 def test_which_maps_say_where_words_look(unet):
-    """Guards map_side: the tiny kit's finest, Stable Diffusion's 16 at 512 px, and 24 at 768, where 12 has no words."""
+    """Guards map_side: the tiny backbone's finest, Stable Diffusion's 16 at 512 px, and 24 at 768, where 12 has no
+    words.
+    """
     assert map_side(unet, unet.config.sample_size) == unet.config.sample_size
     shapes = ["CrossAttnDownBlock2D"] * 3 + ["DownBlock2D"]
     unlike = SimpleNamespace(config=SimpleNamespace(down_block_types=shapes))

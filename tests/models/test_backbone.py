@@ -12,31 +12,31 @@ from hydra.utils import instantiate
 
 from harmony.cli.compose import compose
 from harmony.core.errors import UserError
-from harmony.models.backbone import ASSETS, Kit, kit_path, scaled_latent
+from harmony.models.backbone import ASSETS, Backbone, backbone_path, scaled_latent
 
 
 @pytest.fixture(scope="module")
-def kit(random_kit):
-    return Kit(str(random_kit))
+def backbone(random_backbone):
+    return Backbone(str(random_backbone))
 
 
-def test_facts_come_from_the_kits_own_files(kit):
-    assert (kit.factor, kit.channels, kit.resolution, kit.prediction_type) == (4, 4, 32, "epsilon")
-    assert len(kit.alphas_cumprod) == 1000
-    for part in (kit.vae, kit.unet, kit.text_encoder, kit.image_encoder):
+def test_facts_come_from_the_backbones_own_files(backbone):
+    assert (backbone.factor, backbone.channels, backbone.resolution, backbone.prediction_type) == (4, 4, 32, "epsilon")
+    assert len(backbone.alphas_cumprod) == 1000
+    for part in (backbone.vae, backbone.unet, backbone.text_encoder, backbone.image_encoder):
         assert not part.training and not any(p.requires_grad for p in part.parameters())
 
 
-def test_codec_shapes_and_scale(kit):
+def test_codec_shapes_and_scale(backbone):
     x = torch.rand(2, 3, 32, 32, generator=torch.Generator().manual_seed(0)) * 2 - 1
-    moments = kit.moments(x)
+    moments = backbone.moments(x)
     assert moments.shape == (2, 8, 8, 8)
-    posterior = kit.vae.encode(x).latent_dist
-    assert torch.equal(kit.latent(moments), 0.5 * posterior.mean)
+    posterior = backbone.vae.encode(x).latent_dist
+    assert torch.equal(backbone.latent(moments), 0.5 * posterior.mean)
     noise = torch.randn(2, 4, 8, 8)
-    torch.testing.assert_close(kit.latent(moments, noise), 0.5 * (posterior.mean + posterior.std * noise))
-    assert kit.decode(kit.latent(moments)).shape == x.shape
-    torch.testing.assert_close(kit.decode(0.5 * posterior.mean), kit.vae.decode(posterior.mean).sample)
+    torch.testing.assert_close(backbone.latent(moments, noise), 0.5 * (posterior.mean + posterior.std * noise))
+    assert backbone.decode(backbone.latent(moments)).shape == x.shape
+    torch.testing.assert_close(backbone.decode(0.5 * posterior.mean), backbone.vae.decode(posterior.mean).sample)
 
 
 def test_a_wild_variance_stays_finite():
@@ -44,58 +44,62 @@ def test_a_wild_variance_stays_finite():
     assert scaled_latent(moments, 0.5, torch.ones(1, 4, 2, 2)).isfinite().all()
 
 
-def test_text(kit):
-    tokens = kit.tokens(["a red mushroom on snow", "", "very " * 100])
-    assert tokens.shape == (3, kit.tokenizer.model_max_length)
-    states = kit.prompt(["a red mushroom on snow", ""])
+def test_text(backbone):
+    tokens = backbone.tokens(["a red mushroom on snow", "", "very " * 100])
+    assert tokens.shape == (3, backbone.tokenizer.model_max_length)
+    states = backbone.prompt(["a red mushroom on snow", ""])
     assert states.shape == (2, 16, 32)
-    assert torch.equal(kit.text(tokens[:2]), states)
+    assert torch.equal(backbone.text(tokens[:2]), states)
     assert (states[0] - states[1]).abs().max() > 1e-3
 
 
-def test_the_hash_follows_the_weights(random_kit, tmp_path):
-    shutil.copytree(random_kit, tmp_path / "copy")
-    kit, copy = Kit(str(random_kit)), Kit(str(tmp_path / "copy"))
-    assert kit.hash("vae") == copy.hash("vae") != kit.hash("unet")
+def test_the_hash_follows_the_weights(random_backbone, tmp_path):
+    shutil.copytree(random_backbone, tmp_path / "copy")
+    backbone, copy = Backbone(str(random_backbone)), Backbone(str(tmp_path / "copy"))
+    assert backbone.hash("vae") == copy.hash("vae") != backbone.hash("unet")
     weights = tmp_path / "copy" / "vae" / "diffusion_pytorch_model.safetensors"
     changed = bytearray(weights.read_bytes())
     changed[-1] ^= 1
     weights.write_bytes(changed)
-    assert kit.hash("vae") != copy.hash("vae")
+    assert backbone.hash("vae") != copy.hash("vae")
 
 
-def test_random_weights_have_the_architecture_alone(random_kit, kit):
-    fresh = Kit(str(random_kit), weights="random")
-    shapes = {name: tuple(p.shape) for name, p in kit.unet.named_parameters()}
+def test_random_weights_have_the_architecture_alone(random_backbone, backbone):
+    fresh = Backbone(str(random_backbone), weights="random")
+    shapes = {name: tuple(p.shape) for name, p in backbone.unet.named_parameters()}
     assert {name: tuple(p.shape) for name, p in fresh.unet.named_parameters()} == shapes
-    assert not torch.equal(fresh.unet.conv_in.weight, kit.unet.conv_in.weight)
+    assert not torch.equal(fresh.unet.conv_in.weight, backbone.unet.conv_in.weight)
     assert fresh.hash("unet") == "random"
 
 
-def test_what_every_step_runs_is_rounded_and_nothing_else(random_kit, kit):
+def test_what_every_step_runs_is_rounded_and_nothing_else(random_backbone, backbone):
     """Guards bfloat16: UNet and text encoder alone; states and latents are float32, and a copy to train is exact."""
-    half = Kit(str(random_kit), dtype="bfloat16")
+    half = Backbone(str(random_backbone), dtype="bfloat16")
     assert half.unet.dtype == half.text_encoder.dtype == torch.bfloat16
     assert half.vae.dtype == half.prompt(["a red mushroom"]).dtype == torch.float32
-    assert torch.equal(half.unrounded("unet").conv_in.weight, kit.unet.conv_in.weight)
-    assert kit.unrounded("unet") is kit.unet
-    assert Kit(str(random_kit), dtype="auto").dtype == (torch.bfloat16 if torch.cuda.is_available() else torch.float32)
+    assert torch.equal(half.unrounded("unet").conv_in.weight, backbone.unet.conv_in.weight)
+    assert backbone.unrounded("unet") is backbone.unet
+    assert Backbone(str(random_backbone), dtype="auto").dtype == (
+        torch.bfloat16 if torch.cuda.is_available() else torch.float32
+    )
     with pytest.raises(UserError, match="model.dtype=half: choose auto, float32 or bfloat16"):
-        Kit(str(random_kit), dtype="half")
+        Backbone(str(random_backbone), dtype="half")
 
 
-def test_what_is_missing_is_said(kit, tmp_path):
+def test_what_is_missing_is_said(backbone, tmp_path):
     with pytest.raises(UserError, match="has no captioner"):
-        _ = kit.captioner
-    with pytest.raises(UserError, match="no kit in"):
-        Kit(str(tmp_path / "nowhere"))
+        _ = backbone.captioner
+    with pytest.raises(UserError, match="no backbone in"):
+        Backbone(str(tmp_path / "nowhere"))
 
 
-def test_names(random_kit, monkeypatch):
-    assert Kit(str(random_kit)).name == str(random_kit)
-    monkeypatch.setattr("harmony.models.backbone.ASSETS", random_kit.parent)
-    assert kit_path(random_kit.name) == str(random_kit)
-    assert Kit(random_kit.name).name == random_kit.name  # a shipped kit goes by its name, never by a machine's path
+def test_names(random_backbone, monkeypatch):
+    assert Backbone(str(random_backbone)).name == str(random_backbone)
+    monkeypatch.setattr("harmony.models.backbone.ASSETS", random_backbone.parent)
+    assert backbone_path(random_backbone.name) == str(random_backbone)
+    assert (
+        Backbone(random_backbone.name).name == random_backbone.name
+    )  # a shipped backbone goes by its name, never by a machine's path
     assert ASSETS.name == "assets"
 
 
@@ -110,35 +114,40 @@ COUNTS = {
 def test_true_sizes_come_with_the_package(name):
     """Guards model=NAME model.weights=random without a network: the parameters of the real thing, to the last one."""
     cfg = compose("fit", ["experiment=color", f"model={name}", "model.weights=random"]).model
-    kit = instantiate(cfg)
-    assert kit.name == name and kit.hash("unet") == "random" and kit.scheduler.config.prediction_type == "epsilon"
+    backbone = instantiate(cfg)
+    assert (
+        backbone.name == name
+        and backbone.hash("unet") == "random"
+        and backbone.scheduler.config.prediction_type == "epsilon"
+    )
     with torch.device("meta"):
-        unet = UNet2DConditionModel.from_config(UNet2DConditionModel.load_config(kit.path, subfolder="unet"))
+        unet = UNet2DConditionModel.from_config(UNet2DConditionModel.load_config(backbone.path, subfolder="unet"))
     assert sum(p.numel() for p in unet.parameters()) == COUNTS[name] and unet.config.sample_size == 64
-    assert kit.tokens(["a red mushroom"]).shape == (1, 77)
+    assert backbone.tokens(["a red mushroom"]).shape == (1, 77)
 
 
-def test_weights_are_of_the_hub_or_random(random_kit):
+def test_weights_are_of_the_hub_or_random(random_backbone):
     with pytest.raises(UserError, match="choose hub or random"):
-        Kit(str(random_kit), weights="pretrained")
+        Backbone(str(random_backbone), weights="pretrained")
 
 
-def test_weights_from_a_hub_are_known_by_their_bytes(random_kit, tmp_path):
+def test_weights_from_a_hub_are_known_by_their_bytes(random_backbone, tmp_path):
     """Guards provenance of hub ids: read from the hub's own cache, without a network, the hash is that of the files;
     where they cannot be reached, one line says so.
     """
-    cached, commit = tmp_path / "models--someone--kit", 40 * "a"
-    shutil.copytree(random_kit, cached / "snapshots" / commit)
+    cached, commit = tmp_path / "models--someone--backbone", 40 * "a"
+    shutil.copytree(random_backbone, cached / "snapshots" / commit)
     (cached / "refs").mkdir()
     (cached / "refs" / "main").write_text(commit)
-    code = "from harmony.models.backbone import Kit; k = Kit('someone/kit')\n"
+    code = "from harmony.models.backbone import Backbone; k = Backbone('someone/backbone')\n"
     code += "print(*[k.hash(part) for part in ('unet', 'tokenizer')])\n"
-    code += "from harmony.core.errors import UserError\ntry: Kit('someone/other').unet\nexcept UserError as e: print(e)"
+    code += "from harmony.core.errors import UserError\n"
+    code += "try: Backbone('someone/other').unet\nexcept UserError as e: print(e)"
     env = {**os.environ, "HF_HUB_CACHE": str(tmp_path), "HF_HUB_OFFLINE": "1"}
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=env)
     assert done.returncode == 0, done.stderr
     hashes, said = done.stdout.splitlines()[-2:]
-    assert hashes.split() == [Kit(str(random_kit)).hash(part) for part in ("unet", "tokenizer")]
+    assert hashes.split() == [Backbone(str(random_backbone)).hash(part) for part in ("unet", "tokenizer")]
     assert said.startswith("cannot fetch unet of someone/other from the hub (") and "model.path=FOLDER" in said
 
 
@@ -159,10 +168,9 @@ def test_weights_are_loaded_without_doubling(tmp_path):
     """Guards memory at true size: four shards of a gigabyte, read one after another; a rounded copy takes its own size
     and at most one shard beside it.
     """
-    made = "import sys; from harmony.models.backbone import Kit\n"
-    made += (
-        "Kit('sd2', weights='random', geometry='sd2').unet.save_pretrained(sys.argv[1] + '/unet', max_shard_size='1GB')"
-    )
+    made = "import sys; from harmony.models.backbone import Backbone\n"
+    made += "unet = Backbone('sd2', weights='random', geometry='sd2').unet\n"
+    made += "unet.save_pretrained(sys.argv[1] + '/unet', max_shard_size='1GB')"
     subprocess.run([sys.executable, "-c", made, str(tmp_path)], check=True, capture_output=True)
     assert len(list((tmp_path / "unet").glob("*.safetensors"))) == 4
     for dtype in ("float32", "bfloat16"):

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from harmony.core.errors import UserError
-from harmony.models.backbone import Kit
+from harmony.models.backbone import Backbone
 from harmony.models.controlnet import controlnet_folder, export_controlnet, from_unet, load_controlnet, read_hint
 from harmony.models.unet_halves import decode, encode
 from harmony.sampling.guidance import control_residuals, embedded, predict
@@ -15,38 +15,38 @@ PARAMETERS = {"sigma": 10, "normalize": True}
 
 
 @pytest.fixture(scope="module")
-def kit(random_kit):
-    return Kit(str(random_kit))
+def backbone(random_backbone):
+    return Backbone(str(random_backbone))
 
 
 @pytest.fixture(scope="module")
-def inputs(kit):
+def inputs(backbone):
     rng = torch.Generator().manual_seed(0)
     return {
         "z": torch.randn(2, 4, 8, 8, generator=rng),
         "known": torch.randn(2, 5, 8, 8, generator=rng),
         "t": torch.tensor([1, 981]),
-        "text": kit.prompt(["a red mushroom", ""]),
+        "text": backbone.prompt(["a red mushroom", ""]),
     }
 
 
 @torch.no_grad()
 @pytest.mark.parametrize("in_channels", [4, None])
-def test_a_fresh_controlnet_changes_nothing(kit, inputs, in_channels):
-    net, shown = from_unet(kit.unet, kit.factor, in_channels), torch.rand(2, 3, 32, 32)
+def test_a_fresh_controlnet_changes_nothing(backbone, inputs, in_channels):
+    net, shown = from_unet(backbone.unet, backbone.factor, in_channels), torch.rand(2, 3, 32, 32)
     u = torch.cat([inputs["z"], inputs["known"]], 1)
     down, middle = control_residuals(embedded([(net, shown, 1.0)]), u, inputs["t"], inputs["text"])
     assert all(not r.any() for r in (*down, middle))
-    plain, first = predict(kit.unet, **inputs), encode(kit.unet, u, inputs["t"], inputs["text"])
-    assert torch.equal(decode(kit.unet, first, inputs["text"], (down, middle)), plain)
+    plain, first = predict(backbone.unet, **inputs), encode(backbone.unet, u, inputs["t"], inputs["text"])
+    assert torch.equal(decode(backbone.unet, first, inputs["text"], (down, middle)), plain)
     assert plain.abs().max() > 0.1
 
 
 @torch.no_grad()
-def test_the_hint_survives_a_fresh_hint_encoder(kit):
+def test_the_hint_survives_a_fresh_hint_encoder(backbone):
     """Guards short trainings: two hints of different grey still differ before the last layer, which starts at zero."""
     torch.manual_seed(0)
-    encoder = from_unet(kit.unet, kit.factor).controlnet_cond_embedding
+    encoder = from_unet(backbone.unet, backbone.factor).controlnet_cond_embedding
     x = torch.tensor([0.2, 0.8]).view(2, 1, 1, 1).expand(2, 3, 32, 32)
     for layer in (encoder.conv_in, *encoder.blocks):
         x = torch.nn.functional.silu(layer(x))
@@ -54,47 +54,47 @@ def test_the_hint_survives_a_fresh_hint_encoder(kit):
     assert not encoder.conv_out.weight.any() and not encoder.conv_out.bias.any()
 
 
-def test_copied_weights_are_the_unets(kit):
-    theirs, net = kit.unet.state_dict(), from_unet(kit.unet, kit.factor)
+def test_copied_weights_are_the_unets(backbone):
+    theirs, net = backbone.unet.state_dict(), from_unet(backbone.unet, backbone.factor)
     own = ("controlnet_down_blocks", "controlnet_mid_block", "controlnet_cond_embedding", "conv_in.weight")
     copied = [name for name in net.state_dict() if not name.startswith(own)]
     for part in ("time_embedding.", "down_blocks.", "mid_block.", "conv_in.bias"):
         assert any(name.startswith(part) for name in copied)
     for name in copied:
         assert torch.equal(net.state_dict()[name], theirs[name]), name
-    assert torch.equal(net.conv_in.weight, kit.unet.conv_in.weight[:, :4])
-    assert torch.equal(from_unet(kit.unet, kit.factor, None).conv_in.weight, kit.unet.conv_in.weight)
+    assert torch.equal(net.conv_in.weight, backbone.unet.conv_in.weight[:, :4])
+    assert torch.equal(from_unet(backbone.unet, backbone.factor, None).conv_in.weight, backbone.unet.conv_in.weight)
 
 
-def test_it_is_trained_in_float32_and_the_unet_is_not_touched(kit):
-    net = from_unet(kit.unet, kit.factor)
+def test_it_is_trained_in_float32_and_the_unet_is_not_touched(backbone):
+    net = from_unet(backbone.unet, backbone.factor)
     assert net.training
     assert {(p.dtype, p.requires_grad) for p in net.parameters()} == {(torch.float32, True)}
-    assert not any(p.requires_grad for p in kit.unet.parameters())
-    shared = {p.data_ptr() for p in kit.unet.parameters()} & {p.data_ptr() for p in net.parameters()}
+    assert not any(p.requires_grad for p in backbone.unet.parameters())
+    shared = {p.data_ptr() for p in backbone.unet.parameters()} & {p.data_ptr() for p in net.parameters()}
     assert not shared
 
 
 @pytest.mark.parametrize("factor", [4, 8])
-def test_the_hint_encoder_shrinks_by_the_factor(kit, factor):
-    net = from_unet(kit.unet, factor)
+def test_the_hint_encoder_shrinks_by_the_factor(backbone, factor):
+    net = from_unet(backbone.unet, factor)
     assert net.controlnet_cond_embedding(torch.rand(1, 3, 64, 64)).shape[-2:] == (64 // factor, 64 // factor)
 
 
-def test_export_and_load(kit, awake, tmp_path):
-    net = awake(kit)
-    folder = export_controlnet(net, tmp_path / "run" / "export", "color", PARAMETERS, kit)
+def test_export_and_load(backbone, awake, tmp_path):
+    net = awake(backbone)
+    folder = export_controlnet(net, tmp_path / "run" / "export", "color", PARAMETERS, backbone)
     for path in (tmp_path / "run", tmp_path / "run" / "export", folder):
         assert controlnet_folder(path) == folder
         loaded = load_controlnet(path)
         assert not loaded.training and not any(p.requires_grad for p in loaded.parameters())
         assert all(torch.equal(v, net.state_dict()[k]) for k, v in loaded.state_dict().items())
         facts = read_hint(path)
-        assert (facts["branch"], facts["parameters"], facts["unet"]) == ("color", PARAMETERS, kit.hash("unet"))
+        assert (facts["branch"], facts["parameters"], facts["unet"]) == ("color", PARAMETERS, backbone.hash("unet"))
     assert [p.name for p in folder.parent.iterdir()] == ["controlnet"]  # nothing half-written stays
 
 
-def test_what_is_no_controlnet_is_said(kit, awake, tmp_path):
+def test_what_is_no_controlnet_is_said(backbone, awake, tmp_path):
     (tmp_path / "empty").mkdir()
     with pytest.raises(UserError, match="holds no ControlNet"):
         load_controlnet(tmp_path / "empty")
@@ -103,7 +103,7 @@ def test_what_is_no_controlnet_is_said(kit, awake, tmp_path):
         load_controlnet(tmp_path / "run")
     with pytest.raises(UserError, match="there is no ControlNet"):
         load_controlnet(tmp_path / "nowhere")
-    folder = export_controlnet(awake(kit), tmp_path / "damaged", "color", PARAMETERS, kit)
+    folder = export_controlnet(awake(backbone), tmp_path / "damaged", "color", PARAMETERS, backbone)
     weights = folder / "diffusion_pytorch_model.safetensors"
     weights.write_bytes(weights.read_bytes()[:5000])
     with pytest.raises(UserError, match="cannot load a ControlNet"):

@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 from transformers import CLIPVisionConfig
 
 from harmony.core.errors import UserError
-from harmony.models.backbone import Kit
+from harmony.models.backbone import Backbone
 from harmony.models.paint_by_example import (
     ExemplarEncoder,
     export_painter,
@@ -25,43 +25,43 @@ from harmony.pixels.images import to_clip
 
 
 @pytest.fixture(scope="module")
-def kit(random_kit):
-    return Kit(str(random_kit))
+def backbone(random_backbone):
+    return Backbone(str(random_backbone))
 
 
 def pictures(count: int = 2, size: int = 32) -> torch.Tensor:
     return torch.rand(count, 3, size, size, generator=torch.Generator().manual_seed(0))
 
 
-def encoder(kit, **options) -> ExemplarEncoder:
+def encoder(backbone, **options) -> ExemplarEncoder:
     torch.manual_seed(0)
-    return fresh_encoder(kit.image_encoder, kit.unet.config.cross_attention_dim, **options).eval()
+    return fresh_encoder(backbone.image_encoder, backbone.unet.config.cross_attention_dim, **options).eval()
 
 
-def latents(kit, count: int = 2):
-    side = kit.resolution // kit.factor
+def latents(backbone, count: int = 2):
+    side = backbone.resolution // backbone.factor
     rng = torch.Generator().manual_seed(1)
-    z, masked = torch.randn(2, count, kit.channels, side, side, generator=rng)
+    z, masked = torch.randn(2, count, backbone.channels, side, side, generator=rng)
     hole = torch.zeros(count, 1, side, side)
     hole[..., 2:5, 3:6] = 1
     return z, hole, masked
 
 
-def test_it_is_diffusers_encoder(kit):
+def test_it_is_diffusers_encoder(backbone):
     """Guards the contract: same keys, and with the same weights the same token as PaintByExampleImageEncoder."""
-    ours = encoder(kit)
+    ours = encoder(backbone)
     theirs = PaintByExampleImageEncoder(ours.config).eval()
     assert set(ours.state_dict()) == set(theirs.state_dict())
     theirs.load_state_dict(ours.state_dict())
     token, nothing = theirs(to_clip(pictures()), return_uncond_vector=True)
     assert torch.equal(ours(pictures()), token) and torch.equal(ours.uncond_vector, nothing)
-    assert token.shape == (2, 1, kit.unet.config.cross_attention_dim)
-    assert len(ours.mapper.blocks) == (kit.image_encoder.config.num_hidden_layers + 1) // 5 == 1
+    assert token.shape == (2, 1, backbone.unet.config.cross_attention_dim)
+    assert len(ours.mapper.blocks) == (backbone.image_encoder.config.num_hidden_layers + 1) // 5 == 1
 
 
-def test_the_tower_is_the_kits(kit):
-    """Guards the start: the frozen tower gives the features of the kit's own image encoder."""
-    ours, tower = encoder(kit), kit.image_encoder
+def test_the_tower_is_the_backbones(backbone):
+    """Guards the start: the frozen tower gives the features of the backbone's own image encoder."""
+    ours, tower = encoder(backbone), backbone.image_encoder
     expected = tower(pixel_values=to_clip(pictures())).image_embeds
     assert torch.allclose(tower.visual_projection(ours.features(pictures())[:, 0]), expected, atol=1e-6)
 
@@ -79,9 +79,9 @@ class Shuffled(torch.nn.Module):
         return type(out)(torch.cat([out.last_hidden_state[:, :1], patches], 1), out.pooler_output)
 
 
-def test_only_the_class_token_gets_through(kit):
+def test_only_the_class_token_gets_through(backbone):
     """Guards the bottleneck: one token, and the order of the patches does not matter; the ablation sees all of them."""
-    ours, every = encoder(kit), encoder(kit, all_tokens=True)
+    ours, every = encoder(backbone), encoder(backbone, all_tokens=True)
     one, many = ours(pictures()), every(pictures())
     assert one.shape[1] == 1 and many.shape[1] == 1 + (32 // 8) ** 2
     ours.model, every.model = Shuffled(ours.model), Shuffled(every.model)
@@ -89,48 +89,48 @@ def test_only_the_class_token_gets_through(kit):
     assert not torch.allclose(every(pictures()), many, atol=1e-3)
 
 
-def test_painting_unet_from_nine_channels_is_the_same_network(kit):
+def test_painting_unet_from_nine_channels_is_the_same_network(backbone):
     """Guards the change of order and polarity: away from the rim the first layer gives the same numbers."""
-    z, hole, masked = latents(kit)
-    text = torch.randn(2, 1, kit.unet.config.cross_attention_dim, generator=torch.Generator().manual_seed(2))
+    z, hole, masked = latents(backbone)
+    text = torch.randn(2, 1, backbone.unet.config.cross_attention_dim, generator=torch.Generator().manual_seed(2))
     t = torch.tensor([10, 700])
-    painting = painting_unet(kit.unet).eval()
+    painting = painting_unet(backbone.unet).eval()
     first = torch.nn.functional.conv2d
     u, v = torch.cat([z, hole, masked], 1), torch.cat([z, known_by_example(hole, masked)], 1)
     ours = first(v, painting.conv_in.weight, painting.conv_in.bias)  # no padding: away from the rim
-    theirs = first(u, kit.unet.conv_in.weight, kit.unet.conv_in.bias)
+    theirs = first(u, backbone.unet.conv_in.weight, backbone.unet.conv_in.bias)
     assert torch.allclose(ours, theirs, atol=1e-5)
     assert painting(v, t, text).sample.shape == z.shape
     assert all(p.requires_grad for p in painting.parameters())
-    assert not any(p.requires_grad for p in kit.unet.parameters())
+    assert not any(p.requires_grad for p in backbone.unet.parameters())
 
 
-def test_widened_from_four_channels_it_does_not_see_what_is_known(kit):
+def test_widened_from_four_channels_it_does_not_see_what_is_known(backbone):
     """Guards the beginning: zero-extended, the output on [z, anything] equals the four-channel UNet's on z exactly."""
     torch.manual_seed(0)
-    plain = UNet2DConditionModel.from_config({**kit.unet.config, "in_channels": 4}).eval()
-    z, hole, masked = latents(kit)
-    text = torch.randn(2, 1, kit.unet.config.cross_attention_dim)
+    plain = UNet2DConditionModel.from_config({**backbone.unet.config, "in_channels": 4}).eval()
+    z, hole, masked = latents(backbone)
+    text = torch.randn(2, 1, backbone.unet.config.cross_attention_dim)
     painting, t = painting_unet(plain).eval(), torch.tensor([10, 700])
     for known in (known_by_example(hole, masked), 100 * torch.randn(2, 5, *z.shape[2:])):
         assert torch.equal(painting(torch.cat([z, known], 1), t, text).sample, plain(z, t, text).sample)
     with pytest.raises(UserError, match="7 input channels"):
-        painting_unet(UNet2DConditionModel.from_config({**kit.unet.config, "in_channels": 7}))
+        painting_unet(UNet2DConditionModel.from_config({**backbone.unet.config, "in_channels": 7}))
 
 
-def test_polarity_is_an_involution(kit):
+def test_polarity_is_an_involution(backbone):
     """Guards the channel order: latent, masked latent, keep mask; keep is 0 exactly where our hole is 1."""
-    _, hole, masked = latents(kit)
+    _, hole, masked = latents(backbone)
     known = known_by_example(hole, masked)
     assert torch.equal(known[:, :-1], masked) and torch.equal(known[:, -1:], 1 - hole)
     assert torch.equal(known_by_example(known[:, -1:], masked)[:, -1:], hole)
 
 
-def test_one_token_makes_queries_and_keys_dead(kit):
+def test_one_token_makes_queries_and_keys_dead(backbone):
     """Guards the single token: gradients of q and k are zero, those of v are not; noise in q and k changes nothing."""
-    ours, painting = encoder(kit), painting_unet(kit.unet)
+    ours, painting = encoder(backbone), painting_unet(backbone.unet)
     ours.requires_grad_(True)
-    z, hole, masked = latents(kit)
+    z, hole, masked = latents(backbone)
     u, t = torch.cat([z, known_by_example(hole, masked)], 1), torch.tensor([10, 700])
     out = painting(u, t, ours(pictures())).sample
     out.square().mean().backward()
@@ -147,66 +147,68 @@ def test_one_token_makes_queries_and_keys_dead(kit):
         assert torch.equal(painting(u, t, ours(pictures())).sample, out)
 
 
-def test_export_comes_back(kit, tmp_path):
-    """Guards the files: what is written is read again, on the kit that it names, and diffusers reads it too."""
-    ours, painting = encoder(kit), painting_unet(kit.unet)
-    folder = export_painter(painting, ours, tmp_path, kit)
-    painter = load_painter(tmp_path, kit)
+def test_export_comes_back(backbone, tmp_path):
+    """Guards the files: what is written is read again, on the backbone that it names, and diffusers reads it too."""
+    ours, painting = encoder(backbone), painting_unet(backbone.unet)
+    folder = export_painter(painting, ours, tmp_path, backbone)
+    painter = load_painter(tmp_path, backbone)
     assert all(torch.equal(v, ours.state_dict()[n]) for n, v in painter.encoder.state_dict().items())
-    assert all(torch.equal(v, painting.state_dict()[n]) for n, v in painter.kit.unet.state_dict().items())
-    assert painter.kit.unet is not kit.unet and painter.kit.vae is kit.vae
-    assert not any(p.requires_grad for p in (*painter.encoder.parameters(), *painter.kit.unet.parameters()))
+    assert all(torch.equal(v, painting.state_dict()[n]) for n, v in painter.backbone.unet.state_dict().items())
+    assert painter.backbone.unet is not backbone.unet and painter.backbone.vae is backbone.vae
+    assert not any(p.requires_grad for p in (*painter.encoder.parameters(), *painter.backbone.unet.parameters()))
     theirs = PaintByExampleImageEncoder.from_pretrained(folder / "image_encoder")
     assert torch.equal(theirs.proj_out.weight, ours.proj_out.weight)
-    assert json.loads((folder / "kit.json").read_text())["vae"] == kit.hash("vae")
-    export_painter(painting, encoder(kit, all_tokens=True), tmp_path / "all", kit)
-    assert load_painter(tmp_path / "all", kit).encoder.all_tokens
+    assert json.loads((folder / "backbone.json").read_text())["vae"] == backbone.hash("vae")
+    export_painter(painting, encoder(backbone, all_tokens=True), tmp_path / "all", backbone)
+    assert load_painter(tmp_path / "all", backbone).encoder.all_tokens
 
 
-def other_kit(kit, folder, part: str) -> Kit:
-    """A copy of the kit in which one weight of ``part`` is another."""
-    shutil.copytree(kit.path, folder)
+def other_backbone(backbone, folder, part: str) -> Backbone:
+    """A copy of the backbone in which one weight of ``part`` is another."""
+    shutil.copytree(backbone.path, folder)
     (file,) = (folder / part).glob("*.safetensors")
     state = load_file(file)
     name = min(state)
     save_file(state | {name: state[name] + 1}, file, {"format": "pt"})
-    return Kit(str(folder))
+    return Backbone(str(folder))
 
 
-def test_shipped_without_a_tower_it_takes_the_kits(kit, tmp_path):
-    """Guards what is shipped: float16, no tower, which is that of the kit to the last bit; of no other kit."""
+def test_shipped_without_a_tower_it_takes_the_backbones(backbone, tmp_path):
+    """Guards what is shipped: float16, no tower, which is that of the backbone to the last bit; of no other
+    backbone.
+    """
     torch.manual_seed(0)
-    ours, painting = encoder(kit), painting_unet(kit.unet)
-    folder = export_painter(painting, ours, tmp_path, kit, half=True, tower=False)
+    ours, painting = encoder(backbone), painting_unet(backbone.unet)
+    folder = export_painter(painting, ours, tmp_path, backbone, half=True, tower=False)
     state = load_file(folder / "image_encoder" / "model.safetensors")
     assert not any(name.startswith("model.") for name in state) and {v.dtype for v in state.values()} == {torch.float16}
-    again = load_painter(tmp_path, kit)
+    again = load_painter(tmp_path, backbone)
     same = again.encoder.model.state_dict()
     assert all(torch.equal(v, same[n]) for n, v in ours.model.state_dict().items())
     assert torch.allclose(again.encoder(pictures()), ours(pictures()), atol=1e-2)
     with pytest.raises(UserError, match="behind another CLIP tower"):
-        load_painter(tmp_path, other_kit(kit, tmp_path / "tower", "image_encoder"))
+        load_painter(tmp_path, other_backbone(backbone, tmp_path / "tower", "image_encoder"))
     ours.model.embeddings.class_embedding += 1
     with pytest.raises(UserError, match="so it cannot be left out: tower=true"):
-        export_painter(painting, ours, tmp_path / "foreign", kit, tower=False)
+        export_painter(painting, ours, tmp_path / "foreign", backbone, tower=False)
 
 
-def test_another_vae_is_refused(kit, tmp_path):
+def test_another_vae_is_refused(backbone, tmp_path):
     """Guards the latents: those of another VAE mean something else."""
-    export_painter(painting_unet(kit.unet), encoder(kit), tmp_path, kit)
+    export_painter(painting_unet(backbone.unet), encoder(backbone), tmp_path, backbone)
     with pytest.raises(UserError, match="trained on another VAE"):
-        load_painter(tmp_path, other_kit(kit, tmp_path / "vae", "vae"))
+        load_painter(tmp_path, other_backbone(backbone, tmp_path / "vae", "vae"))
 
 
-def test_released_files_with_older_names_load(kit, tmp_path):
+def test_released_files_with_older_names_load(backbone, tmp_path):
     """Guards Fantasy-Studio's files: the tower under model.vision_model., with position ids."""
-    ours = encoder(kit)
-    folder = export_painter(painting_unet(kit.unet), ours, tmp_path, kit) / "image_encoder"
+    ours = encoder(backbone)
+    folder = export_painter(painting_unet(backbone.unet), ours, tmp_path, backbone) / "image_encoder"
     state = load_file(folder / "model.safetensors")
     older = {("model.vision_" + n) if n.startswith("model.") else n: v for n, v in state.items()}
     older["model.vision_model.embeddings.position_ids"] = torch.arange(17)[None]
     save_file(older, folder / "model.safetensors")
-    again = read_encoder(str(folder.parent), kit)
+    again = read_encoder(str(folder.parent), backbone)
     assert torch.equal(again(pictures()), ours(pictures()))
 
 
@@ -227,19 +229,19 @@ def test_released_geometry_has_the_released_parameter_counts():
     assert sum(p.numel() for p in big.trained()) + 859_535_364 == 923_306_500
 
 
-def test_bad_folders_end_in_one_line(kit, tmp_path):
-    """Guards bad input: nothing there, another kit's, weights that are torn or do not fit."""
+def test_bad_folders_end_in_one_line(backbone, tmp_path):
+    """Guards bad input: nothing there, another backbone's, weights that are torn or do not fit."""
     (tmp_path / "empty").mkdir()
     with pytest.raises(UserError, match="holds no Paint by Example"):
-        load_painter(tmp_path / "empty", kit)
+        load_painter(tmp_path / "empty", backbone)
     with pytest.raises(UserError, match="there is no Paint by Example"):
-        load_painter(tmp_path / "nowhere" / "at" / "all", kit)
-    folder = export_painter(painting_unet(kit.unet), encoder(kit), tmp_path, kit)
+        load_painter(tmp_path / "nowhere" / "at" / "all", backbone)
+    folder = export_painter(painting_unet(backbone.unet), encoder(backbone), tmp_path, backbone)
     weights = folder / "image_encoder" / "model.safetensors"
     whole = weights.read_bytes()
     weights.write_bytes(whole[: len(whole) // 2])
     with pytest.raises(UserError, match="cannot load image_encoder"):
-        load_painter(tmp_path, kit)
+        load_painter(tmp_path, backbone)
     save_file({"uncond_vector": torch.zeros(1, 1, 32)}, weights)
     with pytest.raises(UserError, match="does not fit its config.json"):
-        load_painter(tmp_path, kit)
+        load_painter(tmp_path, backbone)

@@ -1,4 +1,4 @@
-"""Textual inversion: a word's file, the kit that knows it, and text states through vectors that stand alone."""
+"""Textual inversion: a word's file, the backbone that knows it, and text states through vectors that stand alone."""
 
 import os
 from pathlib import Path
@@ -9,7 +9,7 @@ from diffusers import StableDiffusionPipeline
 from safetensors.torch import save_file
 
 from harmony.core.errors import UserError
-from harmony.models.backbone import Kit
+from harmony.models.backbone import Backbone
 from harmony.models.textual_inversion import Word, add_tokens, initial, learn, read_word, save_word, text_states
 
 WIDTH = 32
@@ -18,97 +18,99 @@ PROMPTS = ["a <mug> on snow", "a red mushroom on grass", "<mug>, a blue car, a <
 
 
 @pytest.fixture
-def kit(random_kit):
+def backbone(random_backbone):
     """One of its own for each test: learning changes it."""
-    return Kit(str(random_kit))
+    return Backbone(str(random_backbone))
 
 
 def word(count: int = 1, token: str = "<mug>", width: int = WIDTH) -> Word:
     return Word(token, torch.randn(count, width, generator=torch.Generator().manual_seed(count)))
 
 
-def state(kit: Kit) -> tuple:
-    """What of a kit a word may change."""
-    return len(kit.tokenizer), dict(kit.words), kit.text_encoder.get_input_embeddings().num_embeddings
+def state(backbone: Backbone) -> tuple:
+    """What of a backbone a word may change."""
+    return len(backbone.tokenizer), dict(backbone.words), backbone.text_encoder.get_input_embeddings().num_embeddings
 
 
-# --- the kit
+# --- the backbone
 
 
 @pytest.mark.parametrize("count", [1, 2])
-def test_prompts_without_the_word_mean_what_they_meant(kit, count):
+def test_prompts_without_the_word_mean_what_they_meant(backbone, count):
     """Guards other prompts: their states are identical before and after, and so is every tensor of the text encoder."""
-    before, weights = kit.prompt(PLAIN), {n: v.clone() for n, v in kit.text_encoder.state_dict().items()}
-    spoken = kit.prompt(PROMPTS)
-    assert learn(kit, word(count)) is kit
-    assert torch.equal(kit.prompt(PLAIN), before)
-    now = kit.text_encoder.state_dict()
+    before, weights = backbone.prompt(PLAIN), {n: v.clone() for n, v in backbone.text_encoder.state_dict().items()}
+    spoken = backbone.prompt(PROMPTS)
+    assert learn(backbone, word(count)) is backbone
+    assert torch.equal(backbone.prompt(PLAIN), before)
+    now = backbone.text_encoder.state_dict()
     assert set(now) == set(weights)
     assert all(torch.equal(now[name][: len(value)], value) for name, value in weights.items())
     grown = {name: len(now[name]) - len(value) for name, value in weights.items() if now[name].shape != value.shape}
     assert list(grown.values()) == [count], "the table of words alone has grown"
-    assert not kit.text_encoder.get_input_embeddings().weight.requires_grad
-    means = kit.prompt(PROMPTS)
+    assert not backbone.text_encoder.get_input_embeddings().weight.requires_grad
+    means = backbone.prompt(PROMPTS)
     assert torch.equal(means[1], spoken[1]) and not torch.allclose(means[[0, 2]], spoken[[0, 2]], atol=1e-2)
 
 
-def test_a_word_stands_wherever_it_is_written(kit):
+def test_a_word_stands_wherever_it_is_written(backbone):
     """Guards the vocabulary: one id for each vector, in order, inside punctuation too; two words live side by side."""
-    first = len(kit.tokenizer)
-    learn(learn(kit, word(2)), word(3, "<hat>"))
+    first = len(backbone.tokenizer)
+    learn(learn(backbone, word(2)), word(3, "<hat>"))
     mug, hat = [first, first + 1], [first + 2, first + 3, first + 4]
-    assert kit.encode("<mug>") == mug and kit.encode("a <hat>, a <mug>") == [
-        *kit.encode("a"), *hat, *kit.encode(","), *kit.encode("a"), *mug,
+    assert backbone.encode("<mug>") == mug and backbone.encode("a <hat>, a <mug>") == [
+        *backbone.encode("a"), *hat, *backbone.encode(","), *backbone.encode("a"), *mug,
     ]  # fmt: skip
-    assert kit.words == {"<mug>": ["<mug>", "<mug>_1"], "<hat>": ["<hat>", "<hat>_1", "<hat>_2"]}
-    table = kit.text_encoder.get_input_embeddings().weight
+    assert backbone.words == {"<mug>": ["<mug>", "<mug>_1"], "<hat>": ["<hat>", "<hat>_1", "<hat>_2"]}
+    table = backbone.text_encoder.get_input_embeddings().weight
     assert torch.equal(table[mug], word(2).vectors) and torch.equal(table[hat], word(3).vectors)
-    assert kit.text_encoder.config.vocab_size == len(table) == first + 5
+    assert backbone.text_encoder.config.vocab_size == len(table) == first + 5
 
 
-def test_a_word_begins_as_init(kit):
+def test_a_word_begins_as_init(backbone):
     """Guards the beginning: the vectors are the row of the init word, so that a prompt with the one is a prompt with
-    the other; what is not one token of the kit is refused.
+    the other; what is not one token of the backbone is refused.
     """
-    row = kit.text_encoder.get_input_embeddings().weight[kit.encode("mushroom")[0]].clone()
-    rows = initial(kit, "mushroom", 3)
+    row = backbone.text_encoder.get_input_embeddings().weight[backbone.encode("mushroom")[0]].clone()
+    rows = initial(backbone, "mushroom", 3)
     assert rows.shape == (3, WIDTH) and all(torch.equal(vector, row) for vector in rows)
-    before = kit.prompt(["a red mushroom on snow"])
-    learn(kit, Word("<mug>", initial(kit, "mushroom", 1)))
-    assert torch.equal(kit.prompt(["a red <mug> on snow"]), before)
+    before = backbone.prompt(["a red mushroom on snow"])
+    learn(backbone, Word("<mug>", initial(backbone, "mushroom", 1)))
+    assert torch.equal(backbone.prompt(["a red <mug> on snow"]), before)
     for several in ("red mushroom", "zebra", "", "<|endoftext|>"):
-        with pytest.raises(UserError, match=r"init='.*' is \d tokens of kit"):
-            initial(kit, several, 1)
+        with pytest.raises(UserError, match=r"init='.*' is \d tokens of backbone"):
+            initial(backbone, several, 1)
 
 
-def test_case_does_not_matter(kit):
+def test_case_does_not_matter(backbone):
     """Guards against half a word: tokenizers read lower case, so that <Mug> and <mug> are one, all its vectors."""
-    learn(kit, word(2, "<Mug>"))
-    assert kit.encode("<mug>") == kit.encode("<MUG>") and len(kit.encode("<Mug>")) == 2
+    learn(backbone, word(2, "<Mug>"))
+    assert backbone.encode("<mug>") == backbone.encode("<MUG>") and len(backbone.encode("<Mug>")) == 2
 
 
-def test_words_that_do_not_fit_are_refused(kit):
+def test_words_that_do_not_fit_are_refused(backbone):
     """Guards the vocabulary: refused are a token of it, learnt or not, one that other words may hold, another width."""
-    learn(kit, word(2, "<hat>"))
-    before, spoken = state(kit), kit.prompt(PLAIN)
+    learn(backbone, word(2, "<hat>"))
+    before, spoken = state(backbone), backbone.prompt(PLAIN)
     for token, count in (("<|endoftext|>", 1), ("<hat>", 1), ("<HAT>", 2)):
         with pytest.raises(UserError, match="knows this word already, choose another"):
-            learn(kit, word(count, token))
+            learn(backbone, word(count, token))
     for token in ("car", "mush", "<my mug>", " <mug>", "<mug>\n", "<mug>s", "<>", ""):
         with pytest.raises(UserError, match="give one word in angle brackets"):
-            learn(kit, word(1, token))
-    with pytest.raises(UserError, match="<mug> has vectors of 16 numbers, kit .* wants 32: it was learnt on another"):
-        learn(kit, word(width=16))
-    assert state(kit) == before and torch.equal(kit.prompt(PLAIN), spoken)
+            learn(backbone, word(1, token))
+    with pytest.raises(
+        UserError, match="<mug> has vectors of 16 numbers, backbone .* wants 32: it was learnt on another"
+    ):
+        learn(backbone, word(width=16))
+    assert state(backbone) == before and torch.equal(backbone.prompt(PLAIN), spoken)
 
 
 # --- its file
 
 
 @pytest.mark.parametrize("count", [1, 2])
-def test_the_stock_pipeline_reads_the_file(kit, random_kit, tmp_path, count):
+def test_the_stock_pipeline_reads_the_file(backbone, random_backbone, tmp_path, count):
     """Guards the file: ``load_textual_inversion`` of diffusers gives the text states of ``learn``."""
-    file, stock = save_word(word(count), tmp_path), Kit(str(random_kit))
+    file, stock = save_word(word(count), tmp_path), Backbone(str(random_backbone))
     parts = {name: getattr(stock, name) for name in ("vae", "unet", "text_encoder", "tokenizer", "scheduler")}
     pipeline = StableDiffusionPipeline(
         **parts, safety_checker=None, feature_extractor=None, requires_safety_checker=False
@@ -116,11 +118,11 @@ def test_the_stock_pipeline_reads_the_file(kit, random_kit, tmp_path, count):
     pipeline.load_textual_inversion(str(file))
     with torch.no_grad():
         theirs = torch.cat([pipeline.encode_prompt(text, "cpu", 1, False)[0] for text in PROMPTS])
-    learn(kit, read_word(file))
-    torch.testing.assert_close(kit.prompt(PROMPTS), theirs)
+    learn(backbone, read_word(file))
+    torch.testing.assert_close(backbone.prompt(PROMPTS), theirs)
     spelled = [pipeline.maybe_convert_prompt(text, stock.tokenizer) for text in PROMPTS]
-    assert torch.equal(kit.tokens(PROMPTS), stock.tokens(spelled)), "the same ids"
-    other = learn(Kit(str(random_kit)), Word("<mug>", word(count).vectors.flip(-1)))
+    assert torch.equal(backbone.tokens(PROMPTS), stock.tokens(spelled)), "the same ids"
+    other = learn(Backbone(str(random_backbone)), Word("<mug>", word(count).vectors.flip(-1)))
     assert not torch.allclose(other.prompt(PROMPTS)[0], theirs[0], atol=1e-2), "the vectors do matter"
 
 
@@ -183,33 +185,33 @@ def test_files_that_hold_no_word_are_refused(tmp_path):
 
 
 @pytest.mark.parametrize("count", [1, 2])
-def test_states_are_those_of_a_kit_that_has_learnt_the_word(kit, random_kit, count):
+def test_states_are_those_of_a_backbone_that_has_learnt_the_word(backbone, random_backbone, count):
     """Guards training: what the vectors are trained in is what the word means later; the encoder is left alone."""
-    first, vectors = add_tokens(kit, "<mug>", count), word(count).vectors
-    before = {name: value.clone() for name, value in kit.text_encoder.state_dict().items()}
+    first, vectors = add_tokens(backbone, "<mug>", count), word(count).vectors
+    before = {name: value.clone() for name, value in backbone.text_encoder.state_dict().items()}
     with torch.no_grad():
-        states = text_states(kit.text_encoder, kit.tokens(PROMPTS), first, vectors)
-    assert torch.equal(states, learn(Kit(str(random_kit)), word(count)).prompt(PROMPTS))
-    assert all(torch.equal(value, before[name]) for name, value in kit.text_encoder.state_dict().items())
-    assert not kit.text_encoder.get_input_embeddings()._forward_hooks, "nothing stays hooked"
+        states = text_states(backbone.text_encoder, backbone.tokens(PROMPTS), first, vectors)
+    assert torch.equal(states, learn(Backbone(str(random_backbone)), word(count)).prompt(PROMPTS))
+    assert all(torch.equal(value, before[name]) for name, value in backbone.text_encoder.state_dict().items())
+    assert not backbone.text_encoder.get_input_embeddings()._forward_hooks, "nothing stays hooked"
 
 
-def test_gradients_reach_the_rows_that_are_used_and_nothing_else(kit):
+def test_gradients_reach_the_rows_that_are_used_and_nothing_else(backbone):
     """Guards the gradients: each vector learns from its own places; encoder and unused vectors have none."""
-    first = add_tokens(kit, "<mug>", 3)
+    first = add_tokens(backbone, "<mug>", 3)
     vectors = word(3).vectors.requires_grad_()
 
     def gradient(ids: torch.Tensor) -> torch.Tensor | None:
         weights = torch.randn(len(ids), 16, WIDTH, generator=torch.Generator().manual_seed(0))
         vectors.grad = None
-        loss = (text_states(kit.text_encoder, ids, first, vectors) * weights).sum()
+        loss = (text_states(backbone.text_encoder, ids, first, vectors) * weights).sum()
         loss.backward() if loss.requires_grad else None
         return vectors.grad
 
-    ids = kit.tokens(PROMPTS)
+    ids = backbone.tokens(PROMPTS)
     assert gradient(ids).abs().sum(1).min() > 0
-    assert not any(p.grad is not None or p.requires_grad for p in kit.text_encoder.parameters())
-    used = gradient(ids.where(ids != first + 1, kit.encode("car")[0])).abs().sum(1)
+    assert not any(p.grad is not None or p.requires_grad for p in backbone.text_encoder.parameters())
+    used = gradient(ids.where(ids != first + 1, backbone.encode("car")[0])).abs().sum(1)
     assert used[0] > 0 and used[1] == 0 and used[2] > 0
-    unused = gradient(kit.tokens(PLAIN))
+    unused = gradient(backbone.tokens(PLAIN))
     assert unused is None or not unused.any()

@@ -119,22 +119,22 @@ def test_train_rule_mixes_dilations_and_boxes():
     assert 6 <= widest <= 8  # 32 px at 512
 
 
-def test_kit_rule_has_every_kind_of_hole():
+def test_backbone_rule_has_every_kind_of_hole():
     mask, rng = disc(64, 10), np.random.default_rng(0)
-    holes = [masks.hole(mask, "kit", rng) for _ in range(1000)]
+    holes = [masks.hole(mask, "backbone", rng) for _ in range(1000)]
     assert all(hole.any() and hole.dtype == bool and hole.shape == mask.shape for hole in holes)
     full = sum(hole.all() for hole in holes)
     exact = sum(np.array_equal(hole, mask) for hole in holes)
     elsewhere = sum(not (hole | ~mask).all() for hole in holes)
     assert 160 < full < 240 and 150 <= exact < 260 and 100 < elsewhere < 160
-    assert np.isclose(sum(masks.KIT_MIX.values()), 1)
+    assert np.isclose(sum(masks.BACKBONE_MIX.values()), 1)
 
 
 def test_same_seed_same_hole():
-    first, second = (masks.hole(disc(), "kit", np.random.default_rng(7)) for _ in range(2))
+    first, second = (masks.hole(disc(), "backbone", np.random.default_rng(7)) for _ in range(2))
     assert np.array_equal(first, second)
 
 
 def test_unknown_rule_is_named():
-    with pytest.raises(UserError, match="'bigger'.*instance, dilate, train, kit"):
+    with pytest.raises(UserError, match="'bigger'.*instance, dilate, train, backbone"):
         masks.hole(disc(), "bigger")

@@ -10,7 +10,7 @@ import torch
 
 from harmony.core.errors import UserError
 from harmony.models.attention import Known
-from harmony.models.backbone import Kit
+from harmony.models.backbone import Backbone
 from harmony.sampling import cuda_graphs
 from harmony.sampling import guidance as inpaint_module
 from harmony.sampling.ddim import step, timesteps
@@ -27,23 +27,25 @@ from harmony.sampling.guidance import (
 
 
 @pytest.fixture(scope="module")
-def scene(random_kit, awake):
-    """A kit, two ControlNets with their hints, and everything that sampling starts from."""
-    kit, rng = Kit(str(random_kit)), torch.Generator().manual_seed(0)
+def scene(random_backbone, awake):
+    """A backbone, two ControlNets with their hints, and everything that sampling starts from."""
+    backbone, rng = Backbone(str(random_backbone)), torch.Generator().manual_seed(0)
 
-    s = SimpleNamespace(kit=kit)
+    s = SimpleNamespace(backbone=backbone)
     s.noise = torch.randn(2, 4, 8, 8, generator=rng)
     s.hole = (torch.rand(2, 1, 8, 8, generator=rng) > 0.5).float()
     s.masked = torch.randn(2, 4, 8, 8, generator=rng)
     s.known = torch.cat([s.hole, s.masked], 1)
-    s.text, s.empty = kit.prompt(["a red mushroom", "a blue car"]), kit.prompt([""])
-    s.nets = [awake(kit, 1), awake(kit, 2)]
+    s.text, s.empty = backbone.prompt(["a red mushroom", "a blue car"]), backbone.prompt([""])
+    s.nets = [awake(backbone, 1), awake(backbone, 2)]
     s.hints = [torch.rand(2, 3, 32, 32, generator=rng) for _ in s.nets]
     s.t = torch.tensor([481, 481])
 
     def run(*weights, steps=3, guidance=2.0, **more):
         controls = list(zip(s.nets, s.hints, weights, strict=False))
-        return inpaint(kit, s.noise, s.hole, s.masked, s.text, s.empty, Schedule(steps, guidance, **more), controls)
+        return inpaint(
+            backbone, s.noise, s.hole, s.masked, s.text, s.empty, Schedule(steps, guidance, **more), controls
+        )
 
     s.run = run
     return s
@@ -54,7 +56,7 @@ def count(scene):
     """Batch sizes of all evaluations of the ControlNets and of the UNet."""
     calls = {"net": [], "unet": []}
     hooks = [net.conv_in.register_forward_hook(lambda m, x, y: calls["net"].append(len(x[0]))) for net in scene.nets]
-    hooks.append(scene.kit.unet.conv_in.register_forward_hook(lambda m, x, y: calls["unet"].append(len(x[0]))))
+    hooks.append(scene.backbone.unet.conv_in.register_forward_hook(lambda m, x, y: calls["unet"].append(len(x[0]))))
     yield calls
     for hook in hooks:
         hook.remove()
@@ -92,15 +94,15 @@ def test_one_weight_is_the_single_net(scene, count):
 
 @torch.no_grad()
 def test_channel_order_matters(scene):
-    right = predict(scene.kit.unet, scene.noise, torch.cat([scene.hole, scene.masked], 1), scene.t, scene.text)
-    wrong = predict(scene.kit.unet, scene.noise, torch.cat([scene.masked, scene.hole], 1), scene.t, scene.text)
+    right = predict(scene.backbone.unet, scene.noise, torch.cat([scene.hole, scene.masked], 1), scene.t, scene.text)
+    wrong = predict(scene.backbone.unet, scene.noise, torch.cat([scene.masked, scene.hole], 1), scene.t, scene.text)
     assert (right - wrong).abs().max() > 1e-3
 
 
 @torch.no_grad()
 def test_guidance(scene, count):
     def eps(w, text=scene.text):
-        return Guided(scene.kit, scene.known, text, scene.empty, Schedule(guidance=w))(scene.noise, 481)
+        return Guided(scene.backbone, scene.known, text, scene.empty, Schedule(guidance=w))(scene.noise, 481)
 
     conditional, unconditional = eps(1), eps(1, scene.empty.expand_as(scene.text))
     assert count["unet"] == [2, 2]  # w = 1 needs one half only
@@ -115,13 +117,15 @@ def test_the_same_noise_gives_the_same_latent(scene):
     assert torch.equal(scene.run(1, 1), scene.run(1, 1))
 
 
-def test_a_kit_that_predicts_v_gives_eps(scene, random_kit):
+def test_a_backbone_that_predicts_v_gives_eps(scene, random_backbone):
     """Guards the conversion: guidance and all, eps = sqrt(a) v + sqrt(1 - a) z; other kinds are one line."""
-    e, v, other = (Kit(str(random_kit)) for _ in range(3))
+    e, v, other = (Backbone(str(random_backbone)) for _ in range(3))
     v.scheduler.register_to_config(prediction_type="v_prediction")
     other.scheduler.register_to_config(prediction_type="sample")
     z, t = torch.randn(scene.known.shape[0], 4, *scene.known.shape[2:]), 300
-    out, eps = (Guided(kit, scene.known, scene.text, scene.empty, Schedule(guidance=2.0))(z, t) for kit in (e, v))
+    out, eps = (
+        Guided(backbone, scene.known, scene.text, scene.empty, Schedule(guidance=2.0))(z, t) for backbone in (e, v)
+    )
     a = e.alphas_cumprod[t]
     torch.testing.assert_close(eps, a.sqrt() * out + (1 - a).sqrt() * z)
     with pytest.raises(UserError, match="predicts 'sample'"):
@@ -134,8 +138,8 @@ def test_what_is_computed_once_changes_no_bit(scene, guidance):
     """Guards the exact mode: hints' embeddings and the words' keys and values computed once give the latents of the
     stock networks, run whole in every step; afterwards the networks are themselves again.
     """
-    kit, abar = scene.kit, scene.kit.alphas_cumprod
-    before = [name for net in (kit.unet, *scene.nets) for name, _ in net.named_modules()]
+    backbone, abar = scene.backbone, scene.backbone.alphas_cumprod
+    before = [name for net in (backbone.unet, *scene.nets) for name, _ in net.named_modules()]
     z, both = scene.noise, torch.cat([scene.empty.expand_as(scene.text), scene.text])
     for t in timesteps(3):
         u, rows = torch.cat([z, scene.known], 1), 1 if guidance == 1 else 2
@@ -146,11 +150,11 @@ def test_what_is_computed_once_changes_no_bit(scene, guidance):
         ]
         down = [a + b for a, b in zip(made[0][0], made[1][0], strict=True)]
         added = {"down_block_additional_residuals": down, "mid_block_additional_residual": made[0][1] + made[1][1]}
-        e = kit.unet(u, time, text, **added, return_dict=False)[0]
+        e = backbone.unet(u, time, text, **added, return_dict=False)[0]
         e = e if guidance == 1 else e[:2] + guidance * (e[2:] - e[:2])
         z = step(z, e, t, t - len(abar) // 3, abar)
     assert torch.equal(scene.run(1.0, 0.5, guidance=guidance), z)
-    assert [name for net in (kit.unet, *scene.nets) for name, _ in net.named_modules()] == before
+    assert [name for net in (backbone.unet, *scene.nets) for name, _ in net.named_modules()] == before
 
 
 def test_the_networks_are_whole_again_after_an_error(scene, monkeypatch):
@@ -160,7 +164,7 @@ def test_the_networks_are_whole_again_after_an_error(scene, monkeypatch):
     monkeypatch.setattr(Guided, "output", fails)
     with pytest.raises(KeyboardInterrupt):
         scene.run(1, 1)
-    assert not any(isinstance(m, Known) for net in (scene.kit.unet, *scene.nets) for m in net.modules())
+    assert not any(isinstance(m, Known) for net in (scene.backbone.unet, *scene.nets) for m in net.modules())
 
 
 def test_guidance_on_a_part_of_the_steps(scene, count):
@@ -190,16 +194,16 @@ def test_encoder_propagation(scene, count):
 
 @pytest.mark.parametrize("solver", SOLVERS)
 def test_a_solver_is_that_of_diffusers(scene, solver):
-    """Guards the solvers: the same latents as diffusers' scheduler makes of the same eps; of v for a kit that predicts
-    it, too.
+    """Guards the solvers: the same latents as diffusers' scheduler makes of the same eps; of v for a backbone that
+    predicts it, too.
     """
     if solver == "ddim":
         kind, options = diffusers.DDIMScheduler, {}
     else:
         kind, options = getattr(diffusers, SOLVERS[solver]), {"prediction_type": "epsilon"}
-    scheduler = kind.from_config(scene.kit.scheduler.config, **options)
+    scheduler = kind.from_config(scene.backbone.scheduler.config, **options)
     scheduler.set_timesteps(6)
-    eps, z = Guided(scene.kit, scene.known, scene.text, scene.empty, Schedule(6, 2.0)), scene.noise
+    eps, z = Guided(scene.backbone, scene.known, scene.text, scene.empty, Schedule(6, 2.0)), scene.noise
     with torch.no_grad():
         for t in scheduler.timesteps:
             z = scheduler.step(eps(z, int(t)), t, z, return_dict=False)[0]
@@ -243,8 +247,8 @@ def recorded(monkeypatch):
     monkeypatch.setattr(Buffers, "recorded", [])
 
     class Recorded(Guided):
-        def __init__(self, kit, known, text, empty, schedule, controls=()):
-            super().__init__(kit, known, text, empty, replace(schedule, graphs=False), controls)
+        def __init__(self, backbone, known, text, empty, schedule, controls=()):
+            super().__init__(backbone, known, text, empty, replace(schedule, graphs=False), controls)
             if schedule.graphs:
                 self.recording = cuda_graphs.recording_of(self.network.key(), self.network, Buffers)
 
@@ -267,10 +271,10 @@ def test_a_recording_serves_every_later_batch(scene, recorded, more):
         noise, masked = torch.randn(2, 2, 4, 8, 8, generator=rng)
         hole = (torch.rand(2, 1, 8, 8, generator=rng) > 0.5).float()
         hints = [torch.rand(2, 3, 32, 32, generator=rng) for _ in scene.nets]
-        words = scene.kit.prompt([f"a car {seed}", "a blue mushroom" * seed])
+        words = scene.backbone.prompt([f"a car {seed}", "a blue mushroom" * seed])
         controls = list(zip(scene.nets, hints, weights, strict=True))
         schedule = Schedule(4, 2.0, graphs=graphs, **more)
-        return inpaint(scene.kit, noise, hole, masked, words, scene.empty, schedule, controls)
+        return inpaint(scene.backbone, noise, hole, masked, words, scene.empty, schedule, controls)
 
     first, plain_first = batch(1, True), batch(1, False)
     count = len(recorded)
@@ -316,7 +320,7 @@ def test_compiled_halves_give_the_same_latents(scene):
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU to record")
 def test_graphs_want_a_gpu(scene):
     """Guards ``graphs`` where nothing can be recorded: one line, no traceback out of CUDA."""
-    with pytest.raises(UserError, match="graphs=true records what a GPU does, and the kit is on the cpu"):
+    with pytest.raises(UserError, match="graphs=true records what a GPU does, and the backbone is on the cpu"):
         scene.run(1, 1, graphs=True)
 
 
@@ -324,19 +328,25 @@ def test_graphs_want_a_gpu(scene):
 @pytest.mark.parametrize(
     "more", [{}, {"guided": 0.5}, {"encoder_every": 2}, {"encoder_every": 2, "guided": 0.5, "solver": "unipc"}]
 )
-def test_graphs_replay_the_same_latents(random_kit, awake, more):
+def test_graphs_replay_the_same_latents(random_backbone, awake, more):
     """Guards CUDA graphs and streams: the latents of the plain steps, also where halves are skipped, of the batch that
     was recorded and of the next.
     """
-    kit, rng = Kit(str(random_kit)).to("cuda"), torch.Generator().manual_seed(0)
-    nets = [awake(kit, n).to("cuda") for n in (1, 2)]
+    backbone, rng = Backbone(str(random_backbone)).to("cuda"), torch.Generator().manual_seed(0)
+    nets = [awake(backbone, n).to("cuda") for n in (1, 2)]
     for words in (["a red mushroom", "a blue car"], ["a house", "snow"]):
         controls = [(net, torch.rand(2, 3, 32, 32, generator=rng).cuda(), 0.7) for net in nets]
         noise, masked = torch.randn(2, 2, 4, 8, 8, generator=rng).cuda()
-        text = kit.prompt(words), kit.prompt([""])
+        text = backbone.prompt(words), backbone.prompt([""])
         plain, replayed = (
             inpaint(
-                kit, noise, torch.ones_like(noise[:, :1]), masked, *text, Schedule(4, 2.0, graphs=g, **more), controls
+                backbone,
+                noise,
+                torch.ones_like(noise[:, :1]),
+                masked,
+                *text,
+                Schedule(4, 2.0, graphs=g, **more),
+                controls,
             )
             for g in (False, True)
         )

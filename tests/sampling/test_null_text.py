@@ -1,9 +1,9 @@
-"""Null-text inversion (Mokady 2022): its invariants on a random kit, in float64 where they are exact."""
+"""Null-text inversion (Mokady 2022): its invariants on a random backbone, in float64 where they are exact."""
 
 import pytest
 import torch
 
-from harmony.models.backbone import Kit
+from harmony.models.backbone import Backbone
 from harmony.sampling.ddim import invert, sample, step, timesteps
 from harmony.sampling.null_text import Search, denoiser, enough, null_texts, rate, replay
 from harmony.sampling.text_to_image import whole_picture
@@ -12,12 +12,12 @@ STEPS, W = 10, 7.5
 
 
 @pytest.fixture(scope="module")
-def world(random_kit):
-    """(eps, abar, text, empty, trajectory) of a kit in float64, and a latent that was inverted."""
+def world(random_backbone):
+    """(eps, abar, text, empty, trajectory) of a backbone in float64, and a latent that was inverted."""
     torch.manual_seed(0)
-    kit = Kit(str(random_kit), dtype=torch.float64)
-    eps, abar = denoiser(kit), kit.alphas_cumprod.double()
-    text, empty = kit.prompt(["a red mushroom on snow"]), kit.prompt([""])
+    backbone = Backbone(str(random_backbone), dtype=torch.float64)
+    eps, abar = denoiser(backbone), backbone.alphas_cumprod.double()
+    text, empty = backbone.prompt(["a red mushroom on snow"]), backbone.prompt([""])
     z = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
     with torch.no_grad():
         trajectory = invert(lambda z, t: eps(z, t, text), z, STEPS, abar)
@@ -75,8 +75,8 @@ def test_without_guidance_nothing_moves(world):
     assert torch.allclose(one, many, atol=1e-10)
 
 
-def test_what_a_kit_knows_of_an_empty_picture(random_kit):
+def test_what_a_backbone_knows_of_an_empty_picture(random_backbone):
     """Guards both kinds of UNet: all hole and mid-grey for inpainting; nothing for text to image."""
-    kit = Kit(str(random_kit))
-    known = whole_picture(kit, 2)
+    backbone = Backbone(str(random_backbone))
+    known = whole_picture(backbone, 2)
     assert known.shape == (2, 5, 8, 8) and (known[:, 0] == 1).all() and known[:, 1:].abs().max() > 0

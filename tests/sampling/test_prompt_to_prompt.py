@@ -5,7 +5,7 @@ import torch
 
 from harmony.core.errors import UserError
 from harmony.models.attention import Layer, controlled
-from harmony.models.backbone import Kit
+from harmony.models.backbone import Backbone
 from harmony.sampling.ddim import sample
 from harmony.sampling.guidance import Guided, Schedule
 from harmony.sampling.prompt_to_prompt import (
@@ -95,45 +95,45 @@ STEPS, SOURCE, TARGET = 4, "a red mushroom on snow", "a red car on snow"
 
 
 @pytest.fixture(scope="module")
-def kit(random_kit):
-    return Kit(str(random_kit))
+def backbone(random_backbone):
+    return Backbone(str(random_backbone))
 
 
-def edited(kit, control=None, prompts=(SOURCE, TARGET), w: float = 3.0) -> torch.Tensor:
+def edited(backbone, control=None, prompts=(SOURCE, TARGET), w: float = 3.0) -> torch.Tensor:
     """Latents of the prompts, all from the same noise, in an empty picture."""
-    side = kit.unet.config.sample_size
+    side = backbone.unet.config.sample_size
     noise = torch.randn(1, 4, side, side, generator=torch.Generator().manual_seed(1)).repeat(len(prompts), 1, 1, 1)
     known = torch.zeros(len(prompts), 5, side, side)
     known[:, 0] = 1
-    eps = Guided(kit, known, kit.prompt(list(prompts)), kit.prompt([""]), Schedule(guidance=w))
+    eps = Guided(backbone, known, backbone.prompt(list(prompts)), backbone.prompt([""]), Schedule(guidance=w))
     with torch.no_grad():
         if control is None:
-            return sample(eps, noise, STEPS, kit.alphas_cumprod)
-        with controlled(kit.unet, control):
-            return sample(eps, noise, STEPS, kit.alphas_cumprod)
+            return sample(eps, noise, STEPS, backbone.alphas_cumprod)
+        with controlled(backbone.unet, control):
+            return sample(eps, noise, STEPS, backbone.alphas_cumprod)
 
 
-def edit_of(kit, source=SOURCE, target=TARGET, **more):
-    tokens = lambda word: kit.tokenizer(word, add_special_tokens=False).input_ids  # noqa: E731
-    return edit_between(source, target, tokens, kit.tokenizer.model_max_length, **more)
+def edit_of(backbone, source=SOURCE, target=TARGET, **more):
+    tokens = lambda word: backbone.tokenizer(word, add_special_tokens=False).input_ids  # noqa: E731
+    return edit_between(source, target, tokens, backbone.tokenizer.model_max_length, **more)
 
 
 @pytest.mark.parametrize("w", [1.0, 3.0])
-def test_identical_prompts_stay_identical(kit, w):
+def test_identical_prompts_stay_identical(backbone, w):
     """Guards the null edit: whatever is injected, the edited branch is the source branch exactly."""
-    control = PromptToPrompt([edit_of(kit, target=SOURCE)], cross=3, own=2)
-    source, target = edited(kit, control, (SOURCE, SOURCE), w)
+    control = PromptToPrompt([edit_of(backbone, target=SOURCE)], cross=3, own=2)
+    source, target = edited(backbone, control, (SOURCE, SOURCE), w)
     assert torch.equal(source, target)
 
 
-def test_nothing_injected_is_uncontrolled_sampling(kit):
+def test_nothing_injected_is_uncontrolled_sampling(backbone):
     """Guards the null control: with 0 and 0 steps the output is the plain one, and the control is never called."""
-    control, calls = PromptToPrompt([edit_of(kit)], 0, 0), []
+    control, calls = PromptToPrompt([edit_of(backbone)], 0, 0), []
     control.__class__ = type("Counting", (PromptToPrompt,), {"__call__": lambda self, *a: calls.append(a)})
-    assert torch.equal(edited(kit, control), edited(kit)) and not calls
+    assert torch.equal(edited(backbone, control), edited(backbone)) and not calls
 
 
-def test_the_control_is_asked_in_its_steps_alone(kit):
+def test_the_control_is_asked_in_its_steps_alone(backbone):
     """Guards the counting: words in the first ``cross`` steps, layout in the first ``own``, small layers only."""
 
     class Counting(PromptToPrompt):
@@ -143,28 +143,28 @@ def test_the_control_is_asked_in_its_steps_alone(kit):
             self.calls.append((layer.cross, step, probabilities.shape[2]))
             return super().__call__(probabilities, layer, step)
 
-    edited(kit, Counting([edit_of(kit)], cross=3, own=1, tokens=16))
+    edited(backbone, Counting([edit_of(backbone)], cross=3, own=1, tokens=16))
     assert {step for cross, step, _ in Counting.calls if cross} == {0, 1, 2}
     assert {(step, n <= 16) for cross, step, n in Counting.calls if not cross} == {(0, True)}
 
 
-def test_the_source_row_is_not_touched(kit):
+def test_the_source_row_is_not_touched(backbone):
     """Guards the source's row: bit for bit that of a control which looks at the same layers and changes nothing."""
 
     class Watching(PromptToPrompt):
         def __call__(self, probabilities, layer, step):
             return probabilities
 
-    strong = PromptToPrompt([edit_of(kit, factors={"car": 5.0})], STEPS, STEPS, maps=64)
-    plain, changed = edited(kit, Watching([edit_of(kit)], STEPS, STEPS, maps=64)), edited(kit, strong)
+    strong = PromptToPrompt([edit_of(backbone, factors={"car": 5.0})], STEPS, STEPS, maps=64)
+    plain, changed = edited(backbone, Watching([edit_of(backbone)], STEPS, STEPS, maps=64)), edited(backbone, strong)
     assert torch.equal(plain[0], changed[0]) and not torch.allclose(plain[1], changed[1], atol=1e-3)
-    assert strong.seen.shape == (2, 64, kit.tokenizer.model_max_length)
+    assert strong.seen.shape == (2, 64, backbone.tokenizer.model_max_length)
 
 
-def test_injected_attention_brings_the_edit_nearer_to_the_source(kit):
+def test_injected_attention_brings_the_edit_nearer_to_the_source(backbone):
     """Guards the effect, against two prompts on their own from the same noise."""
-    apart = edited(kit)
-    near = edited(kit, PromptToPrompt([edit_of(kit)], STEPS, STEPS))
+    apart = edited(backbone)
+    near = edited(backbone, PromptToPrompt([edit_of(backbone)], STEPS, STEPS))
     distances = [(pair[0] - pair[1]).square().mean() for pair in (near, apart)]
     assert distances[0] < distances[1]
 
@@ -196,21 +196,21 @@ def test_the_mask_is_where_the_words_look():
     assert torch.equal(everywhere(z, seen, 3), z)
 
 
-def test_a_local_edit(kit):
+def test_a_local_edit(backbone):
     """Guards locality and the loop: outside the mask the target is the source; without edits and blend the loop is
     guided sampling with the empty prompt.
     """
-    texts, null = kit.prompt([SOURCE, TARGET]), kit.prompt([""])
-    side = kit.unet.config.sample_size
+    texts, null = backbone.prompt([SOURCE, TARGET]), backbone.prompt([""])
+    side = backbone.unet.config.sample_size
     z = torch.randn(1, 4, side, side, generator=torch.Generator().manual_seed(1))
-    control = PromptToPrompt([edit_of(kit)], cross=3, own=2, maps=64)
-    nothing = torch.zeros(2, kit.tokenizer.model_max_length)
-    source, target = edit_latents(kit, z, [texts] * STEPS, [null] * STEPS, 3.0, control, LocalBlend(nothing, 0))
+    control = PromptToPrompt([edit_of(backbone)], cross=3, own=2, maps=64)
+    nothing = torch.zeros(2, backbone.tokenizer.model_max_length)
+    source, target = edit_latents(backbone, z, [texts] * STEPS, [null] * STEPS, 3.0, control, LocalBlend(nothing, 0))
     assert torch.equal(source, target), "no word looks anywhere: all is kept"
-    before = kit.unet.attn_processors
-    plain = edit_latents(kit, z, [texts] * STEPS, [null] * STEPS, 3.0, PromptToPrompt([edit_of(kit)], 0, 0))
-    eps = Guided(kit, whole_picture(kit, 2), texts, null, Schedule(guidance=3.0))
+    before = backbone.unet.attn_processors
+    plain = edit_latents(backbone, z, [texts] * STEPS, [null] * STEPS, 3.0, PromptToPrompt([edit_of(backbone)], 0, 0))
+    eps = Guided(backbone, whole_picture(backbone, 2), texts, null, Schedule(guidance=3.0))
     with torch.no_grad():
-        expected = sample(eps, z.repeat(2, 1, 1, 1), STEPS, kit.alphas_cumprod)
+        expected = sample(eps, z.repeat(2, 1, 1, 1), STEPS, backbone.alphas_cumprod)
     assert torch.allclose(plain, expected, atol=1e-5)
-    assert all(kit.unet.attn_processors[name] is own for name, own in before.items())
+    assert all(backbone.unet.attn_processors[name] is own for name, own in before.items())

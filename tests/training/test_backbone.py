@@ -1,4 +1,4 @@
-"""The four trainings of a kit, in small: what they write loads, the averaged weights are what is written, runs go
+"""The four trainings of a backbone, in small: what they write loads, the averaged weights are what is written, runs go
 on.
 """
 
@@ -8,7 +8,7 @@ import torch
 
 from harmony.data.latent_data import LatentData
 from harmony.data.pixel_data import PixelData
-from harmony.models.backbone import Kit, load_part
+from harmony.models.backbone import Backbone, load_part
 from harmony.training.backbone import (
     CaptionerTask,
     CLIPTask,
@@ -66,9 +66,9 @@ def pixels(manifest, **options):
 
 
 @pytest.fixture(scope="module")
-def kit_folder(manifest, tmp_path_factory):
-    """A kit made by two steps of each training, in the order of the experiments."""
-    folder = tmp_path_factory.mktemp("made") / "kit"
+def backbone_folder(manifest, tmp_path_factory):
+    """A backbone made by two steps of each training, in the order of the experiments."""
+    folder = tmp_path_factory.mktemp("made") / "backbone"
     run = folder.parent / "run"
     measured = {}
     for task in (
@@ -77,51 +77,60 @@ def kit_folder(manifest, tmp_path_factory):
         CaptionerTask(str(folder), BLIP, vocabulary=200, length=16, warmup=1),
     ):
         measured |= fit(run, task, pixels(manifest), 2).callback_metrics
-    data = LatentData(str(manifest), Kit(str(folder)), str(folder.parent / "cache"), 4, None, hole="kit", variants=2)
+    data = LatentData(
+        str(manifest), Backbone(str(folder)), str(folder.parent / "cache"), 4, None, hole="backbone", variants=2
+    )
     data.prepare(say=lambda line: None)
     fit(run, InpaintTask(str(folder), UNET, warmup=1), data, 2)
     return folder, {name: float(value) for name, value in measured.items()}
 
 
-def test_the_parts_make_a_kit(kit_folder):
-    """Guards the hand-over from training to a kit folder: every part loads, and the whole fills a hole."""
+def test_the_parts_make_a_backbone(backbone_folder):
+    """Guards the hand-over from training to a backbone folder: every part loads, and the whole fills a hole."""
     from diffusers import StableDiffusionInpaintPipeline
 
     from harmony.sampling.guidance import Schedule, inpaint
 
-    folder, _ = kit_folder
-    kit = Kit(str(folder))
-    assert (kit.factor, kit.channels, kit.resolution, kit.prediction_type) == (2, 4, SIZE, "v_prediction")
+    folder, _ = backbone_folder
+    backbone = Backbone(str(folder))
+    assert (backbone.factor, backbone.channels, backbone.resolution, backbone.prediction_type) == (
+        2,
+        4,
+        SIZE,
+        "v_prediction",
+    )
     assert not list(folder.glob(".*.partial"))
-    moments = kit.moments(torch.zeros(1, 3, SIZE, SIZE))
-    noise, text = torch.randn(1, 4, 8, 8), kit.prompt(["a red mushroom"])
-    z = inpaint(kit, noise, torch.ones(1, 1, 8, 8), kit.latent(moments), text, kit.prompt([""]), Schedule(2, 2.0))
-    assert kit.decode(z).shape == (1, 3, SIZE, SIZE) and torch.isfinite(z).all()
-    assert kit.text(kit.tokens(["a"])).shape[-1] == 16 and kit.image_encoder.config.image_size == SIZE
-    assert kit.captioner.generate(torch.zeros(1, 3, SIZE, SIZE), max_length=8).shape[0] == 1
+    moments = backbone.moments(torch.zeros(1, 3, SIZE, SIZE))
+    noise, text = torch.randn(1, 4, 8, 8), backbone.prompt(["a red mushroom"])
+    z = inpaint(
+        backbone, noise, torch.ones(1, 1, 8, 8), backbone.latent(moments), text, backbone.prompt([""]), Schedule(2, 2.0)
+    )
+    assert backbone.decode(z).shape == (1, 3, SIZE, SIZE) and torch.isfinite(z).all()
+    assert backbone.text(backbone.tokens(["a"])).shape[-1] == 16 and backbone.image_encoder.config.image_size == SIZE
+    assert backbone.captioner.generate(torch.zeros(1, 3, SIZE, SIZE), max_length=8).shape[0] == 1
     StableDiffusionInpaintPipeline.from_pretrained(str(folder), safety_checker=None, feature_extractor=None)
 
 
-def test_figures_and_grids_are_there(kit_folder):
+def test_figures_and_grids_are_there(backbone_folder):
     """Guards the measurements of each training on held-out pictures."""
-    folder, measured = kit_folder
+    folder, measured = backbone_folder
     assert {"validation/psnr_renders", "validation/retrieval", "validation/kind_and_colour"} <= set(measured)
     assert 0 <= measured["validation/retrieval"] <= 1 and measured["validation/psnr_renders"] > 3
     grids = {path.name for path in (folder.parent / "run" / "grids").iterdir()}
     assert {"vae_000002.png", "clip_000002.png", "captions_000002.txt", "inpaint_000002.png"} <= grids
 
 
-def test_the_scale_makes_latents_of_unit_deviation(kit_folder, manifest):
+def test_the_scale_makes_latents_of_unit_deviation(backbone_folder, manifest):
     """Guards the VAE's scaling factor: it is that of the training pictures."""
-    kit, data = Kit(str(kit_folder[0])), pixels(manifest)
+    backbone, data = Backbone(str(backbone_folder[0])), pixels(manifest)
     data.setup()
-    z = kit.latent(kit.moments(data.sample(200)))
+    z = backbone.latent(backbone.moments(data.sample(200)))
     assert float(z.std()) == pytest.approx(1, abs=0.05)
 
 
 def test_the_average_is_what_is_written(manifest, tmp_path):
     """Guards the EMA: measured and written are the averaged weights, trained on are the others."""
-    task = VAETask(str(tmp_path / "kit"), VAE, lr=1e-2, warmup=0, ema=0.9)
+    task = VAETask(str(tmp_path / "backbone"), VAE, lr=1e-2, warmup=0, ema=0.9)
     seen = {}
 
     class Last(lightning.Callback):
@@ -133,7 +142,7 @@ def test_the_average_is_what_is_written(manifest, tmp_path):
         enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False, num_sanity_val_steps=0,
     )  # fmt: skip
     run.fit(task, pixels(manifest))
-    written = load_part(str(tmp_path / "kit"), "vae")
+    written = load_part(str(tmp_path / "backbone"), "vae")
     shadow = dict(zip((n for n, _ in task.net.named_parameters()), task.averaged.shadow_params, strict=True))
     assert all(torch.equal(shadow[name], p) for name, p in written.named_parameters())
     assert not torch.equal(written.encoder.conv_in.weight, seen["trained"])
@@ -148,7 +157,7 @@ def test_a_stopped_training_goes_on(manifest, tmp_path):
                 trainer.save_checkpoint(tmp_path / "two.ckpt")
                 raise InterruptedError
 
-    first = VAETask(str(tmp_path / "kit"), VAE, warmup=1)
+    first = VAETask(str(tmp_path / "backbone"), VAE, warmup=1)
     run = lightning.Trainer(
         accelerator="cpu", max_steps=4, logger=False, default_root_dir=str(tmp_path), callbacks=[Stop()],
         plugins=[AtomicCheckpoints()], enable_checkpointing=False, enable_progress_bar=False,
@@ -156,8 +165,8 @@ def test_a_stopped_training_goes_on(manifest, tmp_path):
     )  # fmt: skip
     with pytest.raises(InterruptedError):
         run.fit(first, pixels(manifest))
-    assert not (tmp_path / "kit" / "vae").exists()
-    second = VAETask(str(tmp_path / "kit"), VAE, warmup=1)
+    assert not (tmp_path / "backbone" / "vae").exists()
+    second = VAETask(str(tmp_path / "backbone"), VAE, warmup=1)
     begun = []
 
     class Begin(lightning.Callback):
@@ -174,7 +183,7 @@ def test_a_stopped_training_goes_on(manifest, tmp_path):
     )  # fmt: skip
     run.fit(second, pixels(manifest), ckpt_path=tmp_path / "two.ckpt")
     assert begun[0] == (2, True) and begun[1] > 0 and run.global_step == 4
-    assert (tmp_path / "kit" / "vae" / "config.json").exists()
+    assert (tmp_path / "backbone" / "vae" / "config.json").exists()
 
 
 def test_small_helpers():

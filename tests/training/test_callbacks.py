@@ -11,7 +11,7 @@ import torch
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 
 from harmony.core.errors import UserError
-from harmony.models.backbone import Kit
+from harmony.models.backbone import Backbone
 from harmony.pixels.images import read_image
 from harmony.training.callbacks import (
     AtomicCheckpoints,
@@ -39,8 +39,8 @@ def checkpoints(folder) -> ModelCheckpoint:
 
 
 @pytest.fixture
-def task(random_kit):
-    return ControlTask(Kit(str(random_kit)), lr=1e-3, warmup=0)
+def task(random_backbone):
+    return ControlTask(Backbone(str(random_backbone)), lr=1e-3, warmup=0)
 
 
 @pytest.mark.parametrize("failure", [OSError(errno.ENOSPC, "No space left"), RuntimeError("unexpected pos 64 vs 0")])
@@ -96,7 +96,7 @@ def test_nan_stops_with_the_last_good_checkpoint(task, latent_data, tmp_path, ra
     assert all(torch.isfinite(v).all() for v in state["state_dict"].values())
     if poison:
         assert state["global_step"] == 1
-        again = ControlTask(task.kit, lr=1e-3, warmup=0)
+        again = ControlTask(task.backbone, lr=1e-3, warmup=0)
         assert fit(tmp_path, again, data, 3, NaNGuard(), resume=last, enable_checkpointing=False).global_step == 3
 
 
@@ -130,12 +130,12 @@ def test_metrics_csv_goes_on(task, latent_data, tmp_path):
     assert validated["4"] == f"{float(run.callback_metrics['validation/loss']):.6g}" != validated["2"]
     with open(tmp_path / "metrics.csv", "a") as file:
         file.write("5,train/loss,0.1\n6,train/lo")  # what a killed run did after its last checkpoint
-    again = ControlTask(task.kit, lr=1e-3, warmup=0)
+    again = ControlTask(task.backbone, lr=1e-3, warmup=0)
     fit(tmp_path, again, data, 6, MetricsCSV(str(tmp_path)), resume=tmp_path / "last.ckpt", enable_checkpointing=False)
     after = {int(r["step"]): r["value"] for r in read(tmp_path) if r["name"] == "train/loss"}
     assert sorted(after) == [1, 2, 3, 4, 5, 6] and after[5] != "0.1"
     assert {step: after[step] for step in losses} == losses
-    fit(tmp_path, ControlTask(task.kit), data, 1, MetricsCSV(str(tmp_path)), enable_checkpointing=False)
+    fit(tmp_path, ControlTask(task.backbone), data, 1, MetricsCSV(str(tmp_path)), enable_checkpointing=False)
     assert {r["step"] for r in read(tmp_path)} == {"1"}, "a run that begins anew begins a new file"
 
 
@@ -162,7 +162,7 @@ def test_grids_show_the_same_pictures_with_the_same_noise(task, latent_data, tmp
 
     def train(folder, *callbacks):
         torch.manual_seed(0)  # the hint encoder is new
-        new = ControlTask(task.kit, lr=1e-3, warmup=0)
+        new = ControlTask(task.backbone, lr=1e-3, warmup=0)
         fit(folder, new, data, 3, *callbacks, enable_checkpointing=False, accumulate_grad_batches=2)
         return new.net.state_dict()
 

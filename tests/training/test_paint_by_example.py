@@ -15,15 +15,15 @@ from harmony.data.latent_data import LatentData
 from harmony.data.manifest import read_manifest
 from harmony.evaluation.eval_sets import load_reconstruct, paste_outputs
 from harmony.methods.paint_by_example import PaintByExample
-from harmony.models.backbone import Kit
+from harmony.models.backbone import Backbone
 from harmony.models.paint_by_example import Painter, known_by_example
 from harmony.sampling.guidance import Settings
 from harmony.training.paint_by_example import ExemplarTask
 
 
 @pytest.fixture
-def kit(random_kit):
-    return Kit(str(random_kit))
+def backbone(random_backbone):
+    return Backbone(str(random_backbone))
 
 
 @pytest.fixture
@@ -32,9 +32,9 @@ def data(latent_data):
     return latent_data(batch_size=4, variants=1, augment=True, **recipe)
 
 
-def fresh(kit: Kit, **options) -> ExemplarTask:
+def fresh(backbone: Backbone, **options) -> ExemplarTask:
     torch.manual_seed(0)
-    task = ExemplarTask(kit, **{"lr": 1e-3, "warmup": 0} | options)
+    task = ExemplarTask(backbone, **{"lr": 1e-3, "warmup": 0} | options)
     task.configure_model()
     task.on_fit_start()
     return task
@@ -59,9 +59,9 @@ def grads(task: ExemplarTask, batch: dict) -> dict[str, torch.Tensor]:
     return {name: p.grad for name, p in task.named_parameters() if p.grad is not None and p.grad.any()}
 
 
-def test_gradients_reach_what_is_trained_and_nothing_else(kit, data):
+def test_gradients_reach_what_is_trained_and_nothing_else(backbone, data):
     """Guards the gradients: all nine slices of conv_in, the mapper's v, final norm, projection; never tower or VAE."""
-    task = fresh(kit, dropout=0.5)
+    task = fresh(backbone, dropout=0.5)
     batch = batch_of(data)
     batch["drop"] = torch.tensor([0.1, 0.9, 0.2, 0.8])
     found = grads(task, batch)
@@ -70,78 +70,78 @@ def test_gradients_reach_what_is_trained_and_nothing_else(kit, data):
     assert all(f"encoder.{name}" in found for name in wanted)
     assert not any(name.startswith("encoder.model.") for name in found)
     assert not any(
-        p.grad is not None for part in ("vae", "image_encoder", "unet") for p in getattr(kit, part).parameters()
+        p.grad is not None for part in ("vae", "image_encoder", "unet") for p in getattr(backbone, part).parameters()
     )
 
 
-def test_frozen_parts_do_not_move(kit, data, tmp_path):
-    """Guards real steps: tower, VAE and the kit's own UNet stay bit for bit, the rest learns."""
-    task = fresh(kit)
+def test_frozen_parts_do_not_move(backbone, data, tmp_path):
+    """Guards real steps: tower, VAE and the backbone's own UNet stay bit for bit, the rest learns."""
+    task = fresh(backbone)
     before = copy.deepcopy(task.state_dict())
-    frozen = {part: copy.deepcopy(getattr(kit, part).state_dict()) for part in ("vae", "unet", "image_encoder")}
+    frozen = {part: copy.deepcopy(getattr(backbone, part).state_dict()) for part in ("vae", "unet", "image_encoder")}
     trainer(tmp_path, 3).fit(task, data)
     after = task.state_dict()
     tower = {name for name in after if name.startswith("encoder.model.")}
     assert tower and all(torch.equal(after[n], before[n]) for n in tower)
-    assert all(torch.equal(v, frozen[p][n]) for p in frozen for n, v in getattr(kit, p).state_dict().items())
+    assert all(torch.equal(v, frozen[p][n]) for p in frozen for n, v in getattr(backbone, p).state_dict().items())
     moved = {n for n in after if not torch.equal(after[n], before[n])}
     assert {"unet.conv_in.weight", "unet.conv_out.weight", "encoder.proj_out.weight"} <= moved
 
 
-def test_dropout(kit, data):
+def test_dropout(backbone, data):
     """Guards the rate: never, always, and the share in between, a sample each or a batch at once."""
     batch = batch_of(data)
-    found = grads(fresh(kit, dropout=0.0), batch)
+    found = grads(fresh(backbone, dropout=0.0), batch)
     assert "encoder.uncond_vector" not in found and "encoder.proj_out.weight" in found
-    found = grads(fresh(kit, dropout=1.0), batch)
+    found = grads(fresh(backbone, dropout=1.0), batch)
     assert "encoder.uncond_vector" in found and not any(n.startswith("encoder.mapper") for n in found)
     data.setup()
     draws = torch.tensor([float(data.sets["train"][i, 0]["drop"]) for i in range(1000)])
     assert 160 < (draws < 0.2).sum() < 240
     batch["drop"] = torch.tensor([0.1, 0.9, 0.9, 0.9])
     for by, count in (("sample", 1), ("batch", 4)):
-        task = fresh(kit, dropout_by=by)
+        task = fresh(backbone, dropout_by=by)
         same = (task.context(batch) == task.encoder.uncond_vector).all((1, 2))
         assert int(same.sum()) == count
     with pytest.raises(UserError, match="choose sample or batch"):
-        ExemplarTask(kit, dropout_by="epoch")
+        ExemplarTask(backbone, dropout_by="epoch")
 
 
-def test_stopped_it_goes_on_exactly(kit, data, tmp_path):
+def test_stopped_it_goes_on_exactly(backbone, data, tmp_path):
     """Guards resume: two steps, then two more from the checkpoint, are four; the tower is not in the file."""
     options = {"enable_checkpointing": True}
-    whole = fresh(kit)
+    whole = fresh(backbone)
     trainer(tmp_path / "whole", 4).fit(whole, data)
     first = trainer(tmp_path / "first", 2, **options)
-    first.fit(fresh(kit), data)
+    first.fit(fresh(backbone), data)
     file = tmp_path / "last.ckpt"
     first.save_checkpoint(file)
     saved = torch.load(file, weights_only=True)
     assert saved["state_dict"] and not any("encoder.model." in name for name in saved["state_dict"])
     assert not any("vae" in name for name in saved["state_dict"])
-    again = fresh(kit)
+    again = fresh(backbone)
     trainer(tmp_path / "second", 4, **options).fit(again, data, ckpt_path=str(file))
     assert all(torch.equal(v, whole.state_dict()[n]) for n, v in again.state_dict().items())
-    saved["kit"]["tower"] = "another"
+    saved["backbone"]["tower"] = "another"
     torch.save(saved, file)
-    with pytest.raises(UserError, match="another state of kit"):
-        trainer(tmp_path / "third", 4, **options).fit(fresh(kit), data, ckpt_path=str(file))
+    with pytest.raises(UserError, match="another state of backbone"):
+        trainer(tmp_path / "third", 4, **options).fit(fresh(backbone), data, ckpt_path=str(file))
 
 
-def test_exemplars_must_have_the_towers_side(kit, latent_data):
+def test_exemplars_must_have_the_towers_side(backbone, latent_data):
     """Guards the run: refused before hours of caching, by the option to set."""
-    task = ExemplarTask(kit)
-    task.check(latent_data(hints={"exemplar": {"size": kit.image_encoder.config.image_size}}, branch="exemplar"))
+    task = ExemplarTask(backbone)
+    task.check(latent_data(hints={"exemplar": {"size": backbone.image_encoder.config.image_size}}, branch="exemplar"))
     with pytest.raises(UserError, match="data.hints.exemplar.size=16, but the CLIP tower takes 32 px"):
         task.check(latent_data(hints={"exemplar": {"size": 16}}, branch="exemplar"))
     with pytest.raises(UserError, match="module.tower=nowhere/at-all"):
-        ExemplarTask(kit, tower="nowhere/at-all").tower  # noqa: B018
+        ExemplarTask(backbone, tower="nowhere/at-all").tower  # noqa: B018
 
 
-def test_a_tower_of_its_own(kit, tmp_path):
-    """Guards kits without one: any CLIP vision tower in a folder sees the exemplars, and none is kept twice."""
-    kit.image_encoder.save_pretrained(tmp_path)
-    own, theirs = fresh(kit, tower=str(tmp_path)), fresh(kit)
+def test_a_tower_of_its_own(backbone, tmp_path):
+    """Guards backbones without one: any CLIP vision tower in a folder sees the exemplars, and none is kept twice."""
+    backbone.image_encoder.save_pretrained(tmp_path)
+    own, theirs = fresh(backbone, tower=str(tmp_path)), fresh(backbone)
     same = own.encoder.model.state_dict()
     assert all(torch.equal(v, same[n]) for n, v in theirs.encoder.model.state_dict().items())
     assert "tower" not in vars(own) and not any(name.startswith("tower") for name in own.state_dict())
@@ -163,16 +163,16 @@ def test_it_runs_at_true_size(small_manifest, tmp_path):
     """Guards the paths at the size of Stable Diffusion 1.4 and CLIP ViT-L/14, with random weights: a gradient for every
     trained part, two steps of sampling, no pixel changed outside the hole. About 12 GB and some minutes on a CPU.
     """
-    kit = instantiate(compose("fit", ["experiment=paint_by_example", "model=sd1", "model.weights=random"]).model)
+    backbone = instantiate(compose("fit", ["experiment=paint_by_example", "model=sd1", "model.weights=random"]).model)
     data = LatentData(
-        str(small_manifest(tmp_path)), kit, str(tmp_path / "cache"), 1, "exemplar", {"exemplar": {"size": 224}},
+        str(small_manifest(tmp_path)), backbone, str(tmp_path / "cache"), 1, "exemplar", {"exemplar": {"size": 224}},
         crop="extended", hole="shape", variants=1, augment=True,
     )  # fmt: skip
-    task = ExemplarTask(kit, dropout=0.0)
+    task = ExemplarTask(backbone, dropout=0.0)
     task.check(data)
     task.configure_model()
     rows = read_manifest(data.manifest, "train")[1][:1]
-    item = encode([example(rows[0], data.manifest.parent, data.recipes["train"], 512)], kit, data.recipes["train"])
+    item = encode([example(rows[0], data.manifest.parent, data.recipes["train"], 512)], backbone, data.recipes["train"])
     z, masked = (item[name].float().chunk(2, 1)[0] for name in ("moments", "masked_moments"))
     context = task.encoder(item["hint_exemplar"] / 255)
     hole = item["hole"].float()
@@ -186,7 +186,7 @@ def test_it_runs_at_true_size(small_manifest, tmp_path):
     assert all(p.grad is None for p in task.encoder.model.parameters())
     task.zero_grad(set_to_none=True)
     items = load_reconstruct(data.manifest, "test", 512, 1)
-    painter = Painter(kit.with_unet(task.unet), task.encoder)
+    painter = Painter(backbone.with_unet(task.unet), task.encoder)
     raw = PaintByExample(painter, Settings(2, 5.0)).fill(items.composites, [(0, 0)])
     (kept,) = paste_outputs(items, raw)
     hole = items.composites[0].hole

@@ -13,7 +13,7 @@ from lightning.pytorch.callbacks import Callback
 
 from harmony.core.errors import UserError
 from harmony.data.picture_data import PicturesData
-from harmony.models.backbone import Kit
+from harmony.models.backbone import Backbone
 from harmony.models.textual_inversion import learn, read_word
 from harmony.pixels.images import write_image
 from harmony.training.textual_inversion import TEMPLATES, TextualInversionTask
@@ -23,9 +23,9 @@ PLAIN = ["a red mushroom on snow", "a blue car on grass, warm sunset light", ""]
 
 
 @pytest.fixture
-def kit(random_kit):
+def backbone(random_backbone):
     """One of its own for each test: its tokenizer learns the word."""
-    return Kit(str(random_kit))
+    return Backbone(str(random_backbone))
 
 
 @pytest.fixture(scope="module")
@@ -38,12 +38,12 @@ def pictures(tmp_path_factory):
     return folder
 
 
-def data_of(folder, kit: Kit, **options) -> PicturesData:
-    return PicturesData(str(folder), kit, **{"batch_size": 2, "previews": 2} | options)
+def data_of(folder, backbone: Backbone, **options) -> PicturesData:
+    return PicturesData(str(folder), backbone, **{"batch_size": 2, "previews": 2} | options)
 
 
-def fresh(kit: Kit, **options) -> TextualInversionTask:
-    return TextualInversionTask(kit, **{"token": "<mug>", "init": "mushroom", "lr": 1e-2, "steps": 2} | options)
+def fresh(backbone: Backbone, **options) -> TextualInversionTask:
+    return TextualInversionTask(backbone, **{"token": "<mug>", "init": "mushroom", "lr": 1e-2, "steps": 2} | options)
 
 
 def trainer(folder, steps: int, **options) -> lightning.Trainer:
@@ -54,9 +54,9 @@ def trainer(folder, steps: int, **options) -> lightning.Trainer:
     )  # fmt: skip
 
 
-def frozen(kit: Kit) -> dict[str, bytes]:
-    """Every tensor of the kit's networks."""
-    parts = {part: getattr(kit, part).state_dict() for part in FROZEN}
+def frozen(backbone: Backbone) -> dict[str, bytes]:
+    """Every tensor of the backbone's networks."""
+    parts = {part: getattr(backbone, part).state_dict() for part in FROZEN}
     return {f"{part}.{name}": v.numpy().tobytes() for part, state in parts.items() for name, v in state.items()}
 
 
@@ -65,52 +65,52 @@ class Watch(Callback):
 
     def on_after_backward(self, trainer, module):
         assert module.vectors.grad.abs().sum(1).min() > 0
-        assert all(p.grad is None for part in FROZEN for p in getattr(module.kit, part).parameters())
+        assert all(p.grad is None for part in FROZEN for p in getattr(module.backbone, part).parameters())
 
 
-def test_only_the_vectors_change(kit, pictures, tmp_path):
+def test_only_the_vectors_change(backbone, pictures, tmp_path):
     """Guards what is trained: after k steps, with weight decay too, every other tensor is byte-equal, and checkpoints
     hold the vectors alone.
     """
-    before, task = frozen(kit), fresh(kit, weight_decay=0.5, vectors=2)
+    before, task = frozen(backbone), fresh(backbone, weight_decay=0.5, vectors=2)
     start = task.vectors.detach().clone()
     options = {"limit_val_batches": 1, "val_check_interval": 3, "check_val_every_n_epoch": None}
     run = trainer(tmp_path, 3, callbacks=[Watch()], **options)
-    run.fit(task, data_of(pictures, kit))
-    assert run.global_step == 3 and frozen(kit) == before
+    run.fit(task, data_of(pictures, backbone))
+    assert run.global_step == 3 and frozen(backbone) == before
     assert (task.vectors - start).abs().amax(1).min() > 1e-3
-    assert not any(module.training for part in FROZEN for module in getattr(kit, part).modules())
-    assert len(kit.text_encoder.get_input_embeddings().weight) == task.first, "the table has no row of the word"
+    assert not any(module.training for part in FROZEN for module in getattr(backbone, part).modules())
+    assert len(backbone.text_encoder.get_input_embeddings().weight) == task.first, "the table has no row of the word"
     run.save_checkpoint(tmp_path / "a.ckpt")
     saved = torch.load(tmp_path / "a.ckpt", weights_only=True)
     assert set(saved["state_dict"]) == {"vectors"} and torch.equal(saved["state_dict"]["vectors"], task.vectors)
     assert [len(group["params"]) for group in saved["optimizer_states"][0]["param_groups"]] == [1]
 
 
-def test_the_word_begins_as_init_and_moves_no_other(kit, random_kit, pictures, tmp_path):
-    """Guards beginning and end: before training it means what ``init`` means; after it, the export gives another kit
-    the text states of the training, and prompts without the word are as they were.
+def test_the_word_begins_as_init_and_moves_no_other(backbone, random_backbone, pictures, tmp_path):
+    """Guards beginning and end: before training it means what ``init`` means; after it, the export gives another
+    backbone the text states of the training, and prompts without the word are as they were.
     """
-    rows = kit.text_encoder.get_input_embeddings().weight
-    plain, as_init = kit.prompt(PLAIN), kit.prompt(["a red mushroom on snow"])
-    task = fresh(kit)
-    assert torch.equal(task.vectors.detach(), rows[kit.encode("mushroom")])
-    assert torch.equal(task.text(["a red {} on snow"]).detach(), as_init) and torch.equal(kit.prompt(PLAIN), plain)
-    trainer(tmp_path, 3).fit(task, data_of(pictures, kit))
+    rows = backbone.text_encoder.get_input_embeddings().weight
+    plain, as_init = backbone.prompt(PLAIN), backbone.prompt(["a red mushroom on snow"])
+    task = fresh(backbone)
+    assert torch.equal(task.vectors.detach(), rows[backbone.encode("mushroom")])
+    assert torch.equal(task.text(["a red {} on snow"]).detach(), as_init) and torch.equal(backbone.prompt(PLAIN), plain)
+    trainer(tmp_path, 3).fit(task, data_of(pictures, backbone))
     trained = task.text(["a red {} on snow"]).detach()
-    assert not torch.allclose(trained, as_init, atol=1e-3) and torch.equal(kit.prompt(PLAIN), plain)
+    assert not torch.allclose(trained, as_init, atol=1e-3) and torch.equal(backbone.prompt(PLAIN), plain)
     task.export(tmp_path / "export")
-    other = learn(Kit(str(random_kit)), read_word(tmp_path))
+    other = learn(Backbone(str(random_backbone)), read_word(tmp_path))
     assert torch.equal(other.prompt(["a red <mug> on snow"]), trained) and torch.equal(other.prompt(PLAIN), plain)
 
 
 @pytest.mark.parametrize("prediction", ["epsilon", "v_prediction"])
-def test_the_loss_is_that_of_gal_2022(kit, random_kit, pictures, monkeypatch, tmp_path, prediction):
+def test_the_loss_is_that_of_gal_2022(backbone, random_backbone, pictures, monkeypatch, tmp_path, prediction):
     """Guards eq. 2: squared error over the whole latent, all being hole, with a caption or a template that holds the
     word, drawn with the step.
     """
-    kit.scheduler.register_to_config(prediction_type=prediction)
-    task, data = fresh(kit, vectors=2), data_of(pictures, kit)
+    backbone.scheduler.register_to_config(prediction_type=prediction)
+    task, data = fresh(backbone, vectors=2), data_of(pictures, backbone)
     data.setup()
     task.trainer = SimpleNamespace(datamodule=data)
     monkeypatch.setattr(task, "log", lambda *args, **options: None)
@@ -121,11 +121,11 @@ def test_the_loss_is_that_of_gal_2022(kit, random_kit, pictures, monkeypatch, tm
     batch = torch.utils.data.default_collate([data.views[7 + n, n] for n in range(3)])
     batch["template"] = torch.tensor([0.999, 0.5, 0.0])
     loss = task.training_step(batch, 0)
-    last = task.prompts[0][-1].format("<mug>")  # of those that are short enough for this kit
+    last = task.prompts[0][-1].format("<mug>")  # of those that are short enough for this backbone
     prompts = [last, "a <mug> on snow", TEMPLATES["object"][0].format("<mug>")]
-    ours = learn(Kit(str(random_kit)), read_word(tmp_path))
+    ours = learn(Backbone(str(random_backbone)), read_word(tmp_path))
     t = (batch["time"] * 1000).long()
-    a = kit.scheduler.alphas_cumprod[t].view(-1, 1, 1, 1)
+    a = backbone.scheduler.alphas_cumprod[t].view(-1, 1, 1, 1)
     clean = ours.latent(batch["moments"], batch["encode"])
     grey = ours.latent(ours.moments(torch.zeros(1, 3, 32, 32))).expand(3, -1, -1, -1)
     z = torch.cat([a.sqrt() * clean + (1 - a).sqrt() * batch["noise"], torch.ones(3, 1, 8, 8), grey], 1)
@@ -135,13 +135,13 @@ def test_the_loss_is_that_of_gal_2022(kit, random_kit, pictures, monkeypatch, tm
     torch.testing.assert_close(loss.detach(), F.mse_loss(found, wanted))
 
 
-def test_stopped_it_goes_on_exactly(random_kit, pictures, tmp_path):
+def test_stopped_it_goes_on_exactly(random_backbone, pictures, tmp_path):
     """Guards resume: two steps, then two more from the checkpoint, are four; never with other pictures."""
 
     def trained(name: str, steps: int, folder=pictures, **options):
-        kit = Kit(str(random_kit))
-        task, run = fresh(kit), trainer(tmp_path / name, steps, accumulate_grad_batches=2)
-        run.fit(task, data_of(folder, kit), **options)
+        backbone = Backbone(str(random_backbone))
+        task, run = fresh(backbone), trainer(tmp_path / name, steps, accumulate_grad_batches=2)
+        run.fit(task, data_of(folder, backbone), **options)
         return task.vectors.detach(), run
 
     whole, _ = trained("whole", 4)
@@ -162,11 +162,11 @@ def test_stopped_it_goes_on_exactly(random_kit, pictures, tmp_path):
         trained("fewer", 4, folder=other, ckpt_path=file)
 
 
-def test_the_learning_rate_grows_with_what_a_step_sees(kit, pictures, tmp_path):
+def test_the_learning_rate_grows_with_what_a_step_sees(backbone, pictures, tmp_path):
     """Guards the rate: lr times batch, accumulation, processes; the decay that was asked for, on the vectors alone."""
-    task = fresh(kit, lr=1e-3, weight_decay=0.25)
+    task = fresh(backbone, lr=1e-3, weight_decay=0.25)
     run = trainer(tmp_path, 1, accumulate_grad_batches=2)
-    run.fit(task, data_of(pictures, kit, batch_size=3))
+    run.fit(task, data_of(pictures, backbone, batch_size=3))
     (group,) = run.optimizers[0].param_groups
     assert isinstance(run.optimizers[0], torch.optim.AdamW)
     assert group["lr"] == pytest.approx(6e-3) and group["weight_decay"] == 0.25
@@ -175,9 +175,9 @@ def test_the_learning_rate_grows_with_what_a_step_sees(kit, pictures, tmp_path):
     assert task.configure_optimizers().param_groups[0]["lr"] == pytest.approx(24e-3)
 
 
-def test_previews_compare_the_word_with_init(kit, pictures, tmp_path):
+def test_previews_compare_the_word_with_init(backbone, pictures, tmp_path):
     """Guards the figures: untrained they are those of ``init``, from the same noise; afterwards the baseline stays."""
-    task, data, run = fresh(kit), data_of(pictures, kit), trainer(tmp_path, 3, limit_val_batches=1)
+    task, data, run = fresh(backbone), data_of(pictures, backbone), trainer(tmp_path, 3, limit_val_batches=1)
     first = run.validate(task, data, verbose=False)[0]
     for name in ("concept/clip_i", "concept/clip_t"):
         assert first[name] == pytest.approx(first[f"baseline/{name}"], abs=1e-4) and -100 <= first[name] <= 100
@@ -189,10 +189,12 @@ def test_previews_compare_the_word_with_init(kit, pictures, tmp_path):
     assert [path.name for path in (tmp_path / "grids").iterdir()] == ["samples_000000.png"]
 
 
-def test_a_kit_without_clip_draws_previews_alone(kit, pictures, monkeypatch, tmp_path, capsys):
-    """Guards kits without an image tower: nothing is measured, the pictures are there."""
-    monkeypatch.setattr("harmony.training.textual_inversion.clip_of", lambda kit: None)
-    assert trainer(tmp_path, 1, limit_val_batches=1).validate(fresh(kit), data_of(pictures, kit), verbose=False) == [{}]
+def test_a_backbone_without_clip_draws_previews_alone(backbone, pictures, monkeypatch, tmp_path, capsys):
+    """Guards backbones without an image tower: nothing is measured, the pictures are there."""
+    monkeypatch.setattr("harmony.training.textual_inversion.clip_of", lambda backbone: None)
+    assert trainer(tmp_path, 1, limit_val_batches=1).validate(
+        fresh(backbone), data_of(pictures, backbone), verbose=False
+    ) == [{}]
     assert (tmp_path / "grids" / "samples_000000.png").exists() and "previews drawn" in capsys.readouterr().out
 
 
@@ -204,15 +206,15 @@ def test_templates_have_one_place_for_the_word():
     assert all("style of {}" in text for text in TEMPLATES["style"])
 
 
-def test_a_word_that_is_cut_off_is_refused(kit, pictures, tmp_path):
-    """Guards against a picture that teaches nothing: its caption ends, for this kit, before the word."""
+def test_a_word_that_is_cut_off_is_refused(backbone, pictures, tmp_path):
+    """Guards against a picture that teaches nothing: its caption ends, for this backbone, before the word."""
     folder = shutil.copytree(pictures, tmp_path / "pictures")
     (folder / "captions.json").write_text('{"0": "a red mushroom on snow, a red mushroom on snow, and a {}"}')
     with pytest.raises(UserError, match="captions.json: 'a red.*is cut off before the word"):
-        trainer(tmp_path, 1).fit(fresh(kit), data_of(folder, kit))
+        trainer(tmp_path, 1).fit(fresh(backbone), data_of(folder, backbone))
 
 
-def test_what_cannot_be_learnt_is_refused(kit):
+def test_what_cannot_be_learnt_is_refused(backbone):
     """Guards bad input, before anything is encoded."""
     for wrong, message in (
         ({"property": "mood"}, "property=mood: choose one of object, style"),
@@ -222,4 +224,4 @@ def test_what_cannot_be_learnt_is_refused(kit):
         ({"token": "<|endoftext|>"}, "knows this word already"),
     ):
         with pytest.raises(UserError, match=message):
-            fresh(kit, **wrong)
+            fresh(backbone, **wrong)

@@ -1,5 +1,5 @@
-"""The pixels that a kit is trained on: studio renders under both of their lights, and photographs whose license allows
-it.
+"""The pixels that a backbone is trained on: studio renders under both of their lights, and photographs whose license
+allows it.
 
 Here a photograph is kept for its largest instance, whatever else it shows: a VAE needs pixels, not single instances.
 """
@@ -71,10 +71,10 @@ def rows_of(folder: Path, split: str, relative_to: Path, sources: Iterable[str] 
     return rows
 
 
-def prepare_kit(recipe: dict, work: Path) -> Path:
-    """Render what is missing and write ``manifest.jsonl`` of the kit's training set into ``work / name``.
+def prepare_backbone(recipe: dict, work: Path) -> Path:
+    """Render what is missing and write ``manifest.jsonl`` of the backbone's training set into ``work / name``.
 
-    Recipe: ``name``, ``dir`` (the bundled studio set), ``count`` (further studio scenes at the kit's size, train
+    Recipe: ``name``, ``dir`` (the bundled studio set), ``count`` (further studio scenes at the backbone's size, train
     split), ``size`` in pixels, ``photos`` (a folder in Open Images layout, or null) and ``sources`` (which of its
     photographs may train weights that are shipped; its test split only measures and may hold any).
     """

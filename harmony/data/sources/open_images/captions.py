@@ -22,7 +22,7 @@ def find_uncaptioned(
     if not others:
         return None, []
     if captioner is None:
-        raise UserError(f"{dataset.name}: {len(others)} images lack a caption; give a kit that has a captioner")
+        raise UserError(f"{dataset.name}: {len(others)} images lack a caption; give a backbone that has a captioner")
     name = captioner_name(captioner)
     return name, [[i, path, digest] for i, path, digest, model in others if model != name]
 

@@ -35,11 +35,11 @@ def prepare_dataset(
 ) -> Path:
     """Prepare the dataset that ``recipe`` (datasets/*/recipe.yaml) describes; returns ``work/<name>/manifest.jsonl``.
 
-    ``captioner`` is the kit's (``<kit>/captioner``), used unless the recipe names another BLIP folder or hub id, and
-    loaded only if some image needs it. All processes of ``trainer`` caption (see ``shards.predictor``), the first does
-    everything else. Raises UserError for bad input, and when no image is kept.
+    ``captioner`` is the backbone's (``<backbone>/captioner``), used unless the recipe names another BLIP folder or hub
+    id, and loaded only if some image needs it. All processes of ``trainer`` caption (see ``shards.predictor``), the
+    first does everything else. Raises UserError for bad input, and when no image is kept.
     """
-    if recipe["captions"]["captioner"] != "kit":
+    if recipe["captions"]["captioner"] != "backbone":
         captioner = recipe["captions"]["captioner"]
     folder = Path(work).resolve() / recipe["name"]
     make_shards(Preparation(recipe, folder, source, captioner), trainer or predictor())

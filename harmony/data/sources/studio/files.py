@@ -107,7 +107,7 @@ def generate(
     """Render scenes ``start .. start + count - 1`` of ``splits`` into ``root``; returns it.
 
     Complete scenes are not rendered again. ``size`` in pixels, ``samples`` per pixel; ``plate=False`` leaves out plate
-    and shadow, which the training of a kit does not need.
+    and shadow, which the training of a backbone does not need.
     """
     root = Path(root)
     scenes = [s for s in (scene(i, seed) for i in range(start, start + count)) if s.split in splits]
