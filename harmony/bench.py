@@ -121,7 +121,7 @@ def check(cfg: DictConfig, device: str) -> None:
 
 
 def measure_gpu(cfg: DictConfig, folder: Path, gpu: bool) -> None:
-    """All parts of ``speed.gpu`` as processes of their own; what is left is their table."""
+    """All parts of ``benchmarks.gpu`` as processes of their own; what is left is their table."""
     from harmony.benchmarks.gpu import parts, run_parts
 
     beside = max(1, min(6, (os.cpu_count() or 1) // 2)) if gpu else 1

@@ -40,7 +40,7 @@ importlib.metadata.Distribution.from_name = classmethod(from_name)
 EACH = """
 import sys
 from importlib import import_module
-from harmony.cli.command import compose
+from harmony.cli.compose import compose
 for command in sys.argv[1:]:
     print(command.split())
     name, *words = command.split("\\n")

@@ -124,6 +124,7 @@ def parts(folder: Path) -> list[Part]:
         Part("sample", ("bench", "sample", *SD2, "blocks=2", "sampling.steps=50"), 150, alone=True, cpu=None),
         Part("train_eager", ("bench", "train", *SD2, *rates), 100, alone=True, cpu=None),
         Part("joint", ("bench", "joint", *SD2, "batch=32", "steps=6", "blocks=2", "compile=true"), 200, True, None),
+        Part("train_cudnn", ("bench", "train", *SD2, *rates, "compile=true", "model.attention=cudnn"), 200, True, None),
         Part("memory", ("bench", "memory", *SD2), 90, alone=True, cpu=None),
     ]
     return plain + measured

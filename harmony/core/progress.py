@@ -20,9 +20,11 @@ class Progress:
         self.what, self.total, self.unit, self.say, self.per, self.decimals = what, total, unit, say, per, decimals
         self.done, self.start = 0, time.monotonic()
 
-    def advance(self, count: int, detail: str = "") -> None:
-        """``count`` more are done; ``detail`` stands before the numbers."""
-        self.done += count
+    def advance(self, count: int, detail: str = "", every: int = 1) -> None:
+        """``count`` more are done; ``detail`` stands before the numbers. Says so each ``every`` and at the end."""
+        before, self.done = self.done, self.done + count
+        if self.done // every == before // every and self.done < self.total:
+            return
         rate = self.done / max(time.monotonic() - self.start, 1e-9)
         left = (self.total - self.done) / rate if rate else 0
         shown = rate * (60 if self.per == MINUTE else 1)

@@ -8,7 +8,6 @@ same command goes on. A shard whose checksum is wrong is built again, never trai
 """
 
 import errno
-import functools
 import hashlib
 import json
 from collections.abc import Callable
@@ -22,6 +21,7 @@ from safetensors import safe_open
 
 from harmony.core.errors import UserError
 from harmony.core.files import write_json, write_tensors
+from harmony.core.progress import tell
 from harmony.core.row import Row
 from harmony.data.manifest import read_manifest
 from harmony.pixels.composites import other_light
@@ -33,9 +33,6 @@ from harmony.pixels.masks import bounding_box, coverage, hole, read_mask, resize
 CACHE_SCHEMA = 1
 SHARD = 256  # items a shard
 EXTENDED = {"shape": SHAPED, "box": 0.0}  # hole rules around the extended box -> share of arbitrary shapes
-
-
-tell = functools.partial(print, flush=True)  # so that a log shows at once how far it is
 
 
 class Codec(Protocol):

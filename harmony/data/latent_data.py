@@ -8,7 +8,8 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader
 
-from harmony.data.latent_cache import Cache, Latents, Recipe, describe, example, key, tell
+from harmony.core.progress import tell
+from harmony.data.latent_cache import Cache, Latents, Recipe, describe, example, key
 from harmony.data.manifest import read_manifest
 from harmony.data.shards import Shards, make_shards, predictor
 from harmony.data.stream import Stream, generator

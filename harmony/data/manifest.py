@@ -12,6 +12,7 @@ from dataclasses import asdict, fields
 from pathlib import Path
 
 from harmony.core.errors import UserError
+from harmony.core.files import atomic
 from harmony.core.row import SCHEMA_VERSION, SPLITS, Row
 
 FIELDS = {f.name for f in fields(Row)}
@@ -21,14 +22,11 @@ def write_manifest(path: Path, rows: Iterable[Row], dataset: str, **facts: objec
     """Write header and rows atomically; ``facts`` join the header. Returns the header."""
     rows = sorted(rows, key=lambda row: (SPLITS.index(row.split), row.id))
     header = {"schema": SCHEMA_VERSION, "dataset": dataset, "rows": len(rows), **facts}
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(path.name + ".part")
-    with open(partial, "w", encoding="utf-8") as file:
+    with atomic(path) as partial, open(partial, "w", encoding="utf-8") as file:
         file.write(json.dumps(header, ensure_ascii=False) + "\n")
         file.writelines(json.dumps(asdict(row), ensure_ascii=False) + "\n" for row in rows)
         file.flush()
         os.fsync(file.fileno())
-    os.replace(partial, path)
     return header
 
 

@@ -4,7 +4,6 @@ Work that comes in shards is written shard by shard, each by one process and mov
 kill costs at most a shard a process, and the same command goes on, with the same number of processes or another.
 """
 
-import time
 import warnings
 from collections.abc import Callable
 from functools import partial
@@ -19,6 +18,7 @@ from lightning.pytorch.utilities.seed import isolate_rng
 from torch.utils.data import DataLoader
 
 from harmony.core.errors import UserError
+from harmony.core.progress import Progress
 
 QUIET = {
     "logger": False,
@@ -84,15 +84,12 @@ class Shards(lightning.LightningModule):
         rank, world, sizes = trainer.global_rank, trainer.world_size, self.sizes
         looked_at = [n for n in range(rank, len(sizes), world) if not self.is_made(n)]
         own = sorted(chain.from_iterable(gathered(looked_at, world)))[rank::world]
-        self.total, self.done, self.began = sum(sizes[n] for n in own), 0, time.monotonic()
+        self.progress = Progress(self.what, sum(sizes[n] for n in own), "items", self.say, decimals=0)
         return DataLoader(own, batch_size=None)
 
     def predict_step(self, n: int, index: int) -> None:
         self.make(n)
-        self.done += self.sizes[n]
-        rate = self.done / max(time.monotonic() - self.began, 1e-9)
-        left = (self.total - self.done) / rate
-        self.say(f"{self.what}: shard {n + 1}/{len(self.sizes)}, {rate:.0f} items a second, {left:.0f} s left")
+        self.progress.advance(self.sizes[n], f"shard {n + 1}/{len(self.sizes)}")
         if self.trainer.received_sigterm:  # which Lightning only looks at while it trains
             raise SIGTERMException
 

@@ -5,7 +5,6 @@ table is the same whether one process made it, several, or one that was killed a
 says what it depends on: the fingerprints of its method and of its eval set. Equal rows share their outputs.
 """
 
-import os
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -13,6 +12,7 @@ from pathlib import Path
 import numpy as np
 
 from harmony.core.errors import UserError
+from harmony.core.files import atomic
 from harmony.core.progress import Progress, tell
 from harmony.evaluation.eval_sets import EvalSet
 from harmony.methods.method import Method, fingerprint, seeds_of
@@ -60,11 +60,8 @@ def fill_blocks(
 
 def store(path: Path, outputs: list[np.ndarray]) -> None:
     """Write a block, whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    with open(partial, "wb") as file:
+    with atomic(path) as partial, open(partial, "wb") as file:
         np.save(file, np.stack(outputs))
-    os.replace(partial, path)
 
 
 def await_files(files: Sequence[Path], say: Callable[[str], None] = tell) -> None:

@@ -5,7 +5,6 @@ edit is measured against the render of the scene so changed, its background (out
 against the source. A learnt word is measured by views that it was not learnt from.
 """
 
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -15,7 +14,7 @@ import numpy as np
 import torch
 
 from harmony.core.errors import UserError
-from harmony.core.files import write_text
+from harmony.core.files import atomic, write_text
 from harmony.core.progress import MINUTE, Progress
 from harmony.data.sources.editing import Case, concepts, read_cases
 from harmony.data.sources.files import folder_captions
@@ -346,8 +345,5 @@ def mean(values) -> float:
 
 def store(path: Path, arrays: dict[str, list[np.ndarray]]) -> None:
     """Write named stacks of pictures into one file, whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    with open(partial, "wb") as file:
+    with atomic(path) as partial, open(partial, "wb") as file:
         np.savez(file, **{name: np.stack(pictures) for name, pictures in arrays.items()})
-    os.replace(partial, path)

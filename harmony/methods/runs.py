@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from harmony.core.errors import UserError
-from harmony.core.files import write_json
+from harmony.core.files import write_json, write_text
 from harmony.core.progress import Progress, tell
 from harmony.data.captions import caption_images
 from harmony.methods.inputs import Inputs, beside_baselines, check_wants, read_inputs, sheet
@@ -88,7 +88,7 @@ class Inserter:
             files.append(self.write(request, each, result))
             files[-1] |= self.method.write_beside(n, insertions[n].square, request.folder)
             write_json(request.folder / "facts.json", facts[n] | {"prompt": insertions[n].square.caption})
-            (request.folder / MADE_OF).write_text(fingerprint(facts[n]) + "\n")
+            write_text(request.folder / MADE_OF, fingerprint(facts[n]) + "\n")
         return files
 
     def cut(self, request: Request, inputs: Inputs) -> Insertion:

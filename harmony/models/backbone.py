@@ -10,13 +10,16 @@ import json
 import os
 import re
 import warnings
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 
 import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from harmony.core.errors import UserError
+from harmony.core.files import write_json
 from harmony.core.hub import fetched
 
 ASSETS = Path(__file__).resolve().parents[1] / "assets"
@@ -39,6 +42,9 @@ MEND = (
     "fetch it where there is a network and give model.path=FOLDER, or model.weights=random for the architecture alone"
 )
 FROZEN = ("unet", "text_encoder")  # what every step of training and sampling runs
+# Kernels that attention may run in on a GPU; native leaves the choice to PyTorch.
+ATTENTION = {"native": None, "cudnn": SDPBackend.CUDNN_ATTENTION, "flash": SDPBackend.FLASH_ATTENTION}
+preferred_attention = ExitStack()  # of the process
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
@@ -105,6 +111,13 @@ def placed(module: torch.nn.Module, device: torch.device) -> torch.nn.Module:
     return torch.nn.Module.to(module, device, **layout)
 
 
+def prefer_attention(kernel: SDPBackend) -> None:
+    """From now on attention in this process runs in ``kernel`` wherever it can, else in another one."""
+    preferred_attention.close()
+    others = SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH
+    preferred_attention.enter_context(sdpa_kernel([kernel, *others], set_priority=True))
+
+
 def weights_hash(module: torch.nn.Module) -> str:
     """sha256 over names and values of a module's weights."""
     digest = hashlib.sha256()
@@ -120,7 +133,8 @@ class Backbone:
 
     ``geometry`` names a folder of configurations that come with the package: what ``weights="random"`` is built from
     where those of ``path`` are on a hub. ``dtype`` is that of UNet and text encoder: float32, bfloat16, or auto, which
-    is bfloat16 on a GPU; everything else has at least float32, latents too. ``words``: learnt words, lower case, and
+    is bfloat16 on a GPU; everything else has at least float32, latents too. ``attention``: the kernel of ``ATTENTION``
+    that is preferred on a GPU, in the whole process. ``words``: learnt words, lower case, and
     the tokens of each (see ``learn`` of ``textual_inversion``). ``loaded``: what was loaded for this backbone
     beside its own parts, by path: a table has many rows of the same ControlNets.
     """
@@ -130,6 +144,7 @@ class Backbone:
     dtype: torch.dtype | str = torch.float32
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
     geometry: str | None = None
+    attention: str = "native"
     words: dict[str, list[str]] = field(default_factory=dict)
     loaded: dict = field(default_factory=dict, repr=False)
 
@@ -141,6 +156,12 @@ class Backbone:
             if self.dtype not in ("auto", *DTYPES):
                 raise UserError(f"model.dtype={self.dtype}: choose auto, {' or '.join(DTYPES)}")
             self.dtype = DTYPES.get(self.dtype, fitting)
+        if self.attention not in ATTENTION:
+            raise UserError(f"model.attention={self.attention}: choose {', '.join(ATTENTION)}")
+        if self.attention != "native":
+            if not torch.cuda.is_available():
+                raise UserError(f"model.attention={self.attention}: only a GPU has a choice; leave it at native here")
+            prefer_attention(ATTENTION[self.attention])
         shapes = self.weights == "random" and self.geometry
         self.path = str(GEOMETRY / self.geometry) if shapes else backbone_path(self.path)
         if os.path.isdir(self.path):
@@ -340,9 +361,7 @@ def write_model_index(folder: Path, pipeline: str = "StableDiffusionInpaintPipel
     index |= {part: list(CLASSES[part]) for part in DIFFUSION if (folder / part).is_dir()}
     index |= {part: [None, None] for part in ("safety_checker", "feature_extractor")}
     index["requires_safety_checker"] = False
-    partial = folder / ".model_index.json.partial"
-    partial.write_text(json.dumps(index, indent=2) + "\n")
-    os.replace(partial, folder / "model_index.json")
+    write_json(folder / "model_index.json", index)
 
 
 def ship(source: Path, target: Path, dtype: torch.dtype = torch.float16) -> dict[str, int]:

@@ -8,7 +8,6 @@ import inspect
 import json
 import math
 import os
-import shutil
 from pathlib import Path
 
 import torch
@@ -16,6 +15,7 @@ from diffusers import ControlNetModel, UNet2DConditionModel
 from safetensors import SafetensorError
 
 from harmony.core.errors import UserError
+from harmony.core.files import atomic_folder, write_json
 from harmony.core.hub import fetched
 from harmony.models.backbone import ASSETS, Backbone
 from harmony.pixels.hints import HINTS
@@ -121,12 +121,9 @@ def check_parameters(branch: str, parameters: dict) -> None:
 
 def export_controlnet(net: ControlNetModel, folder: Path, branch: str, parameters: dict, backbone: Backbone) -> Path:
     """Write ``folder/controlnet`` in diffusers layout; ``hint.json`` beside the weights says which hint it takes."""
-    target, partial = Path(folder) / "controlnet", Path(folder) / ".controlnet.partial"
-    shutil.rmtree(partial, ignore_errors=True)
-    net.save_pretrained(partial)
-    hashes = {part: backbone.hash(part) for part in ("vae", "unet")}
+    target, hashes = Path(folder) / "controlnet", {part: backbone.hash(part) for part in ("vae", "unet")}
     facts = {"branch": branch, "parameters": parameters, "backbone": backbone.name, **hashes}
-    (partial / "hint.json").write_text(json.dumps(facts, indent=2) + "\n")
-    shutil.rmtree(target, ignore_errors=True)
-    os.replace(partial, target)
+    with atomic_folder(target) as partial:
+        net.save_pretrained(partial)
+        write_json(partial / "hint.json", facts)
     return target

@@ -6,7 +6,6 @@ Channel order and mask polarity differ from Stable Diffusion inpainting: latent,
 
 import json
 import os
-import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,7 +18,7 @@ from safetensors.torch import load_file
 from transformers import CLIPVisionConfig, CLIPVisionModel
 
 from harmony.core.errors import UserError
-from harmony.core.files import write_tensors
+from harmony.core.files import atomic_folder, write_json, write_tensors
 from harmony.core.hub import fetched
 from harmony.models.backbone import ASSETS, Backbone, load_part, weights_hash
 from harmony.pixels.images import sha256, to_clip
@@ -281,8 +280,7 @@ def export_painter(
     ``half``: weights in float16. ``tower=False`` leaves out CLIP's tower, which must then be the backbone's own:
     diffusers does not load that, harmony does.
     """
-    target, partial = Path(folder) / "paint_by_example", Path(folder) / ".paint_by_example.partial"
-    shutil.rmtree(partial, ignore_errors=True)
+    target = Path(folder) / "paint_by_example"
     facts = {"backbone": backbone.name, "vae": backbone.hash("vae"), "tower": weights_hash(encoder.model)}
     if not tower and facts["tower"] != weights_hash(backbone_tower(backbone, encoder.config)):
         raise UserError(f"its CLIP tower is not that of backbone {backbone.name}, so it cannot be left out: tower=true")
@@ -290,15 +288,13 @@ def export_painter(
     plain = UNet2DConditionModel.from_config(unet.config)
     plain.load_state_dict({name: value.detach().cpu() for name, value in unet.state_dict().items()})
     torch.nn.Module.to(plain, dtype)  # diffusers' own warns of modules to keep in float32, of which there are none
-    plain.save_pretrained(partial / "unet")
-    (partial / "image_encoder").mkdir()
     config = encoder.config.to_dict() | {"architectures": ["PaintByExampleImageEncoder"]}
     config |= {"all_tokens": True} if encoder.all_tokens else {}
-    (partial / "image_encoder" / "config.json").write_text(json.dumps(config, indent=2, default=str) + "\n")
     state = {name: value for name, value in encoder.state_dict().items() if tower or not name.startswith("model.")}
     state = {name: value.to(dtype) for name, value in state.items()}
-    write_tensors(partial / "image_encoder" / WEIGHTS, state, {"format": "pt"})
-    (partial / "backbone.json").write_text(json.dumps(facts, indent=2) + "\n")
-    shutil.rmtree(target, ignore_errors=True)
-    os.replace(partial, target)
+    with atomic_folder(target) as partial:
+        plain.save_pretrained(partial / "unet")
+        write_json(partial / "image_encoder" / "config.json", config)
+        write_tensors(partial / "image_encoder" / WEIGHTS, state, {"format": "pt"})
+        write_json(partial / "backbone.json", facts)
     return target

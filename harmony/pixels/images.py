@@ -5,7 +5,6 @@ In memory an image is uint8 H x W x 3 RGB; a mask is bool H x W. Networks see fl
 
 import hashlib
 import math
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +15,7 @@ import torch
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 
 from harmony.core.errors import UserError
+from harmony.core.files import atomic
 
 WRITERS = {
     ".png": {"format": "PNG"},
@@ -63,12 +63,8 @@ def write_image(path: str | Path, image: np.ndarray, **options) -> None:
     if path.suffix.lower() not in WRITERS:
         raise UserError(f"{path} has suffix '{path.suffix}'; write images as {', '.join(WRITERS)}")
     pixels = image.astype(np.uint8) * 255 if image.dtype == bool else image
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        Image.fromarray(pixels).save(temporary, **WRITERS[path.suffix.lower()] | options)
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    with atomic(path) as partial:
+        Image.fromarray(pixels).save(partial, **WRITERS[path.suffix.lower()] | options)
 
 
 def sha256(path: str | Path) -> str:

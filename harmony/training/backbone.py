@@ -6,8 +6,6 @@ pictures, draws a grid, and at the end writes its part into the backbone folder 
 
 import json
 import logging
-import os
-import shutil
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -18,6 +16,7 @@ from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
 from diffusers.training_utils import EMAModel
 from torch import nn
 
+from harmony.core.files import atomic_folder
 from harmony.models.backbone import Backbone, backbone_path, write_model_index
 from harmony.models.steady_norms import steady_norms
 from harmony.pixels.images import CLIP_MEAN, CLIP_STD, from_model, grid, to_clip, write_image
@@ -42,12 +41,9 @@ SCHEDULE = {  # Stable Diffusion's; explicit are the flags that diffusers' defau
 
 def write_part(folder: Path, name: str, *parts) -> None:
     """Save ``parts`` (anything with save_pretrained) into ``folder / name``, replacing it only when all is written."""
-    partial = folder / f".{name}.partial"
-    shutil.rmtree(partial, ignore_errors=True)
-    for part in parts:
-        part.save_pretrained(partial)
-    shutil.rmtree(folder / name, ignore_errors=True)
-    os.replace(partial, folder / name)
+    with atomic_folder(folder / name) as partial:
+        for part in parts:
+            part.save_pretrained(partial)
     write_model_index(folder)
 
 

@@ -1,7 +1,6 @@
 """What watches a training: sample grids, throughput, the NaN guard, atomic checkpoints, the run folder's CSV."""
 
 import csv
-import os
 import pickle
 import time
 from collections.abc import Callable
@@ -13,6 +12,7 @@ from lightning.fabric.plugins import TorchCheckpointIO
 from lightning.pytorch.callbacks import Callback
 
 from harmony.core.errors import UserError
+from harmony.core.files import atomic
 from harmony.evaluation.eval_sets import load_reconstruct, sample_grid
 from harmony.methods.method import seeds_of
 from harmony.pixels.images import write_image
@@ -23,18 +23,13 @@ class AtomicCheckpoints(TorchCheckpointIO):
     """Checkpoints appear under their name only when complete: a kill while writing leaves the previous one."""
 
     def save_checkpoint(self, checkpoint, path, storage_options=None):
-        path = Path(path)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        partial = path.with_name(f".{path.name}.partial")
         try:
-            torch.save(checkpoint, partial)
-            os.replace(partial, path)
+            with atomic(path) as partial:
+                torch.save(checkpoint, partial)
         except (OSError, RuntimeError) as error:
             raise UserError(
                 f"cannot write checkpoint {path} ({error}): free some disk; the same command goes on"
             ) from error
-        finally:
-            partial.unlink(missing_ok=True)
 
     def load_checkpoint(self, path, map_location=None, weights_only=True):
         try:
@@ -116,9 +111,8 @@ class MetricsCSV(Callback):
                         for r in csv.reader(file)
                         if len(r) == 3 and r[0].isdigit() and int(r[0]) <= trainer.global_step
                     ]
-            partial = self.path.with_name(f".{self.path.name}.partial")
-            self.write(partial, [["step", "name", "value"], *rows], "w")
-            os.replace(partial, self.path)
+            with atomic(self.path) as partial:
+                self.write(partial, [["step", "name", "value"], *rows], "w")
 
     def write(self, path, rows, mode):
         with open(path, mode, newline="") as file:

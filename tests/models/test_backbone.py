@@ -9,10 +9,11 @@ import pytest
 import torch
 from diffusers import UNet2DConditionModel
 from hydra.utils import instantiate
+from torch.nn.attention import SDPBackend, _cur_sdpa_kernel_backends
 
 from harmony.cli.compose import compose
 from harmony.core.errors import UserError
-from harmony.models.backbone import ASSETS, Backbone, backbone_path, scaled_latent
+from harmony.models.backbone import ASSETS, Backbone, backbone_path, preferred_attention, scaled_latent
 
 
 @pytest.fixture(scope="module")
@@ -84,6 +85,23 @@ def test_what_every_step_runs_is_rounded_and_nothing_else(random_backbone, backb
     )
     with pytest.raises(UserError, match="model.dtype=half: choose auto, float32 or bfloat16"):
         Backbone(str(random_backbone), dtype="half")
+
+
+def test_attention_runs_in_the_kernel_that_is_asked_for(random_backbone, monkeypatch):
+    """Guards ``model.attention``: the kernel comes first, the others stay as a way out, and another backbone in the
+    process changes nothing; refused without a GPU.
+    """
+    for name, line in (("flash3", "choose native, cudnn, flash"), ("cudnn", "only a GPU has a choice")):
+        with pytest.raises(UserError, match=f"model.attention={name}: {line}"):
+            Backbone(str(random_backbone), attention=name)
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    with preferred_attention:
+        backbone = Backbone(str(random_backbone), attention="cudnn")
+        backbone.with_unet(backbone.unet)
+        kernels = _cur_sdpa_kernel_backends(with_priority=True)
+        assert kernels[0] == SDPBackend.CUDNN_ATTENTION and SDPBackend.MATH in kernels
+        Backbone(str(random_backbone), attention="flash")
+        assert _cur_sdpa_kernel_backends(with_priority=True)[0] == SDPBackend.FLASH_ATTENTION
 
 
 def test_what_is_missing_is_said(backbone, tmp_path):

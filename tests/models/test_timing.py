@@ -73,6 +73,7 @@ def test_a_gpu_is_not_waited_for_while_it_works(device):
     assert steps[4:] == ["wait", "wait"] and spent == {"a": 1.0}
 
 
+@pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="wants a GPU")
 def test_seconds_on_a_gpu_are_those_of_its_work():
     """Guards the events: the same seconds as a wait around the same work."""

@@ -324,6 +324,7 @@ def test_graphs_want_a_gpu(scene):
         scene.run(1, 1, graphs=True)
 
 
+@pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="wants a GPU")
 @pytest.mark.parametrize(
     "more", [{}, {"guided": 0.5}, {"encoder_every": 2}, {"encoder_every": 2, "guided": 0.5, "solver": "unipc"}]

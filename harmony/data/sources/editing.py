@@ -12,7 +12,6 @@ scene: a truth that photographs cannot give. A concept is an object in a color t
 
 import json
 import os
-import time
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -21,6 +20,7 @@ import numpy as np
 
 from harmony.core.errors import UserError
 from harmony.core.files import write_text
+from harmony.core.progress import Progress
 from harmony.core.signals import worker_pool
 from harmony.data.sources.studio.rendering import mitsuba, render, save
 from harmony.data.sources.studio.scenes import COLORS, GROUNDS, Scene, scene
@@ -115,13 +115,11 @@ def generate(root: Path, count: int, workers: int | None = None) -> Path:
     tests = (s for s in (scene(START + i) for i in range(16 * count)) if s.split == "test")
     jobs = [(s, root) for s, _ in zip(tests, range(count), strict=False)]
     views = [(*concept, n, root) for concept in CONCEPTS for n in range(EXAMPLES + TESTS)]
-    start_time, cases = time.monotonic(), []
+    cases, progress = [], Progress("editing", count, "scenes")
     with worker_pool(workers or os.cpu_count()) as pool:
-        for done, edits in enumerate(pool.imap(render_case, jobs), 1):
+        for edits in pool.imap(render_case, jobs):
             cases += edits
-            rate = done / (time.monotonic() - start_time)
-            if done % 8 == 0 or done == count:
-                print(f"editing: {done}/{count} scenes, {rate:.1f} a second, {(count - done) / rate:.0f} s left")
+            progress.advance(1, every=8)
         pool.map(render_concept, views)
     for color, kind in CONCEPTS:
         for folder, numbers in (("concepts", range(EXAMPLES)), ("held_out", range(EXAMPLES, EXAMPLES + TESTS))):

@@ -5,11 +5,11 @@ import hashlib
 import io
 import json
 import os
-import time
 from collections.abc import Iterable
 from pathlib import Path
 
 from harmony.core.files import write_text
+from harmony.core.progress import Progress
 from harmony.core.signals import worker_pool
 from harmony.data.sources.open_images.layout import FULL_HEADER, IMAGE, MASK
 from harmony.data.sources.studio.rendering import mitsuba, render, save
@@ -112,16 +112,13 @@ def generate(
     root = Path(root)
     scenes = [s for s in (scene(i, seed) for i in range(start, start + count)) if s.split in splits]
     todo = [s for s in scenes if not scene_files(s, root)["image"].exists()]
-    start_time = time.monotonic()
     if todo:
         mitsuba()
         jobs = [(s, root, size, samples, plate) for s in todo]
+        progress = Progress("studio", len(todo), "scenes")
         with worker_pool(workers or os.cpu_count()) as pool:
-            for done, _ in enumerate(pool.imap_unordered(render_to, jobs, chunksize=4), 1):
-                if done % 50 == 0 or done == len(todo):
-                    rate = done / (time.monotonic() - start_time)
-                    left = (len(todo) - done) / rate
-                    print(f"studio: {done}/{len(todo)} scenes, {rate:.1f} a second, {left:.0f} s left", flush=True)
+            for _ in pool.imap_unordered(render_to, jobs, chunksize=4):
+                progress.advance(1, every=50)
     for split in splits:
         if members := [s for s in scenes if s.split == split]:
             write_labels(members, root)
