@@ -92,8 +92,8 @@ def learn(backbone: Backbone, word: Word) -> Backbone:
     table = backbone.text_encoder.get_input_embeddings()
     if word.vectors.shape[1] != table.embedding_dim:
         raise UserError(
-            f"{word.token} has vectors of {word.vectors.shape[1]} numbers, {backbone.name} wants {table.embedding_dim}:"
-            " it was learnt on another model"
+            f"{word.token} has vectors of {word.vectors.shape[1]} numbers, backbone {backbone.name} wants"
+            f" {table.embedding_dim}: it was learnt on another model"
         )
     first = add_tokens(backbone, word.token, len(word.vectors))
     rows = table.weight.new_zeros(max(table.num_embeddings, first + len(word.vectors)), table.embedding_dim)

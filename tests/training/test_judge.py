@@ -104,7 +104,9 @@ def test_it_learns_to_tell_and_leaves_a_calibrated_judge(manifest, tmp_path):
 def test_the_bench_of_judges(manifest, tmp_path):
     """Guards the table: one row an evaluator, each pair counted once; what is not given is said."""
     study = JudgeStudy("judge_bench", {"statistic": "statistic", "judge": None}, manifest, tmp_path, "test", 32)
-    figures, facts, text, (picture,) = study.measure()
-    assert facts["count"] == 5 and set(figures) == {f"statistic/test/{n}" for n in ("auc", "accuracy", "ece")}
-    assert "n = 5 test pairs" in text and "judge: left out, give study.evaluators.judge=RUN" in text
-    assert (tmp_path / "table.csv").read_text().startswith("method,test/auc") and picture.exists()
+    report = study.measure()
+    assert report.facts["count"] == 5 and set(report.figures) == {
+        f"statistic/test/{n}" for n in ("auc", "accuracy", "ece")
+    }
+    assert "n = 5 test pairs" in report.text and "judge: left out, give study.evaluators.judge=RUN" in report.text
+    assert (tmp_path / "table.csv").read_text().startswith("method,test/auc") and report.pictures[0].exists()
