@@ -226,7 +226,7 @@ def backbone_tower(backbone: Backbone, config: CLIPVisionConfig) -> CLIPVisionMo
         tower.load_state_dict(state)
     except RuntimeError:
         raise UserError(
-            f"the CLIP tower of backbone {backbone.name} is of another architecture: give the backbone that it was trained on"
+            f"the CLIP tower of backbone {backbone.name} is of another architecture: give that of its training"
         ) from None
     return tower
 
@@ -257,7 +257,7 @@ def read_encoder(where: str, backbone: Backbone) -> ExemplarEncoder:
         tower = backbone_tower(backbone, encoder.config)
         if weights_hash(tower) != backbone_facts(Path(where)).get("tower"):
             raise UserError(
-                f"{where} was trained behind another CLIP tower than that of backbone {backbone.name}: give its model.path"
+                f"{where} wants another CLIP tower than that of backbone {backbone.name}: give its model.path"
             )
         state |= {f"model.{name}": value for name, value in tower.state_dict().items()}
     try:

@@ -171,8 +171,8 @@ class ControlTask(Controls):
             self.frozen.get(part) != known for part, known in (checkpoint.get("backbone") or checkpoint["kit"]).items()
         ):
             raise UserError(
-                f"this run was trained on another state of backbone {self.backbone.name} or of its companion: put it back,"
-                " or begin anew with resume=false"
+                f"this run was trained on another state of backbone {self.backbone.name} or of its companion: put it"
+                " back, or begin anew with resume=false"
             )
 
     def on_fit_start(self):
