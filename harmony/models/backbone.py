@@ -90,7 +90,16 @@ def load_part(path: str, part: str, weights: str = "hub", dtype: torch.dtype = t
                 model = cls.from_pretrained(local, use_safetensors=True, **kind)
         except (OSError, ValueError) as error:
             raise UserError(f"cannot load {part} of backbone {path}: {str(error).splitlines()[0]}") from error
+    forget_path(model)
     return model.requires_grad_(False).eval()
+
+
+def forget_path(model: torch.nn.Module) -> None:
+    """What is saved of ``model`` later, and may travel, does not say where on this machine it was read."""
+    if hasattr(model, "register_to_config"):  # diffusers
+        model.register_to_config(_name_or_path="")
+    else:
+        model.config._name_or_path = ""
 
 
 def memory_format(device: torch.device) -> torch.memory_format:

@@ -104,6 +104,12 @@ def test_attention_runs_in_the_kernel_that_is_asked_for(random_backbone, monkeyp
         assert _cur_sdpa_kernel_backends(with_priority=True)[0] == SDPBackend.FLASH_ATTENTION
 
 
+@pytest.mark.parametrize("part", ["vae", "unet", "text_encoder", "image_encoder"])
+def test_what_is_saved_does_not_say_where_it_was_read(random_backbone, backbone, tmp_path, part):
+    getattr(backbone, part).save_pretrained(tmp_path)
+    assert str(random_backbone) not in (tmp_path / "config.json").read_text()
+
+
 def test_what_is_missing_is_said(backbone, tmp_path):
     with pytest.raises(UserError, match="has no captioner"):
         _ = backbone.captioner
