@@ -257,7 +257,7 @@ def read_encoder(where: str, backbone: Backbone) -> ExemplarEncoder:
         tower = backbone_tower(backbone, encoder.config)
         if weights_hash(tower) != backbone_facts(Path(where)).get("tower"):
             raise UserError(
-                f"{where} wants another CLIP tower than that of backbone {backbone.name}: give its model.path"
+                f"{where} was trained behind another CLIP tower than backbone {backbone.name} has: give its model.path"
             )
         state |= {f"model.{name}": value for name, value in tower.state_dict().items()}
     try:
