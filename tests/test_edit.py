@@ -14,6 +14,7 @@ from PIL import Image
 from harmony import edit
 from harmony.cli.compose import compose
 from harmony.core.errors import UserError
+from harmony.methods import edit_inputs
 from harmony.methods import prompt_editing as sampling
 from harmony.metrics.fidelity import psnr
 from harmony.models.textual_inversion import Word, save_word
@@ -249,9 +250,9 @@ def settings():
 )
 def test_settings_that_make_no_sense(desk, settings, key, value, said):
     """Guards bad input before any model is read: squares, numbers and shares; what fits is taken as it is."""
-    assert edit.read_asked(OmegaConf.merge(settings, {"square": [60, 20, 90]})).crop == Crop(60, 20, 90)
+    assert edit_inputs.read_edit(OmegaConf.merge(settings, {"square": [60, 20, 90]})).crop == Crop(60, 20, 90)
     with pytest.raises(UserError, match=said):
-        edit.read_asked(OmegaConf.merge(settings, {key: value}))
+        edit_inputs.read_edit(OmegaConf.merge(settings, {key: value}))
 
 
 @pytest.mark.parametrize(
@@ -273,8 +274,22 @@ def test_what_is_typed_is_what_is_meant(word, value):
 
 def test_lists_and_factors():
     """Guards what is read from text or, from Python, from lists and mappings."""
-    assert edit.listed("a,b") == edit.listed("[a, b]") == edit.listed(["a", "b"]) == ["a", "b"]
-    assert edit.listed(None) is None and edit.listed("a (1)") == ["a (1)"] and edit.listed([1, 2, 3]) == ["1", "2", "3"]
+    assert (
+        edit_inputs.split_list("a,b")
+        == edit_inputs.split_list("[a, b]")
+        == edit_inputs.split_list(["a", "b"])
+        == ["a", "b"]
+    )
+    assert (
+        edit_inputs.split_list(None) is None
+        and edit_inputs.split_list("a (1)") == ["a (1)"]
+        and edit_inputs.split_list([1, 2, 3]) == ["1", "2", "3"]
+    )
     wanted = {"snowy": 3.0, "<toy>": 0.5}
-    assert edit.read_factors("{snowy: 3, <toy>: 0.5}") == edit.read_factors("snowy:3,'<toy>':0.5") == wanted
-    assert edit.read_factors(OmegaConf.create({"snowy": 3})) == {"snowy": 3.0} and edit.read_factors(None) == {}
+    assert (
+        edit_inputs.read_factors("{snowy: 3, <toy>: 0.5}") == edit_inputs.read_factors("snowy:3,'<toy>':0.5") == wanted
+    )
+    assert (
+        edit_inputs.read_factors(OmegaConf.create({"snowy": 3})) == {"snowy": 3.0}
+        and edit_inputs.read_factors(None) == {}
+    )
