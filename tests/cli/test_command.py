@@ -260,7 +260,7 @@ def test_an_interrupt_that_lightning_turned_into_an_exit(command):
 
         def task(cfg):
             try:
-                os.kill(os.getpid(), number)
+                signal.raise_signal(number)
             except KeyboardInterrupt:
                 raise exit
 

@@ -276,7 +276,7 @@ def test_a_caller_goes_on_as_before(command, monkeypatch):
         during.append(state())
 
     def stopped(cfg):
-        os.kill(os.getpid(), signal.SIGTERM)
+        signal.raise_signal(signal.SIGTERM)
         time.sleep(300)
 
     assert command(task) == 0 and state() == before and during[0] != before
