@@ -112,7 +112,8 @@ class Moment:
     never: str | None = None  # what the second go does not say, because the first has done it
     environment: dict[str, str] = field(default_factory=dict)
     prepared: bool = True  # whether the studio set is prepared
-    later: float = 0  # seconds after that
+    database: bool = False  # whether it starts FiftyOne's
+    later: float = 0  # seconds after ``reached``
 
 
 MINI = "dataset=open_images dataset.dir={mini} paths.work=work"
@@ -122,22 +123,31 @@ SHORT = "trainer.max_steps=40 checkpoint_every=5 trainer.log_every_n_steps=1 cal
 STUDY = "harmony.evaluate experiment=table1 paths.work=work paths.runs=runs logger=none limit=2 steps=2"
 MOMENTS = {
     "database starts": Moment(
-        f"harmony.prepare {MINI}", lambda c: c.runs("--51-service"), says("look at the pixels"), prepared=False
+        f"harmony.prepare {MINI}",
+        lambda c: c.runs("--51-service"),
+        says("look at the pixels"),
+        prepared=False,
+        database=True,
     ),
     "import": Moment(
         f"harmony.prepare {MINI}",
         lambda c: any(Path(c.folder, "work").rglob("instances/*/*.png")),
         says("look at the pixels"),
         prepared=False,
+        database=True,
     ),
     "fit prepares": Moment(
         FIT + "dataset=open_images dataset.dir={mini}",
         lambda c: any(Path(c.folder, "work").rglob("instances/*/*.png")),
         says("look at the pixels"),
         prepared=False,
+        database=True,
     ),
     "captions": Moment(
-        f"harmony.prepare {MINI} dataset.captions.given=false", says("captions: shard 2/"), prepared=False
+        f"harmony.prepare {MINI} dataset.captions.given=false",
+        says("captions: shard 2/"),
+        prepared=False,
+        database=True,
     ),
     "rendering": Moment(
         "harmony.prepare dataset=editing dataset.count=64 paths.work=work",
@@ -200,6 +210,10 @@ def test_it_ends_and_goes_on(name, number, tmp_path, shared_data, request):
     moment = MOMENTS[name]
     if name == "rendering":
         pytest.importorskip("mitsuba")
+    if moment.database and any(
+        "--51-service" in (process.info["cmdline"] or ()) for process in psutil.process_iter(["cmdline"])
+    ):
+        pytest.skip("FiftyOne would join the database that another program of this user runs")
     if moment.prepared:
         shutil.copytree(request.getfixturevalue("studio"), tmp_path / "work")
     words = moment.words.format(**files(shared_data, tmp_path)).split()
