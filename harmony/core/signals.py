@@ -139,15 +139,28 @@ def obey(line: str, program: bool) -> Iterator[None]:
             raise Interrupt(watch.number) from None
 
 
-def forget() -> None:
-    """In a forked child, whose signals are no concern of its parent: Ctrl-C is the parent's alone."""
+# A forked child has the pipe and the handlers too: what it is told would end its parent. Until it has let go of them
+# it is told nothing.
+fork = threading.local()
+
+
+def before_fork() -> None:
+    fork.mask = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
+
+
+def after_fork() -> None:
+    signal.pthread_sigmask(signal.SIG_SETMASK, fork.mask)
+
+
+def after_fork_in_child() -> None:
     if current is not None:
         signal.set_wakeup_fd(-1)
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
-        signal.signal(signal.SIGINT, signal.SIG_IGN)
+        signal.signal(signal.SIGINT, signal.SIG_IGN)  # a terminal sends it to all: the parent decides
+    after_fork()
 
 
-os.register_at_fork(after_in_child=forget)
+os.register_at_fork(before=before_fork, after_in_parent=after_fork, after_in_child=after_fork_in_child)
 
 
 # Children -----------------------------------------------------------------------------------------------------------
