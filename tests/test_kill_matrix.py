@@ -24,14 +24,6 @@ CODES = {signal.SIGTERM: 143, signal.SIGINT: 130}
 pytestmark = pytest.mark.slow
 
 
-@pytest.fixture(autouse=True)
-def hears_of_ctrl_c():
-    """Also where the tests run in the background of a shell, which hands down that it is ignored."""
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)
-    yield
-    signal.signal(signal.SIGINT, before)
-
-
 class Command:
     """A command in a session of its own, its lines, and the processes below it."""
 

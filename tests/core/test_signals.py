@@ -105,14 +105,6 @@ if __name__ == "__main__":
 CODES = {signal.SIGTERM: 143, signal.SIGINT: 130}
 
 
-@pytest.fixture(autouse=True)
-def hears_of_ctrl_c():
-    """Also where the tests run in the background of a shell, which hands down that it is ignored."""
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)
-    yield
-    signal.signal(signal.SIGINT, before)
-
-
 @pytest.fixture
 def start(tmp_path):
     """``start(what)``: a command that does ``what``, when it has begun, and the pids that it tells."""
