@@ -213,19 +213,21 @@ class Names:
     """What a commit calls otherwise than CASES, and which results are left out. See ``tests/golden.yaml``."""
 
     commands: dict[str, str] = field(default_factory=dict)
-    words: dict[str, str | None] = field(default_factory=dict)
+    words: dict[str, str | list[str] | None] = field(default_factory=dict)
     results: dict[str, str] = field(default_factory=dict)
     ignored: dict[str, str] = field(default_factory=dict)
     titles: dict[str, int] = field(default_factory=dict)
 
-    def word(self, word: str) -> str | None:
-        """``key=value`` as this commit wants it; None where it has no such option any more."""
+    def translate(self, word: str) -> list[str]:
+        """``key=value`` as this commit wants it: no word where it has no such option any more, or several."""
+        key, _, value = word.partition("=")
         if word in self.words:
-            return self.words[word]
-        key, sign, value = word.partition("=")
-        if not sign or key not in self.words:
-            return word
-        return None if self.words[key] is None else f"{self.words[key]}={value}"
+            name = self.words[word]
+        elif key in self.words and self.words[key] is not None:
+            name = f"{self.words[key]}={value}"
+        else:
+            name = None if key in self.words else word
+        return [] if name is None else [name] if isinstance(name, str) else name
 
     def first(self, result: str) -> str:
         """The name of a result in the commit that CASES was written for."""
@@ -324,7 +326,7 @@ class Side:
         places |= {name: self.runs[name]["folder"] for name in case.needs}
         photos = ("dataset.photos=$shared/openimages-mini", "dataset.sources=[feral_cat]") if self.shared else ()
         words = [part for word in case.words for part in (photos if word == PHOTOS else (word,))]
-        words = [Template(word).substitute(places) for word in map(self.names.word, words) if word is not None]
+        words = [Template(part).substitute(places) for word in words for part in self.names.translate(word)]
         return words + [f"paths.{name}={self.home / name}" for name in FOLDERS.get(case.command, ("work", "runs"))]
 
     def environment(self, letters: bool) -> dict[str, str]:
