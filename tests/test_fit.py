@@ -116,6 +116,9 @@ def test_the_run_folder_holds_everything(finished, random_backbone, work):
     assert facts["wall_time_s"] > 0 and facts["versions"]["torch"] and facts["device"].startswith("cpu")
     assert {len(facts["backbone"][part]) for part in ("vae", "unet", "text_encoder")} == {64}
     (stored,) = folder.glob("wandb/offline-run-*/run-*.wandb")
+    end = time.monotonic() + 60  # W&B writes in a process of its own
+    while stored.stat().st_size <= 1000 and time.monotonic() < end:
+        time.sleep(0.5)
     assert stored.stat().st_size > 1000, "W&B offline writes real files, inside the run folder"
     assert not [path for path in folder.rglob("*") if "partial" in path.name]
 
