@@ -174,10 +174,10 @@ def test_what_the_command_makes_of_it_does_not_matter(start, what):
     assert (code, err) == (143, f"{INTERRUPTED}\n")
 
 
-@pytest.mark.parametrize("what", ["child", "stuck_child", "pool"])
-def test_children_end_with_the_command(start, what):
+@pytest.mark.parametrize(("what", "grace"), [("child", 5), ("stuck_child", 1), ("pool", 5)])
+def test_children_end_with_the_command(start, what, grace):
     """Those that ignore the signal and their own children, whether or not the command leaves by itself."""
-    process, children = start(what)
+    process, children = start(what, GRACE=str(grace))
     assert len(children) == 2
     os.killpg(process.pid, signal.SIGINT)  # as a terminal does
     assert leave(process) == (130, "", f"{INTERRUPTED}\n"), "children say nothing"
