@@ -16,22 +16,6 @@ from omegaconf import DictConfig, OmegaConf
 
 from harmony.cli.command import entry, literal
 from harmony.cli.run_folder import device, make_folder, new_folder
-from harmony.core.files import write_json, write_text
-from harmony.core.progress import tell
-from harmony.data.captions import caption_picture
-from harmony.methods.edit_inputs import (
-    attention_sheet,
-    mode_and_numbers,
-    paste_edit,
-    read_edit,
-    read_factors,
-    split_list,
-    words_to_look_at,
-)
-from harmony.methods.prompt_editing import edit_picture, kept_inversion, plan
-from harmony.metrics.fidelity import psnr
-from harmony.models.textual_inversion import learn, read_word
-from harmony.pixels.images import crop_resize, from_model, grid, write_image
 
 TEXTS = ("image", "source", "target", "output", "model.path", "words", "look_at", "square", "reweight")
 LIMITS = "words change what is there: removing, moving, or putting something where nothing is are not to be relied on"
@@ -45,6 +29,23 @@ def overrides(words: list[str]) -> list[str]:
 @entry("edit", read=overrides)
 def main(cfg: DictConfig) -> None:
     """Invert the photograph (once), edit it, and write source, reconstruction, edit, masks and attention maps."""
+    from harmony.core.files import write_json, write_text
+    from harmony.core.progress import tell
+    from harmony.data.captions import caption_picture
+    from harmony.methods.edit_inputs import (
+        attention_sheet,
+        mode_and_numbers,
+        paste_edit,
+        read_edit,
+        read_factors,
+        split_list,
+        words_to_look_at,
+    )
+    from harmony.methods.prompt_editing import edit_picture, kept_inversion, plan
+    from harmony.metrics.fidelity import psnr
+    from harmony.models.textual_inversion import learn, read_word
+    from harmony.pixels.images import crop_resize, from_model, grid, write_image
+
     given = read_edit(cfg)
     backbone = instantiate(cfg.model).to(device())
     for path in split_list(cfg.words) or ():

@@ -88,7 +88,7 @@ def run(
     try:
         with obey(INTERRUPTED if rank() == 0 else "", program):
             if args.help:
-                print(help_text(task, name, config_dir))
+                show(help_text(task, name, config_dir))
             else:
                 register()
                 hydra.version.setbase("1.3")
@@ -100,6 +100,14 @@ def run(
     except (UserError, KeyboardInterrupt) as error:
         failure = error
     return report(failure)
+
+
+def show(text: str) -> None:
+    """Print ``text``; who reads it may stop early, as ``head`` does."""
+    try:
+        print(text, flush=True)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # what is left is not tried again at the end
 
 
 def report(error: BaseException | None) -> int:
@@ -141,9 +149,3 @@ def entry(
         return main
 
     return decorate
-
-
-# Run folders --------------------------------------------------------------------------------------------------------
-
-
-# Provenance ---------------------------------------------------------------------------------------------------------

@@ -18,7 +18,7 @@ from harmony.pixels.hints import check_hint
 from harmony.sampling.guidance import Settings, compiled_once, control_residuals, embedded, together
 from harmony.training.objective import Objective, noised, target
 from harmony.training.schedule import adamw, lay_out, place_moments
-from harmony.training.task import Task
+from harmony.training.task import Task, refuse_other_weights
 
 Run = Callable[[Callable], Callable]  # what becomes of a function of a network before it is called
 LEVELS = 4  # equal ranges of t over which the loss is also reported
@@ -167,13 +167,7 @@ class ControlTask(Controls):
         checkpoint["backbone"] = self.frozen
 
     def on_load_checkpoint(self, checkpoint):
-        if any(
-            self.frozen.get(part) != known for part, known in (checkpoint.get("backbone") or checkpoint["kit"]).items()
-        ):
-            raise UserError(
-                f"this run was trained on another state of backbone {self.backbone.name} or of its companion: put it"
-                " back, or begin anew with resume=false"
-            )
+        refuse_other_weights(checkpoint, self.frozen, f"backbone {self.backbone.name} or of its companion")
 
     def on_fit_start(self):
         self.backbone.to(self.device)

@@ -24,7 +24,7 @@ from harmony.pixels.hints import check_hint
 from harmony.sampling.guidance import Settings
 from harmony.training.objective import noised, target
 from harmony.training.schedule import adamw, lay_out, place_moments, warm_up
-from harmony.training.task import Task
+from harmony.training.task import Task, refuse_other_weights
 
 
 class ExemplarTask(Task):
@@ -117,13 +117,7 @@ class ExemplarTask(Task):
         checkpoint["backbone"] = self.frozen
 
     def on_load_checkpoint(self, checkpoint):
-        if any(
-            self.frozen.get(part) != known for part, known in (checkpoint.get("backbone") or checkpoint["kit"]).items()
-        ):
-            raise UserError(
-                f"this run was trained on another state of backbone {self.backbone.name} or of the tower: begin anew,"
-                " resume=false"
-            )
+        refuse_other_weights(checkpoint, self.frozen, f"backbone {self.backbone.name} or of its CLIP tower")
         tower = {f"encoder.model.{name}": v for name, v in self.encoder.model.state_dict().items()}
         checkpoint["state_dict"] |= tower
 

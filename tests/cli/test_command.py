@@ -268,6 +268,15 @@ def test_an_interrupt_that_lightning_turned_into_an_exit(command):
         assert command(task=task)[::3] == (128 + number, "interrupted; the same command resumes\n")
 
 
+def test_help_that_nobody_reads_to_its_end(tmp_path):
+    """``--help | head``: no traceback, though the pipe is closed."""
+    words = [sys.executable, "-m", "harmony.doctor", "--help"]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    process = subprocess.Popen(words, cwd=tmp_path, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    process.stdout.close()
+    assert process.stderr.read() == b"" and process.wait() == 0
+
+
 def test_a_module_and_a_console_script_from_another_folder(tmp_path):
     """Both start from a folder that is not the checkout; the traceback of a user error is not shown."""
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
