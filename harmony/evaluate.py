@@ -61,7 +61,7 @@ def study(cfg: DictConfig, backbone, manifest: Path, folder: Path) -> Report:
     if cfg.study.eval_set == "judge":
         from harmony.evaluation.judges import JudgeStudy
 
-        at = manifest, folder, cfg.split, backbone.resolution, cfg.limit, cfg.seed
+        at = manifest, folder, cfg.split, backbone.resolution, cfg.limit, cfg.seed, backbone.device
         return JudgeStudy(cfg.name, spec["evaluators"], *at).measure()
     from harmony.evaluation.comparison import Comparison, Row
 

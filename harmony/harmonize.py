@@ -19,6 +19,7 @@ from harmony.cli.methods import build, refuse_unread
 from harmony.cli.run_folder import device, make_folder, new_folder, unfinished
 from harmony.core.errors import UserError
 from harmony.core.files import write_json, write_text
+from harmony.core.progress import tell
 
 TEXTS = (  # options that are text whatever it holds
     "dir", "background", "foreground", "composite", "mask", "region", "reference", "painter", "controlnet", "structure",
@@ -77,7 +78,7 @@ def main(cfg: DictConfig) -> None:
     given = {"describer": "given"} if cfg.prompts is not None and "describer" in cfg.method else {}
     backbone = instantiate(cfg.model).to(device())
     method = build({**OmegaConf.to_container(cfg.method, resolve=True), **given}, backbone)
-    method.say = print
+    method.say = tell
     print(method.describe())
     for each in inputs or ():
         each.cut(method)  # what the method cannot use is refused before a folder is made

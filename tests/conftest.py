@@ -30,10 +30,18 @@ sys.path.insert(0, str(ROOT))  # so that the tests see this checkout whatever is
 
 
 @pytest.fixture(autouse=True)
-def one_thread() -> None:
-    """One thread where torch is in use already: a test never waits for the threads of another."""
-    if "torch" in sys.modules:
-        sys.modules["torch"].set_num_threads(1)
+def torch_as_it_was() -> Iterator[None]:
+    """One thread where torch is in use already: a test never waits for the threads of another. What a command sets for
+    the whole process goes back.
+    """
+    if "torch" not in sys.modules:
+        yield
+        return
+    torch = sys.modules["torch"]
+    torch.set_num_threads(1)
+    before = torch.get_float32_matmul_precision()
+    yield
+    torch.set_float32_matmul_precision(before)
 
 
 @pytest.fixture(autouse=True)

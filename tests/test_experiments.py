@@ -68,13 +68,6 @@ WRITES = {"VAETask": ["vae"], "CLIPTask": ["text_encoder", "image_encoder", "tok
           "InpaintTask": ["unet", "scheduler"]}  # fmt: skip
 
 
-@pytest.fixture(autouse=True)
-def restore_precision():
-    before = torch.get_float32_matmul_precision()
-    yield
-    torch.set_float32_matmul_precision(before)
-
-
 @pytest.mark.parametrize("name", ["color", "structure", "raw", "joint"])
 def test_the_runs_of_liu_2025(name):
     """Guards ``color_paper`` and its siblings: their setting in the place of the embedded one, below what is typed;

@@ -31,14 +31,6 @@ ROOT = Path(__file__).resolve().parents[1]
 STEPS = 8
 
 
-@pytest.fixture(autouse=True)
-def restore_precision():
-    """What ``main`` sets for the whole process goes back."""
-    before = torch.get_float32_matmul_precision()
-    yield
-    torch.set_float32_matmul_precision(before)
-
-
 @pytest.fixture(scope="module")
 def work(prepared_work, tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("fit") / "work"

@@ -31,13 +31,6 @@ TRAININGS = {
 GPU = ["model.dtype=bfloat16", "trainer.precision=bf16-mixed"]
 
 
-@pytest.fixture(autouse=True)
-def restore_precision():
-    before = torch.get_float32_matmul_precision()
-    yield
-    torch.set_float32_matmul_precision(before)
-
-
 @pytest.fixture(scope="module", autouse=True)
 def layout():
     """Frozen networks are laid out as they are on a GPU."""

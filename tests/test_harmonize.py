@@ -196,12 +196,18 @@ def test_zero_shot(desk, command):
         (["prompts=a: b -> c", "zero_shot.refine=abc"], "refine=abc: give a whole number of 0 or more"),
         (["prompts=a: b -> c", "zero_shot.edges=-1"], "edges=-1: give a number of 0 or more"),
         (["describer=nowhere"], "describer=nowhere: no vision-language model"),
+        (["describer=given"], "describer=given wants the words for both lights: give prompts="),
     ],
 )
 def test_mistakes_in_zero_shot_end_in_one_line(desk, command, words, said):
     code, out, err = command(*ZERO_SHOT, *words)
     assert code == 2 and len(err) == 1 and said in err[0]
     assert not (desk / "runs").exists()
+
+
+def test_words_longer_than_a_file_name_are_no_file(desk, command):
+    code, out, err = command(*ZERO_SHOT, f"prompts={'car ' * 100}: warm -> cold")
+    assert code == 2 and len(err) == 1 and err[0].endswith("shorten it")
 
 
 def test_raw_keeps_the_models_whole_square(desk, command):

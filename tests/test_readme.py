@@ -51,6 +51,13 @@ def test_links_lead_somewhere(page):
         assert "://" in target or (page.parent / target).exists(), target
 
 
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_files_are_there(page):
+    """Guards the names of files of the package, written from the project's root."""
+    for file in re.findall(r"`(harmony/[\w/]+\.\w+)`", page.read_text()):
+        assert (ROOT / file).exists(), file
+
+
 def test_the_first_page_is_short():
     """Guards the reader's time: 130 lines at most, the first command for a photograph of one's own before line 50."""
     lines = (ROOT / "README.md").read_text().splitlines()

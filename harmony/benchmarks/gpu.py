@@ -16,12 +16,12 @@ from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field
-from functools import partial
 from pathlib import Path
 
 import numpy as np
 
 from harmony.core.files import write_json, write_text
+from harmony.core.progress import tell
 from harmony.pixels.composites import copy_paste
 from harmony.pixels.images import read_image, write_image
 from harmony.pixels.masks import read_mask
@@ -204,7 +204,7 @@ def run_parts(
     gpu: bool,
     beside: int,
     total: float = TOTAL,
-    say: Callable[[str], None] = partial(print, flush=True),
+    say: Callable[[str], None] = tell,
 ) -> list[Outcome]:
     """Run ``chosen`` within ``total`` seconds, ``beside`` at a time where they do not measure; one outcome each, in
     their order, also in ``parts.json`` and ``table.md`` after each part.

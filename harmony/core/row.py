@@ -5,8 +5,9 @@ Legend of shapes
     C  latent channels  T     tokens of a prompt  D    width of the text states
 
 Value ranges
-    image  uint8 H x W x 3 RGB on disk and in NumPy, float B x 3 x H x W in [-1, 1] ("model range") in front of a
-    network hint   float B x 3 x H x W in [0, 1] ("hint range"), 0 outside the instance
+    image  uint8 H x W x 3 RGB on disk and in NumPy, float B x 3 x H x W in [-1, 1] ("model range") in front
+           of a network
+    hint   float B x 3 x H x W in [0, 1] ("hint range"), 0 outside the instance
     mask   {0, 1}; 1 = hole, 0 = keep. M is the instance, M_e (the hole) contains M
 """
 

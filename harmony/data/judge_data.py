@@ -1,6 +1,5 @@
 """Composites for the judge: photographs, and the same photographs with their object under another light."""
 
-import time
 from pathlib import Path
 
 import cv2
@@ -10,12 +9,17 @@ import torch
 from torch.utils.data import DataLoader
 
 from harmony.core.errors import UserError
+from harmony.core.progress import Progress
 from harmony.data.latent_cache import Recipe, example
 from harmony.data.manifest import read_manifest
 from harmony.data.stream import Stream
 from harmony.pixels.composites import copy_paste, other_light
 from harmony.pixels.images import to_model
 from harmony.pixels.masks import scaled
+
+VISIBLE = 8.0  # least mean difference in gray levels of an object under another light
+SOFT = 10.0  # px at 512: the widest blur of an object
+DRAWS = 8  # lights to try until one is visible
 
 
 class JudgeData(lightning.LightningDataModule):
@@ -49,15 +53,6 @@ class JudgeData(lightning.LightningDataModule):
         ]
 
 
-VISIBLE = 8.0  # least mean difference in gray levels of an object under another light
-
-
-SOFT = 10.0  # px at 512: the widest blur of an object
-
-
-DRAWS = 8  # lights to try until one is visible
-
-
 def under_other_light(image: np.ndarray, mask: np.ndarray, rng: np.random.Generator) -> np.ndarray:
     """``image`` under a light that makes a visible difference in ``mask``: the first such draw, or the last draw."""
     for _ in range(DRAWS):
@@ -79,15 +74,14 @@ class Composites(torch.utils.data.Dataset):
 
     def __init__(self, manifest: Path, split: str, side: int, crop: str, seed: int, photos: float | None = None):
         self.seed, rows = seed, read_manifest(manifest, split)[1]
-        recipe, root, last = Recipe(crop=crop, mismatch=1.0, seed=seed), Path(manifest).parent, time.monotonic()
+        recipe, root = Recipe(crop=crop, mismatch=1.0, seed=seed), Path(manifest).parent
+        progress = Progress(f"reading {split}", len(rows), "pictures")
         self.examples, self.render = [], []
-        for count, row in enumerate(rows, 1):
+        for row in rows:
             square = example(row, root, recipe, side)
             self.examples.append((square.image, square.mask, square.instance))
             self.render.append("relit" in row.extras)
-            if time.monotonic() - last > 10:
-                print(f"{split}: {count}/{len(rows)} pictures read", flush=True)
-                last = time.monotonic()
+            progress.advance(1, every=1000)
         self.order = self.repeat(photos)
 
     def repeat(self, photos: float | None) -> list[int]:

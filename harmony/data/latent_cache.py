@@ -1,7 +1,7 @@
 """The latent cache: everything a training step needs, computed once, in checksummed memory-mapped shards.
 
 A cache belongs to one split of one manifest and one backbone. Its key is a hash of all that decides its contents
-(backbone's VAE, resolution, crop rule, hole rule, condition parameters, rows, schema version); a cache with another key
+(backbone's VAE, resolution, crop rule, hole rule, hint parameters, rows, schema version); a cache with another key
 is refused by name. Posterior *moments* are stored, not samples, so that the latent's noise stays random. Shards are
 written one by one and moved into place when complete: a kill at any point costs at most one shard a process, and the
 same command goes on. A shard whose checksum is wrong is built again, never trained on.

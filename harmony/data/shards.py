@@ -18,7 +18,7 @@ from lightning.pytorch.utilities.seed import isolate_rng
 from torch.utils.data import DataLoader
 
 from harmony.core.errors import UserError
-from harmony.core.progress import Progress
+from harmony.core.progress import Progress, tell
 
 QUIET = {
     "logger": False,
@@ -45,7 +45,7 @@ class Shards(lightning.LightningModule):
     prepare_data_per_node = False
     allow_zero_length_dataloader_with_multiple_devices = True
 
-    def __init__(self, what: str, say: Callable[[str], None] = partial(print, flush=True)):
+    def __init__(self, what: str, say: Callable[[str], None] = tell):
         super().__init__()
         self.what, self.say = what, say
         self.planned, self.failure = None, None

@@ -3,9 +3,11 @@
 from pathlib import Path
 
 import numpy as np
+import torch
 
 from harmony.core.errors import UserError
 from harmony.core.files import write_text
+from harmony.core.progress import tell
 from harmony.data.judge_data import Composites
 from harmony.data.manifest import manifest_hash
 from harmony.evaluation.eval_sets import subsample
@@ -35,9 +37,10 @@ class JudgeStudy:
         side: int,
         limit: int | None = None,
         seed: int = 0,
+        device: torch.device | str = "cpu",
     ):
         self.name, self.manifest, self.folder, self.split, self.limit = name, manifest, folder, split, limit
-        self.side, self.seed = side, seed
+        self.side, self.seed, self.device = side, seed, device
         self.notes = [f"{row}: left out, give study.evaluators.{row}=RUN" for row, at in evaluators.items() if not at]
         self.evaluators = {row: at for row, at in evaluators.items() if at}
         if not self.evaluators:
@@ -45,7 +48,7 @@ class JudgeStudy:
 
     def measure(self) -> Report:
         """Figures of every evaluator, their table and a picture."""
-        scores = {row: load_evaluator(at) for row, at in self.evaluators.items()}
+        scores = {row: load_evaluator(at, self.device) for row, at in self.evaluators.items()}
         composites = Composites(self.manifest, self.split, self.side, "centre", self.seed)
         drawn = [composites[i, i] for i in subsample(list(range(len(composites))), self.limit)]
         pairs = [([from_model(x) for x in item["image"]], item["mask"][0, 0].numpy() > 0) for item in drawn]
@@ -53,7 +56,7 @@ class JudgeStudy:
         for row, score in scores.items():
             found[row] = np.array([score(image, mask) for images, mask in pairs for image in images])
             table[row] = {f"{self.split}/{name}": value for name, value in judged(found[row], labels).items()}
-            print(f"{self.name}: {row}, {len(pairs)} pairs", flush=True)
+            tell(f"{self.name}: {row}, {len(pairs)} pairs")
         line = f"{self.name}: n = {len(pairs)} {self.split} pairs of {self.manifest.parent.name} at {self.side} px"
         notes = [f"{line}, seed {self.seed}; a pair: as it was taken, its object under another light", *self.notes]
         text = to_markdown(table, "method", notes, every=True)

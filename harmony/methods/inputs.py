@@ -39,7 +39,9 @@ class Inputs:
     name: str = ""
 
     def cut(self, method: Method, caption: str = "") -> Insertion:
-        """The square that ``method`` works on. UserError for what it cannot use."""
+        """The square that ``method`` works on. UserError for what it cannot use, and for words that it lacks."""
+        if LIGHTS in method.wants and not self.lights:
+            raise UserError("describer=given wants the words for both lights: give prompts=")
         if self.reference is not None and EXEMPLAR not in method.wants:
             raise UserError(
                 "reference= goes with method=paint_by_example; other methods want foreground= or composite="
@@ -122,12 +124,6 @@ def read_lights(prompts: Any, name: str) -> tuple[Description, ...]:
         return ()
     text = str(prompts)
     return tuple(read_descriptions(Path(text), name) if text.endswith(".json") else parsed(text))
-
-
-def check_wants(method: Method, inputs: Inputs) -> None:
-    """UserError where a method wants words that nobody gave."""
-    if LIGHTS in method.wants and not inputs.lights:
-        raise UserError("describer=given wants the words for both lights: give prompts=")
 
 
 # --- folders

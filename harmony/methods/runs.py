@@ -1,5 +1,6 @@
 """Inserting what a person brings, with all that is left behind: one composite, or a folder of them in batches."""
 
+import os
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -12,7 +13,7 @@ from harmony.core.errors import UserError
 from harmony.core.files import write_json, write_text
 from harmony.core.progress import Progress, tell
 from harmony.data.captions import caption_images
-from harmony.methods.inputs import Inputs, beside_baselines, check_wants, read_inputs, sheet
+from harmony.methods.inputs import Inputs, beside_baselines, read_inputs, sheet
 from harmony.methods.insert import Insertion, Result, insert
 from harmony.methods.method import CAPTION, Method, fingerprint
 from harmony.models.backbone import Backbone
@@ -52,7 +53,7 @@ class Inserter:
         files = {
             name: sha256(value)
             for name, value in request.options.items()
-            if isinstance(value, str) and Path(value).is_file()
+            if isinstance(value, str) and os.path.isfile(value)  # unlike Path's, no error for a long prompt
         }
         options = {name: value for name, value in request.options.items() if value is not None}
         how = {"seed": self.seed, "feather": self.feather, "raw": self.raw, "prompt": request.prompt}
@@ -93,7 +94,6 @@ class Inserter:
 
     def cut(self, request: Request, inputs: Inputs) -> Insertion:
         """The square of a request, with its caption where the method wants one."""
-        check_wants(self.method, inputs)
         insertion = inputs.cut(self.method, request.prompt or "")
         request.folder.mkdir(parents=True, exist_ok=True)
         (request.folder / MADE_OF).unlink(missing_ok=True)

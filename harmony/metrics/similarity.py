@@ -11,7 +11,10 @@ from harmony.pixels.masks import bounding_box
 
 
 class Clip(Protocol):
-    """What both wrappers below are: ``name``, and embeddings N x P of uint8 H x W x 3 pictures and of texts."""
+    """What the wrappers in ``models/clip.py`` are: ``name``, and embeddings N x P of pictures and of texts.
+
+    A picture is uint8 H x W x 3.
+    """
 
     name: str
 

@@ -145,7 +145,7 @@ class Backbone:
     is bfloat16 on a GPU; everything else has at least float32, latents too. ``attention``: the kernel of ``ATTENTION``
     that is preferred on a GPU, in the whole process. ``words``: learnt words, lower case, and
     the tokens of each (see ``learn`` of ``textual_inversion``). ``loaded``: what was loaded for this backbone
-    beside its own parts, by path: a table has many rows of the same ControlNets.
+    beside its own parts, by path: a table has many rows of the same ControlNets. ``hashes``: those known, by part.
     """
 
     path: str
@@ -156,6 +156,7 @@ class Backbone:
     attention: str = "native"
     words: dict[str, list[str]] = field(default_factory=dict)
     loaded: dict = field(default_factory=dict, repr=False)
+    hashes: dict[str, str] = field(default_factory=dict, repr=False)
 
     def __post_init__(self):
         if self.weights not in ("hub", "random"):
@@ -287,10 +288,16 @@ class Backbone:
 
     def hash(self, part: str) -> str:
         """sha256 over a part's weight files and configuration, or ``random`` for weights that come from no file; of a
-        part that a local backbone does not have, its name.
+        part that a local backbone does not have, its name. Files are read once: they may have gigabytes.
         """
         if self.weights == "random":
             return self.weights
+        if part not in self.hashes:
+            self.hashes[part] = self.read_hash(part)
+        return self.hashes[part]
+
+    def read_hash(self, part: str) -> str:
+        """``hash`` of a part from its files."""
         folder, digest = self.folder(part), hashlib.sha256()
         if not folder.is_dir():
             return f"{self.path}/{part}"

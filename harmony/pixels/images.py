@@ -1,6 +1,6 @@
 """Images in files and in memory: reading, writing, square crops, value ranges, picture grids.
 
-In memory an image is uint8 H x W x 3 RGB; a mask is bool H x W. Networks see floats, NCHW (legend in sample.py).
+In memory an image is uint8 H x W x 3 RGB; a mask is bool H x W. Networks see floats, NCHW (legend in core/row.py).
 """
 
 import hashlib

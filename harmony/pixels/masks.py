@@ -111,9 +111,8 @@ def hole(
     ``instance``  M itself (Liu 2025, eq. 9 and 10, read literally)
     ``dilate``    M dilated by ``radius``, px at 512 (test default, no randomness)
     ``train``     M dilated by a random 0..32 px at 512 with probability 0.7, else the bounding box
-    ``backbone``       the mixture BACKBONE_MIX for training the inpainting backbone: also holes elsewhere, and the
-    whole image, which
-                  turns the inpainting network into a text-to-image model
+    ``backbone``  the mixture BACKBONE_MIX for training the inpainting backbone: also holes elsewhere, and the whole
+                  image, which turns the inpainting network into a text-to-image model
     M_e contains M, except for the holes elsewhere of ``backbone``. The random rules need ``rng``.
     """
     match rule:

@@ -39,7 +39,6 @@ def answer(
 class Controls(Task):
     """What runs with ControlNets have in common once they are trained; ``controls`` and ``backbone`` are the task's."""
 
-    is_measured = True
     compiles = False
     hints: dict[str, dict] = {}  # branch -> parameters of its operator, as the data make them
 

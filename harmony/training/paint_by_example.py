@@ -41,7 +41,6 @@ class ExemplarTask(Task):
     and the update in host memory.
     """
 
-    is_measured = True
     fixed_baseline = False  # what is painted without an exemplar changes with training
 
     def __init__(

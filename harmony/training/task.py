@@ -15,12 +15,11 @@ from harmony.sampling.guidance import Settings
 class Task(lightning.LightningModule):
     """A LightningModule that checks its data, is measured as a method, and exports what it trained.
 
-    ``fixed_baseline``: the baseline does not change with training. ``is_measured``: whether the task has a baseline and
-    a result; tasks without measure themselves while they train.
+    ``fixed_baseline``: the baseline does not change with training. Tasks without baseline and result measure themselves
+    while they train.
     """
 
     fixed_baseline: bool = True
-    is_measured: bool = False
 
     def check(self, data: lightning.LightningDataModule) -> None:
         """UserError unless ``data`` gives what the task needs; called before anything is prepared."""

@@ -87,10 +87,6 @@ class Selection:
     rules: Rules
     skipped: dict[str, int] = field(default_factory=dict)
 
-    @property
-    def kept(self) -> pl.DataFrame:
-        return self.table.filter(pl.col("reason") == KEPT)
-
     def counts(self) -> dict[str, dict[str, int]]:
         """Images per split and reason, ``kept`` first, then in the order of ``REASONS``."""
         return count_reasons(self.table)

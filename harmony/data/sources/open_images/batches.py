@@ -2,12 +2,13 @@
 
 import time
 from collections.abc import Callable, Iterator
-from functools import partial
+
+from harmony.core.progress import tell
 
 BATCH = 250  # samples for one write to the database
 
 
-def batches(items: list, what: str, say: Callable[[str], None] = partial(print, flush=True)) -> Iterator[list]:
+def batches(items: list, what: str, say: Callable[[str], None] = tell) -> Iterator[list]:
     """Batches of ``BATCH`` items; prints the count and the rate every few seconds and at the end."""
     start = last = time.monotonic()
     for first in range(0, len(items), BATCH):

@@ -23,7 +23,7 @@ import cv2
 import numpy as np
 
 from harmony.core.errors import UserError
-from harmony.core.row import SPLITS
+from harmony.core.files import atomic
 from harmony.data.sources.open_images.batches import batches
 from harmony.data.sources.selection import KEPT, Selection
 from harmony.pixels.masks import OBJECT
@@ -127,7 +127,6 @@ def restore_masks(dataset, work: Path) -> None:
     fields = {"id": "id", "key": "harmony_id", "mask": "mask_stored", "box": "instance.bounding_box"}
     paths = dataset.match_tags("kept").values([*fields.values(), "instance.mask_path"])
     gone = [dict(zip(fields, v, strict=False)) for v in zip(*paths, strict=True) if v[-1] and not os.path.isfile(v[-1])]
-    make_folders(work, "instances")
     masks = {row["id"]: cut_instance(row["key"], row["mask"], row["box"], work) for row in gone}
     if masks:
         dataset.set_values("instance.mask_path", masks, key_field="id")
@@ -146,18 +145,11 @@ def selection_rows(selection: Selection) -> Iterator[dict]:
 
 def add_rows(dataset, rows: list[dict], work: Path) -> None:
     """Add samples in batches, while threads cut their masks."""
-    make_folders(work, "instances")
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         masks = pool.map(lambda row: cut_row(row, work), rows)  # goes on while batches are written
         for batch in batches(rows, f"import into FiftyOne dataset {dataset.name}"):
             samples = [make_sample(row, mask) for row, mask in zip(batch, masks, strict=False)]
             dataset.add_samples(samples, expand_schema=False, validate=False, progress=False)
-
-
-def make_folders(work: Path, kind: str) -> None:
-    """Make ``work/<kind>/<split>`` for every split."""
-    for split in SPLITS:
-        (work / kind / split).mkdir(parents=True, exist_ok=True)
 
 
 def box_xywh(row: dict) -> list[float]:
@@ -181,10 +173,10 @@ def cut_instance(key: str, mask_path: str, box: list[float], work: Path) -> str 
     if not part.size:
         return None
     path = work / "instances" / f"{key}.png"
-    partial = path.with_suffix(".part.png")
     bits = (part > OBJECT).astype(np.uint8) * 255
-    cv2.imwrite(str(partial), bits, [cv2.IMWRITE_PNG_BILEVEL, 1])  # 1 bit a pixel, several times as fast as 8
-    os.replace(partial, path)
+    png = cv2.imencode(".png", bits, [cv2.IMWRITE_PNG_BILEVEL, 1])[1]  # 1 bit a pixel, several times as fast as 8
+    with atomic(path) as partial:
+        partial.write_bytes(png)
     return str(path)
 
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from harmony.core.errors import UserError
 from harmony.data.sources.open_images.batches import batches
-from harmony.data.sources.open_images.database import load_fiftyone, make_folders
+from harmony.data.sources.open_images.database import load_fiftyone
 from harmony.data.sources.selection import REASONS, Rules
 from harmony.pixels.images import open_image, sha256, write_image
 from harmony.pixels.masks import bounding_box, read_mask
@@ -17,7 +17,6 @@ ASPECT_TOLERANCE = 0.02  # Open Images rounds the sizes of masks and photographs
 def look_at_pixels(dataset, rules: Rules, work: Path) -> None:
     """Decode every kept image and mask that is new or has changed; store the facts, or reject with the reason."""
     fo, pending = load_fiftyone(), changed_samples(dataset, rules)
-    make_folders(work, "masks")
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         for batch in batches(pending, "look at the pixels"):
             facts = list(pool.map(lambda sample: pixel_facts(sample, rules, work), batch))
