@@ -27,6 +27,8 @@ GRACE = 5.0  # seconds in which a program may leave by itself
 ECHO = 1.0  # a signal so soon after the first is the same one: a launcher passes on what its whole group has had
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
 PARENT = "HARMONY_PARENT"  # the command that started this one
+# multiprocessing's helper removes the semaphores that a killed program leaves, and need not tell the user of them.
+QUIET = ("PYTHONWARNINGS", "ignore:resource_tracker:UserWarning")
 # Helpers that tidy up and end when the last process that uses them is gone: FiftyOne's database (which others may use
 # too), and the lists of what multiprocessing and torch have to remove from shared memory.
 HELPERS = (b"--51-service", b"multiprocessing.resource_tracker", b"torch_shm_manager")
@@ -118,10 +120,11 @@ def obey(line: str, program: bool) -> Iterator[None]:
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    parent = os.environ.get(PARENT)
-    if parent == str(os.getppid()):
-        end_with(int(parent))
+    before = {name: os.environ.get(name) for name in (PARENT, QUIET[0])}
+    if before[PARENT] == str(os.getppid()):
+        end_with(os.getppid())
     os.environ[PARENT] = str(os.getpid())
+    os.environ[QUIET[0]] = ",".join(filter(None, [before[QUIET[0]], QUIET[1]]))
     prctl(SET_CHILD_SUBREAPER, 1)  # the children of a child that is gone are ours to end
     watch = current = Watch(line)
     atexit.register(watch.leave)  # before what the command registers, so it comes after
@@ -133,7 +136,8 @@ def obey(line: str, program: bool) -> Iterator[None]:
             current = None
             prctl(SET_CHILD_SUBREAPER, 0)
             atexit.unregister(watch.leave)
-            os.environ.pop(PARENT) if parent is None else os.environ.update({PARENT: parent})
+            for name, value in before.items():
+                os.environ.pop(name) if value is None else os.environ.update({name: value})
         if watch.number is not None:
             watch.line = ""  # who gets this says it
             raise Interrupt(watch.number) from None

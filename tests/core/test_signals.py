@@ -84,10 +84,13 @@ def fork():
     ready(*[os.getpid()] * (process.exitcode == -signal.SIGTERM))
     time.sleep(300)
 
-def pool():
+def pool(then=lambda workers: workers.map(time.sleep, [300] * 2)):
     with signals.worker_pool(2) as workers:
         ready(*workers.map(pid, range(2), chunksize=1))
-        workers.map(time.sleep, [300] * 2)
+        then(workers)
+
+def stuck_pool():
+    pool(lambda workers: swallows(int))
 
 def pid(n):
     time.sleep(0.3)  # so that each has one
@@ -174,7 +177,7 @@ def test_what_the_command_makes_of_it_does_not_matter(start, what):
     assert (code, err) == (143, f"{INTERRUPTED}\n")
 
 
-@pytest.mark.parametrize(("what", "grace"), [("child", 5), ("stuck_child", 1), ("pool", 5)])
+@pytest.mark.parametrize(("what", "grace"), [("child", 5), ("stuck_child", 1), ("pool", 5), ("stuck_pool", 1)])
 def test_children_end_with_the_command(start, what, grace):
     """Those that ignore the signal and their own children, whether or not the command leaves by itself."""
     process, children = start(what, GRACE=str(grace))
@@ -253,7 +256,7 @@ def command(tmp_path, monkeypatch):
 def state() -> tuple:
     wakeup = signal.set_wakeup_fd(-1)
     signal.set_wakeup_fd(wakeup)
-    return signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT), wakeup, os.environ.get(signals.PARENT)
+    return signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT), wakeup, [os.environ.get(name) for name in (signals.PARENT, signals.QUIET[0])]
 
 
 def test_a_caller_goes_on_as_before(command, monkeypatch):
