@@ -6,7 +6,7 @@ picture, of the output of other rows that an evaluator likes best.
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property, partial
+from functools import cache, cached_property, partial
 from pathlib import Path
 
 import numpy as np
@@ -61,10 +61,15 @@ class Row:
 
 
 class Picked(Method):
-    """Of the outputs of other rows, for each picture the one that the evaluator likes best."""
+    """Of the outputs of other rows, for each picture the one that the evaluator likes best.
 
-    def __init__(self, rows: Sequence[Method], evaluator: Evaluator, read: Callable[[Method], list[np.ndarray]]):
-        self.rows, self.evaluator, self.read = list(rows), evaluator, read
+    ``read``: the outputs of a row on the eval set that is being filled.
+    """
+
+    read: Callable[[Method], list[np.ndarray]]
+
+    def __init__(self, rows: Sequence[Method], evaluator: Evaluator):
+        self.rows, self.evaluator = list(rows), evaluator
         self.resolution = self.rows[0].resolution
 
     @property
@@ -185,12 +190,12 @@ class Comparison:
         )
         return methods[chosen]
 
-    def methods(self, items: EvalSet) -> dict[str, Method]:
+    def methods(self) -> dict[str, Method]:
         """Row -> method, in the order of the table."""
         methods = self.sweep_methods()
         for name, row in self.rows.items():
             if row.picked:
-                methods[name] = self.picked(name, row, methods, items)
+                methods[name] = self.picked(name, row, methods)
             elif row.options is None:
                 self.notes.append(f"{name}: not measured yet")
             elif row.lacking:
@@ -205,10 +210,10 @@ class Comparison:
             raise UserError(f"{self.name} has nothing to compare: {'; '.join(self.notes)}")
         return methods
 
-    def picked(self, name: str, row: Row, methods: dict[str, Method], items: EvalSet) -> Method:
+    def picked(self, name: str, row: Row, methods: dict[str, Method]) -> Method:
         if unknown := [other for other in row.picked if other not in methods]:
             raise UserError(f"study.rows.{name} picks among rows above it: {unknown[0]} is none")
-        return Picked([methods[other] for other in row.picked], self.evaluator, partial(self.outputs, items))
+        return Picked([methods[other] for other in row.picked], self.evaluator)
 
     # --- outputs
 
@@ -218,6 +223,8 @@ class Comparison:
         say = partial(self.say, self.part)
         for chosen in (False, True):  # what is picked from other rows comes when these are there
             rows = {name: m for name, m in methods.items() if isinstance(m, Picked) == chosen}
+            for row in rows.values() if chosen else ():
+                row.read = cache(partial(self.outputs, items))  # of a degraded set, its own; each row's once
             fill_blocks(items, rows, self.folder, self.seed, self.rank, self.world, say)
 
     def outputs(self, items: EvalSet, method: Method) -> list[np.ndarray]:
@@ -240,7 +247,7 @@ class Comparison:
         line = f"{self.name}: n = {len(whole)} {self.split} pictures of {self.manifest.parent.name}, {self.protocol}"
         if self.rank == 0:
             tell(line)
-        methods, table, columns = self.methods(whole), {}, {}
+        methods, table, columns = self.methods(), {}, {}
         few = subsample(list(range(len(whole))), EXAMPLES)
         several = len(self.spec["degrade"]) > 1
         for factor in self.spec["degrade"]:
