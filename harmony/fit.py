@@ -79,8 +79,8 @@ def measure(cfg: DictConfig, task: Task) -> tuple[dict[str, float], dict, str]:
     items = load_reconstruct(Path(cfg.data.manifest), e.split, task.backbone.resolution, e.limit)
     methods = task.baseline(settings), task.result(settings)
     protocol = f"DDIM {e.steps} steps, guidance {e.guidance}, seed {e.seed}"
-    figures, facts = before_and_after(task.backbone, items, *methods, e.seed, protocol)
-    return figures, facts, f"{table(figures, e.split, **facts)}\n"
+    outcome = before_and_after(task.backbone, items, *methods, e.seed, protocol)
+    return outcome.figures, outcome.facts, f"{table(outcome.figures, e.split, **outcome.facts)}\n"
 
 
 def data_facts(cfg: DictConfig, data: lightning.LightningDataModule) -> dict:

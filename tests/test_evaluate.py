@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 
 from harmony import evaluate
-from harmony.cli.compose import compose, load_yaml, options, why
-from harmony.cli.explain import check_experiment
+from harmony.cli.compose import CONFIGS, compose, load_yaml, why
+from harmony.cli.explain import check_experiment, experiments
 from harmony.core.errors import UserError
 from harmony.evaluation import comparison as study
 from harmony.models.backbone import Backbone
@@ -22,9 +22,7 @@ from harmony.pixels.images import read_image, write_image
 HERE = Path(__file__).resolve().parents[1]
 # The random backbone reads too few tokens for these rows; the test of zero_shot runs such ones on the tiny backbone.
 WORDLESS = ("study.rows.zero_shot=null", "study.rows.zero_shot_told=null")
-STUDIES = {
-    name: path for name, path in options("experiment").items() if path.parents[1] == HERE and "study" in load_yaml(path)
-}
+STUDIES = {name: path for name, path in experiments("evaluate", CONFIGS).items() if path.parents[1] == HERE}
 
 
 @pytest.fixture(scope="module")
@@ -114,7 +112,7 @@ def test_the_user_study_needs_neither_dataset_nor_backbone(tmp_path, monkeypatch
     for method, value in (("ours", 60), ("paper", 90)):
         (tmp_path / method / "0000").mkdir(parents=True)
         write_image(tmp_path / method / "0000" / "harmonized.png", np.full((8, 8, 3), value, np.uint8))
-    methods = f"user_study.methods={{ours: {tmp_path / 'ours'}, paper: {tmp_path / 'paper'}}}"
+    methods = f"study.methods={{ours: {tmp_path / 'ours'}, paper: {tmp_path / 'paper'}}}"
     words = ["experiment=user_study", methods, f"paths.runs={tmp_path / 'runs'}", "model.path=nowhere", "logger=none"]
     monkeypatch.setattr(sys, "argv", ["evaluate", *words])
     evaluate.main()
@@ -123,7 +121,7 @@ def test_the_user_study_needs_neither_dataset_nor_backbone(tmp_path, monkeypatch
     assert made <= set(os.listdir(folder))
     said = capsys.readouterr().out.splitlines()
     assert str(folder / "study.html") in said and said[-1] == str(folder)
-    monkeypatch.setattr(sys, "argv", ["evaluate", *words, f"user_study.answers={folder / 'metrics.json'}"])
+    monkeypatch.setattr(sys, "argv", ["evaluate", *words, f"study.answers={folder / 'metrics.json'}"])
     with pytest.raises(SystemExit, match="2"):
         evaluate.main()
     (line,) = capsys.readouterr().err.splitlines()

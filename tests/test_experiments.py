@@ -3,6 +3,7 @@
 import json
 import re
 import shutil
+import sys
 import time
 from pathlib import Path
 
@@ -11,8 +12,9 @@ import torch
 from diffusers import UNet2DConditionModel
 from omegaconf import OmegaConf
 
+from harmony import evaluate, fit
 from harmony.cli.compose import CONFIGS, compose, load_yaml, options, why
-from harmony.cli.explain import check_experiment
+from harmony.cli.explain import check_experiment, experiments
 from harmony.fit import main
 from harmony.models.backbone import Backbone, load_part
 from harmony.models.controlnet import export_controlnet
@@ -22,7 +24,7 @@ from harmony.models.textual_inversion import read_word
 FILES = {
     name: path for name, path in options("experiment").items() if path.parents[1] == Path(__file__).resolve().parents[1]
 }
-TRAININGS = {name: path for name, path in FILES.items() if "study" not in load_yaml(path)}
+TRAININGS = {name: path for name, path in experiments("fit", CONFIGS).items() if name in FILES}
 QUICK = [
     "trainer.accelerator=cpu",
     "trainer.max_steps=2",
@@ -166,3 +168,15 @@ def test_a_training_without_evaluation_exports_all_the_same(random_backbone, pre
     (folder,) = (runs / "color").iterdir()
     assert not any("test/" in name for name in json.loads((folder / "metrics.json").read_text()))
     assert (folder / "export" / "controlnet" / "config.json").exists() and list((folder / "grids").iterdir())
+
+
+def test_trainings_and_studies_know_their_command(monkeypatch, capsys):
+    """``fit`` lists trainings and ``evaluate`` studies; an experiment of the other one names the right command."""
+    trainings, studies = (experiments(name, CONFIGS) for name in ("fit", "evaluate"))
+    assert {"color", "backbone_vae", "judge"} <= {*trainings} and {"table1", "editing", "judge_bench"} <= {*studies}
+    assert not {*trainings} & {*studies} and len(trainings) + len(studies) == len(options("experiment"))
+    for main, right, experiment in ((fit.main, "evaluate", "table1"), (evaluate.main, "fit", "color")):
+        monkeypatch.setattr(sys, "argv", ["harmony", f"experiment={experiment}"])
+        with pytest.raises(SystemExit, match="2"):
+            main()
+        assert f": python -m harmony.{right} experiment={experiment}\n" in capsys.readouterr().err

@@ -95,15 +95,30 @@ def check_experiment(name: str, choices: Mapping[str, str | None], config_dir: P
             raise UserError(f"{files[experiment]}: unknown key {key}{hint}")
 
 
-def default_groups(name: str, config_dir: Path) -> dict[str, str | None]:
-    """Groups in the defaults list of a primary configuration and the option each starts with; not those that others
-    choose.
-    """
-    entries = OmegaConf.to_container(load_yaml(config_dir / f"{name}.yaml")).get("defaults", [])
+def groups_in(file: Path) -> dict[str, str | None]:
+    """Groups in the defaults list of a configuration file, and the option that it gives to each."""
+    entries = OmegaConf.to_container(load_yaml(file)).get("defaults", [])
     pairs = [next(iter(entry.items())) for entry in entries if isinstance(entry, dict)]
-    pairs = [(key, option) for key, option in pairs if "${" not in str(option)]
-    cleaned = {re.sub(r"^(override |optional |/)+", "", key).split("@")[0]: option for key, option in pairs}
-    return {group: option for group, option in cleaned.items() if not group.startswith("hydra/")}
+    return {re.sub(r"^(override |optional |/)+", "", key).split("@")[0]: option for key, option in pairs}
+
+
+def default_groups(name: str, config_dir: Path) -> dict[str, str | None]:
+    """Groups of a primary configuration and the option each starts with; not those that others choose."""
+    groups = groups_in(config_dir / f"{name}.yaml").items()
+    return {key: option for key, option in groups if "${" not in str(option) and not key.startswith("hydra/")}
+
+
+def experiments(name: str, config_dir: Path) -> dict[str, Path]:
+    """Name and file of the experiments of a command: those that set no group which the command does not have."""
+    files, known = options("experiment"), {*default_groups(name, config_dir)}
+    groups = {file: {group for n in ancestry(file, files) for group in groups_in(files[n])} for file in files}
+    return {experiment: file for experiment, file in files.items() if groups[experiment] <= known}
+
+
+def command_of(experiment: str, config_dir: Path) -> str | None:
+    """The command that takes an experiment; None where there is none."""
+    commands = [path.stem for path in sorted(config_dir.glob("*.yaml")) if "experiment" in groups_in(path)]
+    return next((name for name in commands if experiment in experiments(name, config_dir)), None)
 
 
 def parts_of(name: str, config_dir: Path) -> list[str]:
@@ -112,21 +127,24 @@ def parts_of(name: str, config_dir: Path) -> list[str]:
     return [entry for entry in entries if isinstance(entry, str) and entry != "_self_"]
 
 
-def group_options(group: str, config_dir: Path) -> list[str]:
-    """Names that a group may take."""
+def group_options(group: str, name: str, config_dir: Path) -> list[str]:
+    """Options of a group that the command ``name`` may take."""
+    if group == "experiment":
+        return list(experiments(name, config_dir))
     if group in GROUPS:
         return list(options(group))
     return sorted(path.stem for path in (config_dir / group).glob("*.yaml"))
 
 
-def explain_missing(error: MissingConfigException, config_dir: Path) -> str:
+def explain_missing(error: MissingConfigException, name: str, config_dir: Path) -> str:
     """An option that no group has, in one line."""
     group, _, option = str(error.missing_cfg_file).strip("/").rpartition("/")
-    names = group_options(group, config_dir)
+    names = group_options(group, name, config_dir)
     if not names:
         searched = f"; looked in {', '.join(map(str, places(group)))}" if group in GROUPS else ""
         return f"there is no {group or 'configuration'} called {option}{searched}"
-    return f"unknown {group}={option}{nearest(option, names) or '.'} There are: {', '.join(names)}"
+    every = options(group) if group in GROUPS else names  # also those of other commands
+    return f"unknown {group}={option}{nearest(option, every) or '.'} There are: {', '.join(names)}"
 
 
 def explain_key(key: str, where: str, name: str, overrides: list[str], config_dir: Path) -> str:
@@ -146,12 +164,15 @@ def explain_key(key: str, where: str, name: str, overrides: list[str], config_di
 def explain(error: Exception, name: str, overrides: list[str], config_dir: Path) -> str:
     """An error of composition in one line, with the nearest right name where there is one."""
     if isinstance(error, MissingConfigException) and error.missing_cfg_file not in (None, name):
-        return explain_missing(error, config_dir)
+        return explain_missing(error, name, config_dir)
     if isinstance(error, OverrideParseException):
         return f"cannot read {error.override!r} on the command line; it should look like key=value, quoted if need be"
     unknown = re.search(r"(?:In '([^']+)': )?Could not (?:override|delete)[^']*'([^']+)'", str(error))
     if isinstance(error, ConfigCompositionException) and unknown:
         place, key = unknown.groups()
+        group, _, option = (place or "").partition("/")
+        if group == "experiment" and (other := command_of(option, config_dir)) not in (None, name):
+            return f"experiment={option} is one of harmony.{other}: python -m harmony.{other} experiment={option}"
         return explain_key(key, f"{place}: " if place and place != name else "", name, overrides, config_dir)
     return one_line(error)
 

@@ -1,16 +1,22 @@
-"""One trained network before and after: the figures of a baseline beside those of a method, as a training ends."""
+"""One method before and after: its figures beside those of a baseline, as a training ends and as a study."""
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import numpy as np
 
+from harmony.core.files import write_text
 from harmony.core.progress import Progress, tell
-from harmony.evaluation.eval_sets import EvalSet, enough
+from harmony.data.manifest import manifest_hash
+from harmony.evaluation.eval_sets import EvalSet, enough, load_reconstruct, sample_grid, subsample
 from harmony.evaluation.figures import Fidelity
+from harmony.evaluation.report import Report
+from harmony.evaluation.study import Study, StudyRun
 from harmony.methods.method import Method, seeds_of
 from harmony.models.backbone import Backbone
 from harmony.models.clip import clip_of
 from harmony.models.features import feature_extractor
+from harmony.pixels.images import write_image
 
 CHUNK = 32  # pictures between two lines of progress
 SHOWN = ("color_de", "fpsnr", "psnr", "edge_f1", "fid", "kid", "seam", "bg_drift")
@@ -26,20 +32,29 @@ def fill_set(items: EvalSet, method: Method, seed: int, what: str) -> list[np.nd
     return outputs
 
 
+@dataclass(frozen=True)
+class Outcome:
+    """Figures of a method and, under ``baseline/``, of its baseline; the ``facts`` behind them; the outputs of both."""
+
+    figures: dict[str, float]
+    facts: dict
+    before: list[np.ndarray]
+    after: list[np.ndarray]
+
+
 def before_and_after(
     backbone: Backbone, items: EvalSet, before: Method, after: Method, seed: int, protocol: str, clip: str | None = None
-) -> tuple[dict[str, float], dict]:
-    """(figures of ``after`` and, under ``baseline/``, of ``before``; ``protocol`` and ``count`` behind them).
+) -> Outcome:
+    """Fill ``items`` with two methods and measure both.
 
     ``protocol`` says how both are sampled; ``clip``: see ``clip_of``.
     """
     fidelity = Fidelity(enough(items), feature_extractor(backbone), clip_of(backbone, clip))
     tell(f"evaluating on {len(items)} {items.name} pictures, before and after: {protocol}; fid on {fidelity.protocol}")
-    old, new = (
-        fidelity.figures(fill_set(items, method, seed, what)) for what, method in (("before", before), ("after", after))
-    )
+    outputs = [fill_set(items, method, seed, what) for what, method in (("before", before), ("after", after))]
+    old, new = map(fidelity.figures, outputs)
     facts = {"protocol": fidelity.protocol, "count": len(items)}
-    return {f"baseline/{name}": value for name, value in old.items()} | new, facts
+    return Outcome({f"baseline/{name}": value for name, value in old.items()} | new, facts, *outputs)
 
 
 def table(metrics: dict[str, float], split: str, protocol: str, count: int) -> str:
@@ -58,3 +73,29 @@ def views_and_outputs(
 ) -> dict[str, list[np.ndarray]]:
     """The columns of a grid: what the networks see, the baseline, the output."""
     return {**method.views(items.composites), "baseline": list(baseline), "output": list(outputs)}
+
+
+@dataclass
+class BeforeAfter(Study):
+    """The method of the command line beside inpainting by words alone."""
+
+    run: StudyRun
+    shown: int
+
+    def measure(self) -> Report:
+        """The report, with a grid of ``shown`` pictures; all is done by the first process."""
+        run = self.run
+        if run.rank > 0:
+            return Report()
+        method, baseline = run.method(), run.build({"method": "inpainting"})
+        items = load_reconstruct(run.manifest, run.split, run.backbone.resolution, run.limit)
+        outcome = before_and_after(run.backbone, items, baseline, method, run.seed, run.protocol, run.clip)
+        few = subsample(list(range(len(items))), self.shown)
+        off, on = ([outputs[i] for i in few] for outputs in (outcome.before, outcome.after))
+        picture = run.folder / "grids" / "samples.png"
+        picture.parent.mkdir(exist_ok=True)
+        part = items.part(few)
+        write_image(picture, sample_grid(part, views_and_outputs(part, off, method, on)))
+        text = f"{table(outcome.figures, run.split, **outcome.facts)}\n"
+        write_text(run.folder / "table.md", text)
+        return Report(outcome.figures, outcome.facts | {"manifest": manifest_hash(run.manifest)}, text, [picture])

@@ -31,11 +31,10 @@ from harmony.evaluation.eval_sets import (
 from harmony.evaluation.exemplars import Likeness, load_exemplars
 from harmony.evaluation.figures import Fidelity, scores
 from harmony.evaluation.report import Report
-from harmony.evaluation.tables import curves, heat, mosaics, pictures, write_table
+from harmony.evaluation.study import Study, StudyRun
+from harmony.evaluation.tables import curves, flat, heat, mosaics, pictures, write_table
 from harmony.methods.method import Composite, Method, Seed, fingerprint
 from harmony.metrics.fidelity import aggregate, fmse
-from harmony.models.backbone import Backbone
-from harmony.models.clip import clip_of
 from harmony.models.features import feature_extractor
 from harmony.models.judge import Evaluator, load_evaluator
 from harmony.pixels.exemplars import exemplar
@@ -93,69 +92,66 @@ def best_picks(items: EvalSet, rows: Sequence[list[np.ndarray]], picks: list[np.
 
 
 @dataclass
-class Comparison:
-    """One study: its eval sets, its rows, their stored outputs, the table and the figure.
+class Comparison(Study):
+    """A study of several methods on one eval set: their stored outputs, the table and the figure.
 
-    ``spec``: the node ``study`` of configs/evaluate.yaml; ``rows``: what its rows mean; ``sweep``: a row whose weights
-    (``SWEPT``) go through ``study.lambdas``; ``build``: options of a method -> the method; ``protocol`` says how it is
-    sampled. ``clip`` is open_clip's NAME/WEIGHTS (None = the backbone's towers). Of ``world`` processes each makes its
-    share of the outputs; the first makes the table.
+    The options are those of ``configs/study/comparison.yaml``. ``rows`` and ``sweep`` are keywords of ``Row``; the
+    weights (``SWEPT``) of ``sweep`` go through ``lambdas``.
     """
 
-    name: str
-    spec: dict
-    rows: dict[str, Row]
-    build: Callable[[dict], Method]
-    backbone: Backbone
-    manifest: Path
-    folder: Path
-    protocol: str
-    split: str = "test"
-    limit: int | None = None
-    seed: int = 0
-    sweep: Row | None = None
-    rank: int = 0
-    world: int = 1
-    clip: str | None = None
-    notes: list[str] = field(default_factory=list)
-    part: int = 0
+    run: StudyRun
+    eval_set: str
+    rows: dict[str, dict]
+    radius: float
+    degrade: Sequence[int]
+    sweep: dict | None
+    lambdas: Sequence[float]
+    pairs: str
+    figure: str
+    hidden: Sequence[str]
+    drawn: Sequence[str]
+    paper: dict[str, dict[str, float]]
+    notes: list[str] = field(default_factory=list, init=False)
+    part: int = field(default=0, init=False)
+
+    def __post_init__(self) -> None:
+        self.rows = {name: Row(**facts) for name, facts in self.rows.items()}
+        self.sweep = self.sweep and Row(**self.sweep)
 
     @cached_property
-    def embedder(self):
-        return clip_of(self.backbone, self.clip)
-
-    @cached_property
-    def extractor(self):
-        return feature_extractor(self.backbone)
+    def extractor(self) -> Callable:
+        return feature_extractor(self.run.backbone)
 
     @cached_property
     def evaluator(self) -> Evaluator | None:
-        return load_evaluator(self.spec["evaluator"], self.backbone.device)
+        return load_evaluator(self.run.evaluator, self.run.backbone.device)
 
-    def eval_set(self, split: str) -> EvalSet:
-        at = self.manifest, split, self.backbone.resolution
-        match self.spec["eval_set"]:
+    def load(self, split: str) -> EvalSet:
+        """The eval set on a split of the dataset."""
+        run = self.run
+        at = run.manifest, split, run.backbone.resolution
+        match self.eval_set:
             case "reconstruct":
-                return load_reconstruct(*at, self.limit)
+                return load_reconstruct(*at, run.limit)
             case "relight":
-                return load_relight(*at, self.limit, radius=self.spec["radius"])
+                return load_relight(*at, run.limit, radius=self.radius)
             case "exemplar":
-                if self.embedder is None:
+                if run.embedder is None:
                     raise UserError(
-                        f"backbone {self.backbone.name} has no CLIP image tower: give clip=NAME/WEIGHTS of open_clip"
+                        f"backbone {run.backbone.name} has no CLIP image tower: give clip=NAME/WEIGHTS of open_clip"
                     )
-                rows = read_manifest(self.manifest, split)[1]
+                rows = read_manifest(run.manifest, split)[1]
                 return load_exemplars(
-                    load_reconstruct(*at), rows, self.manifest.parent, self.embedder, self.limit, self.notes.append
+                    load_reconstruct(*at), rows, run.manifest.parent, run.embedder, run.limit, self.notes.append
                 )
-        raise UserError(f"study.eval_set={self.spec['eval_set']}: choose {RECONSTRUCT}, {RELIGHT} or {EXEMPLAR}")
+        raise UserError(f"study.eval_set={self.eval_set}: choose {RECONSTRUCT}, {RELIGHT} or {EXEMPLAR}")
 
     def measures(self, items: EvalSet) -> Fidelity | Likeness:
         """What makes the figures of the raw outputs of a method."""
         if items.kind != EXEMPLAR:
-            return Fidelity(items, self.extractor, self.embedder)
-        real = load_reconstruct(self.manifest, "train", self.backbone.resolution, REAL).truths
-        return Likeness(items, self.embedder, self.extractor, real)
+            return Fidelity(items, self.extractor, self.run.embedder)
+        real = load_reconstruct(self.run.manifest, "train", self.run.backbone.resolution, REAL).truths
+        return Likeness(items, self.run.embedder, self.extractor, real)
 
     # --- rows
 
@@ -164,21 +160,21 @@ class Comparison:
         if self.sweep is None:
             return {}
         if self.sweep.lacking:
-            raise UserError(f"{self.name} needs {' and '.join(self.sweep.lacking)}, trained and not shipped")
-        options, lambdas = self.sweep.options, self.spec["lambdas"]
-        if self.spec["pairs"] == "same":
-            return {f"{v:g}": self.build(options | dict.fromkeys(SWEPT, v)) for v in lambdas}
+            raise UserError(f"{self.run.name} needs {' and '.join(self.sweep.lacking)}, trained and not shipped")
+        options, lambdas = self.sweep.options, self.lambdas
+        if self.pairs == "same":
+            return {f"{v:g}": self.run.build(options | dict.fromkeys(SWEPT, v)) for v in lambdas}
         low, high = SWEPT
-        return {f"{h:g} {v:g}": self.build(options | {low: v, high: h}) for h in lambdas for v in lambdas}
+        return {f"{h:g} {v:g}": self.run.build(options | {low: v, high: h}) for h in lambdas for v in lambdas}
 
     def best(self, name: str, row: Row) -> Method:
         """The method at the value of its ``best`` options that is best on validation; the test split has no say."""
-        if not self.spec["lambdas"]:
+        if not self.lambdas:
             raise UserError(f"study.rows.{name} chooses among study.lambdas: list some")
-        items = self.eval_set("validation")
+        items = self.load("validation")
         if not len(items):
-            raise UserError(f"study.rows.{name} chooses on validation pictures, of which {self.manifest} has none")
-        methods = {v: self.build(row.options | dict.fromkeys(row.best, v)) for v in self.spec["lambdas"]}
+            raise UserError(f"study.rows.{name} chooses on validation pictures, of which {self.run.manifest} has none")
+        methods = {v: self.run.build(row.options | dict.fromkeys(row.best, v)) for v in self.lambdas}
         self.fill(items, {f"{v:g}": method for v, method in methods.items()})
         reached = {}
         for value, method in methods.items():
@@ -203,11 +199,11 @@ class Comparison:
             elif row.best:
                 methods[name] = self.best(name, row)
             else:
-                methods[name] = self.build(row.options)
+                methods[name] = self.run.build(row.options)
                 if (guidance := row.options.get("guidance")) is not None:
                     self.notes.append(f"{name}: guidance {guidance:g}")
         if not methods:
-            raise UserError(f"{self.name} has nothing to compare: {'; '.join(self.notes)}")
+            raise UserError(f"{self.run.name} has nothing to compare: {'; '.join(self.notes)}")
         return methods
 
     def picked(self, name: str, row: Row, methods: dict[str, Method]) -> Method:
@@ -220,21 +216,21 @@ class Comparison:
     def fill(self, items: EvalSet, methods: dict[str, Method]) -> None:
         """``fill_blocks``, each line saying which part of the study it belongs to."""
         self.part += 1
-        say = partial(self.say, self.part)
+        run, say = self.run, partial(self.say, self.part)
         for chosen in (False, True):  # what is picked from other rows comes when these are there
             rows = {name: m for name, m in methods.items() if isinstance(m, Picked) == chosen}
             for row in rows.values() if chosen else ():
                 row.read = cache(partial(self.outputs, items))  # of a degraded set, its own; each row's once
-            fill_blocks(items, rows, self.folder, self.seed, self.rank, self.world, say)
+            fill_blocks(items, rows, run.folder, run.seed, run.rank, run.world, say)
 
     def outputs(self, items: EvalSet, method: Method) -> list[np.ndarray]:
-        return outputs_of(items, method, self.folder, self.seed)
+        return outputs_of(items, method, self.run.folder, self.run.seed)
 
     @property
     def parts(self) -> int:
         """How many times outputs are made: a choice on validation each, and each degree of degradation."""
         choices = [row for row in self.rows.values() if row.best and not row.lacking]
-        return len(choices) + len(self.spec["degrade"])
+        return len(choices) + len(self.degrade)
 
     def say(self, part: int, line: str) -> None:
         tell(f"part {part}/{self.parts}, {line}")
@@ -243,34 +239,34 @@ class Comparison:
 
     def measure(self) -> Report:
         """The report; on other ranks than the first the share of outputs alone is made."""
-        whole = enough(self.eval_set(self.split))
-        line = f"{self.name}: n = {len(whole)} {self.split} pictures of {self.manifest.parent.name}, {self.protocol}"
-        if self.rank == 0:
+        run = self.run
+        whole = enough(self.load(run.split))
+        line = f"{run.name}: n = {len(whole)} {run.split} pictures of {run.manifest.parent.name}, {run.protocol}"
+        if run.rank == 0:
             tell(line)
         methods, table, columns = self.methods(), {}, {}
         few = subsample(list(range(len(whole))), EXAMPLES)
-        several = len(self.spec["degrade"]) > 1
-        for factor in self.spec["degrade"]:
+        several = len(self.degrade) > 1
+        for factor in self.degrade:
             items = whole if factor == 1 else degrade(whole, factor)
             self.fill(items, methods)
-            if self.rank == 0:
+            if run.rank == 0:
                 suffix = f" x{factor}" if several else ""
                 ruler = self.measures(items)
                 table |= self.figures(items, methods, ruler, suffix)
                 columns |= self.columns(items, methods, few, suffix)
-        if self.rank > 0:
+        if run.rank > 0:
             return Report()
         for row in table:
-            table[row] |= {f"paper/{metric}": value for metric, value in self.spec["paper"].get(row, {}).items()}
+            table[row] |= {f"paper/{metric}": value for metric, value in self.paper.get(row, {}).items()}
         notes = [f"{line}; fid and kid on {ruler.protocol}", *self.notes]
         if whole.kind == RECONSTRUCT and {"copy_paste", "poisson"} & {*table}:
             notes.append("copy_paste and poisson put the truth itself back here: they bound what can be reached")
-        text = write_table(self.folder, table, "lambda" if self.sweep else "method", notes)
-        flat = {f"{row}/{name}": value for row, numbers in table.items() for name, value in numbers.items()}
+        text = write_table(run.folder, table, "lambda" if self.sweep else "method", notes)
         prints = {name: method.fingerprint for name, method in methods.items()}
         facts = {"protocol": ruler.protocol, "count": len(whole), "methods": prints}
-        facts |= {"manifest": manifest_hash(self.manifest)}
-        return Report(flat, facts, text, self.draw(whole.part(few), table, columns))
+        facts |= {"manifest": manifest_hash(run.manifest)}
+        return Report(flat(table), facts, text, self.draw(whole.part(few), table, columns))
 
     def figures(self, items: EvalSet, methods: dict[str, Method], ruler: Fidelity | Likeness, suffix: str) -> dict:
         """Row -> figures; notes say how often a pick was the best there was."""
@@ -290,7 +286,7 @@ class Comparison:
         """Title -> pictures of the items ``few``: what was given, and each row after paste-back."""
         part, shown = items.part(few), {}
         if items.kind == EXEMPLAR:
-            shown[f"exemplar{suffix}"] = [exemplar(c.exemplar, self.backbone.resolution) for c in part.composites]
+            shown[f"exemplar{suffix}"] = [exemplar(c.exemplar, self.run.backbone.resolution) for c in part.composites]
         else:
             shown[f"instance{suffix}"] = part.instances
         for name, method in methods.items():
@@ -303,10 +299,10 @@ class Comparison:
 
         ``columns``: title -> a picture for each item of ``part``.
         """
-        lambdas, kind = self.spec["lambdas"], self.spec["figure"]
-        target, beside = self.folder / "figure.png", self.folder / "pictures.png"
+        lambdas, kind, folder = self.lambdas, self.figure, self.run.folder
+        target, beside = folder / "figure.png", folder / "pictures.png"
         labels = ("lambda_l (color)", "lambda_h (structure)")
-        metrics = [f"{part.name}/{metric}" for metric in self.spec["drawn"]]
+        metrics = [f"{part.name}/{metric}" for metric in self.drawn]
         if kind == "heat":
             names = [[f"{h:g} {v:g}" for v in lambdas] for h in lambdas]
             values = {m: np.array([[table[name][m] for name in row] for row in names]) for m in metrics}
@@ -314,7 +310,7 @@ class Comparison:
             squares = [[[columns[name][i] for name in row] for row in names] for i in range(min(SQUARES, len(part)))]
             mosaics(beside, squares, lambdas, lambdas, labels)
             return [target, beside]
-        shown = {title: column for title, column in columns.items() if title not in self.spec["hidden"]}
+        shown = {title: column for title, column in columns.items() if title not in self.hidden}
         rows = list(zip(with_holes(part), *shown.values(), part.truths, strict=True))
         titles = ["input", *shown, "source" if part.kind == EXEMPLAR else "truth"]
         guided = {

@@ -15,13 +15,14 @@ import torch
 
 from harmony.core.errors import UserError
 from harmony.core.files import atomic, write_text
-from harmony.core.progress import MINUTE, Progress
+from harmony.core.progress import MINUTE, Progress, tell
 from harmony.data.sources.editing import Case, concepts, read_cases
 from harmony.data.sources.files import folder_captions
 from harmony.evaluation.blocks import await_files, blocks
 from harmony.evaluation.eval_sets import subsample
 from harmony.evaluation.report import Report
-from harmony.evaluation.tables import pictures, to_csv, to_markdown
+from harmony.evaluation.study import Study, StudyRun
+from harmony.evaluation.tables import flat, pictures, to_csv, to_markdown
 from harmony.methods.method import fingerprint, seeds_of
 from harmony.methods.prompt_editing import (
     MODES,
@@ -36,13 +37,11 @@ from harmony.methods.prompt_editing import (
 )
 from harmony.metrics.fidelity import fmse, fpsnr, mse, psnr
 from harmony.metrics.similarity import embeddings
-from harmony.models.backbone import DIFFUSION, Backbone
-from harmony.models.clip import clip_of
+from harmony.models.backbone import DIFFUSION
 from harmony.models.textual_inversion import learn, read_word, word_file
 from harmony.pixels.composites import paste_back
 from harmony.pixels.images import from_model, read_image, resize, sha256
 from harmony.pixels.masks import read_mask
-from harmony.sampling.guidance import Settings
 from harmony.sampling.null_text import denoiser, shared_null_text
 from harmony.sampling.text_to_image import text_to_image
 
@@ -79,47 +78,34 @@ def load_items(file: Path, side: int, limit: int | None = None) -> list[Item]:
     return items
 
 
-class EditingStudy:
-    """The study of ``experiment=editing``, with the interface of ``Comparison``.
+@dataclass
+class EditingStudy(Study):
+    """The study of ``experiment=editing``; its options are those of ``configs/study/editing.yaml``.
 
-    ``spec``: the node ``study`` of configs/evaluate.yaml; ``words``: a folder with a learnt word for each concept
-    (None: their rows are left out). Pictures are made in blocks that are kept, so that the same
-    command goes on and several processes share them.
+    Pictures are made in blocks that are kept, so that the same command goes on and several processes share them. Where
+    ``words`` is None, the rows of learned words are left out.
     """
 
-    def __init__(
-        self,
-        name: str,
-        spec: dict,
-        words: str | None,
-        backbone: Backbone,
-        file: Path,
-        folder: Path,
-        settings: Settings,
-        seed: int = 0,
-        limit: int | None = None,
-        rank: int = 0,
-        world: int = 1,
-        clip: str | None = None,
-    ):
-        if unknown := set(spec["parts"]) - set(PARTS):
+    run: StudyRun
+    words: str | None
+    parts: Sequence[str]
+    inner: int
+    self_attention_steps: float
+    threshold: float
+
+    def __post_init__(self) -> None:
+        self.notes: list[str] = []
+        if unknown := set(self.parts) - set(PARTS):
             raise UserError(f"study.parts={unknown.pop()}: choose among {', '.join(PARTS)}")
-        self.name, self.spec, self.words, self.backbone, self.file, self.folder = (
-            name,
-            spec,
-            words,
-            backbone,
-            file,
-            folder,
-        )
-        self.settings, self.seed, self.limit, self.rank, self.world, self.notes = settings, seed, limit, rank, world, []
-        self.clip = clip_of(backbone, clip)
+        self.backbone, self.settings, self.file = self.run.backbone, self.run.settings, self.run.manifest
+        self.clip = self.run.embedder
         if self.clip is None:
-            raise UserError(f"backbone {backbone.name} has no CLIP image tower: give clip=NAME/WEIGHTS of open_clip")
+            name = self.backbone.name
+            raise UserError(f"backbone {name} has no CLIP image tower: give clip=NAME/WEIGHTS of open_clip")
 
     @cached_property
     def items(self) -> list[Item]:
-        return load_items(self.file, self.backbone.resolution, self.limit)
+        return load_items(self.file, self.backbone.resolution, self.run.limit)
 
     @cached_property
     def made_of(self) -> dict[str, str]:
@@ -131,12 +117,12 @@ class EditingStudy:
     def made(self) -> Path:
         """Where reconstructions and edits lie; another word is no reason to make them again."""
         weights = {name: value for name, value in self.made_of.items() if not name.startswith("words/")}
-        options = {name: self.spec[name] for name in ("inner", "own", "threshold", "parts")}
-        return self.folder / "outputs" / fingerprint(weights, self.settings, options)[:16]
+        options = {name: getattr(self, name) for name in ("inner", "self_attention_steps", "threshold", "parts")}
+        return self.run.folder / "outputs" / fingerprint(weights, self.settings, options)[:16]
 
     def learnt(self) -> dict[str, Path]:
         """Name of each concept that a word was learnt for -> its file."""
-        if self.words is None or "concepts" not in self.spec["parts"]:
+        if self.words is None or "concepts" not in self.parts:
             return {}
         names = concepts(self.file.parent)
         return {name: word_file(f"{self.words}/{name}") for name in names}
@@ -146,7 +132,7 @@ class EditingStudy:
     def inverted(self, items: Sequence[Item]) -> list[Inversion]:
         s, prompts = self.settings, [item.prompt for item in items]
         images = [item.image for item in items]
-        return invert_pictures(self.backbone, images, prompts, s.steps, s.guidance, self.spec["inner"])
+        return invert_pictures(self.backbone, images, prompts, s.steps, s.guidance, self.inner)
 
     def reconstructions(self, items: Sequence[Item], inversions: Sequence[Inversion]) -> dict[str, list[np.ndarray]]:
         """Row -> the pictures brought back."""
@@ -155,7 +141,7 @@ class EditingStudy:
         plain = [replace(inversion, nulls=[backbone.prompt([""])] * n) for inversion in inversions]
         fast = [replace(v, nulls=[backbone.prompt([p])] * n) for v, p in zip(inversions, prompts, strict=True)]
         path, text = trajectories(backbone, [item.image for item in items], prompts, n)
-        schedule = backbone.alphas_cumprod, backbone.scheduler.config.steps_offset, self.spec["inner"]
+        schedule = backbone.alphas_cumprod, backbone.scheduler.config.steps_offset, self.inner
         one = shared_null_text(denoiser(backbone), path, text, backbone.prompt([""]), w, *schedule)
         shared = [replace(v, nulls=[null] * n) for v, null in zip(inversions, one.split(1), strict=True)]
         latents = torch.cat([inversion.latent for inversion in inversions])
@@ -171,7 +157,7 @@ class EditingStudy:
     def mode(self, case: Case) -> Mode:
         """What a user would ask for, local edits with the study's share of self-attention."""
         mode = MODES[MODE_OF[case.word]]
-        return replace(mode, own=self.spec["own"]) if mode.local else mode
+        return replace(mode, own=self.self_attention_steps) if mode.local else mode
 
     def edits(self, items: Sequence[Item], inversions: Sequence[Inversion]) -> dict[str, list[np.ndarray]]:
         """Row -> the edited pictures, all cases of an item one after the other."""
@@ -191,19 +177,19 @@ class EditingStudy:
                 rows.setdefault("source as it is", []).append(item.image)
                 for row, (start, how) in ways.items():
                     made = edit_picture(
-                        backbone, start, plan(backbone, case.source, case.target, how), w, self.spec["threshold"]
+                        backbone, start, plan(backbone, case.source, case.target, how), w, self.threshold
                     )
                     rows.setdefault(row, []).append(made.pictures[1])
                 rows.setdefault(f"{row}, pasted", []).append(pasted(made, item.image))
         return rows
 
-    def run(self) -> dict[str, np.ndarray]:
+    def outputs(self) -> dict[str, np.ndarray]:
         """``part/row`` -> pictures N x R x R x 3, made where they are not there yet; nothing on further ranks."""
         makers = {"reconstruction": self.reconstructions, "edits": self.edits}
-        makers = {part: make for part, make in makers.items() if part in self.spec["parts"]}
+        makers = {part: make for part, make in makers.items() if part in self.parts}
         jobs = [(block, self.made / f"{block.start:05d}.npz") for block in blocks(len(self.items)) if makers]
-        mine = [(block, file) for block, file in jobs[self.rank :: self.world] if not file.exists()]
-        progress = Progress(self.name, sum(len(block) for block, _ in mine), "scenes", per=MINUTE)
+        mine = [(block, file) for block, file in jobs[self.run.rank :: self.run.world] if not file.exists()]
+        progress = Progress(self.run.name, sum(len(block) for block, _ in mine), "scenes", per=MINUTE)
         for block, file in mine:
             items = [self.items[i] for i in block]
             inversions = self.inverted(items)
@@ -211,7 +197,7 @@ class EditingStudy:
             store(file, made)
             progress.advance(len(block))
         await_files([file for _, file in jobs])
-        if self.rank > 0 or not jobs:
+        if self.run.rank > 0 or not jobs:
             return {}
         stored = [np.load(file) for _, file in jobs]
         return {row: np.concatenate([some[row] for some in stored]) for row in stored[0].files}
@@ -231,7 +217,7 @@ class EditingStudy:
             found[name] = {"held out": [image for image, _ in views]}
             for row, spoken in (("plain word", name.partition("_")[2]), ("learnt word", word.token)):
                 text = self.backbone.prompt([prompt.replace("{}", spoken) for prompt in prompts])
-                found[name][row] = text_to_image(self.backbone, text, self.settings, seeds_of(self.seed, indices))
+                found[name][row] = text_to_image(self.backbone, text, self.settings, seeds_of(self.run.seed, indices))
         return found
 
     # --- figures
@@ -280,27 +266,26 @@ class EditingStudy:
 
     def measure(self) -> Report:
         """The report; on other ranks than the first the share of pictures alone is made."""
-        s = self.settings
-        protocol = f"DDIM {s.steps} steps, guidance {s.guidance:g}, {self.spec['inner']} inner steps, seed {self.seed}"
-        line = f"{self.name}: n = {len(self.items)} scenes of {self.file.parent.name}, {protocol}"
-        if self.rank == 0:
-            print(line, flush=True)
-        if "concepts" in self.spec["parts"] and self.words is None:
-            self.notes.append("concepts: left out, give words=FOLDER with a learnt word for each")
-        made = self.run()
-        if self.rank > 0:
+        run, s = self.run, self.settings
+        protocol = f"DDIM {s.steps} steps, guidance {s.guidance:g}, {self.inner} inner steps, seed {run.seed}"
+        line = f"{run.name}: n = {len(self.items)} scenes of {self.file.parent.name}, {protocol}"
+        if run.rank == 0:
+            tell(line)
+        if "concepts" in self.parts and self.words is None:
+            self.notes.append("concepts: left out, give study.words=FOLDER with a learned word for each")
+        made = self.outputs()
+        if run.rank > 0:
             return Report()
         spoken = self.spoken()
         tables = [self.brought_back(made), self.changed(made), self.understood(spoken)]
         whole = {row: figures for table in tables for row, figures in table.items()}
-        write_text(self.folder / "table.csv", to_csv(whole, "method"))
+        write_text(run.folder / "table.csv", to_csv(whole, "method"))
         notes = [f"{line}; clip on {self.clip.name} embeddings", *self.notes]
         shown = [to_markdown(table, "method", [], every=True) for table in tables if table]
         text = "\n".join([*shown, *notes]) + "\n"
-        write_text(self.folder / "table.md", text)
-        flat = {f"{row}/{name}": value for row, numbers in whole.items() for name, value in numbers.items()}
+        write_text(run.folder / "table.md", text)
         facts = {"protocol": f"clip on {self.clip.name} embeddings", "count": len(self.items), "made_of": self.made_of}
-        return Report(flat, facts | {"manifest": sha256(self.file)}, text, self.draw(made, spoken))
+        return Report(flat(whole), facts | {"manifest": sha256(self.file)}, text, self.draw(made, spoken))
 
     def draw(self, made: dict[str, np.ndarray], spoken: dict) -> list[Path]:
         """``figure.png``: sources brought back and edited; ``concepts.png``: what the words have learnt."""
@@ -314,10 +299,10 @@ class EditingStudy:
                 columns[f"{case.word}: {title}"] = [edits[row][first[i] + n] for i in few]
             columns[f"{case.word}: truth"] = [self.items[i].truths[n] for i in few]
         if made:
-            drawn.append(self.folder / "figure.png")
+            drawn.append(self.run.folder / "figure.png")
             pictures(drawn[-1], list(zip(*columns.values(), strict=True)), list(columns))
         if spoken:
-            drawn.append(self.folder / "concepts.png")
+            drawn.append(self.run.folder / "concepts.png")
             side, rows = self.backbone.resolution, []
             for name, views in spoken.items():
                 seen = [resize(read_image(f), side, side) for f in concepts(self.file.parent)[name][0][:2]]

@@ -26,6 +26,11 @@ def columns(table: Table) -> list[str]:
     return list(dict.fromkeys(name for row in table.values() for name in row))
 
 
+def flat(table: Table) -> dict[str, float]:
+    """``row/column`` -> figure."""
+    return {f"{row}/{name}": value for row, figures in table.items() for name, value in figures.items()}
+
+
 def to_csv(table: Table, first: str) -> str:
     """``first`` names the first column: ``method`` or ``lambda``."""
     text = io.StringIO()
@@ -45,9 +50,9 @@ def to_markdown(table: Table, first: str, notes: Sequence[str], every: bool = Fa
     return "\n".join([*lines, "", *notes]) + "\n"
 
 
-def write_table(folder: Path, table: Table, first: str, notes: Sequence[str]) -> str:
+def write_table(folder: Path, table: Table, first: str, notes: Sequence[str], every: bool = False) -> str:
     """``table.csv`` and ``table.md``; returns the latter's text."""
-    text = to_markdown(table, first, notes)
+    text = to_markdown(table, first, notes, every)
     write_text(folder / "table.csv", to_csv(table, first))
     write_text(folder / "table.md", text)
     return text

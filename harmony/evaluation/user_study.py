@@ -22,19 +22,20 @@ from scipy.sparse.csgraph import connected_components
 from harmony.core.errors import UserError
 from harmony.core.files import write_json, write_text
 from harmony.evaluation.report import Report
-from harmony.evaluation.tables import to_csv, to_markdown
+from harmony.evaluation.study import Study, StudyRun
+from harmony.evaluation.tables import flat, write_table
 from harmony.pixels.images import read_image, sha256
 
 TEMPLATE = Path(__file__).resolve().parents[1] / "assets" / "user_study.html"
 SCHEMA = 1  # of the answers' files
 TYPES = {".png": "image/png", ".jpg": "image/jpeg", ".jpeg": "image/jpeg"}
-COMPOSITE = "composite"  # user_study.reference: what harmonize was given
+COMPOSITE = "composite"  # study.reference: what harmonize was given
 PRIOR = 0.5  # wins each way and pair where no maximum exists; for two methods the correction of Haldane and Anscombe
 DRAWS = 1000  # of the bootstrap
 FEW = 10  # raters; with 3 the bootstrap's intervals held the truth in 76 % of simulated studies, with 5 in 84, 20 in 93
 NEXT = (
     "no scores yet: hand the page to the raters, gather the answers_*.json that they save in one folder, and give the "
-    "same command with user_study.answers=FOLDER"
+    "same command with study.answers=FOLDER"
 )
 ROUNDS, TOLERANCE = 10_000, 1e-9  # of the MM algorithm, in log-strength
 
@@ -128,11 +129,11 @@ def read_rater(file: Path, study: str, pictures: Sequence[str], codes: Mapping[s
     try:
         record = json.loads(file.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise UserError(f"user_study.answers: {file} does not exist; check the path") from None
+        raise UserError(f"study.answers: {file} does not exist; check the path") from None
     except (OSError, ValueError) as error:
         raise UserError(f"{file} cannot be read as JSON ({error}); ask the rater for it again") from None
     if not isinstance(record, dict) or record.get("schema") != SCHEMA:
-        raise UserError(f"{file} holds no answers of a user study (schema {SCHEMA}); take it out of user_study.answers")
+        raise UserError(f"{file} holds no answers of a user study (schema {SCHEMA}); take it out of study.answers")
     if record.get("study") != study:
         raise UserError(
             f"{file} belongs to study {record.get('study')}, this is {study}: give the methods, pictures, names, "
@@ -140,7 +141,7 @@ def read_rater(file: Path, study: str, pictures: Sequence[str], codes: Mapping[s
         )
     listed = record.get("answers")
     if not isinstance(record.get("rater"), str) or not isinstance(listed, list) or not listed:
-        raise UserError(f"{file} names no rater or holds no answers; take it out of user_study.answers")
+        raise UserError(f"{file} names no rater or holds no answers; take it out of study.answers")
     answers, seen = [], set()
     for n, found in enumerate(listed):
         try:
@@ -156,12 +157,12 @@ def read_rater(file: Path, study: str, pictures: Sequence[str], codes: Mapping[s
 
 
 def answer_files(given: str | Sequence[str]) -> list[Path]:
-    """The files that ``user_study.answers`` names: a file, a folder of ``*.json``, or a list of both."""
+    """The files that ``study.answers`` names: a file, a folder of ``*.json``, or a list of both."""
     files = []
     for place in [given] if isinstance(given, str) else given:
         found = sorted(Path(place).glob("*.json")) if Path(place).is_dir() else [Path(place)]
         if not found:
-            raise UserError(f"user_study.answers={place}: there are no .json files in it")
+            raise UserError(f"study.answers={place}: there are no .json files in it")
         files += found
     return files
 
@@ -211,7 +212,7 @@ def references_of(reference: str | None, results: Mapping[str, Mapping[str, Path
     if reference is None:
         return {}
     if reference != COMPOSITE:
-        return results_of(Path(reference), "user_study.reference")
+        return results_of(Path(reference), "study.reference")
     beside: dict[str, Path] = {}
     for name, file in (item for files in results.values() for item in files.items()):
         composite = file.with_name("composite.png")
@@ -233,21 +234,29 @@ def data_uri(file: Path) -> str:
 # --- the study
 
 
-class UserStudy:
-    """The study of ``experiment=user_study``, with the interface of ``Comparison``; no dataset, no backbone.
+@dataclass
+class UserStudy(Study):
+    """The study of ``experiment=user_study``; it needs neither dataset nor backbone.
 
-    ``spec``: the node ``user_study`` of configs/evaluate.yaml. Raters see codes in the place of methods; which is
-    which stands in the run folder's ``study.json`` alone.
+    The options are those of ``configs/study/user_study.yaml``. Raters see codes in place of the methods; which is which
+    stands in the run folder's ``study.json`` alone.
     """
 
-    def __init__(self, name: str, spec: dict, folder: Path, limit: int | None = None, seed: int = 0, rank: int = 0):
-        check(spec, limit)
-        self.name, self.spec, self.folder, self.seed, self.rank = name, spec, folder, seed, rank
-        self.results = {str(m): results_of(Path(f), f"user_study.methods.{m}") for m, f in spec["methods"].items()}
-        self.methods = list(self.results)
+    run: StudyRun
+    methods: dict[str, str]
+    answers: str | list[str] | None
+    question: str
+    reference: str | None
+    trials: int | None
+    pixelated: bool
+
+    def __post_init__(self) -> None:
+        self.check()
+        self.methods = {str(name): folder for name, folder in self.methods.items()}
+        self.results = {m: results_of(Path(f), f"study.methods.{m}") for m, f in self.methods.items()}
         common, self.notes = in_all(self.results)
-        self.pictures = common[:limit]
-        found = references_of(spec["reference"], self.results)
+        self.pictures = common[: self.run.limit]
+        found = references_of(self.reference, self.results)
         self.references = {name: found[name] for name in self.pictures if name in found}
         if found and len(self.references) < len(self.pictures):
             lacking = ", ".join(name for name in self.pictures if name not in found)
@@ -260,14 +269,25 @@ class UserStudy:
         shown |= {"reference": self.references}
         self.made_of = {part: digest({n: sha256(file) for n, file in files.items()}) for part, files in shown.items()}
         # how many trials a rater has is no part of it: answers of longer and shorter sessions belong together
-        self.id = digest([SCHEMA, self.made_of, spec["question"], spec["pixelated"]])
+        self.id = digest([SCHEMA, self.made_of, self.question, self.pixelated])
         self.codes = {digest([self.id, method])[:8]: method for method in self.methods}
-
-    @property
-    def trials(self) -> int:
-        """How many trials each rater has."""
         every = len(self.pictures) * len(list(combinations(self.methods, 2)))
-        return min(every, self.spec["trials"] or every)
+        self.trials = min(every, self.trials or every)  # of each rater
+
+    def check(self) -> None:
+        """UserError for options that no study can be made of."""
+        methods, answers, limit = self.methods, self.answers, self.run.limit
+        if not isinstance(methods, dict) or len(methods) < 2 or not all(isinstance(f, str) for f in methods.values()):
+            raise UserError("give at least two folders of results: study.methods='{ours: FOLDER, paper: FOLDER}'")
+        for key, count in (("limit", limit), ("study.trials", self.trials)):
+            if count is not None and (type(count) is not int or count < 1):
+                raise UserError(f"{key}={count}: give a whole number from 1, or null for all")
+        if not isinstance(self.question, str) or not self.question.strip():
+            raise UserError("study.question is empty: say what the raters are to choose by")
+        if not isinstance(self.reference, str | None):
+            raise UserError(f"study.reference={self.reference}: give {COMPOSITE}, a folder of pictures or null")
+        if not all(isinstance(a, str) for a in (answers if isinstance(answers, list) else [answers or ""])):
+            raise UserError(f"study.answers={answers}: give a file, a folder of such files, or a list of both")
 
     def page(self) -> str:
         """The whole page, in which methods are codes, sorted by them."""
@@ -280,7 +300,7 @@ class UserStudy:
             }
             for name in self.pictures
         ]
-        asked = {"question": self.spec["question"], "pixelated": self.spec["pixelated"], "trials": self.trials}
+        asked = {"question": self.question, "pixelated": self.pixelated, "trials": self.trials}
         study = {"schema": SCHEMA, "study": self.id, **asked, "methods": codes, "pictures": pictures}
         text = json.dumps(study).replace("<", "\\u003c")  # nothing in it may end the script element
         return TEMPLATE.read_text(encoding="utf-8").replace("STUDY_AS_JSON", text)
@@ -288,7 +308,7 @@ class UserStudy:
     def raters(self) -> dict[str, list[Answer]]:
         """Rater -> answers, of all files. UserError for two files of one rater."""
         found: dict[str, tuple[Path, list[Answer]]] = {}
-        for file in answer_files(self.spec["answers"]) if self.spec["answers"] else ():
+        for file in answer_files(self.answers) if self.answers else ():
             rater, answers = read_rater(file, self.id, self.pictures, self.codes)
             if rater in found:
                 raise UserError(f"{found[rater][0]} and {file} are both of rater {rater}: keep the later one")
@@ -299,10 +319,10 @@ class UserStudy:
         """(table, notes): score with its interval, share of comparisons that were won and their number."""
         every = [answer for answers in raters.values() for answer in answers]
         units = raters.values() if len(raters) > 1 else [[answer] for answer in every]
-        units = np.stack([count_wins(unit, self.methods) for unit in units])
+        units = np.stack([count_wins(unit, list(self.methods)) for unit in units])
         wins = units.sum(0)
         fitted = with_maximum(wins)
-        columns = [bradley_terry(fitted), *intervals(units, self.seed), wins.sum(1), (wins + wins.T).sum(1)]
+        columns = [bradley_terry(fitted), *intervals(units, self.run.seed), wins.sum(1), (wins + wins.T).sum(1)]
         table = {}
         for method, score, low, high, won, met in zip(self.methods, *np.array(columns).tolist(), strict=True):
             share = {"win_share": won / met} if met else {}
@@ -330,44 +350,26 @@ class UserStudy:
 
     def measure(self) -> Report:
         """The report; the page, ``study.json``, table and figure are in the run folder."""
-        if self.rank > 0:
+        if self.run.rank > 0:
             return Report()
         raters = self.raters()
-        page, drawn = self.folder / "study.html", []
+        page, drawn = self.run.folder / "study.html", []
         write_text(page, self.page())
-        key = {"study": self.id, "question": self.spec["question"], "methods": self.codes, "pictures": self.pictures}
-        write_json(self.folder / "study.json", key)
+        key = {"study": self.id, "question": self.question, "methods": self.codes, "pictures": self.pictures}
+        write_json(self.run.folder / "study.json", key)
         counted = f"n = {len(self.pictures)} pictures, {len(self.methods)} methods"
         if raters:
             table, notes = self.scored(raters)
-            drawn.append(self.folder / "figure.png")
+            drawn.append(self.run.folder / "figure.png")
             draw(drawn[0], table)
         else:
             table, notes = {method: {"comparisons": 0.0} for method in self.methods}, [NEXT]
         size = f"{self.trials} trials a rater, {page.stat().st_size / 1e6:.1f} MB"
-        notes = [f"{self.name} {self.id}: {counted}, seed {self.seed}", *self.notes, *notes]
-        text = to_markdown(table, "method", [*notes, f"the page ({size}), for any browser:", str(page)], every=True)
-        write_text(self.folder / "table.csv", to_csv(table, "method"))
-        write_text(self.folder / "table.md", text)
-        flat = {f"{method}/{name}": value for method, row in table.items() for name, value in row.items()}
+        notes = [f"{self.run.name} {self.id}: {counted}, seed {self.run.seed}", *self.notes, *notes]
+        notes += [f"the page ({size}), for any browser:", str(page)]
+        text = write_table(self.run.folder, table, "method", notes, every=True)
         facts = {"study": self.id, "raters": sorted(raters), "count": len(self.pictures), "made_of": self.made_of}
-        return Report(flat, facts, text, drawn)
-
-
-def check(spec: Mapping[str, Any], limit: int | None = None) -> None:
-    """UserError for settings that no study can be made of."""
-    methods, answers = spec["methods"], spec["answers"]
-    if not isinstance(methods, dict) or len(methods) < 2 or not all(isinstance(f, str) for f in methods.values()):
-        raise UserError("give at least two folders of results: user_study.methods='{ours: FOLDER, paper: FOLDER}'")
-    for key, count in (("limit", limit), ("user_study.trials", spec["trials"])):
-        if count is not None and (type(count) is not int or count < 1):
-            raise UserError(f"{key}={count}: give a whole number from 1, or null for all")
-    if not isinstance(spec["question"], str) or not spec["question"].strip():
-        raise UserError("user_study.question is empty: say what the raters are to choose by")
-    if not isinstance(spec["reference"], str | None):
-        raise UserError(f"user_study.reference={spec['reference']}: give {COMPOSITE}, a folder of pictures or null")
-    if not all(isinstance(a, str) for a in (answers if isinstance(answers, list) else [answers or ""])):
-        raise UserError(f"user_study.answers={answers}: give a file, a folder of such files, or a list of both")
+        return Report(flat(table), facts, text, drawn)
 
 
 def draw(path: Path, table: Mapping[str, Mapping[str, float]]) -> None:

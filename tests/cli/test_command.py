@@ -180,7 +180,7 @@ def test_a_ddp_child_is_started_with_more_overrides(command):
         (["trainer.max_stepz=3"], "unknown key trainer.max_stepz; did you mean trainer.max_steps?"),
         (["sed=3"], "unknown key sed; did you mean seed?"),
         (["experimnt=color"], "unknown key experimnt; did you mean experiment?"),
-        (["experiment=colour"], "unknown experiment=colour; did you mean color? There are: backbone_captioner, "),
+        (["experiment=colour"], "unknown experiment=colour; did you mean color? There are: color, color_long, "),
         (["trainer=ones"], "unknown trainer=ones; did you mean one? There are: one, two"),
         (["~trainer.max_stepz"], "unknown key trainer.max_stepz; did you mean trainer.max_steps?"),
         (["trainer.max_stepz=3", "sed=3"], "did you mean trainer.max_steps?"),

@@ -12,12 +12,13 @@ from harmony.data.sources.editing import concepts, read_cases
 from harmony.evaluation import editing as editing_bench
 from harmony.evaluation.editing import EditingStudy, load_items
 from harmony.evaluation.report import Report
+from harmony.evaluation.study import StudyRun
 from harmony.models.backbone import Backbone
 from harmony.models.textual_inversion import Word, initial, save_word
 from harmony.sampling.guidance import Settings
 
 BENCH = Path(__file__).resolve().parents[2] / "datasets" / "editing"
-SPEC = {"inner": 1, "own": 0.5, "threshold": 0.3, "parts": ["reconstruction", "edits", "concepts"]}
+OPTIONS = {"parts": ["reconstruction", "edits", "concepts"], "inner": 1, "self_attention_steps": 0.5, "threshold": 0.3}
 
 
 @pytest.fixture(scope="module")
@@ -31,12 +32,12 @@ def words(tmp_path_factory):
 
 def study(random_backbone, folder, words, **more):
     folder.mkdir(parents=True, exist_ok=True)
-    settings = Settings(steps=2, guidance=3.0)
-    backbone, more = Backbone(str(random_backbone)), {"limit": 2} | more
-    spec = SPEC | {"parts": more.pop("parts", SPEC["parts"])}
-    return EditingStudy(
-        "editing", spec, words and str(words), backbone, BENCH / "edits.jsonl", folder, settings, **more
-    )
+    parts = more.pop("parts", OPTIONS["parts"])
+    run = StudyRun(
+        "editing", folder, settings=Settings(steps=2, guidance=3.0), prepare=lambda: BENCH / "edits.jsonl",
+        load=lambda: Backbone(str(random_backbone)), **{"limit": 2} | more,
+    )  # fmt: skip
+    return EditingStudy(run, words and str(words), **OPTIONS | {"parts": parts})
 
 
 def test_all_rows_and_figures(words, tmp_path, monkeypatch):
@@ -109,4 +110,4 @@ def test_what_it_refuses(random_backbone, tmp_path):
 
 def test_a_word_that_is_left_out_is_said(random_backbone, tmp_path):
     text = study(random_backbone, tmp_path, None, parts=["concepts"]).measure().text
-    assert "concepts: left out, give words=FOLDER" in text
+    assert "concepts: left out, give study.words=FOLDER" in text

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 
 from harmony.core.errors import UserError
+from harmony.evaluation.study import StudyRun
 from harmony.evaluation.user_study import (
     PRIOR,
     TEMPLATE,
@@ -100,7 +101,7 @@ def test_where_no_maximum_exists():
 
 @pytest.fixture
 def spec(tmp_path) -> dict:
-    """The node ``user_study`` for two runs of harmonize and one plain folder, two pictures of 64 px each; the plain
+    """The options of the study for two runs of harmonize and one plain folder, two pictures of 64 px each; the plain
     folder has none of the third.
     """
     rng = np.random.default_rng(0)
@@ -121,7 +122,7 @@ def spec(tmp_path) -> dict:
 @pytest.fixture
 def study(spec, tmp_path):
     """``study(**changes)``: the study of ``spec``, writing into ``run``."""
-    return lambda **changes: UserStudy("user_study", spec | changes, tmp_path / "run")
+    return lambda **changes: UserStudy(StudyRun("user_study", tmp_path / "run"), **spec | changes)
 
 
 def test_only_common_pictures_are_shown(study, spec, tmp_path):
@@ -130,7 +131,7 @@ def test_only_common_pictures_are_shown(study, spec, tmp_path):
     assert first.pictures == ["0000", "0001"] and first.trials == 6 and len(first.references) == 2
     assert first.notes == ["left out, missing in some methods: 0002 (plain)"]
     assert study(trials=4).trials == 4 and study(trials=40).trials == 6
-    assert UserStudy("user_study", spec, tmp_path, limit=1).pictures == ["0000"]
+    assert UserStudy(StudyRun("user_study", tmp_path, limit=1), **spec).pictures == ["0000"]
     assert study(reference=None).references == {}
     other = study(reference=str(tmp_path / "plain"))
     assert [file.name for file in other.references.values()] == ["0000.png", "0001.jpg"]
@@ -169,16 +170,16 @@ def test_folders_that_cannot_be_compared(study, spec, tmp_path):
     methods, plain = spec["methods"], tmp_path / "plain"
     for few in (None, {}, {"ours": methods["ours"]}, {"ours": methods["ours"], "paper": None}):
         refused("give at least two folders", methods=few)
-    refused("user_study.methods.paper=.*nowhere: there is no such folder", methods=methods | {"paper": "nowhere"})
+    refused("study.methods.paper=.*nowhere: there is no such folder", methods=methods | {"paper": "nowhere"})
     (tmp_path / "empty").mkdir()
     refused("empty has neither NAME/harmonized.png nor", methods=methods | {"paper": str(tmp_path / "empty")})
     refused("harmonize dir=FOLDER makes many", methods=methods | {"paper": str(tmp_path / "ours" / "0000")})
-    refused("user_study.trials=0: give a whole number", trials=0)
-    refused("user_study.question is empty", question=" ")
-    refused("user_study.reference=True", reference=True)
-    refused("user_study.answers=", answers=[3])
+    refused("study.trials=0: give a whole number", trials=0)
+    refused("study.question is empty", question=" ")
+    refused("study.reference=True", reference=True)
+    refused("study.answers=", answers=[3])
     with pytest.raises(UserError, match="limit=0: give a whole number"):
-        UserStudy("user_study", spec, tmp_path, limit=0)
+        UserStudy(StudyRun("user_study", tmp_path, limit=0), **spec)
     write_image(tmp_path / "empty" / "other.png", np.zeros((64, 64, 3), np.uint8))
     others = {"ours": methods["ours"], "other": str(tmp_path / "empty")}
     refused("no picture has the same name in all of ours, other", methods=others)
@@ -267,7 +268,7 @@ def test_without_answers_there_is_a_page_alone(study, tmp_path):
     flat, text, drawn = report.figures, report.text, report.pictures
     assert flat == {"ours/comparisons": 0, "paper/comparisons": 0, "plain/comparisons": 0} and drawn == []
     assert (tmp_path / "run" / "table.csv").read_text() == "method,comparisons\nours,0\npaper,0\nplain,0\n"
-    assert "no scores yet" in text and "user_study.answers=FOLDER" in text
+    assert "no scores yet" in text and "study.answers=FOLDER" in text
     assert text.splitlines()[-1] == str(tmp_path / "run" / "study.html")
 
 
@@ -469,8 +470,8 @@ def test_a_rater_goes_through_the_page(browser, study, shown, tmp_path, capsys):
     assert all(0 <= a["milliseconds"] < 60_000 for a in record["answers"])
 
     methods = ", ".join(f"{method}: {tmp_path / method}" for method in study().methods)
-    words = ["experiment=user_study", f"user_study.methods={{{methods}}}", f"user_study.answers={tmp_path / 'saved'}"]
-    words += ["user_study.question='Which looks more real?'", f"paths.runs={tmp_path / 'runs'}", "logger=none"]
+    words = ["experiment=user_study", f"study.methods={{{methods}}}", f"study.answers={tmp_path / 'saved'}"]
+    words += ["study.question='Which looks more real?'", f"paths.runs={tmp_path / 'runs'}", "logger=none"]
     evaluate.main(compose("evaluate", words))
     (folder,) = (tmp_path / "runs" / "user_study").iterdir()
     rows = [row.split(",") for row in (folder / "table.csv").read_text().splitlines()]

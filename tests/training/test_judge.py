@@ -10,7 +10,9 @@ import torch
 from harmony.core.errors import UserError
 from harmony.data.judge_data import VISIBLE, Composites, JudgeData, under_other_light
 from harmony.evaluation.judges import JudgeStudy
+from harmony.evaluation.study import StudyRun
 from harmony.metrics.classification import calibration_error, judged
+from harmony.models.backbone import Backbone
 from harmony.models.judge import load_judge
 from harmony.training.judge import JudgeTask, calibrated
 
@@ -101,10 +103,10 @@ def test_it_learns_to_tell_and_leaves_a_calibrated_judge(manifest, tmp_path):
     assert scores == pytest.approx(expected.tolist(), abs=0.02)
 
 
-def test_the_bench_of_judges(manifest, tmp_path):
+def test_the_bench_of_judges(manifest, random_backbone, tmp_path):
     """Guards the table: one row an evaluator, each pair counted once; what is not given is said."""
-    study = JudgeStudy("judge_bench", {"statistic": "statistic", "judge": None}, manifest, tmp_path, "test", 32)
-    report = study.measure()
+    run = StudyRun("judge_bench", tmp_path, prepare=lambda: manifest, load=lambda: Backbone(str(random_backbone)))
+    report = JudgeStudy(run, {"statistic": "statistic", "judge": None}).measure()
     assert report.facts["count"] == 5 and set(report.figures) == {
         f"statistic/test/{n}" for n in ("auc", "accuracy", "ece")
     }

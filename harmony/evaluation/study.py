@@ -1,0 +1,65 @@
+"""Studies: what ``evaluate`` measures. A study is one file here and one option file in ``configs/study``."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from harmony.evaluation.report import Report
+from harmony.methods.method import Method
+from harmony.models.backbone import Backbone
+from harmony.models.clip import clip_of
+from harmony.sampling.guidance import Settings
+
+
+@dataclass
+class StudyRun:
+    """One run of a study: everything that it needs beside its own options.
+
+    ``prepare`` returns the dataset's manifest (of an editing dataset its ``edits.jsonl``) and ``load`` the backbone;
+    each is called once, when a study first asks. ``build`` turns options of a row into a method, ``method`` is the
+    method of the command line. ``protocol`` says in words how pictures are sampled. ``clip`` is open_clip's
+    NAME/WEIGHTS (None: the backbone's towers). Of ``world`` processes each makes its share of the outputs; the first
+    one reports.
+    """
+
+    name: str
+    folder: Path
+    split: str = "test"
+    limit: int | None = None
+    seed: int = 0
+    settings: Settings = field(default_factory=Settings)
+    protocol: str = ""
+    clip: str | None = None
+    evaluator: str | None = None
+    rank: int = 0
+    world: int = 1
+    prepare: Callable[[], Path] | None = None
+    load: Callable[[], Backbone] | None = None
+    build: Callable[[Mapping[str, Any]], Method] | None = None
+    method: Callable[[], Method] | None = None
+
+    @cached_property
+    def manifest(self) -> Path:
+        return self.prepare()
+
+    @cached_property
+    def backbone(self) -> Backbone:
+        return self.load()
+
+    @cached_property
+    def embedder(self) -> Any:
+        """The CLIP model of this run; None where there is none."""
+        return clip_of(self.backbone, self.clip)
+
+
+class Study(ABC):
+    """A study of one run; its constructor checks the options, ``configs/study/NAME.yaml`` as keywords."""
+
+    run: StudyRun
+
+    @abstractmethod
+    def measure(self) -> Report:
+        """The report; an empty one on other processes than the first."""
