@@ -175,8 +175,8 @@ def test_trainings_and_studies_know_their_command(monkeypatch, capsys):
     trainings, studies = (experiments(name, CONFIGS) for name in ("fit", "evaluate"))
     assert {"color", "backbone_vae", "judge"} <= {*trainings} and {"table1", "editing", "judge_bench"} <= {*studies}
     assert not {*trainings} & {*studies} and len(trainings) + len(studies) == len(options("experiment"))
-    for main, right, experiment in ((fit.main, "evaluate", "table1"), (evaluate.main, "fit", "color")):
+    for command, right, experiment in ((fit.main, "evaluate", "table1"), (evaluate.main, "fit", "color")):
         monkeypatch.setattr(sys, "argv", ["harmony", f"experiment={experiment}"])
         with pytest.raises(SystemExit, match="2"):
-            main()
+            command()
         assert f": python -m harmony.{right} experiment={experiment}\n" in capsys.readouterr().err
