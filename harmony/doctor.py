@@ -21,9 +21,10 @@ from pathlib import Path
 from omegaconf import DictConfig
 
 from harmony.cli.command import entry
-from harmony.cli.compose import PACKAGE, options, places
+from harmony.cli.compose import options, places
 from harmony.cli.provenance import version
 from harmony.core.errors import UserError
+from harmony.core.files import PACKAGE
 
 INSTALL = "make install"
 FEW_GIB = 5  # an installed environment, one cache of the bundled dataset and a few runs
@@ -125,7 +126,7 @@ def check_dataset(cfg: DictConfig) -> Finding:
     """The bundled renders."""
     recipe = options("dataset").get("studio")
     if recipe is None:
-        mend = "run from the checkout, or set HARMONY_DATASETS to its datasets/"
+        mend = "install harmony again, or set HARMONY_DATASETS to the datasets/ of a checkout"
         return Finding(False, f"no studio in {', '.join(map(str, places('dataset')))}", mend)
     counts = {
         folder.parent.name: sum(path.suffix in IMAGES for path in folder.iterdir())

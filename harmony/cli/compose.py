@@ -1,8 +1,8 @@
-"""Composing configurations with Hydra: its groups, and experiments and datasets beside the package.
+"""Composing configurations with Hydra: its groups, and the files of ``experiments/`` and ``datasets/``.
 
-Experiments are files beside the package, not below it, and Hydra takes group names from folders; so they are registered
-by hand, and so are the recipes of ``datasets/``. Three folders are searched and the first that has a name wins: the
-environment variable, the current folder, the folder that holds the package.
+Experiments and recipes lie beside the package in a clone, where Hydra does not look, so they are registered by hand.
+Three folders are searched and the first that has a name wins: the environment variable, the current folder, what is
+bundled with the package.
 """
 
 import os
@@ -16,9 +16,7 @@ from omegaconf import DictConfig, OmegaConf
 from yaml import YAMLError
 
 from harmony.core.errors import UserError
-
-PACKAGE = Path(__file__).resolve().parents[1]
-
+from harmony.core.files import PACKAGE, bundled
 
 CONFIGS = PACKAGE / "configs"
 
@@ -37,7 +35,7 @@ def places(group: str) -> list[Path]:
     """Folders in which the files of ``group`` (``experiment`` or ``dataset``) are looked for, first wins."""
     variable, folder = GROUPS[group][:2]
     given = [Path(os.environ[variable])] if os.environ.get(variable) else []
-    return [place.resolve() for place in (*given, Path(folder), PACKAGE.parent / folder)]
+    return [place.resolve() for place in (*given, Path(folder), bundled(folder))]
 
 
 def options(group: str) -> dict[str, Path]:

@@ -12,7 +12,7 @@ from typing import Any
 
 from omegaconf import DictConfig
 
-from harmony.cli.compose import PACKAGE
+from harmony.core.files import PACKAGE
 
 LIBRARIES = ("torch", "torchvision", "lightning", "diffusers", "transformers", "hydra-core", "numpy", "polars")
 

@@ -11,6 +11,13 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     import torch
 
+PACKAGE = Path(__file__).resolve().parents[1]
+
+
+def bundled(folder: str) -> Path:
+    """A folder of this project, such as ``experiments``: beside the package in a clone, inside it in a wheel."""
+    return PACKAGE / folder if (PACKAGE / folder).is_dir() else PACKAGE.parent / folder
+
 
 @contextmanager
 def atomic(path: str | os.PathLike) -> Iterator[Path]:

@@ -20,13 +20,13 @@ import numpy as np
 from scipy.sparse.csgraph import connected_components
 
 from harmony.core.errors import UserError
-from harmony.core.files import write_json, write_text
+from harmony.core.files import PACKAGE, write_json, write_text
 from harmony.evaluation.report import Report
 from harmony.evaluation.study import Study, StudyRun
 from harmony.evaluation.tables import flat, write_table
 from harmony.pixels.images import read_image, sha256
 
-TEMPLATE = Path(__file__).resolve().parents[1] / "assets" / "user_study.html"
+TEMPLATE = PACKAGE / "assets" / "user_study.html"
 SCHEMA = 1  # of the answers' files
 TYPES = {".png": "image/png", ".jpg": "image/jpeg", ".jpeg": "image/jpeg"}
 COMPOSITE = "composite"  # study.reference: what harmonize was given

@@ -19,10 +19,10 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from harmony.core.errors import UserError
-from harmony.core.files import write_json
+from harmony.core.files import PACKAGE, write_json
 from harmony.core.hub import fetched
 
-ASSETS = Path(__file__).resolve().parents[1] / "assets"
+ASSETS = PACKAGE / "assets"
 GEOMETRY = ASSETS / "geometry"  # true sizes without weights: the configurations that diffusers and transformers read
 DIFFUSION = ("vae", "unet", "text_encoder", "tokenizer", "scheduler")  # the parts that sampling and training need
 CLASSES = {

@@ -4,15 +4,16 @@ import json
 from pathlib import Path
 
 from harmony.core.errors import UserError
+from harmony.core.files import bundled
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff")
 
 
 def locate(recipe: dict) -> Path:
-    """``recipe.dir`` in the current folder, else beside the package (a clone). UserError where there is none."""
+    """``recipe.dir`` in the current folder, else among what is bundled. UserError where there is none."""
     if recipe["dir"] is None:
         raise UserError(f"dataset.dir is not set; give the folder of dataset {recipe['name']}: dataset.dir=PATH")
-    places = [Path(recipe["dir"]), Path(__file__).parents[3] / recipe["dir"]]
+    places = [Path(recipe["dir"]), bundled(recipe["dir"])]
     for place in places:
         if place.is_dir():
             return place.resolve()
