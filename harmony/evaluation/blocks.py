@@ -5,20 +5,18 @@ table is the same whether one process made it, several, or one that was killed a
 says what it depends on: the fingerprints of its method and of its eval set. Equal rows share their outputs.
 """
 
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 
-from harmony.core.errors import UserError
 from harmony.core.files import atomic
-from harmony.core.progress import Progress, tell
+from harmony.core.pieces import await_files, make_pieces
+from harmony.core.progress import tell
 from harmony.evaluation.eval_sets import EvalSet
 from harmony.methods.method import Method, fingerprint, seeds_of
 
 BLOCK = 16
-WAIT = 3600  # seconds without any new block after which the other processes count as dead
 
 
 def blocks(count: int) -> list[range]:
@@ -44,17 +42,19 @@ def fill_blocks(
     say: Callable[[str], None] = tell,
 ) -> None:
     """Compute this process's share of the blocks that are not in ``folder`` yet, then wait for those of the others."""
-    jobs = {}  # of equal rows the first one works
+    jobs = {}  # equal rows share their blocks; the first one makes them
     for name, method in rows.items():
         place = folder_of(folder, items, method, seed)
         for block in blocks(len(items)):
             jobs.setdefault(block_file(place, block), (name, method, block))
-    own = {file: job for file, job in list(jobs.items())[rank::world] if not file.exists()}
-    progress = Progress(items.name, sum(len(block) for _, _, block in own.values()), "pictures", say)
-    for file, (name, method, block) in own.items():
-        composites = [items.composites[i] for i in block]
-        store(file, method.fill(composites, seeds_of(seed, block)))
-        progress.advance(len(block), name)
+
+    def make(file: Path) -> None:
+        _, method, block = jobs[file]
+        store(file, method.fill([items.composites[i] for i in block], seeds_of(seed, block)))
+
+    sizes = {file: len(block) for file, (_, _, block) in jobs.items()}
+    names = {file: name for file, (name, _, _) in jobs.items()}
+    make_pieces(items.name, sizes, Path.exists, make, "pictures", rank, world, say, detail=names.get)
     await_files(list(jobs), say)
 
 
@@ -62,20 +62,6 @@ def store(path: Path, outputs: list[np.ndarray]) -> None:
     """Write a block, whole or not at all."""
     with atomic(path) as partial, open(partial, "wb") as file:
         np.save(file, np.stack(outputs))
-
-
-def await_files(files: Sequence[Path], say: Callable[[str], None] = tell) -> None:
-    """Return when all ``files`` are there. UserError when none has come for ``WAIT`` seconds."""
-    missing, since = {path for path in files if not path.exists()}, time.monotonic()
-    if missing:
-        say(f"waiting for {len(missing)} blocks of the other processes")
-    while missing := {path for path in missing if not path.exists()}:
-        left = len(missing)
-        time.sleep(0.2)
-        if sum(path.exists() for path in missing):
-            since = time.monotonic()
-        elif time.monotonic() - since > WAIT:
-            raise UserError(f"{left} blocks never came from the other processes: start the same command again")
 
 
 def outputs_of(items: EvalSet, method: Method, folder: Path, seed: int) -> list[np.ndarray]:

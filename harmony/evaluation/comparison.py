@@ -176,15 +176,15 @@ class Comparison(Study):
             raise UserError(f"study.rows.{name} chooses on validation pictures, of which {self.run.manifest} has none")
         methods = {v: self.run.build(row.options | dict.fromkeys(row.best, v)) for v in self.lambdas}
         self.fill(items, {f"{v:g}": method for v, method in methods.items()})
-        reached = {}
+        results = {}
         for value, method in methods.items():
             outputs = paste_outputs(items, self.outputs(items, method))
-            reached[value] = aggregate(scores(items, outputs))[CHOICE]
-        chosen = max(reached, key=reached.get)
+            results[value] = aggregate(scores(items, outputs))[CHOICE]
+        value = max(results, key=results.get)
         self.notes.append(
-            f"{name}: lambda {chosen:g} of {', '.join(f'{v:g}' for v in reached)}, best in {CHOICE} on validation"
+            f"{name}: lambda {value:g} of {', '.join(f'{v:g}' for v in results)}, best in {CHOICE} on validation"
         )
-        return methods[chosen]
+        return methods[value]
 
     def methods(self) -> dict[str, Method]:
         """Row -> method, in the order of the table."""
@@ -217,9 +217,9 @@ class Comparison(Study):
         """``fill_blocks``, each line saying which part of the study it belongs to."""
         self.part += 1
         run, say = self.run, partial(self.say, self.part)
-        for chosen in (False, True):  # what is picked from other rows comes when these are there
-            rows = {name: m for name, m in methods.items() if isinstance(m, Picked) == chosen}
-            for row in rows.values() if chosen else ():
+        for of_picked in (False, True):  # what is picked from other rows comes when these are there
+            rows = {name: m for name, m in methods.items() if isinstance(m, Picked) == of_picked}
+            for row in rows.values() if of_picked else ():
                 row.read = cache(partial(self.outputs, items))  # of a degraded set, its own; each row's once
             fill_blocks(items, rows, run.folder, run.seed, run.rank, run.world, say)
 
@@ -240,15 +240,15 @@ class Comparison(Study):
     def measure(self) -> Report:
         """The report; on other ranks than the first the share of outputs alone is made."""
         run = self.run
-        whole = enough(self.load(run.split))
-        line = f"{run.name}: n = {len(whole)} {run.split} pictures of {run.manifest.parent.name}, {run.protocol}"
+        full = enough(self.load(run.split))
+        line = f"{run.name}: n = {len(full)} {run.split} pictures of {run.manifest.parent.name}, {run.protocol}"
         if run.rank == 0:
             tell(line)
         methods, table, columns = self.methods(), {}, {}
-        few = subsample(list(range(len(whole))), EXAMPLES)
+        few = subsample(list(range(len(full))), EXAMPLES)
         several = len(self.degrade) > 1
         for factor in self.degrade:
-            items = whole if factor == 1 else degrade(whole, factor)
+            items = full if factor == 1 else degrade(full, factor)
             self.fill(items, methods)
             if run.rank == 0:
                 suffix = f" x{factor}" if several else ""
@@ -260,13 +260,13 @@ class Comparison(Study):
         for row in table:
             table[row] |= {f"paper/{metric}": value for metric, value in self.paper.get(row, {}).items()}
         notes = [f"{line}; fid and kid on {ruler.protocol}", *self.notes]
-        if whole.kind == RECONSTRUCT and {"copy_paste", "poisson"} & {*table}:
+        if full.kind == RECONSTRUCT and {"copy_paste", "poisson"} & {*table}:
             notes.append("copy_paste and poisson put the truth itself back here: they bound what can be reached")
         text = write_table(run.folder, table, "lambda" if self.sweep else "method", notes)
         prints = {name: method.fingerprint for name, method in methods.items()}
-        facts = {"protocol": ruler.protocol, "count": len(whole), "methods": prints}
+        facts = {"protocol": ruler.protocol, "count": len(full), "methods": prints}
         facts |= {"manifest": manifest_hash(run.manifest)}
-        return Report(flat(table), facts, text, self.draw(whole.part(few), table, columns))
+        return Report(flat(table), facts, text, self.draw(full.part(few), table, columns))
 
     def figures(self, items: EvalSet, methods: dict[str, Method], ruler: Fidelity | Likeness, suffix: str) -> dict:
         """Row -> figures; notes say how often a pick was the best there was."""
@@ -283,16 +283,16 @@ class Comparison(Study):
         return table
 
     def columns(self, items: EvalSet, methods: dict[str, Method], few: Sequence[int], suffix: str) -> dict[str, list]:
-        """Title -> pictures of the items ``few``: what was given, and each row after paste-back."""
-        part, shown = items.part(few), {}
+        """Title -> pictures of the items ``few``: the instance or exemplar, and each row after paste-back."""
+        part, columns, side = items.part(few), {}, self.run.backbone.resolution
         if items.kind == EXEMPLAR:
-            shown[f"exemplar{suffix}"] = [exemplar(c.exemplar, self.run.backbone.resolution) for c in part.composites]
+            columns[f"exemplar{suffix}"] = [exemplar(c.exemplar, side) for c in part.composites]
         else:
-            shown[f"instance{suffix}"] = part.instances
+            columns[f"instance{suffix}"] = part.instances
         for name, method in methods.items():
             raw = self.outputs(items, method)
-            shown[f"{name}{suffix}"] = paste_outputs(part, [raw[i] for i in few])
-        return shown
+            columns[f"{name}{suffix}"] = paste_outputs(part, [raw[i] for i in few])
+        return columns
 
     def draw(self, part: EvalSet, table: dict, columns: dict[str, list]) -> list[Path]:
         """``figure.png``; curves and heat maps have the pictures beside them in ``pictures.png``.
@@ -310,18 +310,18 @@ class Comparison(Study):
             squares = [[[columns[name][i] for name in row] for row in names] for i in range(min(SQUARES, len(part)))]
             mosaics(beside, squares, lambdas, lambdas, labels)
             return [target, beside]
-        shown = {title: column for title, column in columns.items() if title not in self.hidden}
-        rows = list(zip(with_holes(part), *shown.values(), part.truths, strict=True))
-        titles = ["input", *shown, "source" if part.kind == EXEMPLAR else "truth"]
-        guided = {
+        shown_pictures = {title: column for title, column in columns.items() if title not in self.hidden}
+        rows = list(zip(with_holes(part), *shown_pictures.values(), part.truths, strict=True))
+        titles = ["input", *shown_pictures, "source" if part.kind == EXEMPLAR else "truth"]
+        guidances = {
             name: row.options["guidance"]
             for name, row in self.rows.items()
             if name in table and (row.options or {}).get("guidance") is not None
         }
-        points = guided or {f"{v:g}": v for v in lambdas if f"{v:g}" in table}
+        points = guidances or {f"{v:g}": v for v in lambdas if f"{v:g}" in table}
         if kind != "curves" or not points:
             pictures(target, rows, titles)
             return [target]
         pictures(beside, rows, titles)
-        curves(target, table, points, metrics, "guidance" if guided else "lambda")
+        curves(target, table, points, metrics, "guidance" if guidances else "lambda")
         return [target, beside]

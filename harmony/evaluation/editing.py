@@ -1,8 +1,8 @@
-"""The editing bench: pictures brought back, one word changed, words learnt; every figure against a render.
+"""The editing bench: pictures brought back, one word changed, words learned; every figure against a render.
 
 Reconstruction stands between two bounds: the autoencoder's own above, plain DDIM inversion under guidance below. An
 edit is measured against the render of the scene so changed, its background (outside the object of source and truth)
-against the source. A learnt word is measured by views that it was not learnt from.
+against the source. A learned word is measured by views that it was not learned from.
 """
 
 from collections.abc import Sequence
@@ -15,10 +15,11 @@ import torch
 
 from harmony.core.errors import UserError
 from harmony.core.files import atomic, write_text
-from harmony.core.progress import MINUTE, Progress, tell
+from harmony.core.pieces import await_files, make_pieces
+from harmony.core.progress import MINUTE, tell
 from harmony.data.sources.editing import Case, concepts, read_cases
 from harmony.data.sources.files import folder_captions
-from harmony.evaluation.blocks import await_files, blocks
+from harmony.evaluation.blocks import blocks
 from harmony.evaluation.eval_sets import subsample
 from harmony.evaluation.report import Report
 from harmony.evaluation.study import Study, StudyRun
@@ -111,17 +112,17 @@ class EditingStudy(Study):
     def made_of(self) -> dict[str, str]:
         """Hashes of all that decides the figures and is not in the configuration."""
         facts = {f"backbone/{part}": self.backbone.hash(part) for part in DIFFUSION} | {"edits": sha256(self.file)}
-        return facts | {f"words/{name}": sha256(file) for name, file in self.learnt().items()}
+        return facts | {f"words/{name}": sha256(file) for name, file in self.word_files().items()}
 
     @property
-    def made(self) -> Path:
+    def store(self) -> Path:
         """Where reconstructions and edits lie; another word is no reason to make them again."""
         weights = {name: value for name, value in self.made_of.items() if not name.startswith("words/")}
         options = {name: getattr(self, name) for name in ("inner", "self_attention_steps", "threshold", "parts")}
         return self.run.folder / "outputs" / fingerprint(weights, self.settings, options)[:16]
 
-    def learnt(self) -> dict[str, Path]:
-        """Name of each concept that a word was learnt for -> its file."""
+    def word_files(self) -> dict[str, Path]:
+        """Name of each concept that a word was learned for -> its file."""
         if self.words is None or "concepts" not in self.parts:
             return {}
         names = concepts(self.file.parent)
@@ -129,7 +130,7 @@ class EditingStudy(Study):
 
     # --- pictures
 
-    def inverted(self, items: Sequence[Item]) -> list[Inversion]:
+    def invert(self, items: Sequence[Item]) -> list[Inversion]:
         s, prompts = self.settings, [item.prompt for item in items]
         images = [item.image for item in items]
         return invert_pictures(self.backbone, images, prompts, s.steps, s.guidance, self.inner)
@@ -176,92 +177,99 @@ class EditingStudy(Study):
                 }
                 rows.setdefault("source as it is", []).append(item.image)
                 for row, (start, how) in ways.items():
-                    made = edit_picture(
+                    edit = edit_picture(
                         backbone, start, plan(backbone, case.source, case.target, how), w, self.threshold
                     )
-                    rows.setdefault(row, []).append(made.pictures[1])
-                rows.setdefault(f"{row}, pasted", []).append(pasted(made, item.image))
+                    rows.setdefault(row, []).append(edit.pictures[1])
+                rows.setdefault(f"{row}, pasted", []).append(paste_edit(edit, item.image))
         return rows
 
     def outputs(self) -> dict[str, np.ndarray]:
         """``part/row`` -> pictures N x R x R x 3, made where they are not there yet; nothing on further ranks."""
         makers = {"reconstruction": self.reconstructions, "edits": self.edits}
         makers = {part: make for part, make in makers.items() if part in self.parts}
-        jobs = [(block, self.made / f"{block.start:05d}.npz") for block in blocks(len(self.items)) if makers]
-        mine = [(block, file) for block, file in jobs[self.run.rank :: self.run.world] if not file.exists()]
-        progress = Progress(self.run.name, sum(len(block) for block, _ in mine), "scenes", per=MINUTE)
-        for block, file in mine:
-            items = [self.items[i] for i in block]
-            inversions = self.inverted(items)
-            made = {f"{part}/{r}": v for part, make in makers.items() for r, v in make(items, inversions).items()}
-            store(file, made)
-            progress.advance(len(block))
-        await_files([file for _, file in jobs])
+        jobs = {self.store / f"{block.start:05d}.npz": block for block in blocks(len(self.items)) if makers}
+
+        def make(file: Path) -> None:
+            items = [self.items[i] for i in jobs[file]]
+            inversions = self.invert(items)
+            write_arrays(
+                file, {f"{part}/{row}": v for part, f in makers.items() for row, v in f(items, inversions).items()}
+            )
+
+        sizes = {file: len(block) for file, block in jobs.items()}
+        run = self.run
+        make_pieces(run.name, sizes, Path.exists, make, "scenes", run.rank, run.world, per=MINUTE)
+        await_files(list(jobs))
         if self.run.rank > 0 or not jobs:
             return {}
-        stored = [np.load(file) for _, file in jobs]
+        stored = [np.load(file) for file in jobs]
         return {row: np.concatenate([some[row] for some in stored]) for row in stored[0].files}
 
-    def spoken(self) -> dict[str, dict[str, list[np.ndarray]]]:
-        """Concept -> ``held out`` views, and what the plain word and the learnt word give for their captions."""
-        root, found, side = self.file.parent, {}, self.backbone.resolution
-        learnt = self.learnt()
-        for name, (_, held_out) in concepts(root).items() if learnt else ():
-            word = read_word(learnt[name])
+    def concept_pictures(self) -> dict[str, dict[str, list[np.ndarray]]]:
+        """Concept -> ``held out`` views, and what the plain word and the learned word give for their captions."""
+        root, pictures_of, side = self.file.parent, {}, self.backbone.resolution
+        files = self.word_files()
+        for name, (_, held_out) in concepts(root).items() if files else ():
+            word = read_word(files[name])
             if word.token.lower() not in self.backbone.words:
                 learn(self.backbone, word)
             captions = folder_captions(held_out[0].parent)
             views = [(resize(read_image(f), side, side), captions[f.stem][0]) for f in held_out for _ in range(DRAWS)]
             prompts = [prompt for _, prompt in views]
             indices = list(range(len(views)))
-            found[name] = {"held out": [image for image, _ in views]}
-            for row, spoken in (("plain word", name.partition("_")[2]), ("learnt word", word.token)):
-                text = self.backbone.prompt([prompt.replace("{}", spoken) for prompt in prompts])
-                found[name][row] = text_to_image(self.backbone, text, self.settings, seeds_of(self.run.seed, indices))
-        return found
+            pictures_of[name] = {"held out": [image for image, _ in views]}
+            for row, word_text in (("plain word", name.partition("_")[2]), ("learned word", word.token)):
+                text = self.backbone.prompt([prompt.replace("{}", word_text) for prompt in prompts])
+                pictures_of[name][row] = text_to_image(
+                    self.backbone, text, self.settings, seeds_of(self.run.seed, indices)
+                )
+        return pictures_of
 
     # --- figures
 
-    def brought_back(self, made: dict[str, np.ndarray]) -> dict[str, dict[str, float]]:
+    def reconstruction_figures(self, outputs_of: dict[str, np.ndarray]) -> dict[str, dict[str, float]]:
         truths = [item.image for item in self.items]
         table = {}
-        for row, outputs in part_of(made, "reconstruction").items():
+        for row, outputs in part_of(outputs_of, "reconstruction").items():
             pairs = list(zip(outputs, truths, strict=True))
             table[row] = {"test/psnr": mean(psnr(*pair) for pair in pairs), "test/mse": mean(mse(*p) for p in pairs)}
         return table
 
-    def changed(self, made: dict[str, np.ndarray]) -> dict[str, dict[str, float]]:
+    def edit_figures(self, outputs_of: dict[str, np.ndarray]) -> dict[str, dict[str, float]]:
         """``<word>/<figure>``: ``psnr`` to the truth, ``fpsnr`` inside the mask, ``bg_mse`` to the source outside."""
-        listed = [(item, case, t, m) for item in self.items for case, t, m in zip(item.cases, item.truths, item.masks)]
-        truths = embeddings([truth for _, _, truth, _ in listed], self.clip)
-        words = torch.nn.functional.normalize(self.clip.texts([c.target for _, c, _, _ in listed]).float().cpu(), dim=1)
+        cases = [(item, case, t, m) for item in self.items for case, t, m in zip(item.cases, item.truths, item.masks)]
+        truths = embeddings([truth for _, _, truth, _ in cases], self.clip)
+        words = torch.nn.functional.normalize(self.clip.texts([c.target for _, c, _, _ in cases]).float().cpu(), dim=1)
         table = {}
-        for row, outputs in part_of(made, "edits").items():
+        for row, outputs in part_of(outputs_of, "edits").items():
             looks = embeddings(list(outputs), self.clip)
-            alike, said = 100 * (looks * truths).sum(1), 100 * (looks * words).sum(1)
+            image_scores, text_scores = 100 * (looks * truths).sum(1), 100 * (looks * words).sum(1)
             figures: dict[str, list[float]] = {}
-            for y, (item, case, truth, mask), i, t in zip(outputs, listed, alike.tolist(), said.tolist(), strict=True):
-                found = {"psnr": psnr(y, truth), "clip_i": i, "clip_t": t}
+            for y, (item, case, truth, mask), i, t in zip(
+                outputs, cases, image_scores.tolist(), text_scores.tolist(), strict=True
+            ):
+                numbers = {"psnr": psnr(y, truth), "clip_i": i, "clip_t": t}
                 if mask is not None:
-                    found |= {"fpsnr": fpsnr(y, truth, mask), "bg_mse": fmse(y, item.image, ~mask)}
-                for name, value in found.items():
+                    numbers |= {"fpsnr": fpsnr(y, truth, mask), "bg_mse": fmse(y, item.image, ~mask)}
+                for name, value in numbers.items():
                     figures.setdefault(f"{case.word}/{name}", []).append(value)
             table[row] = {name: mean(values) for name, values in figures.items()}
         return table
 
-    def understood(self, spoken: dict[str, dict[str, list[np.ndarray]]]) -> dict[str, dict[str, float]]:
+    def concept_figures(self, views_of: dict[str, dict[str, list[np.ndarray]]]) -> dict[str, dict[str, float]]:
         """``concept/clip_i`` to the held-out view whose caption it was, ``clip_t`` to that caption in plain words."""
         table = {}
-        for row in ("plain word", "learnt word") if spoken else ():
-            alike, said = [], []
-            for name, views in spoken.items():
+        for row in ("plain word", "learned word") if views_of else ():
+            image_scores, text_scores = [], []
+            for name, views in views_of.items():
                 captions = folder_captions(concepts(self.file.parent)[name][1][0].parent).values()
                 plain = [texts[0].replace("{}", name.partition("_")[2]) for texts in captions for _ in range(DRAWS)]
                 looks, truths = (embeddings(views[which], self.clip) for which in (row, "held out"))
                 words = torch.nn.functional.normalize(self.clip.texts(plain).float().cpu(), dim=1)
-                alike += (looks * truths).sum(1).tolist()
-                said += (looks * words).sum(1).tolist()
-            table[row] = {"concept/clip_i": 100 * mean(alike), "concept/clip_t": 100 * mean(said)}
+                image_scores += (looks * truths).sum(1).tolist()
+                text_scores += (looks * words).sum(1).tolist()
+            table[row] = {"concept/clip_i": 100 * mean(image_scores), "concept/clip_t": 100 * mean(text_scores)}
         return table
 
     def measure(self) -> Report:
@@ -273,62 +281,62 @@ class EditingStudy(Study):
             tell(line)
         if "concepts" in self.parts and self.words is None:
             self.notes.append("concepts: left out, give study.words=FOLDER with a learned word for each")
-        made = self.outputs()
+        outputs = self.outputs()
         if run.rank > 0:
             return Report()
-        spoken = self.spoken()
-        tables = [self.brought_back(made), self.changed(made), self.understood(spoken)]
-        whole = {row: figures for table in tables for row, figures in table.items()}
-        write_text(run.folder / "table.csv", to_csv(whole, "method"))
+        views = self.concept_pictures()
+        tables = [self.reconstruction_figures(outputs), self.edit_figures(outputs), self.concept_figures(views)]
+        table = {row: figures for part in tables for row, figures in part.items()}
+        write_text(run.folder / "table.csv", to_csv(table, "method"))
         notes = [f"{line}; clip on {self.clip.name} embeddings", *self.notes]
-        shown = [to_markdown(table, "method", [], every=True) for table in tables if table]
-        text = "\n".join([*shown, *notes]) + "\n"
+        texts = [to_markdown(part, "method", [], every=True) for part in tables if part]
+        text = "\n".join([*texts, *notes]) + "\n"
         write_text(run.folder / "table.md", text)
         facts = {"protocol": f"clip on {self.clip.name} embeddings", "count": len(self.items), "made_of": self.made_of}
-        return Report(flat(whole), facts | {"manifest": sha256(self.file)}, text, self.draw(made, spoken))
+        return Report(flat(table), facts | {"manifest": sha256(self.file)}, text, self.draw(outputs, views))
 
-    def draw(self, made: dict[str, np.ndarray], spoken: dict) -> list[Path]:
-        """``figure.png``: sources brought back and edited; ``concepts.png``: what the words have learnt."""
-        drawn, few = [], subsample(list(range(len(self.items))), ROWS)
-        back, edits = part_of(made, "reconstruction"), part_of(made, "edits")
+    def draw(self, outputs: dict[str, np.ndarray], views_of: dict) -> list[Path]:
+        """``figure.png``: sources brought back and edited; ``concepts.png``: what the words have learned."""
+        files, few = [], subsample(list(range(len(self.items))), ROWS)
+        back, edits = part_of(outputs, "reconstruction"), part_of(outputs, "edits")
         columns: dict[str, list[np.ndarray]] = {"source": [self.items[i].image for i in few]}
-        columns |= {row: [outputs[i] for i in few] for row, outputs in back.items() if "null" in row or "ddim" in row}
+        columns |= {row: [images[i] for i in few] for row, images in back.items() if "null" in row or "ddim" in row}
         first = np.cumsum([0, *(len(item.cases) for item in self.items)])
         for n, case in enumerate(self.items[0].cases if edits else ()):
             for row, title in (("prompt alone", "alone"), ("null text and prompt-to-prompt", "edit")):
                 columns[f"{case.word}: {title}"] = [edits[row][first[i] + n] for i in few]
             columns[f"{case.word}: truth"] = [self.items[i].truths[n] for i in few]
-        if made:
-            drawn.append(self.run.folder / "figure.png")
-            pictures(drawn[-1], list(zip(*columns.values(), strict=True)), list(columns))
-        if spoken:
-            drawn.append(self.run.folder / "concepts.png")
+        if outputs:
+            files.append(self.run.folder / "figure.png")
+            pictures(files[-1], list(zip(*columns.values(), strict=True)), list(columns))
+        if views_of:
+            files.append(self.run.folder / "concepts.png")
             side, rows = self.backbone.resolution, []
-            for name, views in spoken.items():
-                seen = [resize(read_image(f), side, side) for f in concepts(self.file.parent)[name][0][:2]]
-                two = [views[row][i] for row in ("held out", "plain word", "learnt word") for i in (0, DRAWS)]
-                rows.append([*seen, *two])
-            titles = ["learnt from"] * 2 + ["held out"] * 2 + ["plain word"] * 2 + ["learnt word"] * 2
-            pictures(drawn[-1], rows, titles)
-        return drawn
+            for name, views in views_of.items():
+                examples = [resize(read_image(f), side, side) for f in concepts(self.file.parent)[name][0][:2]]
+                two = [views[row][i] for row in ("held out", "plain word", "learned word") for i in (0, DRAWS)]
+                rows.append([*examples, *two])
+            titles = ["learned from"] * 2 + ["held out"] * 2 + ["plain word"] * 2 + ["learned word"] * 2
+            pictures(files[-1], rows, titles)
+        return files
 
 
-def pasted(made: Edited, photograph: np.ndarray) -> np.ndarray:
+def paste_edit(edit: Edited, photograph: np.ndarray) -> np.ndarray:
     """The edit as ``harmony.edit`` hands it out: outside a local one every pixel is the photograph's."""
-    if made.masks is None:
-        return made.pictures[1]
-    return paste_back(made.pictures[1], photograph, made.masks[0] | made.masks[1])
+    if edit.masks is None:
+        return edit.pictures[1]
+    return paste_back(edit.pictures[1], photograph, edit.masks[0] | edit.masks[1])
 
 
-def part_of(made: dict[str, np.ndarray], part: str) -> dict[str, np.ndarray]:
-    return {row.partition("/")[2]: outputs for row, outputs in made.items() if row.startswith(f"{part}/")}
+def part_of(outputs_of: dict[str, np.ndarray], part: str) -> dict[str, np.ndarray]:
+    return {row.partition("/")[2]: images for row, images in outputs_of.items() if row.startswith(f"{part}/")}
 
 
 def mean(values) -> float:
     return float(np.mean(list(values)))
 
 
-def store(path: Path, arrays: dict[str, list[np.ndarray]]) -> None:
+def write_arrays(path: Path, arrays: dict[str, list[np.ndarray]]) -> None:
     """Write named stacks of pictures into one file, whole or not at all."""
     with atomic(path) as partial, open(partial, "wb") as file:
         np.savez(file, **{name: np.stack(pictures) for name, pictures in arrays.items()})

@@ -51,9 +51,9 @@ class EvalSet:
 
     def part(self, indices: Sequence[int]) -> "EvalSet":
         """The items at ``indices``."""
-        chosen = [[items[i] for i in indices] for items in (self.composites, self.truths)]
+        parts = [[items[i] for i in indices] for items in (self.composites, self.truths)]
         shadows = None if self.shadows is None else [self.shadows[i] for i in indices]
-        return EvalSet(self.name, *chosen, shadows, self.kind)
+        return EvalSet(self.name, *parts, shadows, self.kind)
 
     @property
     def backgrounds(self) -> list[np.ndarray]:
@@ -111,7 +111,7 @@ def load_relight(
     )
     if not rows:
         raise UserError(f"{manifest} knows no truth for relighting (plate, relit, shadow): use dataset=studio")
-    told = all(map(says_lights, rows))
+    says_all = all(map(says_lights, rows))
     composites, truths, shadows = [], [], []
     for row in rows:
         e = example(row, root, Recipe(), resolution)
@@ -122,7 +122,7 @@ def load_relight(
             "instance": crop_resize(relit, e.crop, resolution),
             "hole": hole(e.mask, "dilate", radius=radius),
             "exemplar": cut_out(relit, mask),
-            "lights": (between(row.caption, row.extras["relit_caption"]),) if told else (),
+            "lights": (between(row.caption, row.extras["relit_caption"]),) if says_all else (),
         }
         composites.append(composite_of(e, row, **changes))
         truths.append(e.image)
@@ -148,16 +148,16 @@ def degrade(items: EvalSet, factor: int) -> EvalSet:
     """The same set with instances from pictures that were shrunk by ``factor`` and enlarged (Liu 2025, Fig. 7)."""
 
     def poor(picture: np.ndarray, width: int, height: int) -> np.ndarray:
-        """Shrunk to what is left of ``width`` x ``height``, and enlarged again."""
+        """The picture shrunk to ``width`` x ``height`` by the factor, and enlarged again."""
         small = resize(picture, max(1, width // factor), max(1, height // factor))
         return resize(small, picture.shape[1], picture.shape[0])
 
     composites = []
     for c in items.composites:
         x0, y0, x1, y1 = bounding_box(c.mask)  # an exemplar loses what the instance loses at the set's resolution
-        shown = None if c.exemplar is None else poor(c.exemplar, x1 - x0, y1 - y0)
+        poorer = None if c.exemplar is None else poor(c.exemplar, x1 - x0, y1 - y0)
         instance = poor(c.instance, c.instance.shape[1], c.instance.shape[0])
-        composites.append(replace(c, instance=instance, exemplar=shown))
+        composites.append(replace(c, instance=instance, exemplar=poorer))
     return replace(items, composites=composites)
 
 

@@ -65,29 +65,29 @@ def pair_exemplars(
     """
     boxes = [box_mask(bounding_box(c.mask), *c.mask.shape[::-1]) for c in items.composites]
     features = embeddings(crops, clip)
-    alike = (features @ features.T).numpy()
+    similarity = (features @ features.T).numpy()
     labels, objects = np.array(labels), np.array(objects)
     other = (labels[:, None] == labels[None]) & (objects[:, None] != objects[None])
     small = np.array([box.mean() <= LARGEST for box in boxes])
-    kept = np.flatnonzero(other.any(1) & small).tolist()
+    indices = np.flatnonzero(other.any(1) & small).tolist()
     alone, large = int((~other.any(1)).sum()), int((other.any(1) & ~small).sum())
-    if not kept:
+    if not indices:
         raise UserError(
             f"{items.name}: of {len(boxes)} pictures {alone} show a kind of object that no other one shows and {large} "
             "have a box of more than half of the picture: nothing is left, take a larger dataset"
         )
     if alone or large:
         say(f"of {len(boxes)} pictures {alone} have no other of their kind, {large} a box above half of the picture")
-    kept = subsample(kept, limit)
-    nearest = np.where(other, alike, -np.inf).argmax(1)
-    composites = [replace(items.composites[i], hole=boxes[i], exemplar=crops[nearest[i]]) for i in kept]
-    return replace(items.part(kept), composites=composites, kind=EXEMPLAR)
+    indices = subsample(indices, limit)
+    nearest = np.where(other, similarity, -np.inf).argmax(1)
+    composites = [replace(items.composites[i], hole=boxes[i], exemplar=crops[nearest[i]]) for i in indices]
+    return replace(items.part(indices), composites=composites, kind=EXEMPLAR)
 
 
-def copying(box: np.ndarray, shown: np.ndarray) -> float:
+def copying(box: np.ndarray, exemplar: np.ndarray) -> float:
     """Correlation in [-1, 1] of the pixels of a painted box and the exemplar in its size; 1 = copied. A flat one: 0."""
-    shown = resize(shown, box.shape[1], box.shape[0])
-    a, b = (x.astype(np.float64) - x.mean((0, 1)) for x in (box, shown))
+    exemplar = resize(exemplar, box.shape[1], box.shape[0])
+    a, b = (x.astype(np.float64) - x.mean((0, 1)) for x in (box, exemplar))
     return float((a * b).sum() / max(np.sqrt((a**2).sum() * (b**2).sum()), 1e-9))
 
 
@@ -103,14 +103,14 @@ class Quality:
         from sklearn.mixture import GaussianMixture
 
         order = np.random.default_rng(seed).permutation(len(real))
-        fitted, held = real.numpy()[order[::2]], real.numpy()[order[1::2]]
-        count = max(1, min(COMPONENTS, len(fitted) // 4))
-        self.mixture = GaussianMixture(count, covariance_type="diag", reg_covar=1e-3, random_state=seed).fit(fitted)
-        self.held = np.sort(self.mixture.score_samples(held))
+        first, second = real.numpy()[order[::2]], real.numpy()[order[1::2]]
+        count = max(1, min(COMPONENTS, len(first) // 4))
+        self.mixture = GaussianMixture(count, covariance_type="diag", reg_covar=1e-3, random_state=seed).fit(first)
+        self.scores = np.sort(self.mixture.score_samples(second))
 
     def __call__(self, features: torch.Tensor) -> float:
         """Mean over N x D features, 0..100."""
-        ranks = np.searchsorted(self.held, self.mixture.score_samples(features.numpy())) / len(self.held)
+        ranks = np.searchsorted(self.scores, self.mixture.score_samples(features.numpy())) / len(self.scores)
         return float(100 * ranks.mean())
 
 
@@ -142,7 +142,7 @@ class Likeness:
         return Quality(self.real_embeddings)
 
     @cached_property
-    def shown(self) -> torch.Tensor:
+    def exemplars(self) -> torch.Tensor:
         return embeddings([c.exemplar for c in self.items.composites], self.clip)
 
     def figures(self, raw: Sequence[np.ndarray]) -> dict[str, float]:
@@ -156,10 +156,10 @@ class Likeness:
                     for y, c, box in zip(outputs, items.composites, boxes, strict=True)
                 ]
             )
-            whole = embeddings(outputs, self.clip)
-            sets = (Statistics(f.shape[1]).update(f) for f in (whole, self.real_embeddings))
-            numbers |= {"clip_i": 100 * clip_i(embeddings(boxes, self.clip), self.shown)}
-            numbers |= {"clip_fid": frechet_distance(*sets), "qs_own": self.quality(whole)}
+            features = embeddings(outputs, self.clip)
+            sets = (Statistics(f.shape[1]).update(f) for f in (features, self.real_embeddings))
+            numbers |= {"clip_i": 100 * clip_i(embeddings(boxes, self.clip), self.exemplars)}
+            numbers |= {"clip_fid": frechet_distance(*sets), "qs_own": self.quality(features)}
             numbers |= distances(extract(outputs, self.extractor, self.extractor.size), self.real_features)
             results |= {f"{items.name}/{kind}/{name}": float(value) for name, value in numbers.items()}
         return results

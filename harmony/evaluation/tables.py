@@ -43,10 +43,10 @@ def to_csv(table: Table, first: str) -> str:
 
 def to_markdown(table: Table, first: str, notes: Sequence[str], every: bool = False) -> str:
     """The columns of SHOWN and those of printed figures (or ``every`` one), then ``notes``, a line each."""
-    wanted = [c for c in columns(table) if every or c.partition("/")[2] in SHOWN or c.startswith("paper/")]
-    lines = [f"| {first} | {' | '.join(wanted)} |", "|" + "---|" * (len(wanted) + 1)]
+    names = [c for c in columns(table) if every or c.partition("/")[2] in SHOWN or c.startswith("paper/")]
+    lines = [f"| {first} | {' | '.join(names)} |", "|" + "---|" * (len(names) + 1)]
     for name, row in table.items():
-        lines.append(f"| {name} | {' | '.join(f'{row[c]:.4g}' if c in row else '' for c in wanted)} |")
+        lines.append(f"| {name} | {' | '.join(f'{row[c]:.4g}' if c in row else '' for c in names)} |")
     return "\n".join([*lines, "", *notes]) + "\n"
 
 

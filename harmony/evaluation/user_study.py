@@ -59,11 +59,11 @@ def bradley_terry(wins: np.ndarray) -> np.ndarray:
 
     The MM algorithm of Hunter 2004, eq. 3. Each graph of wins has to be strongly connected (``with_maximum``).
     """
-    won, met = wins.sum(-1), wins + wins.swapaxes(-1, -2)
-    scores = np.zeros(won.shape)
+    win_counts, trials = wins.sum(-1), wins + wins.swapaxes(-1, -2)
+    scores = np.zeros(win_counts.shape)
     for _ in range(ROUNDS):
         p, last = np.exp(scores), scores
-        scores = np.log(won / (met / (p[..., :, None] + p[..., None, :])).sum(-1))
+        scores = np.log(win_counts / (trials / (p[..., :, None] + p[..., None, :])).sum(-1))
         scores -= scores.mean(-1, keepdims=True)
         if np.abs(scores - last).max() < TOLERANCE:
             break
@@ -76,8 +76,8 @@ def intervals(units: np.ndarray, seed: int, draws: int = DRAWS) -> np.ndarray:
     A unit is the wins of one rater, or one answer. A draw without a maximum is fitted as ``with_maximum`` says.
     """
     counts = np.random.default_rng(seed).multinomial(len(units), np.full(len(units), 1 / len(units)), draws)
-    drawn = np.tensordot(counts, units, 1).astype(float)
-    return np.percentile(bradley_terry(np.stack([with_maximum(wins) for wins in drawn])), [2.5, 97.5], axis=0)
+    samples = np.tensordot(counts, units, 1).astype(float)
+    return np.percentile(bradley_terry(np.stack([with_maximum(wins) for wins in samples])), [2.5, 97.5], axis=0)
 
 
 # --- answers
@@ -106,22 +106,22 @@ def count_wins(answers: Iterable[Answer], methods: Sequence[str]) -> np.ndarray:
     return wins
 
 
-def read_answer(found: Any, pictures: Sequence[str], codes: Mapping[str, str]) -> Answer:
+def read_answer(entry: Any, pictures: Sequence[str], codes: Mapping[str, str]) -> Answer:
     """One entry of an answers' file, ``codes`` turned into names of methods. Raises ValueError with what is wrong."""
-    if not isinstance(found, dict) or set(found) != set(Answer.__annotations__):
+    if not isinstance(entry, dict) or set(entry) != set(Answer.__annotations__):
         raise ValueError(f"holds other keys than {', '.join(Answer.__annotations__)}")
-    if found["picture"] not in pictures:
-        raise ValueError(f"is of an unknown picture {found['picture']!r}")
-    sides = found["left"], found["right"]
+    if entry["picture"] not in pictures:
+        raise ValueError(f"is of an unknown picture {entry['picture']!r}")
+    sides = entry["left"], entry["right"]
     for code in sides:
         if not isinstance(code, str) or code not in codes:
             raise ValueError(f"is of an unknown method {code!r}")
-    if len(set(sides)) != 2 or found["chosen"] not in sides:
+    if len(set(sides)) != 2 or entry["chosen"] not in sides:
         raise ValueError("does not choose between two methods")
-    if type(found["milliseconds"]) not in (int, float) or not found["milliseconds"] >= 0:
+    if type(entry["milliseconds"]) not in (int, float) or not entry["milliseconds"] >= 0:
         raise ValueError("has no time in milliseconds")
-    left, right, chosen = (codes[found[key]] for key in ("left", "right", "chosen"))
-    return Answer(found["picture"], left, right, chosen, found["milliseconds"])
+    left, right, chosen = (codes[entry[key]] for key in ("left", "right", "chosen"))
+    return Answer(entry["picture"], left, right, chosen, entry["milliseconds"])
 
 
 def read_rater(file: Path, study: str, pictures: Sequence[str], codes: Mapping[str, str]) -> tuple[str, list[Answer]]:
@@ -139,31 +139,31 @@ def read_rater(file: Path, study: str, pictures: Sequence[str], codes: Mapping[s
             f"{file} belongs to study {record.get('study')}, this is {study}: give the methods, pictures, names, "
             "question and limit that its page was made of"
         )
-    listed = record.get("answers")
-    if not isinstance(record.get("rater"), str) or not isinstance(listed, list) or not listed:
+    entries = record.get("answers")
+    if not isinstance(record.get("rater"), str) or not isinstance(entries, list) or not entries:
         raise UserError(f"{file} names no rater or holds no answers; take it out of study.answers")
-    answers, seen = [], set()
-    for n, found in enumerate(listed):
+    answers, trials = [], set()
+    for n, entry in enumerate(entries):
         try:
-            answer = read_answer(found, pictures, codes)
+            answer = read_answer(entry, pictures, codes)
             trial = answer.picture, frozenset((answer.left, answer.right))
-            if trial in seen:
+            if trial in trials:
                 raise ValueError("repeats an earlier one")
         except ValueError as error:
             raise UserError(f"{file}: answer {n} {error}; ask the rater for the file again") from None
         answers.append(answer)
-        seen.add(trial)
+        trials.add(trial)
     return record["rater"], answers
 
 
-def answer_files(given: str | Sequence[str]) -> list[Path]:
+def answer_files(places: str | Sequence[str]) -> list[Path]:
     """The files that ``study.answers`` names: a file, a folder of ``*.json``, or a list of both."""
     files = []
-    for place in [given] if isinstance(given, str) else given:
-        found = sorted(Path(place).glob("*.json")) if Path(place).is_dir() else [Path(place)]
-        if not found:
+    for place in [places] if isinstance(places, str) else places:
+        files_in = sorted(Path(place).glob("*.json")) if Path(place).is_dir() else [Path(place)]
+        if not files_in:
             raise UserError(f"study.answers={place}: there are no .json files in it")
-        files += found
+        files += files_in
     return files
 
 
@@ -174,18 +174,18 @@ def results_of(folder: Path, key: str) -> dict[str, Path]:
     """Name -> file: NAME/harmonized.png of a run of ``harmonize dir=``, or else NAME.png or NAME.jpg."""
     if not folder.is_dir():
         raise UserError(f"{key}={folder}: there is no such folder")
-    if made := {file.parent.name: file for file in sorted(folder.glob("*/harmonized.png"))}:
-        return made
+    if results := {file.parent.name: file for file in sorted(folder.glob("*/harmonized.png"))}:
+        return results
     if (folder / "harmonized.png").exists():
         raise UserError(f"{key}={folder} holds one composite; harmonize dir=FOLDER makes many, each by its name")
-    found: dict[str, Path] = {}
+    files: dict[str, Path] = {}
     for file in sorted(file for file in folder.iterdir() if file.suffix.lower() in TYPES):
-        if file.stem in found:
-            raise UserError(f"{key}={folder} has both {found[file.stem].name} and {file.name}: keep one of them")
-        found[file.stem] = file
-    if not found:
+        if file.stem in files:
+            raise UserError(f"{key}={folder} has both {files[file.stem].name} and {file.name}: keep one of them")
+        files[file.stem] = file
+    if not files:
         raise UserError(f"{key}={folder} has neither NAME/harmonized.png nor NAME.png or NAME.jpg")
-    return found
+    return files
 
 
 def in_all(results: Mapping[str, Mapping[str, Path]]) -> tuple[list[str], list[str]]:
@@ -203,8 +203,8 @@ def check_alike(name: str, files: Mapping[str, Path]) -> None:
     """UserError for results of one picture that are of different sizes, or that cannot be read."""
     sizes = {method: read_image(file).shape[1::-1] for method, file in files.items()}
     if len(set(sizes.values())) > 1:
-        told = ", ".join(f"{w} x {h} in {method}" for method, (w, h) in sizes.items())
-        raise UserError(f"picture {name} is {told}: raters would see which is which, bring all to one size")
+        each = ", ".join(f"{w} x {h} in {method}" for method, (w, h) in sizes.items())
+        raise UserError(f"picture {name} is {each}: raters would see which is which, bring all to one size")
 
 
 def references_of(reference: str | None, results: Mapping[str, Mapping[str, Path]]) -> dict[str, Path]:
@@ -256,18 +256,18 @@ class UserStudy(Study):
         self.results = {m: results_of(Path(f), f"study.methods.{m}") for m, f in self.methods.items()}
         common, self.notes = in_all(self.results)
         self.pictures = common[: self.run.limit]
-        found = references_of(self.reference, self.results)
-        self.references = {name: found[name] for name in self.pictures if name in found}
-        if found and len(self.references) < len(self.pictures):
-            lacking = ", ".join(name for name in self.pictures if name not in found)
+        references = references_of(self.reference, self.results)
+        self.references = {name: references[name] for name in self.pictures if name in references}
+        if references and len(self.references) < len(self.pictures):
+            lacking = ", ".join(name for name in self.pictures if name not in references)
             self.notes.append(f"without a reference: {lacking}")
         for name in self.pictures:
             check_alike(name, {method: files[name] for method, files in self.results.items()})
         for file in self.references.values():
             read_image(file)
-        shown = {f"methods/{m}": {n: files[n] for n in self.pictures} for m, files in self.results.items()}
-        shown |= {"reference": self.references}
-        self.made_of = {part: digest({n: sha256(file) for n, file in files.items()}) for part, files in shown.items()}
+        parts = {f"methods/{m}": {n: files[n] for n in self.pictures} for m, files in self.results.items()}
+        parts |= {"reference": self.references}
+        self.made_of = {part: digest({n: sha256(file) for n, file in files.items()}) for part, files in parts.items()}
         # how many trials a rater has is no part of it: answers of longer and shorter sessions belong together
         self.id = digest([SCHEMA, self.made_of, self.question, self.pixelated])
         self.codes = {digest([self.id, method])[:8]: method for method in self.methods}
@@ -300,34 +300,34 @@ class UserStudy(Study):
             }
             for name in self.pictures
         ]
-        asked = {"question": self.question, "pixelated": self.pixelated, "trials": self.trials}
-        study = {"schema": SCHEMA, "study": self.id, **asked, "methods": codes, "pictures": pictures}
+        settings = {"question": self.question, "pixelated": self.pixelated, "trials": self.trials}
+        study = {"schema": SCHEMA, "study": self.id, **settings, "methods": codes, "pictures": pictures}
         text = json.dumps(study).replace("<", "\\u003c")  # nothing in it may end the script element
         return TEMPLATE.read_text(encoding="utf-8").replace("STUDY_AS_JSON", text)
 
     def raters(self) -> dict[str, list[Answer]]:
         """Rater -> answers, of all files. UserError for two files of one rater."""
-        found: dict[str, tuple[Path, list[Answer]]] = {}
+        files_of: dict[str, tuple[Path, list[Answer]]] = {}
         for file in answer_files(self.answers) if self.answers else ():
             rater, answers = read_rater(file, self.id, self.pictures, self.codes)
-            if rater in found:
-                raise UserError(f"{found[rater][0]} and {file} are both of rater {rater}: keep the later one")
-            found[rater] = file, answers
-        return {rater: answers for rater, (_, answers) in found.items()}
+            if rater in files_of:
+                raise UserError(f"{files_of[rater][0]} and {file} are both of rater {rater}: keep the later one")
+            files_of[rater] = file, answers
+        return {rater: answers for rater, (_, answers) in files_of.items()}
 
-    def scored(self, raters: Mapping[str, Sequence[Answer]]) -> tuple[dict[str, dict[str, float]], list[str]]:
+    def score(self, raters: Mapping[str, Sequence[Answer]]) -> tuple[dict[str, dict[str, float]], list[str]]:
         """(table, notes): score with its interval, share of comparisons that were won and their number."""
         every = [answer for answers in raters.values() for answer in answers]
         units = raters.values() if len(raters) > 1 else [[answer] for answer in every]
         units = np.stack([count_wins(unit, list(self.methods)) for unit in units])
         wins = units.sum(0)
-        fitted = with_maximum(wins)
-        columns = [bradley_terry(fitted), *intervals(units, self.run.seed), wins.sum(1), (wins + wins.T).sum(1)]
+        regular_wins = with_maximum(wins)
+        columns = [bradley_terry(regular_wins), *intervals(units, self.run.seed), wins.sum(1), (wins + wins.T).sum(1)]
         table = {}
-        for method, score, low, high, won, met in zip(self.methods, *np.array(columns).tolist(), strict=True):
-            share = {"win_share": won / met} if met else {}
-            table[method] = {"score": score, "low": low, "high": high, **share, "comparisons": met}
-        return table, self.remarks(raters, every, fitted is wins)
+        for method, score, low, high, victories, trials in zip(self.methods, *np.array(columns).tolist(), strict=True):
+            share = {"win_share": victories / trials} if trials else {}
+            table[method] = {"score": score, "low": low, "high": high, **share, "comparisons": trials}
+        return table, self.remarks(raters, every, regular_wins is wins)
 
     def remarks(self, raters: Mapping, every: Sequence[Answer], connected: bool) -> list[str]:
         """What has to be known to read the scores."""
@@ -353,23 +353,23 @@ class UserStudy(Study):
         if self.run.rank > 0:
             return Report()
         raters = self.raters()
-        page, drawn = self.run.folder / "study.html", []
+        page, figures = self.run.folder / "study.html", []
         write_text(page, self.page())
         key = {"study": self.id, "question": self.question, "methods": self.codes, "pictures": self.pictures}
         write_json(self.run.folder / "study.json", key)
-        counted = f"n = {len(self.pictures)} pictures, {len(self.methods)} methods"
+        counts = f"n = {len(self.pictures)} pictures, {len(self.methods)} methods"
         if raters:
-            table, notes = self.scored(raters)
-            drawn.append(self.run.folder / "figure.png")
-            draw(drawn[0], table)
+            table, notes = self.score(raters)
+            figures.append(self.run.folder / "figure.png")
+            draw(figures[0], table)
         else:
             table, notes = {method: {"comparisons": 0.0} for method in self.methods}, [NEXT]
         size = f"{self.trials} trials a rater, {page.stat().st_size / 1e6:.1f} MB"
-        notes = [f"{self.run.name} {self.id}: {counted}, seed {self.run.seed}", *self.notes, *notes]
+        notes = [f"{self.run.name} {self.id}: {counts}, seed {self.run.seed}", *self.notes, *notes]
         notes += [f"the page ({size}), for any browser:", str(page)]
         text = write_table(self.run.folder, table, "method", notes, every=True)
         facts = {"study": self.id, "raters": sorted(raters), "count": len(self.pictures), "made_of": self.made_of}
-        return Report(flat(table), facts, text, drawn)
+        return Report(flat(table), facts, text, figures)
 
 
 def draw(path: Path, table: Mapping[str, Mapping[str, float]]) -> None:

@@ -5,6 +5,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
+from harmony.core import pieces
 from harmony.core.errors import UserError
 from harmony.data.manifest import read_manifest
 from harmony.evaluation import blocks
@@ -110,7 +111,7 @@ def test_two_processes_make_what_one_makes(random_backbone, awake, items, tmp_pa
 
 def test_a_process_that_died_is_named(items, tmp_path, monkeypatch):
     """Guards the wait: blocks that never come end in one line, not in a wait without end."""
-    monkeypatch.setattr(blocks, "WAIT", 0)
+    monkeypatch.setattr(pieces, "WAIT", 0)
     with pytest.raises(UserError, match="never came"):
         fill_blocks(items, {"a": Constant("a", [])}, tmp_path, 0, rank=0, world=2, say=quiet)
 

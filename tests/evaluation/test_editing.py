@@ -50,7 +50,7 @@ def test_all_rows_and_figures(words, tmp_path, monkeypatch):
     assert len(rows) == 14 and facts["count"] == 1 and all(path.exists() for path in drawn) and len(drawn) == 2
     assert float(rows["source as it is"]["colour/bg_mse"]) == 0 == figures["source as it is/kind/bg_mse"]
     assert rows["source as it is"]["light/psnr"] and "light/bg_mse" not in text.replace("kind/bg_mse", "")
-    assert {"concept/clip_i", "concept/clip_t"} <= {name for name, v in rows["learnt word"].items() if v}
+    assert {"concept/clip_i", "concept/clip_t"} <= {name for name, v in rows["learned word"].items() if v}
     assert all(np.isfinite(value) for value in figures.values())
 
 
@@ -58,7 +58,7 @@ def test_the_truth_itself_is_the_best_edit(random_backbone, tmp_path):
     """Guards against a swap of pictures: given each case's own truth, psnr is infinite and clip_i is 100."""
     made = study(random_backbone, tmp_path, None, parts=["edits"])
     truths = [truth for item in made.items for truth in item.truths]
-    (row,) = made.changed({"edits/truth": np.stack(truths)}).values()
+    (row,) = made.edit_figures({"edits/truth": np.stack(truths)}).values()
     assert all(row[f"{word}/psnr"] == np.inf for word in ("colour", "kind", "light"))
     assert all(row[f"{word}/clip_i"] == pytest.approx(100, abs=1e-3) for word in ("colour", "kind", "light"))
     assert row["colour/fpsnr"] == np.inf and 0 < row["colour/bg_mse"] < 50  # shadows and reflections differ
@@ -70,13 +70,13 @@ def test_what_is_made_is_not_made_again(random_backbone, tmp_path, monkeypatch):
     table = first.measure().text
     monkeypatch.setattr(editing_bench, "invert_pictures", None)
     again = study(random_backbone, tmp_path, None, parts=["reconstruction"])
-    assert again.measure().text == table and not list(again.made.glob(".*"))
+    assert again.measure().text == table and not list(again.store.glob(".*"))
     other = tmp_path / "backbone"
     shutil.copytree(random_backbone, other)
     with open(other / "unet" / "config.json", "a") as file:
         file.write("\n")
     moved = study(other, tmp_path, None, parts=["reconstruction"])
-    assert moved.made != again.made
+    assert moved.store != again.store
     with pytest.raises(TypeError):
         moved.measure()
 
@@ -88,7 +88,7 @@ def test_two_processes_share_the_scenes(random_backbone, tmp_path, monkeypatch):
     shared = tmp_path / "two"
     made = study(random_backbone, shared, None, parts=["reconstruction"], rank=1, world=2)
     monkeypatch.setattr(editing_bench, "await_files", lambda files: None)
-    assert made.measure() == Report() and [f.name for f in made.made.iterdir()] == ["00001.npz"]
+    assert made.measure() == Report() and [f.name for f in made.store.iterdir()] == ["00001.npz"]
     both = study(random_backbone, shared, None, parts=["reconstruction"], rank=0, world=2).measure().figures
     assert both == pytest.approx(alone, rel=1e-4)
 
