@@ -87,10 +87,10 @@ def measure(part: str, cfg: DictConfig, backbone) -> Figures:
     return figures
 
 
-def table(found: Figures) -> str:
+def table(figures: Figures) -> str:
     """Markdown: what has a ratio, with its rate beside the reference's."""
     lines = ["| | ours, a second | reference | ratio | lowest | highest | TFLOP/s | of the peak |", "|---" * 8 + "|"]
-    for what, f in found.items():
+    for what, f in figures.items():
         if "ratio" in f:
             ratios = (f"{f[name]:.2f}" for name in ("ratio", "ratio_min", "ratio_max"))
             rates = " | ".join([f"{f['ours']:.3g}", f"{f['reference']:.3g}", *ratios])

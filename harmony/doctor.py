@@ -66,12 +66,12 @@ def check_torch(cfg: DictConfig) -> Finding:
 def check_cv2(cfg: DictConfig) -> Finding:
     """One OpenCV wheel only: two of them write the same folder and the last one wins."""
     wheels = [name for name in ("opencv-python", "opencv-contrib-python", "opencv-python-headless") if version(name)]
-    found = library("cv2")
-    if found.ok and len(wheels) > 1:
+    finding = library("cv2")
+    if finding.ok and len(wheels) > 1:
         others = " ".join(name for name in wheels if name != "opencv-python-headless")
         mend = f"pip uninstall {others}, then pip install --force-reinstall --no-deps 'opencv-python-headless<5'"
-        return Finding(False, f"{found.text}, from several wheels: {', '.join(wheels)}", mend)
-    return found
+        return Finding(False, f"{finding.text}, from several wheels: {', '.join(wheels)}", mend)
+    return finding
 
 
 def check_gpu(cfg: DictConfig) -> Finding:
@@ -101,24 +101,24 @@ def check_database(cfg: DictConfig) -> Finding:
     if not server.is_file():
         return Finding(False, f"no server at {server}", mend)
     try:
-        asked = subprocess.run([server, "--version"], capture_output=True, text=True, timeout=60)
+        answer = subprocess.run([server, "--version"], capture_output=True, text=True, timeout=60)
     except (OSError, subprocess.TimeoutExpired) as error:
         return Finding(False, f"the server does not start: {error}", mend)
-    if asked.returncode:
-        return Finding(False, f"the server does not start: {asked.stderr.strip().splitlines()[-1:]}", mend)
-    return Finding(True, f"MongoDB {asked.stdout.split()[2]} at {server}")
+    if answer.returncode:
+        return Finding(False, f"the server does not start: {answer.stderr.strip().splitlines()[-1:]}", mend)
+    return Finding(True, f"MongoDB {answer.stdout.split()[2]} at {server}")
 
 
 def check_backbones(cfg: DictConfig) -> Finding:
     """Backbones shipped with the package, and what they lack."""
     backbones = sorted(path.parent for path in (PACKAGE / "assets").glob("*/model_index.json"))
-    told, missing = [], {}
+    sizes, missing = [], {}
     for backbone in backbones:
         missing[backbone.name] = [part for part in BACKBONE_PARTS if not (backbone / part).is_dir()]
         size = sum(f.stat().st_size for f in backbone.rglob("*") if f.is_file()) / 1e6
         lack = f", without {' and '.join(missing[backbone.name])}" if missing[backbone.name] else ""
-        told.append(f"{backbone.name} ({size:.1f} MB{lack})")
-    text = ", ".join(told) or f"none in {PACKAGE / 'assets'}"
+        sizes.append(f"{backbone.name} ({size:.1f} MB{lack})")
+    text = ", ".join(sizes) or f"none in {PACKAGE / 'assets'}"
     return Finding(missing.get("tiny") == [], text, "make backbone trains the tiny backbone")
 
 
@@ -148,8 +148,8 @@ def check_wandb(cfg: DictConfig) -> Finding:
 def check_extras(cfg: DictConfig) -> Finding:
     """Optional dependencies."""
     there = {extra: importlib.util.find_spec(module) is not None for extra, module in EXTRAS.items()}
-    missing = [extra for extra, found in there.items() if not found]
-    text = ", ".join(f"{extra} {'yes' if found else 'no'}" for extra, found in there.items())
+    missing = [extra for extra, installed in there.items() if not installed]
+    text = ", ".join(f"{extra} {'yes' if installed else 'no'}" for extra, installed in there.items())
     return Finding(not missing, text, f"pip install -e '.[{','.join(missing)}]'")
 
 

@@ -46,16 +46,16 @@ def main(cfg: DictConfig) -> None:
     from harmony.models.textual_inversion import learn, read_word
     from harmony.pixels.images import crop_resize, from_model, grid, write_image
 
-    given = read_edit(cfg)
+    photograph = read_edit(cfg)
     backbone = instantiate(cfg.model).to(device())
     for path in split_list(cfg.words) or ():
         word = read_word(path)
         learn(backbone, word)
         print(f"{word.token} is a word of {len(word.vectors)} vector{'s' * (len(word.vectors) > 1)}, from {path}")
-    square = crop_resize(given.image, given.crop, backbone.resolution)
+    square = crop_resize(photograph.image, photograph.crop, backbone.resolution)
     if cfg.source is None:
-        seen = crop_resize(given.image, given.crop, given.crop.side)
-        cfg.source = caption_picture(seen, backbone.captioner, backbone.processor, backbone.device)
+        crop = crop_resize(photograph.image, photograph.crop, photograph.crop.side)
+        cfg.source = caption_picture(crop, backbone.captioner, backbone.processor, backbone.device)
         print(f"source {cfg.source!r}, by the captioner; its words are the handles: correct them with source=")
     factors = read_factors(cfg.reweight)
     name, mode = mode_and_numbers(cfg, factors)
@@ -63,8 +63,8 @@ def main(cfg: DictConfig) -> None:
     planned = plan(backbone, cfg.source, cfg.target, mode, *words)  # what does not fit is refused before the inversion
     local = "local" if mode.local else "in the whole picture"
     print(f"{name}, {local}: {cfg.source!r} -> {cfg.target!r}; cross {mode.cross:g}, own {mode.own:g}; {LIMITS}")
-    kept, options = Path(cfg.paths.work) / "inversions", (cfg.source, cfg.steps, cfg.guidance, cfg.inner)
-    inversion = kept_inversion(kept, backbone, square, *options, tell)
+    store, options = Path(cfg.paths.work) / "inversions", (cfg.source, cfg.steps, cfg.guidance, cfg.inner)
+    inversion = kept_inversion(store, backbone, square, *options, tell)
     edited = edit_picture(backbone, inversion, planned, cfg.guidance, cfg.threshold)
     bound = from_model(backbone.decode(inversion.latent))[0]
     figures = {"autoencoder/psnr": psnr(bound, square), "reconstruction/psnr": psnr(edited.pictures[0], square)}
@@ -73,16 +73,16 @@ def main(cfg: DictConfig) -> None:
         f"reconstruction ({how}) {figures['reconstruction/psnr']:.2f} dB, the autoencoder's bound is "
         f"{figures['autoencoder/psnr']:.2f} dB"
     )
-    image, region = paste_edit(given, edited, cfg.paste)
+    image, region = paste_edit(photograph, edited, cfg.paste)
     folder = make_folder(cfg.output) if cfg.output else new_folder(Path(cfg.paths.runs).resolve() / "edit")
     pictures = {"edit": image, "source": square, "reconstruction": edited.pictures[0], "raw": edited.pictures[1]}
-    shown = [square, edited.pictures[0], edited.pictures[1], crop_resize(image, given.crop, backbone.resolution)]
+    row = [square, edited.pictures[0], edited.pictures[1], crop_resize(image, photograph.crop, backbone.resolution)]
     titles = ["source", "reconstruction", "raw edit", "edit"]
     if region is not None:
         pictures["mask"] = region
         for who, mask in zip(("source", "target"), edited.masks, strict=True):
             pictures[f"mask_{who}"] = mask
-    pictures |= {"attention": attention_sheet(edited, backbone.resolution), "sheet": grid([shown], titles)}
+    pictures |= {"attention": attention_sheet(edited, backbone.resolution), "sheet": grid([row], titles)}
     for file, picture in pictures.items():
         write_image(folder / f"{file}.png", picture)
     write_json(folder / "metrics.json", {key: float(value) for key, value in figures.items()})

@@ -28,17 +28,17 @@ def output_folder(cfg: DictConfig, path: Path, run: RunFolder) -> Path:
 
     UserError where there is no such place, and where the run's own weights would change.
     """
-    own = run.path / "export"
+    weights = run.path / "export"
     if cfg.output is not None:
         output = Path(cfg.output).resolve()
     elif not run.config:
         raise UserError(f"{path} belongs to no run; add output=FOLDER")
     else:
         place = path.parent if path.name == "controlnet" else path
-        output = place if place.is_relative_to(own) else own
+        output = place if place.is_relative_to(weights) else weights
         if output.exists():
             run.check(output)
-    if (cfg.half or not cfg.tower) and output.is_relative_to(own):
+    if (cfg.half or not cfg.tower) and output.is_relative_to(weights):
         raise UserError("half=true and tower=false would change the run's own weights: add output=FOLDER")
     return output
 

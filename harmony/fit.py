@@ -27,11 +27,11 @@ def settle_precision(cfg: DictConfig) -> dict[str, str]:
     null: bf16-mixed where the task has frozen networks and they are bfloat16, else 32-true. auto: bfloat16 where the
     trainer is told to compute in it, or where it is told nothing and runs on a GPU; else float32.
     """
-    asked, frozen = cfg.trainer.precision, isinstance(cfg.module.get("backbone"), DictConfig)
+    wish, frozen = cfg.trainer.precision, isinstance(cfg.module.get("backbone"), DictConfig)
     gpu = cfg.trainer.accelerator in ("auto", "gpu", "cuda") and torch.cuda.is_available()
     if cfg.model.dtype == "auto":
-        cfg.model.dtype = "bfloat16" if (gpu if asked is None else "bf16" in str(asked)) else "float32"
-    if asked is None:
+        cfg.model.dtype = "bfloat16" if (gpu if wish is None else "bf16" in str(wish)) else "float32"
+    if wish is None:
         cfg.trainer.precision = "bf16-mixed" if frozen and cfg.model.dtype == "bfloat16" else "32-true"
     facts = {"precision": str(cfg.trainer.precision)}
     return facts | {"frozen_networks": cfg.model.dtype} if frozen else facts

@@ -69,15 +69,15 @@ def main(cfg: DictConfig) -> None:
 
     check_numbers(cfg)
     options = {name: OmegaConf.to_container(cfg)[name] for name in (*PICTURES, "prompts")}
-    if cfg.dir is not None and (own := [name for name in PICTURES if cfg[name] is not None]):
-        raise UserError(f"dir= brings pictures of its own: leave out {', '.join(own)}")
+    if cfg.dir is not None and (pictures := [name for name in PICTURES if cfg[name] is not None]):
+        raise UserError(f"dir= brings pictures of its own: leave out {', '.join(pictures)}")
     refuse_unread(cfg)
     # bad input is refused before any weights are loaded
     items = list_composites(Path(cfg.dir)) if cfg.dir else []
     inputs = None if cfg.dir else [read_inputs(options)]
-    given = {"describer": "given"} if cfg.prompts is not None and "describer" in cfg.method else {}
+    lights = {"describer": "given"} if cfg.prompts is not None and "describer" in cfg.method else {}
     backbone = instantiate(cfg.model).to(device())
-    method = build({**OmegaConf.to_container(cfg.method, resolve=True), **given}, backbone)
+    method = build({**OmegaConf.to_container(cfg.method, resolve=True), **lights}, backbone)
     method.say = tell
     print(method.describe())
     for each in inputs or ():
@@ -89,7 +89,7 @@ def main(cfg: DictConfig) -> None:
         print(*files.values(), sep="\n")
         return
     common = {"prompts": cfg.prompts}
-    requests = {name: Request(common | own, folder / name, cfg.prompt) for name, own in items}
+    requests = {name: Request(common | options_of_one, folder / name, cfg.prompt) for name, options_of_one in items}
     sheet, count = inserter.run_folder(requests, cfg.batch)
     write_image(folder / "sheet.png", sheet)
     write_json(folder / "metrics.json", {"composites": len(items) - count, "left_out": count})

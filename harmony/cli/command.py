@@ -64,9 +64,9 @@ def run(
     """
     parser = get_args_parser()
     args = parser.parse_args()
-    given = read(args.overrides)
-    keys = {override.lstrip("+~").split("=")[0] for override in given}
-    args.overrides = [f"{key}={value}" for key, value in HYDRA_SETTINGS.items() if key not in keys] + given
+    words = read(args.overrides)
+    keys = {override.lstrip("+~").split("=")[0] for override in words}
+    args.overrides = [f"{key}={value}" for key, value in HYDRA_SETTINGS.items() if key not in keys] + words
     os.environ["HYDRA_FULL_ERROR"] = "1"  # otherwise Hydra prints errors itself and leaves with code 1
 
     @functools.wraps(task)
@@ -96,7 +96,7 @@ def run(
     except _Leave as leave:
         failure = leave.__cause__
     except (HydraException, OmegaConfBaseException) as error:
-        failure = UserError(explain(error, name, given, config_dir))
+        failure = UserError(explain(error, name, words, config_dir))
     except (UserError, KeyboardInterrupt) as error:
         failure = error
     return report(failure)

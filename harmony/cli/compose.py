@@ -34,15 +34,15 @@ OmegaConf.register_new_resolver("default", lambda value, other: other if value i
 def places(group: str) -> list[Path]:
     """Folders in which the files of ``group`` (``experiment`` or ``dataset``) are looked for, first wins."""
     variable, folder = GROUPS[group][:2]
-    given = [Path(os.environ[variable])] if os.environ.get(variable) else []
-    return [place.resolve() for place in (*given, Path(folder), bundled(folder))]
+    chosen = [Path(os.environ[variable])] if os.environ.get(variable) else []
+    return [place.resolve() for place in (*chosen, Path(folder), bundled(folder))]
 
 
 def options(group: str) -> dict[str, Path]:
     """Name and file of each option of ``group``, sorted by name."""
     _, _, pattern, name_of, _ = GROUPS[group]
-    found = {name_of(path): path for place in reversed(places(group)) for path in place.glob(pattern)}
-    return dict(sorted(found.items()))
+    files = {name_of(path): path for place in reversed(places(group)) for path in place.glob(pattern)}
+    return dict(sorted(files.items()))
 
 
 def why(path: Path) -> str:

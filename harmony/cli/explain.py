@@ -50,16 +50,16 @@ def parameters(target: str) -> set[str] | None:
     return set(signature.parameters)
 
 
-def unknown_keys(body: dict, known: dict, full: dict, prefix: str = "") -> Iterator[tuple[str, str]]:
+def unknown_keys(body: dict, base: dict, full: dict, prefix: str = "") -> Iterator[tuple[str, str]]:
     """Paths in ``body`` that nothing reads, each with the nearest right name.
 
-    ``known`` is the configuration without ``body``, ``full`` the one with it. A key is read when ``known`` has it or
-    when the ``_target_`` of its node takes it. An empty mapping in ``known`` is open: nothing is known of it.
+    ``base`` is the configuration without ``body``, ``full`` the one with it. A key is read when ``base`` has it or
+    when the ``_target_`` of its node takes it. An empty mapping in ``base`` is open: nothing is known of it.
     """
     for key, value in body.items():
-        if key in known:
-            if isinstance(value, dict) and isinstance(known[key], dict) and known[key]:
-                yield from unknown_keys(value, known[key], full[key], f"{prefix}{key}.")
+        if key in base:
+            if isinstance(value, dict) and isinstance(base[key], dict) and base[key]:
+                yield from unknown_keys(value, base[key], full[key], f"{prefix}{key}.")
         elif key in ("_target_", "_partial_", "_convert_", "_recursive_", "_args_"):
             continue
         elif prefix and isinstance(value, dict) and "_target_" in value:  # one more callback, logger, ...
@@ -67,7 +67,7 @@ def unknown_keys(body: dict, known: dict, full: dict, prefix: str = "") -> Itera
         else:
             accepted = parameters(full["_target_"]) if full.get("_target_") else set()
             if accepted is not None and key not in accepted:
-                yield f"{prefix}{key}", nearest(f"{prefix}{key}", (f"{prefix}{name}" for name in {*known, *accepted}))
+                yield f"{prefix}{key}", nearest(f"{prefix}{key}", (f"{prefix}{name}" for name in {*base, *accepted}))
 
 
 def ancestry(experiment: str, files: Mapping[str, Path]) -> list[str]:
@@ -85,13 +85,13 @@ def check_experiment(name: str, choices: Mapping[str, str | None], config_dir: P
     """
     files = options("experiment")
     overrides = [f"{group}={option}" for group, option in choices.items() if option is not None]
-    known, full = (
+    base, full = (
         OmegaConf.to_container(compose(name, overrides, config_dir, strip_experiments=strip)) for strip in (True, False)
     )
     for experiment in ancestry(str(choices["experiment"]), files):
         body = OmegaConf.to_container(load_yaml(files[experiment]))
         body = {key: value for key, value in body.items() if key not in ("defaults", "hydra")}
-        for key, hint in unknown_keys(body, known, full):
+        for key, hint in unknown_keys(body, base, full):
             raise UserError(f"{files[experiment]}: unknown key {key}{hint}")
 
 
@@ -110,9 +110,9 @@ def default_groups(name: str, config_dir: Path) -> dict[str, str | None]:
 
 def experiments(name: str, config_dir: Path) -> dict[str, Path]:
     """Name and file of the experiments of a command: those that set no group which the command does not have."""
-    files, known = options("experiment"), {*default_groups(name, config_dir)}
+    files, base = options("experiment"), {*default_groups(name, config_dir)}
     groups = {file: {group for n in ancestry(file, files) for group in groups_in(files[n])} for file in files}
-    return {experiment: file for experiment, file in files.items() if groups[experiment] <= known}
+    return {experiment: file for experiment, file in files.items() if groups[experiment] <= base}
 
 
 def command_of(experiment: str, config_dir: Path) -> str | None:
@@ -151,14 +151,14 @@ def explain_key(key: str, where: str, name: str, overrides: list[str], config_di
     """A key that the configuration does not have, in one line."""
     others = [override for override in overrides if override.lstrip("+~").split("=")[0] != key]
     try:
-        known = OmegaConf.to_container(compose(name, others, config_dir))
+        base = OmegaConf.to_container(compose(name, others, config_dir))
     except (HydraException, OmegaConfBaseException):  # a second mistake; it is reported when this one is mended
-        known = OmegaConf.to_container(compose(name, (), config_dir))
+        base = OmegaConf.to_container(compose(name, (), config_dir))
     parent, _, leaf = key.rpartition(".")
-    node = OmegaConf.select(OmegaConf.create(known), parent) if parent else None
+    node = OmegaConf.select(OmegaConf.create(base), parent) if parent else None
     if isinstance(node, DictConfig) and node.get("_target_") and leaf in (parameters(node["_target_"]) or ()):
         return f"{key} has no value to override; add it with a plus sign: +{key}=..."
-    return f"{where}unknown key {key}{nearest(key, {*key_paths(known), *default_groups(name, config_dir)})}"
+    return f"{where}unknown key {key}{nearest(key, {*key_paths(base), *default_groups(name, config_dir)})}"
 
 
 def explain(error: Exception, name: str, overrides: list[str], config_dir: Path) -> str:

@@ -72,10 +72,10 @@ def shorthand(text: str) -> dict[str, Any]:
     name, _, value = text.partition(":")
     if not value:
         return {"method": name}
-    wanted = [key for key, default in method_file(name).items_ex(resolve=False) if default == "???"]
-    if len(wanted) != 1:
+    required = [key for key, default in method_file(name).items_ex(resolve=False) if default == "???"]
+    if len(required) != 1:
         raise UserError(f"{text}: method {name} has no single option that must be given; write {{method: {name}, ...}}")
-    return {"method": name, wanted[0]: value}
+    return {"method": name, required[0]: value}
 
 
 def row_facts(name: str, node: Any) -> dict[str, Any]:
