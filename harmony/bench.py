@@ -11,6 +11,7 @@ gpu       everything that a GPU changes, within six minutes: tests, every comman
 import os
 from collections.abc import Callable
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from hydra.utils import instantiate
@@ -21,6 +22,10 @@ from harmony.cli.provenance import provenance
 from harmony.cli.run_folder import new_folder
 from harmony.core.errors import UserError
 from harmony.core.files import write_json, write_text
+from harmony.core.progress import tell
+
+if TYPE_CHECKING:
+    from harmony.models.backbone import Backbone
 
 Figures = dict[str, dict[str, float]]  # what was measured -> figure -> number
 COUNTS = (
@@ -37,25 +42,27 @@ COUNTS = (
 )
 
 
-def train(cfg: DictConfig, backbone, branches: tuple[str, ...] = ("color",), what: str = "train") -> Figures:
+def train(
+    cfg: DictConfig, backbone: "Backbone", branches: tuple[str, ...] = ("color",), what: str = "train"
+) -> Figures:
     from harmony.benchmarks.train import Load, bench_train
 
     load = Load(cfg.batch, cfg.steps, cfg.blocks, cfg.compile, cfg.checkpointing, cfg.offload)
     return {what: bench_train(backbone, load, branches)}
 
 
-def joint(cfg: DictConfig, backbone) -> Figures:
+def joint(cfg: DictConfig, backbone: "Backbone") -> Figures:
     return train(cfg, backbone, ("color", "structure"), "joint")
 
 
-def sample(cfg: DictConfig, backbone) -> Figures:
+def sample(cfg: DictConfig, backbone: "Backbone") -> Figures:
     from harmony.benchmarks.sample import bench_sample
 
     s = cfg.sampling
     return bench_sample(backbone, s.batch, s.steps, s.guidance, cfg.blocks, s.modes)
 
 
-def data(cfg: DictConfig, backbone) -> Figures:
+def data(cfg: DictConfig, backbone: "Backbone") -> Figures:
     from harmony.benchmarks.data import bench_import, bench_selection
 
     folder, d = Path(cfg.paths.work).resolve() / "bench", cfg.data
@@ -63,7 +70,7 @@ def data(cfg: DictConfig, backbone) -> Figures:
     return {"data": selection, "data_import": bench_import(folder, d.samples, d.compared, cfg.blocks)}
 
 
-def memory(cfg: DictConfig, backbone) -> Figures:
+def memory(cfg: DictConfig, backbone: "Backbone") -> Figures:
     from harmony.benchmarks.memory import bench_memory
 
     return {"memory": bench_memory(backbone)}
@@ -78,9 +85,9 @@ PARTS: dict[str, Callable[[DictConfig, object], Figures]] = {
 }
 
 
-def measure(part: str, cfg: DictConfig, backbone) -> Figures:
+def measure(part: str, cfg: DictConfig, backbone: "Backbone") -> Figures:
     """The figures of one part."""
-    print(f"\n{part}: backbone {backbone.name} on {backbone.device.type}", flush=True)
+    tell(f"\n{part}: backbone {backbone.name} on {backbone.device.type}")
     figures = PARTS[part](cfg, backbone)
     torch._dynamo.reset()  # a compiled step of another task is another one
     torch.cuda.empty_cache()

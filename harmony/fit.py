@@ -13,6 +13,7 @@ from harmony.cli.command import entry, literal
 from harmony.cli.provenance import provenance
 from harmony.cli.run_folder import rank, run_folder
 from harmony.core.files import write_json
+from harmony.core.progress import tell
 from harmony.data.manifest import manifest_hash
 from harmony.data.preparation import ensure
 from harmony.data.shards import hand_over, predictor
@@ -98,7 +99,7 @@ def main(cfg: DictConfig) -> None:
     ensure(OmegaConf.to_container(cfg.dataset, resolve=True), cfg.model.path, cfg.paths.work)
     precision = settle_precision(cfg)
     if rank() == 0:
-        print(", ".join(f"{name.replace('_', ' ')} {value}" for name, value in precision.items()), flush=True)
+        tell(", ".join(f"{name.replace('_', ' ')} {value}" for name, value in precision.items()))
     trainer, task = train(cfg, folder)
     if not trainer.is_global_zero:
         return

@@ -5,7 +5,7 @@ edit is measured against the render of the scene so changed, its background (out
 against the source. A learned word is measured by views that it was not learned from.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -332,7 +332,7 @@ def part_of(outputs_of: dict[str, np.ndarray], part: str) -> dict[str, np.ndarra
     return {row.partition("/")[2]: images for row, images in outputs_of.items() if row.startswith(f"{part}/")}
 
 
-def mean(values) -> float:
+def mean(values: Iterable[float]) -> float:
     return float(np.mean(list(values)))
 
 
