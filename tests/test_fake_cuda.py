@@ -23,7 +23,7 @@ from harmony.data.latent_cache import Example, Recipe, encode
 from harmony.methods.inpainting import Branch, Inpainting
 from harmony.methods.method import Composite
 from harmony.methods.paint_by_example import PaintByExample
-from harmony.methods.prompt_editing import MODES, edit_picture, invert_pictures, plan, reconstruct
+from harmony.methods.prompt_editing import MODES, edit_picture, invert_pictures, plan_edit, reconstruct
 from harmony.methods.zero_shot import Parts, harmonize_once
 from harmony.metrics.frechet import extract
 from harmony.metrics.similarity import embeddings
@@ -279,7 +279,7 @@ def test_prompts_edit(target, sd2, composites):
     assert checked(reconstruct(sd2, [inversion], [source], 7.5), sd2.resolution)
     mode = MODES["insert" if "very" in target else "replace"]
     with unset_fake_temporarily():  # what is done with the words reads its own values, on the CPU
-        planned = plan(sd2, source, target, mode)
+        planned = plan_edit(sd2, source, target, mode)
     edited = edit_picture(sd2, inversion, planned, 7.5)
     assert checked(edited.pictures, sd2.resolution) and len(edited.masks) == len(edited.maps) == 2
 

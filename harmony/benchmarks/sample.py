@@ -13,8 +13,8 @@ import torch
 from diffusers import DDIMScheduler, StableDiffusionControlNetInpaintPipeline
 
 from harmony.benchmarks.measure import alternate, count_tflop, measure_matmul_rate
-from harmony.methods.inpainting import Branch, Inpainting, hint_pictures
-from harmony.methods.method import Composite, seeds_of
+from harmony.methods.inpainting import Branch, Inpainting, draw_hints
+from harmony.methods.method import Composite, make_seeds
 from harmony.models.backbone import Backbone, placed
 from harmony.models.controlnet import from_unet, zero_convolutions
 from harmony.pixels.images import to_hint, to_model
@@ -62,7 +62,7 @@ class Scene:
         """A function that fills the holes by our method."""
         method = Inpainting(self.backbone, self.branches, replace(settings, batch=len(self.pictures)))
         composites = [Composite(x, x, self.mask, self.mask, PROMPT) for x in self.pictures]
-        seeds = seeds_of(0, range(len(composites)))
+        seeds = make_seeds(0, range(len(composites)))
         return lambda: method.fill(composites, seeds)
 
     def prepare_stock(self, steps: int, guidance: float) -> Callable[[], object]:
@@ -87,7 +87,7 @@ class Scene:
             "image": torch.stack([to_model(x) for x in self.pictures]),
             "mask_image": torch.from_numpy(np.stack(masks)[:, None]).float(),
             "control_image": [
-                torch.stack([to_hint(picture) for picture in hint_pictures(branch, composites)])
+                torch.stack([to_hint(picture) for picture in draw_hints(branch, composites)])
                 for branch in self.branches
             ],
         }

@@ -15,7 +15,7 @@ from harmony.core.errors import UserError
 from harmony.core.files import atomic
 from harmony.core.progress import Progress, tell
 from harmony.evaluation.eval_sets import EvalSet
-from harmony.methods.method import Method, fingerprint, seeds_of
+from harmony.methods.method import Method, fingerprint, make_seeds
 
 BLOCK = 16
 WAIT = 3600  # seconds without any new block after which the other processes count as dead
@@ -53,7 +53,7 @@ def fill_blocks(
     progress = Progress(items.name, sum(len(block) for _, _, block in own.values()), "pictures", say)
     for file, (name, method, block) in own.items():
         composites = [items.composites[i] for i in block]
-        store(file, method.fill(composites, seeds_of(seed, block)))
+        store(file, method.fill(composites, make_seeds(seed, block)))
         progress.advance(len(block), name)
     await_files(list(jobs), say)
 

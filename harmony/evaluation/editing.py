@@ -22,17 +22,17 @@ from harmony.evaluation.blocks import await_files, blocks
 from harmony.evaluation.eval_sets import subsample
 from harmony.evaluation.report import Report
 from harmony.evaluation.tables import pictures, to_csv, to_markdown
-from harmony.methods.method import fingerprint, seeds_of
+from harmony.methods.method import fingerprint, make_seeds
 from harmony.methods.prompt_editing import (
     MODES,
-    Edited,
+    EditResult,
     Inversion,
     Mode,
     edit_picture,
+    invert_latents,
     invert_pictures,
-    plan,
+    plan_edit,
     reconstruct,
-    trajectories,
 )
 from harmony.metrics.fidelity import fmse, fpsnr, mse, psnr
 from harmony.metrics.similarity import embeddings
@@ -154,7 +154,7 @@ class EditingStudy:
         prompts = [item.prompt for item in items]
         plain = [replace(inversion, nulls=[backbone.prompt([""])] * n) for inversion in inversions]
         fast = [replace(v, nulls=[backbone.prompt([p])] * n) for v, p in zip(inversions, prompts, strict=True)]
-        path, text = trajectories(backbone, [item.image for item in items], prompts, n)
+        path, text = invert_latents(backbone, [item.image for item in items], prompts, n)
         schedule = backbone.alphas_cumprod, backbone.scheduler.config.steps_offset, self.spec["inner"]
         one = shared_null_text(denoiser(backbone), path, text, backbone.prompt([""]), w, *schedule)
         shared = [replace(v, nulls=[null] * n) for v, null in zip(inversions, one.split(1), strict=True)]
@@ -191,7 +191,7 @@ class EditingStudy:
                 rows.setdefault("source as it is", []).append(item.image)
                 for row, (start, how) in ways.items():
                     made = edit_picture(
-                        backbone, start, plan(backbone, case.source, case.target, how), w, self.spec["threshold"]
+                        backbone, start, plan_edit(backbone, case.source, case.target, how), w, self.spec["threshold"]
                     )
                     rows.setdefault(row, []).append(made.pictures[1])
                 rows.setdefault(f"{row}, pasted", []).append(pasted(made, item.image))
@@ -231,7 +231,7 @@ class EditingStudy:
             found[name] = {"held out": [image for image, _ in views]}
             for row, spoken in (("plain word", name.partition("_")[2]), ("learnt word", word.token)):
                 text = self.backbone.prompt([prompt.replace("{}", spoken) for prompt in prompts])
-                found[name][row] = text_to_image(self.backbone, text, self.settings, seeds_of(self.seed, indices))
+                found[name][row] = text_to_image(self.backbone, text, self.settings, make_seeds(self.seed, indices))
         return found
 
     # --- figures
@@ -328,7 +328,7 @@ class EditingStudy:
         return drawn
 
 
-def pasted(made: Edited, photograph: np.ndarray) -> np.ndarray:
+def pasted(made: EditResult, photograph: np.ndarray) -> np.ndarray:
     """The edit as ``harmony.edit`` hands it out: outside a local one every pixel is the photograph's."""
     if made.masks is None:
         return made.pictures[1]

@@ -198,14 +198,14 @@ def edge_loss(x: torch.Tensor, y: torch.Tensor, masks: torch.Tensor, parts: Part
 class CopyAttention:
     """A control that gives the second half of the prompts the attention maps of the first half.
 
-    ``own=False`` leaves self-attention unchanged.
+    ``self_attention=False`` leaves self-attention unchanged.
     """
 
-    def __init__(self, prompts: int, own: bool = True):
-        self.prompts, self.own = prompts, own
+    def __init__(self, prompts: int, self_attention: bool = True):
+        self.prompts, self.self_attention = prompts, self_attention
 
     def wants(self, layer: Layer, tokens: int, step: int) -> bool:
-        return layer.cross or self.own
+        return layer.cross or self.self_attention
 
     def __call__(self, probabilities: torch.Tensor, layer: Layer, step: int) -> torch.Tensor:
         source = conditional(probabilities, self.prompts)[: self.prompts // 2]
@@ -365,8 +365,9 @@ def run_together(
 def make_word_scorer(backbone: Backbone, clip: str | None = None) -> WordScorer:
     """Build the describer that scores lists of words by CLIP.
 
-    ``clip``: open_clip's NAME/WEIGHTS; None: the backbone's own. It uses words that are one token of the backbone. The captioner of the backbone, if there is one, names the object:
-    its caption up to the last comma. UserError for a backbone without CLIP.
+    ``clip``: open_clip's NAME/WEIGHTS; None: the backbone's own. It uses words that are one token of the backbone. The
+    captioner of the backbone, if there is one, names the object: its caption up to the last comma. UserError for a
+    backbone without CLIP.
     """
 
     def is_token(word: str) -> bool:
@@ -497,8 +498,9 @@ def load(
     if type(rounds) is not int or rounds < 1:
         raise UserError(f"rounds={rounds}: must be at least 1")
     names = Parts.__dataclass_fields__
-    if unknown_names := {*(parts or {})} - {*names}:
-        raise UserError(f"zero_shot.{unknown_names.pop()} is not a setting of a round: choose among {', '.join(names)}")
+    for name in parts or {}:
+        if name not in names:
+            raise UserError(f"{name} is not a setting of a zero-shot round: choose among {', '.join(names)}")
     settings = Parts(steps, guidance, **(parts or {}))
     if settings.deep is not None:
         settings.deep.requires_grad_(False).eval().to(backbone.device)

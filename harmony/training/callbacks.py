@@ -14,7 +14,7 @@ from lightning.pytorch.callbacks import Callback
 from harmony.core.errors import UserError
 from harmony.core.files import atomic
 from harmony.evaluation.eval_sets import load_reconstruct, sample_grid
-from harmony.methods.method import seeds_of
+from harmony.methods.method import make_seeds
 from harmony.pixels.images import write_image
 from harmony.sampling.guidance import Settings
 
@@ -151,7 +151,7 @@ class SampleGrid(Callback):
         if self.items is None:
             manifest, resolution = trainer.datamodule.manifest, module.backbone.resolution
             self.items = load_reconstruct(manifest, "validation", resolution, self.count)
-        composites, seeds = self.items.composites, seeds_of(self.seed, range(len(self.items)))
+        composites, seeds = self.items.composites, make_seeds(self.seed, range(len(self.items)))
         module.eval()
         if self.before is None or not module.fixed_baseline:
             self.before = module.baseline(self.settings).fill(composites, seeds)

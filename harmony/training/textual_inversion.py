@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 
 from harmony.core.errors import UserError
-from harmony.methods.method import seeds_of
+from harmony.methods.method import make_seeds
 from harmony.metrics.similarity import clip_t, embeddings
 from harmony.models.backbone import DIFFUSION, Backbone, scaled_latent
 from harmony.models.clip import clip_of
@@ -126,7 +126,7 @@ class TextualInversionTask(Task):
         chosen = [known[i % len(known)] for i in indices.tolist()]
         plain = [prompt.replace("{}", self.init) for prompt in chosen]
         texts = {"baseline/": self.backbone.prompt(plain), "": self.text(chosen)}
-        seeds = seeds_of(self.seed, indices.tolist())
+        seeds = make_seeds(self.seed, indices.tolist())
         made = {name: text_to_image(self.backbone, text, self.settings, seeds) for name, text in texts.items()}
         figures = {}
         if self.clip is not None:

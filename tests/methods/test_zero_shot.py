@@ -431,7 +431,7 @@ def test_golden_copy_of_attention():
     """
     layers = [Layer("x", place, cross) for place in ("down", "mid", "up") for cross in (True, False)]
     assert all(CopyAttention(4).wants(layer, 4096, step) for layer in layers for step in (0, 49))
-    assert [CopyAttention(4, own=False).wants(layer, 64, 0) for layer in layers] == [True, False] * 3
+    assert [CopyAttention(4, self_attention=False).wants(layer, 64, 0) for layer in layers] == [True, False] * 3
     maps = torch.rand(8, 2, 3, 5, generator=torch.Generator().manual_seed(0))
     made = CopyAttention(4)(maps, layers[0], 0)
     assert torch.equal(made, maps[[0, 1, 2, 3, 4, 5, 4, 5]])
