@@ -209,7 +209,7 @@ MISTAKES = {
     ("reweight={car: much}",): "reweight={car: much}: give a word and a factor, reweight={snowy: 3}",
     ("square=",): "square=: give x0,y0,side of a square",
     ("target=null",): "target=null: say what the photograph should show",
-    (f"target={SOURCE}", "reweight={red: 2}", "local=true"): "a local edit wants words to look at",
+    (f"target={SOURCE}", "reweight={red: 2}", "local=true"): "a local edit needs words to look at",
 }
 
 

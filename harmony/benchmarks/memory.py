@@ -76,7 +76,7 @@ def count_activations(backbone: Backbone, batch: int, checkpointing: bool) -> fl
         return x
 
     with backbone.device, FusedAttention(), torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
-        task.errors(to_device(make_batch(backbone, batch), backbone.device))
+        task.compute_errors(to_device(make_batch(backbone, batch), backbone.device))
     return sum(storage.nbytes() for storage in storages.values()) / GIB
 
 

@@ -43,7 +43,7 @@ def compute_gradients(task: ControlTask | JointTask, inputs: dict[str, torch.Ten
     """The loss of ``step``, compiled or not; the gradients are left in the parameters."""
     lead = task.lead if isinstance(task, JointTask) else task
     with autocast(task.backbone.device):
-        errors = step(inputs, *lead.inputs(inputs))
+        errors = step(inputs, *lead.prepare_inputs(inputs))
         loss = torch.stack([*errors.values()]).sum() if isinstance(errors, dict) else errors.mean()
     loss.backward()
     return loss.detach()
@@ -56,13 +56,13 @@ def autocast(device: torch.device) -> AbstractContextManager:
 
 def choose_forward(task: ControlTask | JointTask) -> Callable:
     """The method of ``task`` that computes the errors or losses of a batch and its inputs."""
-    return task.means if isinstance(task, JointTask) else task.error
+    return task.compute_losses if isinstance(task, JointTask) else task.compute_error
 
 
 def make_our_step(task: ControlTask | JointTask, batch: dict[str, torch.Tensor]) -> Step:
     """A training step as in ``fit experiment=color``: latents from the cache, one fused update."""
     tasks = task.tasks.values() if isinstance(task, JointTask) else [task]
-    groups = [group for t in tasks for group in t.groups()]
+    groups = [group for t in tasks for group in t.group_parameters()]
     lead = task.lead if isinstance(task, JointTask) else task
     optimizer = HostAdamW(groups) if lead.offload else torch.optim.AdamW(groups, fused=True)
     device = task.backbone.device

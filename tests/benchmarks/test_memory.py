@@ -21,7 +21,7 @@ def test_what_autograd_keeps_is_counted(random_backbone):
         return x
 
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
-        task.errors(batch)
+        task.compute_errors(batch)
     real = sum(size for size, _ in found.values()) / 2**30
     assert abs(count_activations(strip_values(backbone), 4, False) / real - 1) < 0.02
 

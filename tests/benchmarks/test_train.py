@@ -52,7 +52,7 @@ def test_the_work_of_stable_diffusion_2():
     task = prepare_task(shapes, ("color",), Load(1, 1, 1))
     batch = to_device(make_batch(shapes, 1), shapes.device)
     with shapes.device:
-        text = count_tflop(lambda: task.inputs(batch), 1)
+        text = count_tflop(lambda: task.prepare_inputs(batch), 1)
         assert count_step_tflop(task, batch) - text == pytest.approx(2.267, rel=0.02)
     assert text == pytest.approx(0.0451, rel=0.02)
 
