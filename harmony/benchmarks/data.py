@@ -188,22 +188,22 @@ class Cost:
 
 
 def _send_cost(
-    way: Callable[[Path], int], folder: Path, pipe: Connection, around: Callable[[Path], None] | None
+    way: Callable[[Path], int], folder: Path, pipe: Connection, reset: Callable[[Path], None] | None
 ) -> None:
-    if around:
-        around(folder)
+    if reset:
+        reset(folder)
     cpu, wall, memory = time.process_time(), time.perf_counter(), measure_peak_memory(_CPU)
     count = way(folder)
     pipe.send(Cost(count, time.process_time() - cpu, time.perf_counter() - wall, measure_peak_memory(_CPU) - memory))
-    if around:
-        around(folder)
+    if reset:
+        reset(folder)
 
 
-def measure_cost(way: Callable[[Path], int], folder: Path, around: Callable[[Path], None] | None = None) -> Cost:
-    """The cost of ``way`` in a fresh process; ``around`` is called before and after and does not count."""
+def measure_cost(way: Callable[[Path], int], folder: Path, reset: Callable[[Path], None] | None = None) -> Cost:
+    """The cost of ``way`` in a fresh process; ``reset`` is called before and after and does not count."""
     context = multiprocessing.get_context("spawn")
     receiver, sender = context.Pipe(duplex=False)
-    process = context.Process(target=_send_cost, args=(way, folder, sender, around))
+    process = context.Process(target=_send_cost, args=(way, folder, sender, reset))
     process.start()
     sender.close()
     try:

@@ -116,13 +116,13 @@ def bench_sample(
     The default is all modes that the device can run.
     """
     scene = Scene(backbone, batch)
-    stock, exact = scene.prepare_stock(steps, guidance), Settings(steps, guidance)
-    work = count_tflop(scene.prepare_ours(exact), batch)
+    stock, exact_settings = scene.prepare_stock(steps, guidance), Settings(steps, guidance)
+    work = count_tflop(scene.prepare_ours(exact_settings), batch)
     peak = measure_matmul_rate(backbone.device, backbone.dtype)
     results = {}
     names = list_modes(backbone.device.type) if modes is None else modes
     for name, options in {"": {}, **{name: MODES[name] for name in names}}.items():
-        settings = replace(exact, **options)
+        settings = replace(exact_settings, **options)
         if "solver" in options:
             settings = replace(settings, steps=max(1, round(STEP_SHARE * steps)))
         say(f"{name or 'exact'}: {settings.steps} steps of {settings.solver}, against {steps} of the stock pipeline")

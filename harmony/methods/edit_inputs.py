@@ -83,12 +83,12 @@ def read_edit(cfg: DictConfig) -> EditInput:
 
 def choose_mode(cfg: DictConfig, factors: dict[str, float]) -> tuple[str, Mode]:
     """The name of the mode and its numbers; numbers of the command line override those of the mode."""
-    implied = find_mode(cfg.source, cfg.target)
-    name = cfg.mode or implied
+    prompt_mode = find_mode(cfg.source, cfg.target)
+    name = cfg.mode or prompt_mode
     numbers = {key: cfg[key] for key in ("cross", "own", "local") if cfg[key] is not None}
-    if implied == "reweight" and not factors:
+    if prompt_mode == "reweight" and not factors:
         raise UserError("source= and target= are the same words: change one, or give reweight={word: factor}")
-    if name == "replace" and implied == "insert":
+    if name == "replace" and prompt_mode == "insert":
         raise UserError(
             f"mode=replace needs equally many words: the source has {len(cfg.source.split())}, the target "
             f"{len(cfg.target.split())}; leave out mode= to make the edit an insert"

@@ -116,7 +116,7 @@ class Inpainting(Method):
         return fingerprint("inpainting", parts, str(self.backbone.dtype), nets, self.settings)
 
     def fill(self, composites: Sequence[Composite], seeds: Sequence[Seed]) -> list[np.ndarray]:
-        backbone, empty = self.backbone, self.backbone.prompt([""])
+        backbone, empty_text = self.backbone, self.backbone.prompt([""])
 
         def draw(part: slice, noise: torch.Tensor, hole: torch.Tensor, masked: torch.Tensor) -> torch.Tensor:
             controls = []
@@ -124,7 +124,7 @@ class Inpainting(Method):
                 hints = torch.stack([to_hint(picture) for picture in draw_hints(b, composites[part])])
                 controls.append((b.net, hints.to(backbone.device), b.weight))
             text = backbone.prompt([c.caption for c in composites[part]])
-            return inpaint(backbone, noise, hole, masked, text, empty, self.settings, controls)
+            return inpaint(backbone, noise, hole, masked, text, empty_text, self.settings, controls)
 
         return fill_holes(backbone, composites, seeds, draw, self.settings.batch)
 

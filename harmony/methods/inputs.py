@@ -65,18 +65,18 @@ def get_size(image: np.ndarray) -> tuple[int, int]:
 
 def read_alpha_mask(path: str) -> np.ndarray:
     """The mask of a cut-out, bool H x W: where it is opaque. UserError for a picture without transparency."""
-    opaque = np.asarray(open_image(path).convert("RGBA"))[..., 3] > OBJECT
-    if opaque.all():
+    opacity = np.asarray(open_image(path).convert("RGBA"))[..., 3] > OBJECT
+    if opacity.all():
         raise UserError(f"{path} has no transparent background and no mask was given; add mask=PATH")
-    if not opaque.any():
+    if not opacity.any():
         raise UserError(f"{path} is transparent everywhere; give the cut-out with its object opaque")
-    return opaque
+    return opacity
 
 
 def read_on_white(path: str) -> np.ndarray:
     """Read a picture, uint8 H x W x 3, white where it is transparent."""
-    pixels, opaque = read_image(path), np.asarray(open_image(path).convert("RGBA"))[..., 3:] / 255
-    return np.rint(opaque * pixels + (1 - opaque) * 255).astype(np.uint8)
+    pixels, opacity = read_image(path), np.asarray(open_image(path).convert("RGBA"))[..., 3:] / 255
+    return np.rint(opacity * pixels + (1 - opacity) * 255).astype(np.uint8)
 
 
 def read_box(box: Any) -> tuple[float, ...] | None:
@@ -161,8 +161,8 @@ def list_composites(folder: Path) -> list[tuple[str, dict]]:
             else:
                 incomplete_ids.append(name)
     if incomplete_ids:
-        needs = "neither a composite with its mask nor a foreground with mask and box"
-        print(f"{len(incomplete_ids)} rows name {needs}: {incomplete_ids}")
+        parts = "neither a composite with its mask nor a foreground with mask and box"
+        print(f"{len(incomplete_ids)} rows name {parts}: {incomplete_ids}")
     return check_ids(folder, items)
 
 

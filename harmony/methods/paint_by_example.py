@@ -34,8 +34,8 @@ def paint(
     ``hole`` B x 1 x h x w in {0, 1} (1 = paint), ``masked`` the scaled latent of the masked image, ``context``
     B x T x D of the exemplars.
     """
-    empty = painter.encoder.uncond_vector
-    return sampled(painter.backbone, noise, known_by_example(hole, masked), context, empty, schedule)
+    empty_context = painter.encoder.uncond_vector
+    return sampled(painter.backbone, noise, known_by_example(hole, masked), context, empty_context, schedule)
 
 
 class PaintByExample(Method):

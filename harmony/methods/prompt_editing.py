@@ -75,8 +75,8 @@ def invert_pictures(
         nulls = [text] * steps
     else:
         abar, offset = backbone.alphas_cumprod, backbone.scheduler.config.steps_offset
-        search, empty = Search(lambda i, n: inner), backbone.prompt([""])
-        nulls = null_texts(denoiser(backbone), trajectory, [text] * steps, empty, w, abar, offset, search, say)
+        search, empty_text = Search(lambda i, n: inner), backbone.prompt([""])
+        nulls = null_texts(denoiser(backbone), trajectory, [text] * steps, empty_text, w, abar, offset, search, say)
     pairs = zip(trajectory[0].split(1), trajectory[-1].split(1), strict=True)
     return [Inversion(*pair, [null[i : i + 1] for null in nulls]) for i, pair in enumerate(pairs)]
 

@@ -110,22 +110,22 @@ class Words:
     """The variables of the refinement of B composites.
 
     ``change`` 2B x T x D: changes of the embeddings of the descriptors, foregrounds first. ``logits`` B x T: of the
-    weights of the backgrounds' descriptors. ``where`` bool 2B x T: the descriptors.
+    weights of the backgrounds' descriptors. ``descriptors`` bool 2B x T: where they are.
     """
 
-    where: torch.Tensor
+    descriptors: torch.Tensor
     change: torch.Tensor
     logits: torch.Tensor
 
     @property
     def weights(self) -> torch.Tensor:
         """B x T: weights of the descriptors of each background, which sum to 1."""
-        return self.logits.masked_fill(~self.where[len(self.logits) :], -math.inf).softmax(1)
+        return self.logits.masked_fill(~self.descriptors[len(self.logits) :], -math.inf).softmax(1)
 
     def compute_penalty(self) -> torch.Tensor:
         """Mean square of the changes, foreground plus background: B."""
-        squares = (self.change.square() * self.where[..., None]).sum((1, 2))
-        return (squares / (self.where.sum(1) * self.change.shape[2])).view(2, -1).sum(0)
+        squares = (self.change.square() * self.descriptors[..., None]).sum((1, 2))
+        return (squares / (self.descriptors.sum(1) * self.change.shape[2])).view(2, -1).sum(0)
 
 
 def refine_texts(
@@ -183,8 +183,8 @@ def sobel(x: torch.Tensor) -> torch.Tensor:
     """B x C x H x W in [0, 1] -> gradient magnitudes sqrt(gx^2 + gy^2 + 1e-6); kernels / 8, edge pixels replicated."""
     kernel = torch.tensor([[-1.0, 0.0, 1.0], [-2.0, 0.0, 2.0], [-1.0, 0.0, 1.0]], device=x.device, dtype=x.dtype) / 8
     kernels = torch.stack([kernel, kernel.T])[:, None]
-    padded = F.pad(x.flatten(0, 1)[:, None], (1, 1, 1, 1), mode="replicate")
-    return (F.conv2d(padded, kernels).square().sum(1) + 1e-6).sqrt().view_as(x)
+    planes = F.pad(x.flatten(0, 1)[:, None], (1, 1, 1, 1), mode="replicate")
+    return (F.conv2d(planes, kernels).square().sum(1) + 1e-6).sqrt().view_as(x)
 
 
 def edge_loss(x: torch.Tensor, y: torch.Tensor, masks: torch.Tensor, parts: Parts) -> torch.Tensor:
@@ -222,11 +222,11 @@ def harmonize_once(
     """Run one round: raw outputs, uint8 R x R x 3, of B composites with their masks (bool R x R) and descriptions."""
     pictures = to_model(np.stack(composites)).to(backbone.device)
     inside = torch.from_numpy(np.stack(masks)[:, None]).float().to(backbone.device)
-    eps, empty = denoiser(backbone), backbone.prompt([""])
+    eps, empty_text = denoiser(backbone), backbone.prompt([""])
     abar, offset = backbone.alphas_cumprod, backbone.scheduler.config.steps_offset
     with torch.no_grad():
         z = backbone.latent(backbone.moments(pictures))
-        text = empty.expand(len(z), -1, -1)
+        text = empty_text.expand(len(z), -1, -1)
         trajectory = invert(lambda z, t: eps(z, t, text), z, parts.steps, abar, offset)
     prompts = [d.prompts[0] for d in descriptions] + [d.prompts[1] for d in descriptions]
     tokens = backbone.tokens(prompts).to(backbone.device)
@@ -247,7 +247,7 @@ def harmonize_once(
 
     search = Search(lambda i, n: 1 + 5 * i // n, lambda i: parts.null_lr, compute_loss, lambda i: -1.0)
     count = len(composites)
-    nulls = null_texts(eps, trajectory, [t[:count] for t in texts], empty, parts.guidance, abar, offset, search)
+    nulls = null_texts(eps, trajectory, [t[:count] for t in texts], empty_text, parts.guidance, abar, offset, search)
     control = CopyAttention(2 * count, parts.own)
     nulls = [null.repeat(2, 1, 1) for null in nulls]
     noise = trajectory[-1].repeat(2, 1, 1, 1)
@@ -300,7 +300,7 @@ def run_rounds(
     """
     results: list[Round] = []
 
-    def add(*facts) -> None:
+    def add_round(*facts) -> None:
         results.append(Round(*facts))
         say(results[-1])
 
@@ -313,7 +313,7 @@ def run_rounds(
         trials.append(score_output((yield composite, prompt)))
     order = sorted(range(len(trials)), key=lambda p: -(trials[p][1] or 0.0))
     for prompt in range(len(trials)):
-        add(1, prompt, *trials[prompt], CONTINUE if count > 1 else CONCLUDE)
+        add_round(1, prompt, *trials[prompt], CONTINUE if count > 1 else CONCLUDE)
     prompt, others, has_switched = order[0], order[1:], False
     path, scores = [composite, trials[prompt][0]], [trials[prompt][1]]
     for number in range(2, count + 1):
@@ -322,7 +322,7 @@ def run_rounds(
         scores.append(score)
         decision = CONTINUE if evaluator is None else decide(scores, len(others), has_switched)
         decision = CONCLUDE if number == count else decision
-        add(number, prompt, image, score, decision)
+        add_round(number, prompt, image, score, decision)
         if decision == CONCLUDE:
             break
         if decision == REGENERATE:
@@ -504,9 +504,10 @@ def load(
     settings = Parts(steps, guidance, **(parts or {}))
     if settings.deep is not None:
         settings.deep.requires_grad_(False).eval().to(backbone.device)
-    describe = None
-    if describer != "given":
-        is_by_clip = describer == "words"
-        describe = make_word_scorer(backbone, clip) if is_by_clip else VisionLanguageModel(describer, backbone.device)
+    word_describer = None
+    if describer == "words":
+        word_describer = make_word_scorer(backbone, clip)
+    elif describer != "given":
+        word_describer = VisionLanguageModel(describer, backbone.device)
     score = load_evaluator(evaluator, backbone.device)
-    return ZeroShot(backbone, settings, describe, rounds, score, f"{describer} {clip or ''}".strip())
+    return ZeroShot(backbone, settings, word_describer, rounds, score, f"{describer} {clip or ''}".strip())

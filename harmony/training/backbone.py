@@ -244,13 +244,13 @@ class CLIPTask(BackboneTask):
             setattr(config.text_config, name, getattr(self.tokenizer, name))
         return CLIPModel(config)
 
-    def tokens(self, captions: list[str]) -> torch.Tensor:
+    def tokenize(self, captions: list[str]) -> torch.Tensor:
         options = {"padding": "max_length", "truncation": True, "return_tensors": "pt"}
         return self.tokenizer(captions, **options).input_ids.to(self.device)
 
     def compute_features(self, images: torch.Tensor, captions: list[str]) -> tuple[torch.Tensor, torch.Tensor]:
         """Unit vectors of both towers, B x P each; ``images`` in [-1, 1]."""
-        out = self.net(input_ids=self.tokens(captions), pixel_values=to_clip((images + 1) / 2))
+        out = self.net(input_ids=self.tokenize(captions), pixel_values=to_clip((images + 1) / 2))
         return F.normalize(out.image_embeds, dim=-1), F.normalize(out.text_embeds, dim=-1)
 
     def training_step(self, batch: dict[str, Any], index: int) -> torch.Tensor:
@@ -407,7 +407,7 @@ class InpaintTask(BackboneTask):
         )
         width = backbone.text_encoder.config.hidden_size
         self.register_buffer("abar", DDIMScheduler(**SCHEDULE).alphas_cumprod, persistent=False)
-        self.register_buffer("empty", backbone.prompt([""]), persistent=False)
+        self.register_buffer("empty_text", backbone.prompt([""]), persistent=False)
         return UNet2DConditionModel(cross_attention_dim=width, **self.hparams.config)
 
     def on_fit_start(self) -> None:
@@ -416,7 +416,7 @@ class InpaintTask(BackboneTask):
 
     def training_step(self, batch: dict[str, Any], index: int) -> torch.Tensor:
         text = self.backbone.text(batch["tokens"])
-        text = torch.where((batch["drop"] < self.hparams.prompt_dropout)[:, None, None], self.empty, text)
+        text = torch.where((batch["drop"] < self.hparams.prompt_dropout)[:, None, None], self.empty_text, text)
         z, condition, t = add_noise(batch, self.backbone.vae.config.scaling_factor, self.abar)
         output = self.net(torch.cat([z, condition], 1), t, text).sample
         target = compute_target(self.backbone.prediction_type, z, batch["noise"], self.abar[t])
@@ -440,14 +440,14 @@ class InpaintTask(BackboneTask):
         masked_images = batch["image"] * (1 - batch["pixel_hole"])
         for guidance in (1.0, 2.0, 3.0):
             masked = gray.expand_as(noise)
-            latents = inpaint(backbone, noise, full_hole, masked, text, self.empty, Schedule(25, guidance))
+            latents = inpaint(backbone, noise, full_hole, masked, text, self.empty_text, Schedule(25, guidance))
             for row, x in zip(rows, backbone.decode(latents), strict=True):
                 row.append(from_model(x))
         for row, x in zip(rows, masked_images, strict=True):
             row.append(from_model(x))
         for guidance in (1.0, 2.0, 3.0):
             masked = backbone.latent(backbone.moments(masked_images))
-            latents = inpaint(backbone, noise, batch["hole"], masked, text, self.empty, Schedule(25, guidance))
+            latents = inpaint(backbone, noise, batch["hole"], masked, text, self.empty_text, Schedule(25, guidance))
             for row, x in zip(rows, backbone.decode(latents), strict=True):
                 row.append(from_model(x))
         titles = ["truth", "text w=1", "w=2", "w=3", "hole", "fill w=1", "w=2", "w=3"]

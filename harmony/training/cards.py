@@ -92,8 +92,8 @@ def format_model_option(backbone: str) -> str:
     return "" if backbone == DEFAULT_BACKBONE else shlex.quote(join_lines(f"model.path={backbone}"))
 
 
-def collect_training_values(run: RunFolder, facts: Mapping[str, Any], without: str) -> dict[str, object]:
-    """The values of the template ``training``. ``facts``: those of ``hint.json`` or ``backbone.json``."""
+def collect_training_values(run: RunFolder, facts: Mapping[str, Any], baseline: str) -> dict[str, object]:
+    """The values of the template ``training``; ``facts``: those of ``hint.json`` or ``backbone.json``."""
     figures, words, limit = run.metrics, run.read_fact("command", list), run.read_option("evaluate.limit")
     return {
         "backbone": read_fact(facts, "backbone"),
@@ -109,7 +109,7 @@ def collect_training_values(run: RunFolder, facts: Mapping[str, Any], without: s
         "torch": run.read_fact("versions.torch"),
         "commit": run.read_fact("git.commit"),
         "rows": [(n, figures[f"baseline/{n}"], figures[n]) for n in sorted(figures) if f"baseline/{n}" in figures],
-        "without": without,
+        "without": baseline,
         "count": run.read_fact("count") or ("all" if limit is None else limit),
         "split": run.read_option("evaluate.split"),
         "sampling_steps": run.read_option("evaluate.steps"),

@@ -170,7 +170,7 @@ class ControlTask(Controls):
 
     def on_fit_start(self) -> None:
         self.backbone.to(self.device)
-        self.empty = self.backbone.prompt([""])
+        self.empty_text = self.backbone.prompt([""])
         if self.companion:
             placed(self.companion.net, self.device)
 
@@ -205,7 +205,7 @@ class ControlTask(Controls):
         """
         backbone = self.backbone
         text = backbone.text(batch["tokens"])
-        text = torch.where((batch["drop"] < self.prompt_dropout)[:, None, None], self.empty, text)
+        text = torch.where((batch["drop"] < self.prompt_dropout)[:, None, None], self.empty_text, text)
         scale, abar = backbone.vae.config.scaling_factor, backbone.alphas_cumprod
         z, condition, t = add_noise(batch, scale, abar, self.objective.t_min)
         target = compute_target(backbone.prediction_type, z, batch["noise"], abar[t])
@@ -218,11 +218,11 @@ class ControlTask(Controls):
         t: torch.Tensor,
         text: torch.Tensor,
         target: torch.Tensor,
-        encoded: Encoded,
+        encoding: Encoded,
         hint_off: bool = False,
         run: Run = run_eagerly,
     ) -> torch.Tensor:
-        """Weighted squared error B x C x h x w, by the UNet's second half, from the output ``encoded`` of the first.
+        """Weighted squared error B x C x h x w, by the UNet's second half, from the output ``encoding`` of the first.
 
         ``hint_off``: without the ControlNet.
         """
@@ -231,7 +231,7 @@ class ControlTask(Controls):
         if self.companion:
             others = self.compute_companion(batch, u, t, text, run)
             residuals = others if residuals is None else together(residuals, others)
-        output = run(decode)(self.backbone.unet, encoded, text, residuals)
+        output = run(decode)(self.backbone.unet, encoding, text, residuals)
         kind, a = self.backbone.prediction_type, self.backbone.alphas_cumprod[t]
         weight = self.objective.compute_weight(a, batch["weight"], kind)
         return weight * F.mse_loss(output.float(), target, reduction="none")
@@ -248,8 +248,8 @@ class ControlTask(Controls):
 
     def compute_error(self, batch: Batch, *inputs: torch.Tensor, run: Run = run_eagerly) -> torch.Tensor:
         """Weighted squared error B x C x h x w of ``prepare_inputs``' results, through UNet and ControlNet."""
-        encoded = run(encode)(self.backbone.unet, *inputs[:3])
-        return self.compute_second_half(batch, *inputs, encoded, run=run)
+        encoding = run(encode)(self.backbone.unet, *inputs[:3])
+        return self.compute_second_half(batch, *inputs, encoding, run=run)
 
     @property
     def run(self) -> Run:
@@ -290,9 +290,9 @@ class ControlTask(Controls):
         A companion runs in both, in its share of the samples.
         """
         u, t, text, target = self.prepare_inputs(batch)
-        encoded = encode(self.backbone.unet, u, t, text)
+        encoding = encode(self.backbone.unet, u, t, text)
         for name, hint_off in (("validation/loss", False), ("validation/loss_hint_off", True)):
-            error = self.compute_second_half(batch, u, t, text, target, encoded, hint_off)
+            error = self.compute_second_half(batch, u, t, text, target, encoding, hint_off)
             self.log(name, error.mean(), batch_size=len(t), sync_dist=True)
 
 
@@ -336,7 +336,7 @@ class JointTask(Controls):
 
     def on_fit_start(self) -> None:
         self.backbone.to(self.device)
-        self.lead.empty = self.backbone.prompt([""])
+        self.lead.empty_text = self.backbone.prompt([""])
 
     on_validation_start = on_fit_start
 
@@ -351,9 +351,9 @@ class JointTask(Controls):
         self, batch: Batch, *inputs: torch.Tensor, hint_off: bool = False, run: Run = run_eagerly
     ) -> dict[str, torch.Tensor]:
         """Branch -> loss; ``inputs``: the results of ``ControlTask.prepare_inputs``."""
-        encoded = run(encode)(self.backbone.unet, *inputs[:3])
+        encoding = run(encode)(self.backbone.unet, *inputs[:3])
         tasks = self.tasks.items()
-        errors = {name: t.compute_second_half(batch, *inputs, encoded, hint_off, run) for name, t in tasks}
+        errors = {name: t.compute_second_half(batch, *inputs, encoding, hint_off, run) for name, t in tasks}
         return {name: error.mean() for name, error in errors.items()}
 
     def training_step(self, batch: Batch, index: int) -> torch.Tensor:

@@ -106,8 +106,8 @@ def make_adamw(
     (fused) unless gradients are clipped: Lightning's mixed precision refuses both together. ``offload``: use
     ``HostAdamW``.
     """
-    fused = {} if offload else {"fused": not trainer.gradient_clip_val}
-    optimizer = (HostAdamW if offload else torch.optim.AdamW)(parameters, lr=lr, weight_decay=weight_decay, **fused)
+    options = {} if offload else {"fused": not trainer.gradient_clip_val}
+    optimizer = (HostAdamW if offload else torch.optim.AdamW)(parameters, lr=lr, weight_decay=weight_decay, **options)
     factor = decay_linearly(count_steps(trainer), warmup) if decay else warmup_rule(warmup)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
     return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}

@@ -75,7 +75,7 @@ class TextualInversionTask(Task):
         self.backbone, self.token, self.init, self.lr, self.weight_decay = backbone, token, init, lr, weight_decay
         self.templates, self.settings, self.seed = TEMPLATES[property], Settings(steps, guidance), seed
         self.vectors = torch.nn.Parameter(initial(backbone, init, vectors))
-        self.first = add_tokens(backbone, token, vectors)
+        self.first_token = add_tokens(backbone, token, vectors)
         self.clip = clip_of(backbone)
 
     def on_fit_start(self) -> None:
@@ -101,12 +101,12 @@ class TextualInversionTask(Task):
 
     def is_read(self, prompt: str) -> bool:
         """Whether the whole word is within the tokens that the model reads."""
-        return self.first + len(self.vectors) - 1 in self.backbone.tokens([self.insert_word(prompt)])
+        return self.first_token + len(self.vectors) - 1 in self.backbone.tokens([self.insert_word(prompt)])
 
     def encode_prompts(self, prompts: list[str]) -> torch.Tensor:
         """Text states B x T x D of B prompts with {} for the word, by its current vectors."""
         tokens = self.backbone.tokens([self.insert_word(prompt) for prompt in prompts]).to(self.device)
-        return text_states(self.backbone.text_encoder, tokens, self.first, self.vectors)
+        return text_states(self.backbone.text_encoder, tokens, self.first_token, self.vectors)
 
     def training_step(self, batch: dict[str, torch.Tensor], index: int) -> torch.Tensor:
         backbone, abar = self.backbone, self.backbone.alphas_cumprod

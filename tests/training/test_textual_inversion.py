@@ -80,7 +80,8 @@ def test_only_the_vectors_change(backbone, pictures, tmp_path):
     assert run.global_step == 3 and frozen(backbone) == before
     assert (task.vectors - start).abs().amax(1).min() > 1e-3
     assert not any(module.training for part in FROZEN for module in getattr(backbone, part).modules())
-    assert len(backbone.text_encoder.get_input_embeddings().weight) == task.first, "the table has no row of the word"
+    rows = backbone.text_encoder.get_input_embeddings().weight
+    assert len(rows) == task.first_token, "the table has no row of the word"
     run.save_checkpoint(tmp_path / "a.ckpt")
     saved = torch.load(tmp_path / "a.ckpt", weights_only=True)
     assert set(saved["state_dict"]) == {"vectors"} and torch.equal(saved["state_dict"]["vectors"], task.vectors)
