@@ -243,7 +243,7 @@ def test_a_backbone_trains(part, sd2, tmp_path, monkeypatch):
     assert module.training_step(on_gpu(batch), 0).requires_grad
     for p in module.net.parameters():
         p.grad = torch.empty_like(p)
-    optimizer = module.optimizer if hasattr(module, "optimizer") else module.optimiser
+    optimizer = module.optimizer_class
     if optimizer is Muon:
         optimizer([p for p in module.net.parameters() if p.ndim >= 2]).step()
     module.on_train_batch_end()
