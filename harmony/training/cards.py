@@ -50,14 +50,8 @@ def format_code(text: object) -> str:
 def render(templates: Sequence[str], data: ModelCardData, **values: object) -> str:
     """The card that the joined ``templates`` make of metadata and values."""
     template = "".join((TEMPLATES / f"{name}.md").read_text(encoding="utf-8") for name in templates)
-    return (
-        str(
-            ModelCard.from_template(
-                data, template_str=template, code=format_code, cell=escape_cell, repr=repr, **values
-            )
-        )
-        + "\n"
-    )
+    functions = {"code": format_code, "cell": escape_cell, "repr": repr}
+    return f"{ModelCard.from_template(data, template_str=template, **functions, **values)}\n"
 
 
 def make_metadata(license: str, backbone: str, relation: str, tags: Sequence[str]) -> ModelCardData:
