@@ -114,7 +114,7 @@ def words(overrides: list[str]) -> list[str]:
 
 def check(cfg: DictConfig, device: str) -> None:
     """UserError for what cannot be measured on this ``device``."""
-    from harmony.benchmarks.sample import modes_of
+    from harmony.benchmarks.sample import list_modes
 
     if wrong := [what for what in cfg.what if what not in (*PARTS, "gpu")]:
         raise UserError(f"{wrong[0]} cannot be measured: choose among {', '.join(PARTS)}, gpu")
@@ -123,16 +123,16 @@ def check(cfg: DictConfig, device: str) -> None:
     for name in COUNTS:
         if type(value := OmegaConf.select(cfg, name)) is not int or value < 1:
             raise UserError(f"{name}={value}: give a whole number of 1 or more")
-    if wrong := [name for name in cfg.sampling.modes or () if name not in modes_of(device)]:
-        raise UserError(f"sampling.modes={wrong[0]}: choose among {', '.join(modes_of(device))}")
+    if wrong := [name for name in cfg.sampling.modes or () if name not in list_modes(device)]:
+        raise UserError(f"sampling.modes={wrong[0]}: choose among {', '.join(list_modes(device))}")
 
 
 def measure_gpu(cfg: DictConfig, folder: Path, gpu: bool) -> None:
     """All parts of ``benchmarks.gpu`` as processes of their own; what is left is their table."""
-    from harmony.benchmarks.gpu import parts, run_parts
+    from harmony.benchmarks.gpu import list_parts, run_parts
 
     beside = max(1, min(6, (os.cpu_count() or 1) // 2)) if gpu else 1
-    outcomes = run_parts(parts(folder), folder, gpu, beside, cfg.limit)
+    outcomes = run_parts(list_parts(folder), folder, gpu, beside, cfg.limit)
     if skipped := [o.name for o in outcomes if o.status.startswith("skipped")]:
         print(f"skipped, since there is no GPU: {', '.join(skipped)}")
     print(f"\n{(folder / 'table.md').read_text()}\n{folder / 'parts.json'}")

@@ -33,15 +33,15 @@ def main(cfg: DictConfig) -> None:
     from harmony.core.progress import tell
     from harmony.data.captions import caption_picture
     from harmony.methods.edit_inputs import (
-        attention_sheet,
-        mode_and_numbers,
+        choose_mode,
+        draw_attention,
+        find_words,
         paste_edit,
         read_edit,
         read_factors,
         split_list,
-        words_to_look_at,
     )
-    from harmony.methods.prompt_editing import edit_picture, kept_inversion, plan
+    from harmony.methods.prompt_editing import edit_picture, load_or_invert, plan_edit
     from harmony.metrics.fidelity import psnr
     from harmony.models.textual_inversion import learn, read_word
     from harmony.pixels.images import crop_resize, from_model, grid, write_image
@@ -58,13 +58,14 @@ def main(cfg: DictConfig) -> None:
         cfg.source = caption_picture(crop, backbone.captioner, backbone.processor, backbone.device)
         print(f"source {cfg.source!r}, by the captioner; its words are the handles: correct them with source=")
     factors = read_factors(cfg.reweight)
-    name, mode = mode_and_numbers(cfg, factors)
-    words = factors or None, words_to_look_at(cfg)
-    planned = plan(backbone, cfg.source, cfg.target, mode, *words)  # what does not fit is refused before the inversion
+    name, mode = choose_mode(cfg, factors)
+    words = factors or None, find_words(cfg)
+    # what does not fit is refused before the inversion
+    planned = plan_edit(backbone, cfg.source, cfg.target, mode, *words)
     local = "local" if mode.local else "in the whole picture"
     print(f"{name}, {local}: {cfg.source!r} -> {cfg.target!r}; cross {mode.cross:g}, own {mode.own:g}; {LIMITS}")
     store, options = Path(cfg.paths.work) / "inversions", (cfg.source, cfg.steps, cfg.guidance, cfg.inner)
-    inversion = kept_inversion(store, backbone, square, *options, tell)
+    inversion = load_or_invert(store, backbone, square, *options, tell)
     edited = edit_picture(backbone, inversion, planned, cfg.guidance, cfg.threshold)
     bound = from_model(backbone.decode(inversion.latent))[0]
     figures = {"autoencoder/psnr": psnr(bound, square), "reconstruction/psnr": psnr(edited.pictures[0], square)}
@@ -82,7 +83,7 @@ def main(cfg: DictConfig) -> None:
         pictures["mask"] = region
         for who, mask in zip(("source", "target"), edited.masks, strict=True):
             pictures[f"mask_{who}"] = mask
-    pictures |= {"attention": attention_sheet(edited, backbone.resolution), "sheet": grid([row], titles)}
+    pictures |= {"attention": draw_attention(edited, backbone.resolution), "sheet": grid([row], titles)}
     for file, picture in pictures.items():
         write_image(folder / f"{file}.png", picture)
     write_json(folder / "metrics.json", {key: float(value) for key, value in figures.items()})

@@ -18,7 +18,7 @@ from harmony.data.manifest import manifest_hash
 from harmony.data.preparation import ensure
 from harmony.data.shards import hand_over, predictor
 from harmony.models.backbone import DIFFUSION
-from harmony.training.callbacks import AtomicCheckpoints, trainer_callbacks
+from harmony.training.callbacks import AtomicCheckpoints, list_callbacks
 from harmony.training.task import Task
 
 
@@ -46,7 +46,7 @@ def train(cfg: DictConfig, folder: Path) -> tuple[lightning.Trainer, Task]:
     if hasattr(data, "prepare"):
         data.prepare(first := predictor(instantiate(cfg.trainer, _partial_=True, _convert_="all")))
     logger = instantiate(cfg.logger)
-    callbacks = trainer_callbacks(instantiate(cfg.callbacks, _convert_="all"))
+    callbacks = list_callbacks(instantiate(cfg.callbacks, _convert_="all"))
     trainer = instantiate(cfg.trainer, _partial_=True, _convert_="all")(
         default_root_dir=str(folder),
         logger=logger,

@@ -13,7 +13,7 @@ from harmony.data.sources.pixels import rows_of
 from harmony.evaluation.eval_sets import SHOWN_TO, EvalSet, composite_of, paste_outputs
 from harmony.evaluation.figures import scores
 from harmony.methods.inpainting import Inpainting, load_branch
-from harmony.methods.method import seeds_of
+from harmony.methods.method import make_seeds
 from harmony.methods.paint_by_example import load as load_paint_by_example
 from harmony.metrics.classification import judged
 from harmony.metrics.fidelity import aggregate
@@ -76,7 +76,7 @@ def test_the_controlnets_do_their_work(backbone, items):
     """The cards say 55 % less colour difference on 96 renders with colour, and more of the edges with structure, alone
     and beside colour; and nothing changes outside the holes.
     """
-    seeds, found = seeds_of(0, range(len(items))), {}
+    seeds, found = make_seeds(0, range(len(items))), {}
     for names in ([], ["color"], ["structure"], ["color", "structure"]):
         branches = [load_branch(name, backbone) for name in names]
         made = Inpainting(backbone, branches, Settings(steps=20, guidance=1.0)).fill(items.composites, seeds)
@@ -99,7 +99,7 @@ def test_the_judge_tells_another_light(items):
 
 def test_paint_by_example_does_its_work(backbone, items):
     """The card says half the colour difference of painting without an exemplar, and that it looks like the truth."""
-    seeds, found = seeds_of(0, range(len(items))), {}
+    seeds, found = make_seeds(0, range(len(items))), {}
     for guidance in (0.0, 3.0):
         method = load_paint_by_example(backbone, "paint_by_example", steps=20, guidance=guidance)
         found[guidance] = aggregate(scores(items, paste_outputs(items, method.fill(items.composites, seeds))))

@@ -196,7 +196,7 @@ MISTAKES = {
     ("image=text.png",): "text.png cannot be decoded",
     ("target=",): "target not given; add target=...",
     ("mode=remove",): "mode=remove: choose one of replace, insert, style, reweight",
-    ("mode=replace", "target=a red car"): "mode=replace wants as many words: the source has 5, the target 3",
+    ("mode=replace", "target=a red car"): "mode=replace needs equally many words: the source has 5, the target 3",
     (f"target={SOURCE}",): "are the same words: change one, or give reweight=",
     ("look_at=car,cat",): "look_at=cat: neither the source nor the target has this word",
     ("square=100,50,90",): "square=100,50,90: give x0,y0,side of a square inside the 150 x 110 photograph",
@@ -208,8 +208,8 @@ MISTAKES = {
     ("reweight={cat: 2}",): "reweight.cat: the target 'a red car on snow' has no such word",
     ("reweight={car: much}",): "reweight={car: much}: give a word and a factor, reweight={snowy: 3}",
     ("square=",): "square=: give x0,y0,side of a square",
-    ("target=null",): "target=null: say what the photograph shall show",
-    (f"target={SOURCE}", "reweight={red: 2}", "local=true"): "a local edit wants words to look at",
+    ("target=null",): "target=null: say what the photograph should show",
+    (f"target={SOURCE}", "reweight={red: 2}", "local=true"): "a local edit needs words to look at",
 }
 
 

@@ -29,7 +29,7 @@ from harmony.models.paint_by_example import export_painter, fresh_encoder, load_
 from harmony.pixels.images import read_image, write_image
 from harmony.pixels.masks import hole
 from harmony.sampling.guidance import Schedule, inpaint
-from harmony.training.cards import cell, code, controlnet_card
+from harmony.training.cards import escape_cell, format_code, render_controlnet_card
 from harmony.training.run_folder import RunFolder
 
 HINTS = {"color": {"sigma": 10, "normalize": True}, "structure": {"low": 100, "high": 200, "edge_source": "masked"}}
@@ -419,7 +419,7 @@ def test_the_snippet_of_the_shipped_controlnet_runs(command, tmp_path, monkeypat
 
 def card_of(folder: Path, **facts) -> tuple[dict, str]:
     """(metadata, text) of the card of a color ControlNet; ``facts`` join those of hint.json."""
-    text = controlnet_card(
+    text = render_controlnet_card(
         RunFolder(folder), {"branch": "color", "parameters": {}, "backbone": "tiny"} | facts, False, None
     )
     (folder / "README.md").write_text(text)
@@ -438,7 +438,7 @@ def test_metadata_for_the_hub(tmp_path):
 
 
 def test_a_controlnet_of_unknown_origin_has_a_card(tmp_path):
-    text = controlnet_card(RunFolder(tmp_path), {}, False, "mit")
+    text = render_controlnet_card(RunFolder(tmp_path), {}, False, "mit")
     assert "came without a `hint.json`" in text and "```python" not in text and "None were measured" in text
 
 
@@ -463,8 +463,8 @@ def test_foreign_text_is_shown_literally(run, command, backbone):
 
 
 def test_escapes():
-    assert cell("a|b\n<c> `d`") == r"a\|b \<c\> \`d\`"
-    assert (code("plain"), code("a`b``c"), code(None)) == ("`plain`", "``` a`b``c ```", "`unknown`")
+    assert escape_cell("a|b\n<c> `d`") == r"a\|b \<c\> \`d\`"
+    assert [format_code(text) for text in ("plain", "a`b``c", None)] == ["`plain`", "``` a`b``c ```", "`unknown`"]
 
 
 # --- runs of strangers, and of an older day

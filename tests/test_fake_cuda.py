@@ -16,14 +16,14 @@ import torch
 from hydra.utils import instantiate
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode, unset_fake_temporarily
 
-from harmony.benchmarks.train import cached_batch
+from harmony.benchmarks.train import make_batch
 from harmony.cli.compose import compose
 from harmony.data.descriptions import Description, WordScorer
 from harmony.data.latent_cache import Example, Recipe, encode
 from harmony.methods.inpainting import Branch, Inpainting
 from harmony.methods.method import Composite
 from harmony.methods.paint_by_example import PaintByExample
-from harmony.methods.prompt_editing import MODES, edit_picture, invert_pictures, plan, reconstruct
+from harmony.methods.prompt_editing import MODES, edit_picture, invert_pictures, plan_edit, reconstruct
 from harmony.methods.zero_shot import Parts, harmonize_once
 from harmony.metrics.frechet import extract
 from harmony.metrics.similarity import embeddings
@@ -157,7 +157,7 @@ def test_one_controlnet_trains(sd2, monkeypatch):
     task.companion = Branch("structure", placed(from_unet(sd2.unet, sd2.factor).requires_grad_(False), GPU))
     attached(task, monkeypatch)
     task.on_fit_start()
-    batch = on_gpu(cached_batch(sd2, 2, ("color", "structure")))
+    batch = on_gpu(make_batch(sd2, 2, ("color", "structure")))
     loss = task.training_step(batch, 0)
     assert loss.device.type == "cuda" and loss.dtype == torch.float32 and loss.requires_grad
     with torch.no_grad():
@@ -169,7 +169,7 @@ def test_two_controlnets_train(sd2, monkeypatch):
     task.configure_model()
     attached(task, monkeypatch)
     task.on_fit_start()
-    batch = on_gpu(cached_batch(sd2, 2, task.names))
+    batch = on_gpu(make_batch(sd2, 2, task.names))
     assert task.training_step(batch, 0).requires_grad
     with torch.no_grad():
         task.validation_step(batch, 0)
@@ -182,7 +182,7 @@ def test_paint_by_example_trains_and_paints(sd1, composites, monkeypatch):
     task.configure_model()
     attached(task, monkeypatch)
     task.on_fit_start()
-    batch = cached_batch(backbone, 2, ()) | {"hint_exemplar": torch.rand(2, 3, 224, 224)}
+    batch = make_batch(backbone, 2, ()) | {"hint_exemplar": torch.rand(2, 3, 224, 224)}
     assert task.training_step(on_gpu(batch), 0).requires_grad
     with torch.no_grad():
         task.validation_step(on_gpu(batch), 0)
@@ -203,7 +203,7 @@ def test_a_word_is_learnt(sd2, monkeypatch):
     monkeypatch.setattr(task, "log_dict", lambda figures, **options: None)
     task.on_fit_start()
     batch = {
-        name: value for name, value in cached_batch(sd2, 2).items() if name in ("moments", "noise", "encode", "time")
+        name: value for name, value in make_batch(sd2, 2).items() if name in ("moments", "noise", "encode", "time")
     }
     batch |= {"picture": torch.tensor([0, 1]), "template": torch.rand(2)}
     assert task.training_step(on_gpu(batch), 0).requires_grad
@@ -239,13 +239,11 @@ def test_a_backbone_trains(part, sd2, tmp_path, monkeypatch):
     monkeypatch.setattr(module, "log_dict", lambda figures, **options: None)
     attached(module, monkeypatch)
     module.on_fit_start()
-    batch = (
-        cached_batch(sd2, 2, ()) if part == "inpaint" else {"image": torch.rand(2, 3, 256, 256), "caption": said[:2]}
-    )
+    batch = make_batch(sd2, 2, ()) if part == "inpaint" else {"image": torch.rand(2, 3, 256, 256), "caption": said[:2]}
     assert module.training_step(on_gpu(batch), 0).requires_grad
     for p in module.net.parameters():
         p.grad = torch.empty_like(p)
-    optimizer = module.optimizer if hasattr(module, "optimizer") else module.optimiser
+    optimizer = module.optimizer_class
     if optimizer is Muon:
         optimizer([p for p in module.net.parameters() if p.ndim >= 2]).step()
     module.on_train_batch_end()
@@ -281,7 +279,7 @@ def test_prompts_edit(target, sd2, composites):
     assert checked(reconstruct(sd2, [inversion], [source], 7.5), sd2.resolution)
     mode = MODES["insert" if "very" in target else "replace"]
     with unset_fake_temporarily():  # what is done with the words reads its own values, on the CPU
-        planned = plan(sd2, source, target, mode)
+        planned = plan_edit(sd2, source, target, mode)
     edited = edit_picture(sd2, inversion, planned, 7.5)
     assert checked(edited.pictures, sd2.resolution) and len(edited.masks) == len(edited.maps) == 2
 

@@ -143,8 +143,8 @@ def test_interrupted_it_goes_on_exactly(finished, command, tmp_path, monkeypatch
             if trainer.global_step == 4:
                 raise KeyboardInterrupt
 
-    original = harmony.fit.trainer_callbacks
-    monkeypatch.setattr(harmony.fit, "trainer_callbacks", lambda node: [Interrupt(), *original(node)])
+    original = harmony.fit.list_callbacks
+    monkeypatch.setattr(harmony.fit, "list_callbacks", lambda node: [Interrupt(), *original(node)])
     runs = tmp_path / "runs"
     handler = signal.getsignal(signal.SIGINT)
     with pytest.raises(SystemExit) as stopped:
@@ -154,7 +154,7 @@ def test_interrupted_it_goes_on_exactly(finished, command, tmp_path, monkeypatch
     (folder,) = (runs / "color").iterdir()
     assert torch.load(folder / "checkpoints" / "last.ckpt", weights_only=True)["global_step"] == 3
     assert not (folder / "metrics.json").exists()
-    monkeypatch.setattr(harmony.fit, "trainer_callbacks", original)
+    monkeypatch.setattr(harmony.fit, "list_callbacks", original)
     main(compose("fit", command(runs)))
     assert list((runs / "color").iterdir()) == [folder], "the same folder goes on"
     same_run(folder, finished[0])

@@ -141,8 +141,8 @@ def test_by_example(desk, command, painter):
     "words, said",
     [
         (["reference=f.png", "background=b.png", "mask=m.png"], "goes with method=paint_by_example"),
-        (["method=paint_by_example", "reference=f.png", "background=b.png"], "wants background=PATH and mask=PATH"),
-        (["method=paint_by_example", "reference=f.png", "composite=b.png", "mask=m.png"], "wants background=PATH"),
+        (["method=paint_by_example", "reference=f.png", "background=b.png"], "needs background=PATH and mask=PATH"),
+        (["method=paint_by_example", "reference=f.png", "composite=b.png", "mask=m.png"], "needs background=PATH"),
         (
             ["method=paint_by_example", "composite=b.png", "mask=m.png", "painter=nowhere"],
             "there is no Paint by Example",
@@ -196,7 +196,7 @@ def test_zero_shot(desk, command):
         (["prompts=a: b -> c", "zero_shot.refine=abc"], "refine=abc: give a whole number of 0 or more"),
         (["prompts=a: b -> c", "zero_shot.edges=-1"], "edges=-1: give a number of 0 or more"),
         (["describer=nowhere"], "describer=nowhere: no vision-language model"),
-        (["describer=given"], "describer=given wants the words for both lights: give prompts="),
+        (["describer=given"], "describer=given needs the words for both lights: give prompts="),
     ],
 )
 def test_mistakes_in_zero_shot_end_in_one_line(desk, command, words, said):
@@ -269,7 +269,7 @@ MISTAKES = {
     "background=b.png mask=m.png": "give background=PATH and foreground=PATH",
     "background=b.png composite=b.png mask=m.png": "give background=PATH and foreground=PATH",
     "mask=m.png": "give background=PATH and foreground=PATH",
-    "composite=b.png mask=m.png box=1,2,3,4": "box= places a foreground",
+    "composite=b.png mask=m.png box=1,2,3,4": "box= goes with foreground=",
     "background=b.png foreground=cut.png box=1,2,3": "give four numbers",
     "background=b.png foreground=cut.png box=a,b,c,d": "give four numbers",
     "background=b.png foreground=cut.png box=60,40,20,10": "has no area",
@@ -365,8 +365,8 @@ def test_a_folder_goes_on(desk, command):
 def test_a_folder_goes_on_without_being_named(desk, command, monkeypatch):
     """Guards the plain command: killed between two batches it goes on in its folder; ended, it begins a new one."""
     (desk / "index.csv").write_text("id,composite,mask\none,b.png,m.png\ntwo,f.png,m.png\n")
-    whole = runs.Inserter.run_some
-    monkeypatch.setattr(runs.Inserter, "run_some", lambda self, some: whole(self, some) if "one" in some else 1 / 0)
+    whole = runs.Inserter.run_batch
+    monkeypatch.setattr(runs.Inserter, "run_batch", lambda self, some: whole(self, some) if "one" in some else 1 / 0)
     with pytest.raises(ZeroDivisionError):
         command("dir=.", "batch=1")
     monkeypatch.undo()
@@ -412,7 +412,7 @@ def test_an_id_must_be_a_name_of_its_own(desk, command, name):
 
 def test_a_transparent_reference_lies_on_white(desk):
     """Guards the exemplar: what is hidden behind the alpha is not shown to the encoder."""
-    shown, cut = inputs.on_white("cut.png"), np.asarray(Image.open(desk / "cut.png"))
+    shown, cut = inputs.read_on_white("cut.png"), np.asarray(Image.open(desk / "cut.png"))
     opaque = cut[..., 3] > 0
     assert (shown[~opaque] == 255).all() and np.array_equal(shown[opaque], cut[..., :3][opaque])
 

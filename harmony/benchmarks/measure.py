@@ -1,4 +1,4 @@
-"""Measuring two ways of one thing beside each other: in one process, in alternating blocks, on one machine."""
+"""Compares the speed of two functions in alternating blocks of calls, in one process on one machine."""
 
 import resource
 import statistics
@@ -10,38 +10,39 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from harmony.models.timing import now
 
-SIDES = {"cpu": 2048, "cuda": 8192}  # of the matrices whose product says what the device can do
-PRODUCTS = {"cpu": 4, "cuda": 50}  # in a block
-ENOUGH = 10  # calls of the reference in a block
-WARM = 2  # steps of each, at most, before anything is measured
+SIDES = {"cpu": 2048, "cuda": 8192}  # of the matrices whose products give the device's peak rate
+PRODUCTS = {"cpu": 4, "cuda": 50}  # a block
+MIN_CALLS = 10  # of the reference in a block
+WARMUP_CALLS = 2  # of each side, at most, before the first block
 
 
 @dataclass(frozen=True)
 class Rates:
-    """Images a second of each block of ours and of the reference; the n-th of both were measured one after another."""
+    """Images a second in each block, of ours and of the reference; the n-th blocks of both ran one after the other."""
 
     ours: list[float]
     reference: list[float]
 
-    def figures(self, tflop: float | None = None, peak: float | None = None) -> dict[str, float]:
-        """Medians, their ratio and its range over the pairs of blocks; with the TFLOP of one image of ours and the
-        device's measured ``peak`` in TFLOP/s also TFLOP/s and the share of the peak.
+    def summarize(self, tflop: float | None = None, peak: float | None = None) -> dict[str, float]:
+        """Median rates, and the median and range of the ratios of the pairs of blocks.
+
+        ``tflop`` (of one image of ours) adds TFLOP/s; ``peak`` (TFLOP/s of the device) adds the share of it.
         """
         ratios = [a / b for a, b in zip(self.ours, self.reference, strict=True)]
-        found = {"ours": statistics.median(self.ours), "reference": statistics.median(self.reference)}
-        found |= {"ratio": statistics.median(ratios), "ratio_min": min(ratios), "ratio_max": max(ratios)}
+        figures = {"ours": statistics.median(self.ours), "reference": statistics.median(self.reference)}
+        figures |= {"ratio": statistics.median(ratios), "ratio_min": min(ratios), "ratio_max": max(ratios)}
         if tflop is not None:
-            found |= {"tflops": tflop * found["ours"]}
-            found |= {"share_of_peak": found["tflops"] / peak} if peak else {}
-        return found
+            figures |= {"tflops": tflop * figures["ours"]}
+            figures |= {"share_of_peak": figures["tflops"] / peak} if peak else {}
+        return figures
 
 
-def rate(step: Callable[[], object], steps: int, images: int, device: torch.device) -> float:
+def measure_rate(step: Callable[[], object], steps: int, images: int, device: torch.device) -> float:
     """Images a second over ``steps`` calls of ``images`` each."""
-    began = now(device)
+    start = now(device)
     for _ in range(steps):
         step()
-    return steps * images / (now(device) - began)
+    return steps * images / (now(device) - start)
 
 
 def alternate(
@@ -53,41 +54,41 @@ def alternate(
     blocks: int,
     say: Callable[[str], None] = print,
 ) -> Rates:
-    """``blocks`` pairs of blocks of ``steps`` calls each, after a few calls that do not count (compilation, caches).
+    """Rates of both over ``blocks`` pairs of blocks of ``steps`` calls, after a few calls for compilation and caches.
 
-    Of long blocks the reference makes a quarter, at least ``ENOUGH`` calls: rates are compared, and it is the slow one.
+    The reference, which is slower, makes only a quarter of the calls of a long block, but at least ``MIN_CALLS``.
     """
-    calls = {ours: steps, reference: min(steps, max(ENOUGH, steps // 4))}
+    calls = {ours: steps, reference: min(steps, max(MIN_CALLS, steps // 4))}
     for step in (ours, reference):
-        rate(step, min(WARM, steps), images, device)
-    found = Rates([], [])
+        measure_rate(step, min(WARMUP_CALLS, steps), images, device)
+    rates = Rates([], [])
     for n in range(blocks):
-        for step, rates in ((ours, found.ours), (reference, found.reference)):
-            rates.append(rate(step, calls[step], images, device))
-        ratio = found.ours[-1] / found.reference[-1]
-        say(f"block {n + 1}/{blocks}: {found.ours[-1]:.3g} against {found.reference[-1]:.3g} a second, {ratio:.2f} x")
-    return found
+        for step, series in ((ours, rates.ours), (reference, rates.reference)):
+            series.append(measure_rate(step, calls[step], images, device))
+        ratio = rates.ours[-1] / rates.reference[-1]
+        say(f"block {n + 1}/{blocks}: {rates.ours[-1]:.3g} against {rates.reference[-1]:.3g} a second, {ratio:.2f} x")
+    return rates
 
 
-def matmul_rate(device: torch.device, dtype: torch.dtype, blocks: int = 5) -> float:
-    """TFLOP/s of the fastest of some blocks of square matrix products: what this device can do."""
+def measure_matmul_rate(device: torch.device, dtype: torch.dtype, blocks: int = 5) -> float:
+    """The device's peak rate: TFLOP/s of the fastest of a few blocks of square matrix products."""
     side, count = SIDES[device.type], PRODUCTS[device.type]
     a, b = torch.randn(2, side, side, device=device).to(dtype)
     out = torch.empty_like(a)
     torch.mm(a, b, out=out)
-    rates = [rate(lambda: torch.mm(a, b, out=out), count, 1, device) for _ in range(blocks)]
+    rates = [measure_rate(lambda: torch.mm(a, b, out=out), count, 1, device) for _ in range(blocks)]
     return max(rates) * 2 * side**3 / 1e12
 
 
-def tflop(step: Callable[[], object], images: int) -> float:
-    """Floating-point operations of one call, per image, in 10^12; a multiplication with its addition counts as two."""
+def count_tflop(step: Callable[[], object], images: int) -> float:
+    """TFLOP of one call, per image; a multiplication with its addition counts as two operations."""
     with FlopCounterMode(display=False) as counter:
         step()
     return counter.get_total_flops() / images / 1e12
 
 
-def peak_memory(device: torch.device) -> float:
-    """GiB: the most that tensors took on a GPU since its count was reset, or that this process ever took on the CPU."""
+def measure_peak_memory(device: torch.device) -> float:
+    """Peak memory in GiB: of tensors on a GPU since its statistics were reset, of this whole process on the CPU."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**30
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20

@@ -1,23 +1,26 @@
-"""How much memory a training step needs, counted without a device and, where there is a GPU, measured.
+"""Memory of a training step, counted on the meta device and, where there is a GPU, measured.
 
-Counted on the meta device, whose tensors have shapes and no values: weights, gradients, AdamW's two moments, and what
-autograd keeps of the activations. Kernels' workspace comes on top.
+The count covers weights, gradients, AdamW's two moments, and the activations that autograd keeps; the workspace of
+kernels comes on top. Tensors of the meta device have shapes but no values.
 """
 
 import gc
+from collections.abc import Callable, Iterable
+from typing import Any
 
 import torch
+from torch.autograd.function import FunctionCtx
 from torch.overrides import TorchFunctionMode
 
-from harmony.benchmarks.measure import peak_memory
-from harmony.benchmarks.train import Load, cached_batch, our_step, ready, to_device
+from harmony.benchmarks.measure import measure_peak_memory
+from harmony.benchmarks.train import Load, make_batch, make_our_step, prepare_task, to_device
 from harmony.models.backbone import Backbone
 
 BATCHES = (1, 2, 4, 8, 16, 32, 64)
-MEASURED = (1, 8, 64)  # of them, where there is a GPU
-MASTER = 8  # bytes a trained parameter on the device: float32 weight and gradient
-MOMENTS = 8  # AdamW's, there too unless they are offloaded
-OPTIONS = {  # what may be switched on for a small card
+GPU_BATCHES = (1, 8, 64)  # the batch sizes that are measured on a GPU
+MASTER = 8  # bytes a trained parameter: float32 weight and gradient
+MOMENTS = 8  # bytes a trained parameter of AdamW's moments, on the device unless they are offloaded
+OPTIONS = {  # that save memory on a small GPU
     "plain": {},
     "offload": {"offload": True},
     "checkpointing": {"checkpointing": True},
@@ -26,31 +29,33 @@ OPTIONS = {  # what may be switched on for a small card
 GIB = 2**30
 
 
-def numel(module: torch.nn.Module) -> int:
+def count_parameters(module: torch.nn.Module) -> int:
     return sum(p.numel() for p in module.parameters())
 
 
-class Fused(torch.autograd.Function):
-    """What a fused attention kernel keeps for its gradient: query, key, value and output, no probabilities."""
+class FusedKernel(torch.autograd.Function):
+    """Saves what a fused attention kernel saves for its gradient: query, key, value and output, no probabilities."""
 
     @staticmethod
-    def forward(ctx, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+    def forward(ctx: FunctionCtx, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
         out = torch.empty_like(query)
         ctx.save_for_backward(query, key, value, out)
         return out
 
 
 class FusedAttention(TorchFunctionMode):
-    """On the meta device, which has no fused kernel, attention keeps what it keeps elsewhere."""
+    """Gives the meta device, which has no fused attention kernel, the memory behavior of one."""
 
-    def __torch_function__(self, function, types, args=(), kwargs=None):
+    def __torch_function__(
+        self, function: Callable, types: Iterable[type], args: tuple = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
         if function is torch.nn.functional.scaled_dot_product_attention:
-            return Fused.apply(*args[:3])
+            return FusedKernel.apply(*args[:3])
         return function(*args, **(kwargs or {}))
 
 
-def shapes_of(backbone: Backbone) -> Backbone:
-    """The same architecture without values, on the meta device."""
+def strip_values(backbone: Backbone) -> Backbone:
+    """A backbone of the same architecture on the meta device, without values."""
     with torch.device("meta"):
         shapes = Backbone(backbone.path, "random", backbone.dtype, torch.device("meta"))
         for part in ("vae", "unet", "text_encoder"):
@@ -58,69 +63,71 @@ def shapes_of(backbone: Backbone) -> Backbone:
     return shapes
 
 
-def kept(backbone: Backbone, batch: int, checkpointing: bool) -> float:
-    """GiB of activations that autograd keeps in one step on ``shapes_of`` a backbone, in its dtype; weights left
-    out.
-    """
-    task = ready(backbone, ("color",), Load(batch, 1, 1, checkpointing=checkpointing))
+def count_activations(backbone: Backbone, batch: int, checkpointing: bool) -> float:
+    """GiB of activations that autograd keeps in one step of a backbone from ``strip_values``, without the weights."""
+    task = prepare_task(backbone, ("color",), Load(batch, 1, 1, checkpointing=checkpointing))
     torch.nn.Module.to(task.net, backbone.dtype)
     weights = {p.untyped_storage()._cdata for net in (task.net, backbone.unet) for p in net.parameters()}
-    found: dict[int, torch.UntypedStorage] = {}
+    storages: dict[int, torch.UntypedStorage] = {}
 
     def keep(x: torch.Tensor) -> torch.Tensor:
         if (storage := x.untyped_storage())._cdata not in weights:
-            found[storage._cdata] = storage  # held, so that no address is used twice
+            storages[storage._cdata] = storage  # a reference, so that no address is used twice
         return x
 
     with backbone.device, FusedAttention(), torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
-        task.errors(to_device(cached_batch(backbone, batch), backbone.device))
-    return sum(storage.nbytes() for storage in found.values()) / GIB
+        task.compute_errors(to_device(make_batch(backbone, batch), backbone.device))
+    return sum(storage.nbytes() for storage in storages.values()) / GIB
 
 
-def counted(backbone: Backbone) -> dict[str, dict[int, float]]:
+def count_memory(backbone: Backbone) -> dict[str, dict[int, float]]:
     """Name of ``OPTIONS`` -> batch size -> GiB of a whole training step."""
     width = torch.finfo(backbone.dtype).bits // 8
-    shapes = shapes_of(backbone)
-    net = ready(shapes, ("color",), Load(1, 1, 1)).net
-    rounded = 0 if backbone.dtype == torch.float32 else width * numel(net)  # what mixed precision computes with
-    fixed = MASTER * numel(net) + rounded + width * (numel(shapes.unet) + numel(shapes.text_encoder))
-    fixed = (fixed + 4 * numel(shapes.vae)) / GIB
-    moments = MOMENTS * numel(net) / GIB
-    activations = {again: [kept(shapes, batch, again) for batch in BATCHES] for again in (False, True)}
+    shapes = strip_values(backbone)
+    net = prepare_task(shapes, ("color",), Load(1, 1, 1)).net
+    size = count_parameters(net)
+    copy = 0 if backbone.dtype == torch.float32 else width * size  # the rounded weights of mixed precision
+    base = MASTER * size + copy + width * (count_parameters(shapes.unet) + count_parameters(shapes.text_encoder))
+    base = (base + 4 * count_parameters(shapes.vae)) / GIB
+    moments = MOMENTS * size / GIB
+    activations = {
+        checkpointing: [count_activations(shapes, batch, checkpointing) for batch in BATCHES]
+        for checkpointing in (False, True)
+    }
     return {
         name: {
-            batch: fixed + a + (0 if options.get("offload") else moments)
+            batch: base + a + (0 if options.get("offload") else moments)
             for batch, a in zip(BATCHES, activations[options.get("checkpointing", False)], strict=True)
         }
         for name, options in OPTIONS.items()
     }
 
 
-def step_peak(backbone: Backbone, batch: int, options: dict[str, bool]) -> float:
-    """GiB that two steps took at most; what they were made of is gone when it returns."""
-    step = our_step(ready(backbone, ("color",), Load(batch, 1, 1, **options)), cached_batch(backbone, batch))
+def measure_step_peak(backbone: Backbone, batch: int, options: dict[str, bool]) -> float:
+    """Peak GiB of two training steps; everything is freed on return."""
+    step = make_our_step(prepare_task(backbone, ("color",), Load(batch, 1, 1, **options)), make_batch(backbone, batch))
     step(), step()
-    return peak_memory(backbone.device)
+    return measure_peak_memory(backbone.device)
 
 
-def measured(backbone: Backbone, say=print) -> dict[str, dict[int, float]]:
-    """Some of the same on the GPU, by its allocator; sizes that do not fit are left out."""
-    found: dict[str, dict[int, float]] = {name: {} for name in OPTIONS}
+def measure_memory(backbone: Backbone, say: Callable[[str], None] = print) -> dict[str, dict[int, float]]:
+    """Peak GiB of training steps on the GPU, like ``count_memory``; sizes that do not fit are left out."""
+    columns: dict[str, dict[int, float]] = {name: {} for name in OPTIONS}
     for name, options in OPTIONS.items():
-        for batch in MEASURED:
+        for batch in GPU_BATCHES:
             gc.collect()
             torch.cuda.empty_cache()
             torch.cuda.reset_peak_memory_stats()
             try:
-                found[name][batch] = step_peak(backbone, batch, options)
+                columns[name][batch] = measure_step_peak(backbone, batch, options)
             except torch.cuda.OutOfMemoryError:
                 say(f"batch {batch}, {name}: does not fit")
                 break
-    return found
+    return columns
 
 
-def table(columns: dict[str, dict[int, float]]) -> str:
-    """Markdown: batch sizes down, GiB across."""
+def format_table(columns: dict[str, dict[int, float]]) -> str:
+    """A Markdown table with a row for each batch size and GiB in the cells."""
     lines = ["| batch | " + " | ".join(columns) + " |", "|---" * (1 + len(columns)) + "|"]
     for batch in BATCHES:
         cells = (f"{column[batch]:.1f}" if batch in column else "-" for column in columns.values())
@@ -128,11 +135,11 @@ def table(columns: dict[str, dict[int, float]]) -> str:
     return "\n".join(lines)
 
 
-def bench_memory(backbone: Backbone, say=print) -> dict[str, float]:
-    """Figures ``counted_plain_8`` and so on in GiB; says the table."""
-    columns = {f"counted, {name}": column for name, column in counted(backbone).items()}
+def bench_memory(backbone: Backbone, say: Callable[[str], None] = print) -> dict[str, float]:
+    """GiB by name (``counted_plain_8`` and so on); passes the table to ``say``."""
+    columns = {f"counted, {name}": column for name, column in count_memory(backbone).items()}
     if backbone.device.type == "cuda":
-        columns |= {f"measured, {name}": column for name, column in measured(backbone, say).items()}
+        columns |= {f"measured, {name}": column for name, column in measure_memory(backbone, say).items()}
     say(f"GiB of a training step of one ControlNet on {backbone.name}, {str(backbone.dtype).removeprefix('torch.')}:")
-    say(table(columns))
+    say(format_table(columns))
     return {f"{name.replace(', ', '_')}_{n}": v for name, column in columns.items() for n, v in column.items()}

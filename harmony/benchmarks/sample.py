@@ -1,6 +1,7 @@
-"""Inpainting with two ControlNets against diffusers' stock pipeline: same weights, pictures and guidance.
+"""Benchmark of inpainting with two ControlNets against diffusers' stock pipeline.
 
-Ours begins from uint8 pictures and makes its hints itself; the pipeline is handed finished tensors.
+Both have the same weights, pictures and guidance. Ours starts from uint8 pictures and computes the hints itself; the
+pipeline receives ready tensors.
 """
 
 import copy
@@ -11,9 +12,9 @@ import numpy as np
 import torch
 from diffusers import DDIMScheduler, StableDiffusionControlNetInpaintPipeline
 
-from harmony.benchmarks.measure import alternate, matmul_rate, tflop
-from harmony.methods.inpainting import Branch, Inpainting, hint_pictures
-from harmony.methods.method import Composite, seeds_of
+from harmony.benchmarks.measure import alternate, count_tflop, measure_matmul_rate
+from harmony.methods.inpainting import Branch, Inpainting, draw_hints
+from harmony.methods.method import Composite, make_seeds
 from harmony.models.backbone import Backbone, placed
 from harmony.models.controlnet import from_unet, zero_convolutions
 from harmony.pixels.images import to_hint, to_model
@@ -21,8 +22,8 @@ from harmony.sampling.guidance import Settings
 
 PROMPT = "a photograph of a mushroom"
 BRANCHES = ("color", "structure")
-FEWER = 0.4  # of the steps, with a better solver
-MODES = {  # beside the plain exact one: exact without the launch of each kernel, and what is cheaper and near-exact
+STEP_SHARE = 0.4  # of the steps that a better solver needs
+MODES = {  # beside the plain exact one: exact without the launch cost of kernels, and cheaper, near-exact ones
     "graphs": {"graphs": True},
     "compiled": {"graphs": True, "compile": True},
     "unipc": {"solver": "unipc"},
@@ -33,12 +34,12 @@ MODES = {  # beside the plain exact one: exact without the launch of each kernel
 }
 
 
-def modes_of(device: str) -> list[str]:
-    """Names of ``MODES`` that a device has: graphs are a GPU's."""
+def list_modes(device: str) -> list[str]:
+    """Names of the ``MODES`` that a device can run: CUDA graphs need a GPU."""
     return [name for name, options in MODES.items() if device == "cuda" or not options.get("graphs")]
 
 
-def awake_net(backbone: Backbone, seed: int) -> torch.nn.Module:
+def make_nonzero_net(backbone: Backbone, seed: int) -> torch.nn.Module:
     """A frozen ControlNet whose residuals are not zero, as if it had been trained."""
     torch.manual_seed(seed)
     net = from_unet(backbone.unet, backbone.factor).requires_grad_(False).eval()
@@ -55,20 +56,21 @@ class Scene:
         self.backbone, self.mask = backbone, np.zeros((side, side), bool)
         self.mask[side // 4 : side // 2, side // 4 : side // 2] = True
         self.pictures = [rng.integers(0, 256, (side, side, 3), dtype=np.uint8) for _ in range(batch)]
-        self.branches = [Branch(name, awake_net(backbone, n)) for n, name in enumerate(BRANCHES)]
+        self.branches = [Branch(name, make_nonzero_net(backbone, n)) for n, name in enumerate(BRANCHES)]
 
-    def ours(self, settings: Settings) -> Callable[[], list[np.ndarray]]:
+    def prepare_ours(self, settings: Settings) -> Callable[[], list[np.ndarray]]:
+        """A function that fills the holes by our method."""
         method = Inpainting(self.backbone, self.branches, replace(settings, batch=len(self.pictures)))
         composites = [Composite(x, x, self.mask, self.mask, PROMPT) for x in self.pictures]
-        seeds = seeds_of(0, range(len(composites)))
+        seeds = make_seeds(0, range(len(composites)))
         return lambda: method.fill(composites, seeds)
 
-    def stock(self, steps: int, guidance: float) -> Callable[[], object]:
+    def prepare_stock(self, steps: int, guidance: float) -> Callable[[], object]:
+        """A function that fills the holes by diffusers' pipeline."""
         backbone = self.backbone
         pipeline = StableDiffusionControlNetInpaintPipeline(
-            vae=torch.nn.Module.to(
-                copy.deepcopy(backbone.vae), backbone.dtype
-            ),  # of one dtype with the rest, which it wants
+            # the pipeline needs one dtype throughout
+            vae=torch.nn.Module.to(copy.deepcopy(backbone.vae), backbone.dtype),
             text_encoder=backbone.text_encoder,
             tokenizer=backbone.tokenizer,
             unet=backbone.unet,
@@ -81,17 +83,17 @@ class Scene:
         pipeline.set_progress_bar_config(disable=True)
         masks = [self.mask] * len(self.pictures)
         composites = [Composite(x, x, self.mask, self.mask) for x in self.pictures]
-        given = {
+        inputs = {
             "image": torch.stack([to_model(x) for x in self.pictures]),
             "mask_image": torch.from_numpy(np.stack(masks)[:, None]).float(),
             "control_image": [
-                torch.stack([to_hint(picture) for picture in hint_pictures(branch, composites)])
+                torch.stack([to_hint(picture) for picture in draw_hints(branch, composites)])
                 for branch in self.branches
             ],
         }
         return lambda: pipeline(
             [PROMPT] * len(self.pictures),
-            **given,
+            **inputs,
             height=backbone.resolution,
             width=backbone.resolution,
             num_inference_steps=steps,
@@ -109,22 +111,22 @@ def bench_sample(
     modes: Sequence[str] | None = None,
     say: Callable[[str], None] = print,
 ) -> dict[str, dict[str, float]]:
-    """``sample`` (exact) and ``sample_NAME`` -> figures, rates in pictures a second.
+    """Figures of ``sample`` (exact) and of ``sample_NAME`` for each NAME in ``modes``; rates in pictures a second.
 
-    NAMEs are those of ``modes``, by default all that the device has.
+    The default is all modes that the device can run.
     """
     scene = Scene(backbone, batch)
-    stock, exact = scene.stock(steps, guidance), Settings(steps, guidance)
-    work = tflop(scene.ours(exact), batch)
-    peak = matmul_rate(backbone.device, backbone.dtype)
-    found = {}
-    chosen = modes_of(backbone.device.type) if modes is None else modes
-    for name, options in {"": {}, **{name: MODES[name] for name in chosen}}.items():
-        settings = replace(exact, **options)
+    stock, exact_settings = scene.prepare_stock(steps, guidance), Settings(steps, guidance)
+    work = count_tflop(scene.prepare_ours(exact_settings), batch)
+    peak = measure_matmul_rate(backbone.device, backbone.dtype)
+    results = {}
+    names = list_modes(backbone.device.type) if modes is None else modes
+    for name, options in {"": {}, **{name: MODES[name] for name in names}}.items():
+        settings = replace(exact_settings, **options)
         if "solver" in options:
-            settings = replace(settings, steps=max(1, round(FEWER * steps)))
+            settings = replace(settings, steps=max(1, round(STEP_SHARE * steps)))
         say(f"{name or 'exact'}: {settings.steps} steps of {settings.solver}, against {steps} of the stock pipeline")
-        rates = alternate(scene.ours(settings), stock, batch, backbone.device, 1, blocks, say)
-        figures = rates.figures(*((work, peak) if name in ("", "graphs", "compiled") else ()))
-        found["_".join(filter(None, ("sample", name)))] = figures | {"seconds": batch / figures["ours"]}
-    return found
+        rates = alternate(scene.prepare_ours(settings), stock, batch, backbone.device, 1, blocks, say)
+        figures = rates.summarize(*((work, peak) if name in ("", "graphs", "compiled") else ()))
+        results["_".join(filter(None, ("sample", name)))] = figures | {"seconds": batch / figures["ours"]}
+    return results

@@ -1,21 +1,21 @@
-"""The training step of one ControlNet against the loop of the common training script.
+"""Benchmark of the training step of a ControlNet against the loop of the common training script.
 
-The reference is what diffusers' ``train_controlnet.py`` does, with the masked picture that inpainting adds: both
-pictures go through the VAE and the prompts through the text encoder in every step, nothing is compiled or fused, and
-the loss is read back. Ours begins from cached latents. Both train the same ControlNet from the same weights, with
-the same loss on the same backbone.
+The reference does what diffusers' ``train_controlnet.py`` does, with the masked picture that inpainting adds: in every
+step both pictures go through the VAE and the prompts through the text encoder, nothing is compiled or fused, and the
+loss is read back. Ours starts from cached latents. Both train the same ControlNet from the same weights, with the
+same loss on the same backbone.
 """
 
 import copy
 from collections.abc import Callable
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 
 import torch
 import torch.nn.functional as F
 
-from harmony.benchmarks.measure import alternate, matmul_rate, peak_memory, tflop
+from harmony.benchmarks.measure import alternate, count_tflop, measure_matmul_rate, measure_peak_memory
 from harmony.models.backbone import Backbone
 from harmony.training.control import ControlTask, JointTask
 from harmony.training.schedule import HostAdamW
@@ -23,82 +23,83 @@ from harmony.training.schedule import HostAdamW
 Step = Callable[[], object]
 
 
-def cached_batch(backbone: Backbone, batch: int, branches: tuple[str, ...] = ("color",)) -> dict[str, torch.Tensor]:
-    """What the cache hands to a training step, of the right shapes and with random contents."""
+def make_batch(backbone: Backbone, size: int, branches: tuple[str, ...] = ("color",)) -> dict[str, torch.Tensor]:
+    """A batch of ``size`` samples as the cache gives it to a training step, with random values."""
     rng = torch.Generator().manual_seed(0)
     c, side, pixels = backbone.channels, backbone.resolution // backbone.factor, backbone.resolution
-    made = {name: torch.randn(batch, 2 * c, side, side, generator=rng) for name in ("moments", "masked_moments")}
-    made |= {name: torch.randn(batch, c, side, side, generator=rng) for name in ("noise", "encode", "encode_masked")}
-    made |= {name: torch.rand(batch, generator=rng) for name in ("time", "drop", "beside")}
-    made |= {"hole": torch.ones(batch, 1, side, side), "weight": torch.ones(batch, 1, side, side)}
-    made |= {f"hint_{branch}": torch.rand(batch, 3, pixels, pixels, generator=rng) for branch in branches}
-    return made | {"tokens": backbone.tokens(["a photograph of a mushroom"] * batch)}
+    batch = {name: torch.randn(size, 2 * c, side, side, generator=rng) for name in ("moments", "masked_moments")}
+    batch |= {name: torch.randn(size, c, side, side, generator=rng) for name in ("noise", "encode", "encode_masked")}
+    batch |= {name: torch.rand(size, generator=rng) for name in ("time", "drop", "beside")}
+    batch |= {"hole": torch.ones(size, 1, side, side), "weight": torch.ones(size, 1, side, side)}
+    batch |= {f"hint_{branch}": torch.rand(size, 3, pixels, pixels, generator=rng) for branch in branches}
+    return batch | {"tokens": backbone.tokens(["a photograph of a mushroom"] * size)}
 
 
 def to_device(batch: dict[str, torch.Tensor], device: torch.device) -> dict[str, torch.Tensor]:
     return {name: value.to(device, non_blocking=True) for name, value in batch.items()}
 
 
-def whole_step(task: ControlTask | JointTask, inputs: dict[str, torch.Tensor], step: Callable) -> torch.Tensor:
-    """The loss of ``step``, compiled or not, with its gradients."""
+def compute_gradients(task: ControlTask | JointTask, inputs: dict[str, torch.Tensor], step: Callable) -> torch.Tensor:
+    """The loss of ``step``, compiled or not; the gradients are left in the parameters."""
     lead = task.lead if isinstance(task, JointTask) else task
-    with mixed(task.backbone.device):
-        found = step(inputs, *lead.inputs(inputs))
-        loss = torch.stack([*found.values()]).sum() if isinstance(found, dict) else found.mean()
+    with autocast(task.backbone.device):
+        errors = step(inputs, *lead.prepare_inputs(inputs))
+        loss = torch.stack([*errors.values()]).sum() if isinstance(errors, dict) else errors.mean()
     loss.backward()
     return loss.detach()
 
 
-def mixed(device: torch.device):
-    """bf16 on a GPU, as both sides train there; the CPU has no use for it."""
+def autocast(device: torch.device) -> AbstractContextManager:
+    """Mixed precision in bf16 on a GPU, where both sides train in it; no-op on the CPU."""
     return torch.autocast("cuda", torch.bfloat16) if device.type == "cuda" else nullcontext()
 
 
-def forward_pass(task: ControlTask | JointTask) -> Callable:
-    """What a step computes of a batch and its inputs, before the gradient."""
-    return task.means if isinstance(task, JointTask) else task.error
+def choose_forward(task: ControlTask | JointTask) -> Callable:
+    """The method of ``task`` that computes the errors or losses of a batch and its inputs."""
+    return task.compute_losses if isinstance(task, JointTask) else task.compute_error
 
 
-def our_step(task: ControlTask | JointTask, batch: dict[str, torch.Tensor]) -> Step:
-    """One step of ``fit experiment=color``: latents from the cache, one fused update."""
+def make_our_step(task: ControlTask | JointTask, batch: dict[str, torch.Tensor]) -> Step:
+    """A training step as in ``fit experiment=color``: latents from the cache, one fused update."""
     tasks = task.tasks.values() if isinstance(task, JointTask) else [task]
-    groups = [group for one in tasks for group in one.groups()]
+    groups = [group for t in tasks for group in t.group_parameters()]
     lead = task.lead if isinstance(task, JointTask) else task
-    optimiser = HostAdamW(groups) if lead.offload else torch.optim.AdamW(groups, fused=True)
+    optimizer = HostAdamW(groups) if lead.offload else torch.optim.AdamW(groups, fused=True)
     device = task.backbone.device
 
     def step() -> torch.Tensor:
-        loss = whole_step(task, to_device(batch, device), partial(forward_pass(task), run=lead.run))
-        optimiser.step()
-        optimiser.zero_grad()
+        loss = compute_gradients(task, to_device(batch, device), partial(choose_forward(task), run=lead.run))
+        optimizer.step()
+        optimizer.zero_grad()
         return loss
 
     return step
 
 
-def counted(task: ControlTask | JointTask, batch: dict[str, torch.Tensor]) -> float:
-    """TFLOP of a step, per image, counted on the uncompiled step."""
-    step = forward_pass(task)
-    work = tflop(lambda: whole_step(task, to_device(batch, task.backbone.device), step), len(batch["noise"]))
+def count_step_tflop(task: ControlTask | JointTask, batch: dict[str, torch.Tensor]) -> float:
+    """TFLOP of a step, per image, counted without compilation."""
+    step = choose_forward(task)
+    work = count_tflop(
+        lambda: compute_gradients(task, to_device(batch, task.backbone.device), step), len(batch["noise"])
+    )
     for net in task.controls.values():
         net.zero_grad()
     return work
 
 
-def reference_step(backbone: Backbone, net: torch.nn.Module, batch: dict[str, torch.Tensor]) -> Step:
-    """One step of the common script on pictures; ``net`` reads the noised latent alone, as ours does."""
+def make_reference_step(backbone: Backbone, net: torch.nn.Module, batch: dict[str, torch.Tensor]) -> Step:
+    """A training step of the common script, from pictures; ``net`` sees the noisy latent alone, as ours does."""
     device, dtype = backbone.device, backbone.dtype
     count, pixels, scale = len(batch["noise"]), backbone.resolution, backbone.vae.config.scaling_factor
-    vae = torch.nn.Module.to(
-        copy.deepcopy(backbone.vae), dtype
-    )  # the script casts it too; diffusers' own only warns more
+    # the script casts the VAE too; diffusers' own ``to`` only adds warnings
+    vae = torch.nn.Module.to(copy.deepcopy(backbone.vae), dtype)
     picture, mask = torch.rand(count, 3, pixels, pixels) * 2 - 1, torch.ones(count, 1, pixels, pixels)
-    given = {"picture": picture, "masked": picture * (1 - mask), "tokens": batch["tokens"], "hole": batch["hole"]}
-    given["hint"] = next(value for name, value in batch.items() if name.startswith("hint_"))
-    optimiser = torch.optim.AdamW(net.parameters(), lr=1e-6)
+    inputs = {"picture": picture, "masked": picture * (1 - mask), "tokens": batch["tokens"], "hole": batch["hole"]}
+    inputs["hint"] = next(value for name, value in batch.items() if name.startswith("hint_"))
+    optimizer = torch.optim.AdamW(net.parameters(), lr=1e-6)
 
     def step() -> float:
-        b = to_device(given, device)
+        b = to_device(inputs, device)
         with torch.no_grad():
             z = vae.encode(b["picture"].to(dtype)).latent_dist.sample() * scale
             masked = vae.encode(b["masked"].to(dtype)).latent_dist.sample() * scale
@@ -107,7 +108,7 @@ def reference_step(backbone: Backbone, net: torch.nn.Module, batch: dict[str, to
         t = torch.randint(0, len(backbone.alphas_cumprod), (count,), device=device)
         a = backbone.alphas_cumprod[t].view(-1, 1, 1, 1)
         noisy = (a.sqrt() * z + (1 - a).sqrt() * noise).to(dtype)
-        with mixed(device):
+        with autocast(device):
             down, middle = net(noisy, t, text, b["hint"].to(dtype), return_dict=False)
             u = torch.cat([noisy, b["hole"].to(dtype), masked], 1)
             output = backbone.unet(
@@ -116,8 +117,8 @@ def reference_step(backbone: Backbone, net: torch.nn.Module, batch: dict[str, to
         loss = F.mse_loss(output.float(), noise.float())
         loss.backward()
         torch.nn.utils.clip_grad_norm_(net.parameters(), 1.0)
-        optimiser.step()
-        optimiser.zero_grad()
+        optimizer.step()
+        optimizer.zero_grad()
         return loss.item()
 
     return step
@@ -125,8 +126,9 @@ def reference_step(backbone: Backbone, net: torch.nn.Module, batch: dict[str, to
 
 @dataclass(frozen=True)
 class Load:
-    """What is measured: ``batch`` images a step, ``blocks`` of ``steps`` steps; the rest are options of ours
-    (``checkpointing`` of both sides, which share the frozen networks).
+    """Size of a measurement: ``batch`` images a step, ``blocks`` of ``steps`` steps.
+
+    The rest are options of our task. ``checkpointing`` holds for both sides, since they share the frozen networks.
     """
 
     batch: int
@@ -137,10 +139,10 @@ class Load:
     offload: bool = False
 
 
-def ready(backbone: Backbone, branches: tuple[str, ...], load: Load) -> ControlTask | JointTask:
-    """A task as it stands when a training begins; several branches are trained in one run."""
+def prepare_task(backbone: Backbone, branches: tuple[str, ...], load: Load) -> ControlTask | JointTask:
+    """A task ready for its first training step; several branches are trained in one run."""
     options = {"warmup": 0, "compile": load.compile, "checkpointing": load.checkpointing, "offload": load.offload}
-    backbone.unet.disable_gradient_checkpointing()  # what was measured before may have asked for it
+    backbone.unet.disable_gradient_checkpointing()  # an earlier measurement may have enabled it
     torch.manual_seed(0)
     task = (
         JointTask(backbone, branches, **options) if len(branches) > 1 else ControlTask(backbone, *branches, **options)
@@ -152,21 +154,26 @@ def ready(backbone: Backbone, branches: tuple[str, ...], load: Load) -> ControlT
     return task
 
 
-def bench_train(backbone: Backbone, load: Load, branches: tuple[str, ...] = ("color",), say=print) -> dict[str, float]:
-    """Rates in images a second (pairs a second for two branches, of which the reference trains one after another)."""
-    batch = cached_batch(backbone, load.batch, branches)
+def bench_train(
+    backbone: Backbone, load: Load, branches: tuple[str, ...] = ("color",), say: Callable[[str], None] = print
+) -> dict[str, float]:
+    """Training rates in images a second, ours and the reference.
+
+    With two branches each image counts once; the reference trains one branch after the other.
+    """
+    batch = make_batch(backbone, load.batch, branches)
     if backbone.device.type == "cuda":
         batch = {name: value.pin_memory() for name, value in batch.items()}
         torch.cuda.reset_peak_memory_stats()
-    task = ready(backbone, branches, load)
+    task = prepare_task(backbone, branches, load)
     nets = [copy.deepcopy(net) for net in task.controls.values()]
-    ours = our_step(task, batch)
-    work = counted(task, batch)
+    ours = make_our_step(task, batch)
+    work = count_step_tflop(task, batch)
     ours()
-    memory = peak_memory(backbone.device)
-    steps = [reference_step(backbone, net, batch) for net in nets]
-    work_reference = sum(tflop(step, load.batch) for step in steps)
-    peak = matmul_rate(backbone.device, torch.bfloat16 if backbone.device.type == "cuda" else torch.float32)
+    memory = measure_peak_memory(backbone.device)
+    steps = [make_reference_step(backbone, net, batch) for net in nets]
+    work_reference = sum(count_tflop(step, load.batch) for step in steps)
+    peak = measure_matmul_rate(backbone.device, torch.bfloat16 if backbone.device.type == "cuda" else torch.float32)
     say(
         f"{work:.4g} TFLOP an image, the reference {work_reference:.4g}; products of matrices run at {peak:.3g} TFLOP/s"
     )
@@ -174,4 +181,4 @@ def bench_train(backbone: Backbone, load: Load, branches: tuple[str, ...] = ("co
         ours, lambda: [step() for step in steps], load.batch, backbone.device, load.steps, load.blocks, say
     )
     facts = {"tflop": work, "reference_tflop": work_reference, "peak_tflops": peak, "memory_gib": memory}
-    return rates.figures(work, peak) | facts
+    return rates.summarize(work, peak) | facts

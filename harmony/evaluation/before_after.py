@@ -12,7 +12,7 @@ from harmony.evaluation.eval_sets import EvalSet, enough, load_reconstruct, samp
 from harmony.evaluation.figures import Fidelity
 from harmony.evaluation.report import Report
 from harmony.evaluation.study import Study, StudyRun
-from harmony.methods.method import Method, seeds_of
+from harmony.methods.method import Method, make_seeds
 from harmony.models.backbone import Backbone
 from harmony.models.clip import clip_of
 from harmony.models.features import feature_extractor
@@ -27,7 +27,7 @@ def fill_set(items: EvalSet, method: Method, seed: int, what: str) -> list[np.nd
     outputs, progress = [], Progress(what, len(items), "pictures")
     for i in range(0, len(items), CHUNK):
         indices = list(range(i, min(i + CHUNK, len(items))))
-        outputs += method.fill([items.composites[n] for n in indices], seeds_of(seed, indices))
+        outputs += method.fill([items.composites[n] for n in indices], make_seeds(seed, indices))
         progress.advance(len(indices))
     return outputs
 

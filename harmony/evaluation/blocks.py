@@ -14,7 +14,7 @@ from harmony.core.files import atomic
 from harmony.core.pieces import await_files, make_pieces
 from harmony.core.progress import tell
 from harmony.evaluation.eval_sets import EvalSet
-from harmony.methods.method import Method, fingerprint, seeds_of
+from harmony.methods.method import Method, fingerprint, make_seeds
 
 BLOCK = 16
 
@@ -50,7 +50,7 @@ def fill_blocks(
 
     def make(file: Path) -> None:
         _, method, block = jobs[file]
-        store(file, method.fill([items.composites[i] for i in block], seeds_of(seed, block)))
+        store(file, method.fill([items.composites[i] for i in block], make_seeds(seed, block)))
 
     sizes = {file: len(block) for file, (_, _, block) in jobs.items()}
     names = {file: name for file, (name, _, _) in jobs.items()}

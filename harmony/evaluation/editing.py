@@ -24,17 +24,17 @@ from harmony.evaluation.eval_sets import subsample
 from harmony.evaluation.report import Report
 from harmony.evaluation.study import Study, StudyRun
 from harmony.evaluation.tables import flat, pictures, to_csv, to_markdown
-from harmony.methods.method import fingerprint, seeds_of
+from harmony.methods.method import fingerprint, make_seeds
 from harmony.methods.prompt_editing import (
     MODES,
-    Edited,
+    EditResult,
     Inversion,
     Mode,
     edit_picture,
+    invert_latents,
     invert_pictures,
-    plan,
+    plan_edit,
     reconstruct,
-    trajectories,
 )
 from harmony.metrics.fidelity import fmse, fpsnr, mse, psnr
 from harmony.metrics.similarity import embeddings
@@ -141,7 +141,7 @@ class EditingStudy(Study):
         prompts = [item.prompt for item in items]
         plain = [replace(inversion, nulls=[backbone.prompt([""])] * n) for inversion in inversions]
         fast = [replace(v, nulls=[backbone.prompt([p])] * n) for v, p in zip(inversions, prompts, strict=True)]
-        path, text = trajectories(backbone, [item.image for item in items], prompts, n)
+        path, text = invert_latents(backbone, [item.image for item in items], prompts, n)
         schedule = backbone.alphas_cumprod, backbone.scheduler.config.steps_offset, self.inner
         one = shared_null_text(denoiser(backbone), path, text, backbone.prompt([""]), w, *schedule)
         shared = [replace(v, nulls=[null] * n) for v, null in zip(inversions, one.split(1), strict=True)]
@@ -178,7 +178,7 @@ class EditingStudy(Study):
                 rows.setdefault("source as it is", []).append(item.image)
                 for row, (start, how) in ways.items():
                     edit = edit_picture(
-                        backbone, start, plan(backbone, case.source, case.target, how), w, self.threshold
+                        backbone, start, plan_edit(backbone, case.source, case.target, how), w, self.threshold
                     )
                     rows.setdefault(row, []).append(edit.pictures[1])
                 rows.setdefault(f"{row}, pasted", []).append(paste_edit(edit, item.image))
@@ -222,7 +222,7 @@ class EditingStudy(Study):
             for row, word_text in (("plain word", name.partition("_")[2]), ("learned word", word.token)):
                 text = self.backbone.prompt([prompt.replace("{}", word_text) for prompt in prompts])
                 pictures_of[name][row] = text_to_image(
-                    self.backbone, text, self.settings, seeds_of(self.run.seed, indices)
+                    self.backbone, text, self.settings, make_seeds(self.run.seed, indices)
                 )
         return pictures_of
 
@@ -321,7 +321,7 @@ class EditingStudy(Study):
         return files
 
 
-def paste_edit(edit: Edited, photograph: np.ndarray) -> np.ndarray:
+def paste_edit(edit: EditResult, photograph: np.ndarray) -> np.ndarray:
     """The edit as ``harmony.edit`` hands it out: outside a local one every pixel is the photograph's."""
     if edit.masks is None:
         return edit.pictures[1]

@@ -1,4 +1,4 @@
-"""Composites without a network: copy and paste, Reinhard's color transfer, Poisson blending."""
+"""Baselines without a network: copy and paste, Reinhard's color transfer, Poisson blending."""
 
 from collections.abc import Sequence
 
@@ -10,7 +10,7 @@ from harmony.pixels.composites import copy_paste, poisson, reinhard
 
 
 class Baseline(Method):
-    """A function of background, instance and mask at the resolution of a backbone, whose networks do not run."""
+    """A method that composes background, instance and mask, at a backbone's resolution but without its networks."""
 
     def __init__(self, backbone: Backbone):
         self.resolution = backbone.resolution
@@ -27,6 +27,7 @@ class Baseline(Method):
 
     @staticmethod
     def compose(background: np.ndarray, instance: np.ndarray, mask: np.ndarray) -> np.ndarray:
+        """The composite, uint8 R x R x 3."""
         raise NotImplementedError
 
 

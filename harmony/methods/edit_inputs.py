@@ -1,12 +1,13 @@
-"""What ``harmony.edit`` is asked for, read and checked, and the pictures that it hands out."""
+"""Reads and checks the options of ``harmony.edit``, and makes the pictures that it writes."""
 
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 
 import numpy as np
 from omegaconf import DictConfig
 
 from harmony.core.errors import UserError
-from harmony.methods.prompt_editing import MODES, Edited, Mode, mode_of
+from harmony.methods.prompt_editing import MODES, EditResult, Mode, find_mode
 from harmony.pixels.composites import paste_back
 from harmony.pixels.images import Crop, grid, paste_crop, read_image, resize, square_around
 from harmony.sampling.ddim import timesteps
@@ -16,8 +17,8 @@ NUMBERS = {"guidance": float, "threshold": float, "cross": float, "own": float, 
 SWITCHES = ("local", "paste")
 
 
-def split_list(value) -> list[str] | None:
-    """``a,b`` or ``[a, b]`` as it was typed, or a list -> the items; None for null."""
+def split_list(value: str | Iterable | None) -> list[str] | None:
+    """The items of a list, or of ``a,b`` or ``[a, b]`` as typed; None for null."""
     if value is None:
         return None
     if isinstance(value, str):
@@ -25,8 +26,8 @@ def split_list(value) -> list[str] | None:
     return [str(item).strip() for item in value if str(item).strip()]
 
 
-def read_factors(value) -> dict[str, float]:
-    """``{snowy: 3, <toy>: 0.5}`` as it was typed, or a mapping -> word and factor. UserError for anything else."""
+def read_factors(value: str | Mapping[str, float] | None) -> dict[str, float]:
+    """Word -> factor of a mapping, or of ``{snowy: 3, <toy>: 0.5}`` as typed. UserError for anything else."""
     if not isinstance(value, str):
         value = ", ".join(f"{word}: {factor}" for word, factor in (value or {}).items())
     factors = {}
@@ -41,16 +42,16 @@ def read_factors(value) -> dict[str, float]:
 
 @dataclass(frozen=True)
 class EditInput:
-    """The photograph, uint8 H x W x 3, and the square of it that is worked on."""
+    """The photograph, uint8 H x W x 3, and the square of it that is edited."""
 
     image: np.ndarray
     crop: Crop
 
 
 def read_edit(cfg: DictConfig) -> EditInput:
-    """Read and check the options in ``cfg``. UserError in one line for anything that does not fit."""
+    """Read and check the options of an edit. UserError for anything that does not fit."""
     if cfg.target is None:
-        raise UserError("target=null: say what the photograph shall show")
+        raise UserError("target=null: say what the photograph should show")
     if cfg.mode is not None and cfg.mode not in MODES:
         raise UserError(f"mode={cfg.mode}: choose one of {', '.join(MODES)}")
     for name, kind in NUMBERS.items():
@@ -80,51 +81,55 @@ def read_edit(cfg: DictConfig) -> EditInput:
     return EditInput(image, Crop(x0, y0, side))
 
 
-def mode_and_numbers(cfg: DictConfig, factors: dict[str, float]) -> tuple[str, Mode]:
-    """The name of the mode and its numbers, those of the command line before its own."""
-    meant = mode_of(cfg.source, cfg.target)
-    name = cfg.mode or meant
+def choose_mode(cfg: DictConfig, factors: dict[str, float]) -> tuple[str, Mode]:
+    """The name of the mode and its numbers; numbers of the command line override those of the mode."""
+    prompt_mode = find_mode(cfg.source, cfg.target)
+    name = cfg.mode or prompt_mode
     numbers = {key: cfg[key] for key in ("cross", "own", "local") if cfg[key] is not None}
-    if meant == "reweight" and not factors:
+    if prompt_mode == "reweight" and not factors:
         raise UserError("source= and target= are the same words: change one, or give reweight={word: factor}")
-    if name == "replace" and meant == "insert":
+    if name == "replace" and prompt_mode == "insert":
         raise UserError(
-            f"mode=replace wants as many words: the source has {len(cfg.source.split())}, the target "
-            f"{len(cfg.target.split())}; leave mode= out and the edit is an insert"
+            f"mode=replace needs equally many words: the source has {len(cfg.source.split())}, the target "
+            f"{len(cfg.target.split())}; leave out mode= to make the edit an insert"
         )
     return name, replace(MODES[name], **numbers)
 
 
-def words_to_look_at(cfg: DictConfig) -> list[list[int]] | None:
-    """The numbers of the words ``look_at`` in each prompt. UserError for one that neither has."""
-    if (wanted := split_list(cfg.look_at)) is None:
+def find_words(cfg: DictConfig) -> list[list[int]] | None:
+    """The positions of the words ``look_at`` in each prompt. UserError for a word that neither prompt has."""
+    if (words := split_list(cfg.look_at)) is None:
         return None
     prompts = [[bare(word) for word in prompt.split()] for prompt in (cfg.source, cfg.target)]
-    if unknown := [word for word in wanted if not any(bare(word) in words for words in prompts)]:
-        raise UserError(f"look_at={unknown[0]}: neither the source nor the target has this word")
-    return [[n for n, word in enumerate(words) if word in map(bare, wanted)] for words in prompts]
+    if missing_words := [word for word in words if not any(bare(word) in prompt for prompt in prompts)]:
+        raise UserError(
+            f"look_at={missing_words[0]}: neither the source nor the target has this word; take one from a prompt"
+        )
+    return [[n for n, word in enumerate(prompt) if word in map(bare, words)] for prompt in prompts]
 
 
-def paste_edit(given: EditInput, edited: Edited, paste: bool) -> tuple[np.ndarray, np.ndarray | None]:
-    """The photograph with the edit in it, and where it may differ (None: anywhere in the square)."""
-    whole = paste_crop(given.image, edited.pictures[1], given.crop)
-    if edited.masks is None:
-        return whole, None
-    side = given.crop.side
-    region = np.zeros(given.image.shape[:2], bool)
-    x0, y0 = given.crop.x0, given.crop.y0
-    mask = (edited.masks[0] | edited.masks[1]).astype(np.float32)
+def paste_edit(edit_input: EditInput, result: EditResult, paste: bool) -> tuple[np.ndarray, np.ndarray | None]:
+    """The photograph with the edit in it, and the mask of where it may differ (None: anywhere in the square).
+
+    ``paste``: pixels outside the mask are those of the photograph.
+    """
+    photograph, crop = edit_input.image, edit_input.crop
+    image = paste_crop(photograph, result.pictures[1], crop)
+    if result.masks is None:
+        return image, None
+    region = np.zeros(photograph.shape[:2], bool)
+    mask = (result.masks[0] | result.masks[1]).astype(np.float32)
+    x0, y0, side = crop.x0, crop.y0, crop.side
     region[y0 : y0 + side, x0 : x0 + side] = resize(mask, side, side) > 0.5
-    return paste_back(whole, given.image, region) if paste else whole, region
+    return paste_back(image, photograph, region) if paste else image, region
 
 
-def attention_sheet(edited: Edited, side: int) -> np.ndarray:
-    """A picture of where each word looks: the source's words above, the target's below, on the pictures themselves."""
+def draw_attention(result: EditResult, side: int) -> np.ndarray:
+    """A sheet of each word's attention, drawn over the pictures: the source's words above, the target's below."""
     rows, titles = [], []
-    for picture, maps in zip(edited.pictures, edited.maps, strict=True):
-        lit = (resize(heat, side, side).clip(0.1, 1)[..., None] for _, heat in maps)
-        shown = [np.rint(picture * light).astype(np.uint8) for light in lit]
-        rows.append([picture, *shown])
+    for picture, maps in zip(result.pictures, result.maps, strict=True):
+        brightness = (resize(heat, side, side).clip(0.1, 1)[..., None] for _, heat in maps)
+        rows.append([picture, *(np.rint(picture * b).astype(np.uint8) for b in brightness)])
         titles.append(["", *(word for word, _ in maps)])
     blocks = [grid([row], names) for row, names in zip(rows, titles, strict=True)]
     width = max(block.shape[1] for block in blocks)

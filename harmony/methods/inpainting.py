@@ -1,4 +1,4 @@
-"""Inpainting by words and ControlNets (Liu 2025): colour and structure hints on a frozen backbone, or words alone."""
+"""Inpainting by a caption and ControlNets (Liu 2025): color and structure hints on a frozen backbone."""
 
 import functools
 from collections.abc import Callable, Mapping, Sequence
@@ -21,9 +21,9 @@ from harmony.sampling.guidance import Settings, inpaint
 
 @dataclass(frozen=True)
 class Branch:
-    """A trained ControlNet with its operator: ``name`` is color, structure or raw; ``weight`` its lambda.
+    """A trained ControlNet with its hint operator: ``name`` is color, structure or raw; ``weight`` is its lambda.
 
-    ``source``: sha256 of the files that it was read from; None for one that is in memory alone.
+    ``source``: sha256 of the files that it was read from; None for a net that is only in memory.
     """
 
     name: str
@@ -40,10 +40,10 @@ class Branch:
 def load_branch(
     path: str, backbone: Backbone, weights: Mapping[str, float] | None = None, operator: str | None = None
 ) -> Branch:
-    """The ControlNet in ``path`` with its operator from ``hint.json``; ``weights``: operator -> lambda (else 1).
+    """The ControlNet in ``path`` with its operator from ``hint.json``; ``weights``: operator -> lambda (default 1).
 
-    ``operator`` names that of a ControlNet of other origin. UserError where it is unknown, or the net is made for a
-    backbone of another architecture. A net is loaded once for each backbone.
+    ``operator``: that of a ControlNet without ``hint.json``. UserError for an unknown operator, and for a net that does
+    not fit the architecture of the backbone. A net is loaded once for each backbone.
     """
     key = (str(path), operator)
     if key not in backbone.loaded:
@@ -53,23 +53,24 @@ def load_branch(
 
 
 def read_branch(path: str, backbone: Backbone, operator: str | None) -> Branch:
+    """Load a ControlNet, check that it fits the backbone, and find its operator."""
     net, facts = placed(load_controlnet(path, backbone.dtype), backbone.device), read_hint(path)
     name = facts.get("branch", operator)
     if name not in OPERATORS:
-        raise UserError(f"{path} does not say which hint it wants (hint.json): add branch={'|'.join(OPERATORS)}")
+        raise UserError(f"{path} does not say which hint it needs (hint.json): add branch={'|'.join(OPERATORS)}")
     for key in ("block_out_channels", "cross_attention_dim", "layers_per_block"):
         theirs, ours = net.config[key], backbone.unet.config[key]
         if list(np.atleast_1d(theirs)) != list(np.atleast_1d(ours)):
-            made_for = facts.get("backbone", "another backbone")
+            origin = facts.get("backbone", "another backbone")
             raise UserError(
-                f"{path}, trained on {made_for}, does not fit backbone {backbone.name} ({key}): give its model.path"
+                f"{path}, trained on {origin}, does not fit backbone {backbone.name} ({key}): give its model.path"
             )
     return Branch(name, net, 1.0, facts.get("parameters"), net_hash(path))
 
 
 OPERATORS = ("color", "structure", "raw")
 
-# what makes clean latents B x C x h x w: (which items, noise, hole B x 1 x h x w, scaled masked latent)
+# (items of the batch, noise, hole B x 1 x h x w, scaled masked latent) -> clean latents B x C x h x w
 Draw = Callable[[slice, torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
 
 
@@ -77,8 +78,9 @@ Draw = Callable[[slice, torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
 def fill_holes(
     backbone: Backbone, composites: Sequence[Composite], seeds: Sequence[Seed], draw: Draw, batch: int
 ) -> list[np.ndarray]:
-    """Filled squares, uint8 R x R x 3, of methods that begin from noise and a masked latent; ``draw`` makes the latents
-    of ``batch`` composites at a time.
+    """Fill holes from noise and a masked latent: squares uint8 R x R x 3.
+
+    ``draw`` computes the clean latents of ``batch`` composites at a time.
     """
     side = backbone.resolution // backbone.factor
     outputs = []
@@ -93,13 +95,13 @@ def fill_holes(
     return outputs
 
 
-def hint_pictures(branch: Branch, composites: Sequence[Composite]) -> list[np.ndarray]:
+def draw_hints(branch: Branch, composites: Sequence[Composite]) -> list[np.ndarray]:
     """The hint of each composite by the branch's operator, uint8 R x R x 3."""
     return [hint(branch.name, c.instance, c.mask, **(branch.parameters or {})) for c in composites]
 
 
 class Inpainting(Method):
-    """Inpainting by the caption and the ``branches``; without any, or all of weight 0, by the caption alone."""
+    """Inpainting by the caption and the ControlNets of ``branches``; by the caption alone where their weights are 0."""
 
     wants = frozenset({CAPTION})
 
@@ -114,15 +116,15 @@ class Inpainting(Method):
         return fingerprint("inpainting", parts, str(self.backbone.dtype), nets, self.settings)
 
     def fill(self, composites: Sequence[Composite], seeds: Sequence[Seed]) -> list[np.ndarray]:
-        backbone, empty = self.backbone, self.backbone.prompt([""])
+        backbone, empty_text = self.backbone, self.backbone.prompt([""])
 
         def draw(part: slice, noise: torch.Tensor, hole: torch.Tensor, masked: torch.Tensor) -> torch.Tensor:
             controls = []
             for b in self.branches:
-                hints = torch.stack([to_hint(picture) for picture in hint_pictures(b, composites[part])])
+                hints = torch.stack([to_hint(picture) for picture in draw_hints(b, composites[part])])
                 controls.append((b.net, hints.to(backbone.device), b.weight))
             text = backbone.prompt([c.caption for c in composites[part]])
-            return inpaint(backbone, noise, hole, masked, text, empty, self.settings, controls)
+            return inpaint(backbone, noise, hole, masked, text, empty_text, self.settings, controls)
 
         return fill_holes(backbone, composites, seeds, draw, self.settings.batch)
 
@@ -133,7 +135,7 @@ class Inpainting(Method):
 
     def views(self, composites: Sequence[Composite]) -> dict[str, list[np.ndarray]]:
         titles = [f"hint {b.name}" for b in self.branches] if len(self.branches) > 1 else ["hint"]
-        return {title: hint_pictures(b, composites) for title, b in zip(titles, self.branches, strict=False)}
+        return {title: draw_hints(b, composites) for title, b in zip(titles, self.branches, strict=False)}
 
     def networks(self) -> dict[str, list[torch.nn.Module]]:
         vae = self.backbone.vae
@@ -154,10 +156,11 @@ def load(
     lambda_h: float = 1.0,
     **sampling,
 ) -> Inpainting:
-    """``Inpainting`` by options: up to two ControlNets, each a run folder, a diffusers folder, a hub id or a shipped
-    name, with the weight of what it sees (``lambda_l`` for color and raw, ``lambda_h`` for structure).
+    """Build ``Inpainting`` from options, with up to two ControlNets.
 
-    ``branch`` says what ``controlnet`` sees where no hint.json beside it does; ``sampling``: fields of ``Settings``.
+    ``controlnet`` and ``structure``: each a run folder, a diffusers folder, a hub id or a shipped name. ``lambda_l``
+    weights color and raw, ``lambda_h`` structure. ``branch``: the operator of ``controlnet`` where it has no
+    ``hint.json``. ``sampling``: fields of ``Settings``.
     """
     for name, value in (("lambda_l", lambda_l), ("lambda_h", lambda_h)):
         if type(value) not in (int, float):
@@ -165,8 +168,8 @@ def load(
     weights = {"color": lambda_l, "structure": lambda_h, "raw": lambda_l}
     branches = [load_branch(controlnet, backbone, weights, branch)] if controlnet else []
     if structure:
-        second = load_branch(structure, backbone, weights, "structure")
-        if second.name != "structure" or any(b.name == "structure" for b in branches):
-            raise UserError(f"structure={structure} sees {second.name}: give one ControlNet of each branch")
-        branches.append(second)
+        structure_branch = load_branch(structure, backbone, weights, "structure")
+        if structure_branch.name != "structure" or any(b.name == "structure" for b in branches):
+            raise UserError(f"structure={structure} sees {structure_branch.name}: give one ControlNet of each branch")
+        branches.append(structure_branch)
     return Inpainting(backbone, branches, Settings(**sampling))

@@ -1,4 +1,4 @@
-"""What a person brings: photographs, cut-outs, masks and boxes, alone or as a folder of composites."""
+"""Reads the user's photographs, cut-outs, masks and boxes, of one composite or of a folder of them."""
 
 import csv
 from collections import Counter
@@ -11,23 +11,24 @@ import numpy as np
 
 from harmony.core.errors import UserError
 from harmony.data.descriptions import Description, parsed, read_descriptions
-from harmony.methods.insert import Insertion, Result, check_sizes, cut, working_square
+from harmony.methods.insert import Insertion, Result, check_sizes, cut, find_square
 from harmony.methods.method import EXEMPLAR, LIGHTS, Method
 from harmony.pixels.composites import copy_paste, place, poisson, reinhard
 from harmony.pixels.exemplars import cut_out
 from harmony.pixels.images import crop_resize, grid, open_image, read_image, resize
 from harmony.pixels.masks import OBJECT, read_mask
 
-PICTURES = ("background", "foreground", "composite", "mask", "box", "region", "reference")  # options that name pixels
-SHEET_SIDE = 384  # pixels: the longer side of a picture on the contact sheet
+PICTURES = ("background", "foreground", "composite", "mask", "box", "region", "reference")  # options that give pixels
+SHEET_SIDE = 384  # pixels of the longer side of a picture on the contact sheet
 
 
 @dataclass(frozen=True)
 class Inputs:
-    """``background``, ``foreground`` uint8 H x W x 3, ``mask`` and (or None) ``region`` bool H x W, all of one size.
+    """The pictures and words of one composite.
 
-    ``reference`` uint8 of any size: the exemplar, where it is a picture of its own. ``lights``: what the user says of
-    the object's light and of that around it. ``name``: what results are called after.
+    ``background``, ``foreground`` uint8 H x W x 3 and ``mask``, ``region`` bool H x W have one size; ``region`` may be
+    None. ``reference``: the exemplar, uint8 of any size, where it is a separate picture. ``lights``: descriptions of
+    the object's light and of the light around it. ``name``: the name of the results.
     """
 
     background: np.ndarray
@@ -39,45 +40,47 @@ class Inputs:
     name: str = ""
 
     def cut(self, method: Method, caption: str = "") -> Insertion:
-        """The square that ``method`` works on. UserError for what it cannot use, and for words that it lacks."""
+        """The square that ``method`` fills. UserError for inputs that it cannot use or that it lacks."""
         if LIGHTS in method.wants and not self.lights:
-            raise UserError("describer=given wants the words for both lights: give prompts=")
+            raise UserError("describer=given needs the words for both lights: give prompts=")
         if self.reference is not None and EXEMPLAR not in method.wants:
             raise UserError(
-                "reference= goes with method=paint_by_example; other methods want foreground= or composite="
+                "reference= goes with method=paint_by_example; other methods take foreground= or composite="
             )
         if self.region is not None and not method.radius and EXEMPLAR not in method.wants:
             raise UserError("region= goes with methods that paint anew; method=zero_shot changes the object alone")
-        radius = method.radius if self.reference is None else 0  # a mask that was painted by hand is the hole itself
-        shown = None
+        radius = method.radius if self.reference is None else 0  # a hand-painted mask is the hole itself
+        exemplar = None
         if EXEMPLAR in method.wants:
-            shown = cut_out(self.foreground, self.mask) if self.reference is None else self.reference
-        words = {"caption": caption, "exemplar": shown, "lights": self.lights, "name": self.name}
+            exemplar = cut_out(self.foreground, self.mask) if self.reference is None else self.reference
+        fields = {"caption": caption, "exemplar": exemplar, "lights": self.lights, "name": self.name}
         pictures = (self.background, self.foreground, self.mask, self.region)
-        return cut(method.resolution, *pictures, radius, **words)
+        return cut(method.resolution, *pictures, radius, **fields)
 
 
-def size(image: np.ndarray) -> tuple[int, int]:
+def get_size(image: np.ndarray) -> tuple[int, int]:
+    """Width and height."""
     return image.shape[1], image.shape[0]
 
 
-def alpha_mask(path: str) -> np.ndarray:
-    """Bool H x W: where a cut-out is opaque. UserError for a picture without transparency."""
-    opaque = np.asarray(open_image(path).convert("RGBA"))[..., 3] > OBJECT
-    if opaque.all():
+def read_alpha_mask(path: str) -> np.ndarray:
+    """The mask of a cut-out, bool H x W: where it is opaque. UserError for a picture without transparency."""
+    opacity = np.asarray(open_image(path).convert("RGBA"))[..., 3] > OBJECT
+    if opacity.all():
         raise UserError(f"{path} has no transparent background and no mask was given; add mask=PATH")
-    if not opaque.any():
+    if not opacity.any():
         raise UserError(f"{path} is transparent everywhere; give the cut-out with its object opaque")
-    return opaque
+    return opacity
 
 
-def on_white(path: str) -> np.ndarray:
-    """A picture, uint8 H x W x 3, on white where it is transparent."""
-    pixels, opaque = read_image(path), np.asarray(open_image(path).convert("RGBA"))[..., 3:] / 255
-    return np.rint(opaque * pixels + (1 - opaque) * 255).astype(np.uint8)
+def read_on_white(path: str) -> np.ndarray:
+    """Read a picture, uint8 H x W x 3, white where it is transparent."""
+    pixels, opacity = read_image(path), np.asarray(open_image(path).convert("RGBA"))[..., 3:] / 255
+    return np.rint(opacity * pixels + (1 - opacity) * 255).astype(np.uint8)
 
 
 def read_box(box: Any) -> tuple[float, ...] | None:
+    """Check the option ``box``: None, or x0, y0, x1, y1 in pixels of the background."""
     if box is None:
         return None
     if not isinstance(box, list) or len(box) != 4 or not all(type(v) in (int, float) for v in box):
@@ -86,7 +89,7 @@ def read_box(box: Any) -> tuple[float, ...] | None:
 
 
 def read_inputs(options: Mapping[str, Any]) -> Inputs:
-    """Read, place and check what ``options`` (``PICTURES`` and ``prompts``) name. UserError for what does not fit."""
+    """Read, place and check the pictures and prompts in ``options``. UserError for what does not fit."""
     o = {name: None for name in (*PICTURES, "prompts")} | dict(options)
     name = Path(o["composite"] or o["foreground"] or o["background"] or "").stem
     if o["reference"] is not None:
@@ -96,30 +99,32 @@ def read_inputs(options: Mapping[str, Any]) -> Inputs:
         raise UserError("give background=PATH and foreground=PATH, or composite=PATH alone, which has the object in it")
     box = read_box(o["box"])
     if composite is not None and box is not None:
-        raise UserError("box= places a foreground of its own; with composite= the object stays where it is")
+        raise UserError(
+            "box= goes with foreground=; with composite= the object is in its place already: leave out box="
+        )
     image = read_image(composite or background)
     foreground = image if composite else read_image(o["foreground"])
-    mask = read_mask(o["mask"], size(foreground)) if o["mask"] else alpha_mask(composite or o["foreground"])
+    mask = read_mask(o["mask"], get_size(foreground)) if o["mask"] else read_alpha_mask(composite or o["foreground"])
     if box is not None:
-        foreground, mask = place(foreground, mask, box, *size(image))
-    region = read_mask(o["region"], size(image)) if o["region"] else None
+        foreground, mask = place(foreground, mask, box, *get_size(image))
+    region = read_mask(o["region"], get_size(image)) if o["region"] else None
     check_sizes(image, foreground=foreground, mask=mask, region=region)
     return Inputs(image, foreground, mask, region, lights=read_lights(o["prompts"], name), name=name)
 
 
 def read_reference(o: Mapping[str, Any]) -> Inputs:
-    """Background, where to paint, and what: the object of the exemplar is not cut out."""
-    others = any(o[name] is not None for name in ("foreground", "composite", "box"))
-    if o["background"] is None or o["mask"] is None or others:
-        raise UserError("reference= wants background=PATH and mask=PATH, white where to paint, and nothing else")
-    background, reference = read_image(o["background"]), on_white(o["reference"])
-    mask = read_mask(o["mask"], size(background))
-    region = read_mask(o["region"], size(background)) if o["region"] else None
+    """Read a background, the mask of where to paint, and an exemplar whose object is not cut out."""
+    has_others = any(o[name] is not None for name in ("foreground", "composite", "box"))
+    if o["background"] is None or o["mask"] is None or has_others:
+        raise UserError("reference= needs background=PATH and mask=PATH, white where to paint, and nothing else")
+    background, reference = read_image(o["background"]), read_on_white(o["reference"])
+    mask = read_mask(o["mask"], get_size(background))
+    region = read_mask(o["region"], get_size(background)) if o["region"] else None
     return Inputs(background, background, mask, region, reference)
 
 
 def read_lights(prompts: Any, name: str) -> tuple[Description, ...]:
-    """The descriptions of the command line, or those for ``name`` in its JSON file; none where none are given."""
+    """Descriptions as typed on the command line, or those of ``name`` in a JSON file; none where none are given."""
     if prompts is None:
         return ()
     text = str(prompts)
@@ -130,40 +135,41 @@ def read_lights(prompts: Any, name: str) -> tuple[Description, ...]:
 
 
 def list_composites(folder: Path) -> list[tuple[str, dict]]:
-    """(id, options) of each composite of a folder: the rows of ``index.csv``, or else ``composite/`` with ``mask/``.
+    """(id, options) of each composite of a folder, from ``index.csv`` or from ``composite/`` and ``mask/``.
 
-    A row names ``composite`` and ``mask``, or ``background``, ``foreground``, ``foreground_mask`` and ``bbox`` (x0 y0
-    x1 y1 in pixels of the background), paths relative to the folder.
+    A row of ``index.csv`` has ``composite`` and ``mask``, or ``background``, ``foreground``, ``foreground_mask`` and
+    ``bbox`` (x0 y0 x1 y1 in pixels of the background); paths are relative to the folder.
     """
     if not folder.is_dir():
-        raise UserError(f"dir={folder}: there is no such folder")
+        raise UserError(f"dir={folder}: there is no such folder; give one that exists")
     if not (folder / "index.csv").exists():
         pairs = [(p, q) for p in sorted(folder.glob("composite/*")) for q in folder.glob(f"mask/{p.stem}.*")]
         if not pairs:
             raise UserError(f"{folder} has neither index.csv nor composite/NAME with mask/NAME: nothing to harmonize")
-        return distinct(folder, [(p.stem, {"composite": str(p), "mask": str(q)}) for p, q in pairs])
-    items, short = [], []
+        return check_ids(folder, [(p.stem, {"composite": str(p), "mask": str(q)}) for p, q in pairs])
+    items, incomplete_ids = [], []
     with open(folder / "index.csv", newline="", encoding="utf-8") as file:
         for i, row in enumerate(csv.DictReader(file)):
             name = row.get("id") or str(i)
-            at = {key: str(folder / value) for key, value in row.items() if key and value}
+            paths = {key: str(folder / value) for key, value in row.items() if key and value}
             if row.get("composite") and row.get("mask"):
-                items.append((name, {"composite": at["composite"], "mask": at["mask"]}))
+                items.append((name, {"composite": paths["composite"], "mask": paths["mask"]}))
             elif all(row.get(key) for key in ("background", "foreground", "foreground_mask", "bbox")):
                 box = [float(v) for v in row["bbox"].replace(",", " ").split()]
-                places = {"background": at["background"], "foreground": at["foreground"], "mask": at["foreground_mask"]}
-                items.append((name, places | {"box": box}))
+                background, foreground, mask = (paths[key] for key in ("background", "foreground", "foreground_mask"))
+                items.append((name, {"background": background, "foreground": foreground, "mask": mask, "box": box}))
             else:
-                short.append(name)
-    if short:
-        print(f"{len(short)} rows name neither a composite with its mask nor a foreground with mask and box: {short}")
-    return distinct(folder, items)
+                incomplete_ids.append(name)
+    if incomplete_ids:
+        parts = "neither a composite with its mask nor a foreground with mask and box"
+        print(f"{len(incomplete_ids)} rows name {parts}: {incomplete_ids}")
+    return check_ids(folder, items)
 
 
-def distinct(folder: Path, items: list[tuple[str, dict]]) -> list[tuple[str, dict]]:
-    """``items`` themselves. UserError unless each id is a name of a folder that no other has."""
-    names = Counter(name for name, _ in items)
-    for name, count in names.items():
+def check_ids(folder: Path, items: list[tuple[str, dict]]) -> list[tuple[str, dict]]:
+    """Return ``items``. UserError unless each id is unique and can name a folder."""
+    counts = Counter(name for name, _ in items)
+    for name, count in counts.items():
         if count > 1 or name in ("", "..") or Path(name).name != name:
             raise UserError(f"{folder}: '{name}' must be a file name that no other composite has")
     return items
@@ -172,31 +178,31 @@ def distinct(folder: Path, items: list[tuple[str, dict]]) -> list[tuple[str, dic
 # --- contact sheets
 
 
-def sheet(inputs: Inputs, result: Result, image: np.ndarray) -> np.ndarray:
-    """Contact sheet: the whole pictures above, the square that the method worked on below.
+def draw_sheet(inputs: Inputs, result: Result, image: np.ndarray) -> np.ndarray:
+    """A contact sheet: the whole pictures above, the square that the method filled below.
 
-    Where an exemplar was painted there is no composite: the exemplar stands in its place.
+    The exemplar, where there is one, takes the place of the composite.
     """
     background, reference = inputs.background, inputs.reference
     scale = min(1, SHEET_SIDE / max(background.shape[:2]))
-    width, height = (max(1, round(scale * length)) for length in size(background))
-    shown = [background, result.composite, image]
-    whole = [resize(picture, width, height) for picture in shown]
-    close = [crop_resize(picture, result.crop, min(width, height)) for picture in shown]
+    width, height = (max(1, round(scale * length)) for length in get_size(background))
+    pictures, side = [background, result.composite, image], min(width, height)
+    overviews = [resize(picture, width, height) for picture in pictures]
+    closeups = [crop_resize(picture, result.crop, side) for picture in pictures]
     if reference is not None:
-        whole[1] = close[1] = resize(reference, *(min(width, height),) * 2)
-    return grid([whole, close], ["background", "composite" if reference is None else "exemplar", "harmonized"])
+        overviews[1] = closeups[1] = resize(reference, side, side)
+    return grid([overviews, closeups], ["background", "composite" if reference is None else "exemplar", "harmonized"])
 
 
-def beside_baselines(inputs: Inputs, image: np.ndarray) -> list[np.ndarray]:
-    """Small pictures of the working square: composite, harmonized, and the composites without a network.
+def compare_baselines(inputs: Inputs, image: np.ndarray) -> list[np.ndarray]:
+    """Small pictures of the square: composite, harmonized, and Reinhard's and Poisson's baselines.
 
-    Poisson blending wants the object's old surroundings or its new ones: a composite has neither, its place stays grey.
+    Poisson blending needs the surroundings of the object, which a composite has lost: its picture is gray there.
     """
     background, foreground, mask = inputs.background, inputs.foreground, inputs.mask
-    recolored = copy_paste(background, reinhard(foreground, mask, background), mask)
-    whole = foreground is background
-    blended = np.full_like(background, 128) if whole else poisson(background, foreground, mask)
-    pictures = [copy_paste(background, foreground, mask), image, recolored, blended]
-    crop = working_square(mask, inputs.region)
+    reinhard_picture = copy_paste(background, reinhard(foreground, mask, background), mask)
+    is_composite = foreground is background
+    poisson_picture = np.full_like(background, 128) if is_composite else poisson(background, foreground, mask)
+    pictures = [copy_paste(background, foreground, mask), image, reinhard_picture, poisson_picture]
+    crop = find_square(mask, inputs.region)
     return [crop_resize(picture, crop, SHEET_SIDE // 2) for picture in pictures]

@@ -1,6 +1,6 @@
-"""The one abstraction: a method fills the holes of composites, whatever it is made of.
+"""Composites and the one interface of all methods that fill their holes.
 
-``harmonize``, the tables of a study, the grid of a training and every other surface take any method. A new one is a
+``harmonize``, the tables of a study, the grid of a training and every other surface take any method. A new method is a
 file in this folder and an option file in ``configs/method``.
 """
 
@@ -19,19 +19,19 @@ from harmony.pixels.composites import copy_paste
 from harmony.pixels.images import Crop
 from harmony.pixels.masks import TEST_RADIUS
 
-Seed = tuple[int, int]  # (seed, index): all that the noise of a sample depends on
-CAPTION, EXEMPLAR, LIGHTS = "caption", "exemplar", "lights"  # what a method may want beside the pictures
+Seed = tuple[int, int]  # (seed, index): the noise of a sample depends on these alone
+CAPTION, EXEMPLAR, LIGHTS = "caption", "exemplar", "lights"  # what a method may need beside the pictures
 
 
 @dataclass(frozen=True)
 class Composite:
-    """One object to go into one picture, at a method's resolution R.
+    """One object to insert into one picture, at a method's resolution R.
 
     ``background``, ``instance`` uint8 R x R x 3; ``mask``, ``hole`` bool R x R, the hole containing the mask.
-    ``caption``: what the finished picture shows. ``exemplar``: uint8 of any size, a picture of what is to appear.
-    ``lights``: words for the object's light and for that around it, one description or several to choose from.
-    ``name``, and ``crop`` of a photograph of ``size`` (width, height): where the square comes from. ``naive``: the
-    composite by copy and paste, where it was made before the square was cut out.
+    ``caption``: what the finished picture shows. ``exemplar``: a picture of the object to paint, uint8 of any size.
+    ``lights``: descriptions of the object's light and of the light around it, one or several to choose from. ``name``,
+    and ``crop`` of a photograph of ``size`` (width, height): where the square comes from. ``naive_composite``: copy and
+    paste, where it was done before the square was cut out.
     """
 
     background: np.ndarray
@@ -44,26 +44,28 @@ class Composite:
     name: str = ""
     crop: Crop | None = None
     size: tuple[int, int] | None = None
-    naive: np.ndarray | None = None
+    naive_composite: np.ndarray | None = None
 
     def copy_paste(self) -> np.ndarray:
-        """The naive composite, uint8 R x R x 3."""
-        return copy_paste(self.background, self.instance, self.mask) if self.naive is None else self.naive
+        """The composite by copy and paste, uint8 R x R x 3."""
+        if self.naive_composite is not None:
+            return self.naive_composite
+        return copy_paste(self.background, self.instance, self.mask)
 
     @property
     def fingerprint(self) -> str:
-        """sha256 of all that an output may depend on."""
-        arrays = (self.background, self.instance, self.mask, self.hole, self.exemplar, self.naive)
+        """sha256 of everything that an output may depend on."""
+        arrays = (self.background, self.instance, self.mask, self.hole, self.exemplar, self.naive_composite)
         pixels = [None if a is None else (a.shape, hashlib.sha256(np.ascontiguousarray(a)).hexdigest()) for a in arrays]
         return fingerprint(pixels, self.caption, self.lights, self.name, self.crop)
 
 
 class Method:
-    """What everything that fills holes offers; R is its ``resolution``.
+    """The interface of everything that fills holes; R is its ``resolution``.
 
-    ``wants``: what of a composite it needs beside the pictures (caption, exemplar, lights). ``radius``: by how much a
-    hole is larger than its object, px at 512. ``carries_detail``: what it changed of the composite is done to the
-    photograph at full size, instead of enlarging what it made.
+    ``wants``: what it needs of a composite beside the pictures (caption, exemplar, lights). ``radius``: how far a hole
+    extends beyond its object, px at 512. ``carries_detail``: its changes are applied to the photograph at full size
+    instead of enlarging its output. ``say``: called with lines about the progress within a composite.
     """
 
     resolution: int
@@ -71,43 +73,43 @@ class Method:
     wants: frozenset[str] = frozenset()
     radius: float = TEST_RADIUS
     carries_detail: bool = False
-    say: Callable[[str], None] = staticmethod(lambda line: None)  # told what happens within a composite
+    say: Callable[[str], None] = staticmethod(lambda line: None)
 
     @property
     def fingerprint(self) -> str:
-        """Hash of weights and settings: with the composite and the seed, all that an output depends on."""
+        """Hash of weights and settings; an output depends on this, the composite and the seed alone."""
         raise NotImplementedError
 
     def fill(self, composites: Sequence[Composite], seeds: Sequence[Seed]) -> list[np.ndarray]:
-        """The filled squares, uint8 R x R x 3, before any paste-back; noise of item i depends on ``seeds[i]`` alone."""
+        """Fill the holes: squares uint8 R x R x 3 before paste-back; noise of item i depends on ``seeds[i]`` alone."""
         raise NotImplementedError
 
     def describe(self) -> str:
-        """What runs, in one line."""
+        """One line that says what runs."""
         raise NotImplementedError
 
     def views(self, composites: Sequence[Composite]) -> dict[str, list[np.ndarray]]:
-        """Title -> what the networks see of each composite beside the background."""
+        """Title -> a picture for each composite of what the networks see beside the background."""
         return {}
 
     def write_beside(self, index: int, composite: Composite, folder: Path) -> dict[str, Path]:
-        """Write what the last ``fill`` left of its composite number ``index`` beside the picture; name -> file."""
+        """Write further results of the last ``fill`` for its composite number ``index``; name -> file."""
         return {}
 
     def networks(self) -> dict[str, list[torch.nn.Module]]:
-        """The networks that run, loaded, by the names under which their time is told."""
+        """Name -> the networks whose time is reported under it; they are loaded if need be."""
         return {}
 
 
 def fingerprint(*facts: Any) -> str:
-    """sha256 of facts that JSON can hold, dataclasses among them."""
+    """sha256 of facts that JSON can hold; dataclasses count by their fields, anything else by its text."""
 
-    def plain(value: Any) -> Any:
+    def simplify(value: Any) -> Any:
         return asdict(value) if is_dataclass(value) else str(value)
 
-    return hashlib.sha256(json.dumps(facts, sort_keys=True, default=plain).encode()).hexdigest()
+    return hashlib.sha256(json.dumps(facts, sort_keys=True, default=simplify).encode()).hexdigest()
 
 
-def seeds_of(seed: int, indices: Sequence[int]) -> list[Seed]:
-    """The seeds of samples number ``indices`` of a run."""
+def make_seeds(seed: int, indices: Sequence[int]) -> list[Seed]:
+    """The seeds of the samples with numbers ``indices`` of a run."""
     return [(seed, index) for index in indices]

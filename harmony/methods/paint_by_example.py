@@ -1,6 +1,6 @@
-"""Paint by Example (Yang 2022): the exemplar's token in the place of words.
+"""Paint by Example (Yang 2022): fills holes by an exemplar's token in place of a prompt.
 
-Sampled by DDIM as every method here, so that tables compare methods and not samplers; the released scripts use PLMS.
+It samples by DDIM as all methods here, so that tables compare methods and not samplers; the released scripts use PLMS.
 """
 
 import functools
@@ -29,17 +29,17 @@ def paint(
     context: torch.Tensor,
     schedule: Schedule = Schedule(guidance=5.0),
 ) -> torch.Tensor:
-    """Clean latent B x C x h x w from pure noise by e(v) + s (e(c) - e(v)), s the guidance.
+    """Sample clean latents B x C x h x w from noise by e(v) + s (e(c) - e(v)), with s the guidance.
 
     ``hole`` B x 1 x h x w in {0, 1} (1 = paint), ``masked`` the scaled latent of the masked image, ``context``
     B x T x D of the exemplars.
     """
-    nothing = painter.encoder.uncond_vector
-    return sampled(painter.backbone, noise, known_by_example(hole, masked), context, nothing, schedule)
+    empty_context = painter.encoder.uncond_vector
+    return sampled(painter.backbone, noise, known_by_example(hole, masked), context, empty_context, schedule)
 
 
 class PaintByExample(Method):
-    """What each composite's exemplar shows, painted into its hole; ``source``: sha256 of the weights' files."""
+    """Paints what a composite's exemplar shows into its hole; ``source``: sha256 of the files of the weights."""
 
     wants = frozenset({EXEMPLAR})
 
@@ -53,15 +53,15 @@ class PaintByExample(Method):
         weights = self.source or [weights_hash(net) for net in (backbone.unet, self.painter.encoder)]
         return fingerprint("paint_by_example", backbone.hash("vae"), str(backbone.dtype), weights, self.settings)
 
-    def exemplars(self, composites: Sequence[Composite], side: int) -> list[np.ndarray]:
-        """What is shown for each composite, uint8 side x side x 3."""
+    def prepare_exemplars(self, composites: Sequence[Composite], side: int) -> list[np.ndarray]:
+        """The exemplar of each composite as the encoder sees it, uint8 side x side x 3."""
         return [exemplar(c.exemplar, side) for c in composites]
 
     def fill(self, composites: Sequence[Composite], seeds: Sequence[Seed]) -> list[np.ndarray]:
         painter = self.painter
 
         def draw(part: slice, noise: torch.Tensor, hole: torch.Tensor, masked: torch.Tensor) -> torch.Tensor:
-            pictures = self.exemplars(composites[part], painter.encoder.size)
+            pictures = self.prepare_exemplars(composites[part], painter.encoder.size)
             context = painter.encoder(torch.stack([to_hint(picture) for picture in pictures]).to(self.device))
             return paint(painter, noise, hole, masked, context, self.settings)
 
@@ -72,7 +72,7 @@ class PaintByExample(Method):
         return f"Paint by Example on {where}, guidance {self.settings.guidance:g}"
 
     def views(self, composites: Sequence[Composite]) -> dict[str, list[np.ndarray]]:
-        return {"exemplar": self.exemplars(composites, self.painter.encoder.size)}
+        return {"exemplar": self.prepare_exemplars(composites, self.painter.encoder.size)}
 
     def networks(self) -> dict[str, list[torch.nn.Module]]:
         vae = self.painter.backbone.vae
@@ -84,15 +84,15 @@ class PaintByExample(Method):
 
 
 def load(backbone: Backbone, painter: str, **sampling) -> PaintByExample:
-    """``PaintByExample`` by options: ``painter`` is a run folder, a diffusers folder, a hub id or a shipped name.
+    """Build ``PaintByExample`` from options; ``painter``: a run folder, a diffusers folder, a hub id or a shipped name.
 
-    UserError for one that works at another resolution than ``backbone``.
+    UserError for a painter of another resolution than ``backbone``.
     """
     key = ("painter", str(painter))
     if key not in backbone.loaded:
         backbone.loaded[key] = load_painter(painter, backbone)
-    loaded = backbone.loaded[key]
-    if loaded.backbone.resolution != backbone.resolution:
-        sizes = f"{loaded.backbone.resolution} px, backbone {backbone.name} at {backbone.resolution}"
+    net = backbone.loaded[key]
+    if net.backbone.resolution != backbone.resolution:
+        sizes = f"{net.backbone.resolution} px, backbone {backbone.name} at {backbone.resolution}"
         raise UserError(f"painter={painter} works at {sizes}: give model.path={painter}")
-    return PaintByExample(loaded, Settings(**sampling), painter_hash(painter))
+    return PaintByExample(net, Settings(**sampling), painter_hash(painter))

@@ -1,7 +1,7 @@
-"""Editing a photograph by its words: invert it, then lead a target prompt by its source.
+"""Edits a photograph by its prompt: invert it, then sample a target prompt with the attention of the source.
 
-Mokady 2022 and Hertz 2022 joined. Inversion is the expensive part and does not depend on the target: it is kept in a
-file, and a further edit of the same picture costs its sampling only.
+This joins Mokady 2022 and Hertz 2022. Inversion is the expensive part and does not depend on the target, so it is kept
+in a file: a further edit of the same picture costs its sampling only.
 """
 
 import hashlib
@@ -35,14 +35,14 @@ from harmony.sampling.prompt_to_prompt import (
     spans,
 )
 
-START = 0.2  # share of the steps after which an edit is kept local
+START = 0.2  # share of the steps after which an edit is restricted to its masks
 
 
 @dataclass(frozen=True)
 class Inversion:
-    """What brings a picture back: ``noise`` 1 x C x h x w and an empty prompt 1 x T x D for each step.
+    """The inversion of a picture: ``noise`` 1 x C x h x w and an empty prompt 1 x T x D for each step.
 
-    ``latent`` 1 x C x h x w is the picture itself, encoded.
+    ``latent`` 1 x C x h x w is the encoded picture.
     """
 
     latent: torch.Tensor
@@ -52,7 +52,7 @@ class Inversion:
 
 @torch.no_grad()
 def encode(backbone: Backbone, images: Sequence[np.ndarray]) -> torch.Tensor:
-    """B pictures uint8 R x R x 3 -> latents B x C x h x w, the posterior's mean."""
+    """Encode B pictures uint8 R x R x 3 to latents B x C x h x w, the mean of the posterior."""
     return backbone.latent(backbone.moments(to_model(np.stack(images)).to(backbone.device)))
 
 
@@ -65,36 +65,34 @@ def invert_pictures(
     inner: int = 10,
     say: Callable[[str], None] = lambda line: None,
 ) -> list[Inversion]:
-    """DDIM inversion of each picture under its prompt without guidance, then ``null_texts`` for guidance ``w``.
+    """Invert each picture by DDIM under its prompt without guidance, then find ``null_texts`` for guidance ``w``.
 
-    ``inner=0`` is the fast mode: the condition itself stands for the empty prompt, so that guidance is inert in the
-    source's row and the reconstruction is that of plain DDIM (Miyake 2023).
+    ``inner=0`` is the fast mode: the prompt itself takes the place of the empty prompt, so that guidance has no effect
+    on the source and the reconstruction is that of plain DDIM (Miyake 2023).
     """
-    trajectory, text = trajectories(backbone, images, prompts, steps)
+    trajectory, text = invert_latents(backbone, images, prompts, steps)
     if inner == 0:
         nulls = [text] * steps
     else:
         abar, offset = backbone.alphas_cumprod, backbone.scheduler.config.steps_offset
-        search, empty = Search(lambda i, n: inner), backbone.prompt([""])
-        nulls = null_texts(denoiser(backbone), trajectory, [text] * steps, empty, w, abar, offset, search, say)
-    ends = zip(trajectory[0].split(1), trajectory[-1].split(1), strict=True)
-    return [Inversion(*pair, [null[i : i + 1] for null in nulls]) for i, pair in enumerate(ends)]
+        search, empty_text = Search(lambda i, n: inner), backbone.prompt([""])
+        nulls = null_texts(denoiser(backbone), trajectory, [text] * steps, empty_text, w, abar, offset, search, say)
+    pairs = zip(trajectory[0].split(1), trajectory[-1].split(1), strict=True)
+    return [Inversion(*pair, [null[i : i + 1] for null in nulls]) for i, pair in enumerate(pairs)]
 
 
 @torch.no_grad()
-def trajectories(
+def invert_latents(
     backbone: Backbone, images: Sequence[np.ndarray], prompts: Sequence[str], steps: int
 ) -> tuple[list[torch.Tensor], torch.Tensor]:
-    """(z_0 .. z_N, each B x C x h x w; the prompts' states B x T x D) of DDIM inversion without guidance."""
+    """DDIM inversion without guidance: (z_0 .. z_N, each B x C x h x w; the prompts' states B x T x D)."""
     eps, text = denoiser(backbone), backbone.prompt(list(prompts))
     offset = backbone.scheduler.config.steps_offset
     return invert(lambda z, t: eps(z, t, text), encode(backbone, images), steps, backbone.alphas_cumprod, offset), text
 
 
-def inversion_key(backbone: Backbone, image: np.ndarray, *settings) -> str:
-    """Hash of all that an inversion depends on: the backbone's weights, its learnt words, pixels, prompt and
-    settings.
-    """
+def hash_inversion(backbone: Backbone, image: np.ndarray, *settings) -> str:
+    """Hash of all that an inversion depends on: weights, learned words, pixels, prompt and settings."""
     digest = hashlib.sha256(repr([[backbone.hash(part) for part in DIFFUSION], image.shape, settings]).encode())
     for word, tokens in backbone.words.items():
         digest.update(repr((word, tokens)).encode())
@@ -103,7 +101,7 @@ def inversion_key(backbone: Backbone, image: np.ndarray, *settings) -> str:
     return digest.hexdigest()[:16]
 
 
-def kept_inversion(
+def load_or_invert(
     folder: Path,
     backbone: Backbone,
     image: np.ndarray,
@@ -113,24 +111,24 @@ def kept_inversion(
     inner: int,
     say: Callable[[str], None] = lambda line: None,
 ) -> Inversion:
-    """``invert_pictures`` of one, read from ``folder`` if it has been done before; a damaged file is made anew."""
-    file = folder / f"{inversion_key(backbone, image, prompt, steps, w, inner)}.safetensors"
+    """The inversion of one picture, read from ``folder`` if it is there; a damaged file is written again."""
+    file = folder / f"{hash_inversion(backbone, image, prompt, steps, w, inner)}.safetensors"
     try:
         state = {name: value.to(backbone.device, backbone.precise) for name, value in load_file(file).items()}
         return Inversion(state["latent"], state["noise"], list(state["nulls"].split(1)))
     except (OSError, SafetensorError, KeyError):
         pass
-    (made,) = invert_pictures(backbone, [image], [prompt], steps, w, inner, say)
-    state = {"latent": made.latent, "noise": made.noise, "nulls": torch.cat(made.nulls)}
+    (inversion,) = invert_pictures(backbone, [image], [prompt], steps, w, inner, say)
+    state = {"latent": inversion.latent, "noise": inversion.noise, "nulls": torch.cat(inversion.nulls)}
     write_tensors(file, {name: value.float() for name, value in state.items()})
-    return made
+    return inversion
 
 
 @torch.no_grad()
 def reconstruct(
     backbone: Backbone, inversions: Sequence[Inversion], prompts: Sequence[str], w: float
 ) -> list[np.ndarray]:
-    """uint8 R x R x 3 each: the pictures as guided sampling under their prompts gives them back."""
+    """Reconstruct pictures, uint8 R x R x 3 each, by guided sampling under their prompts."""
     abar, offset = backbone.alphas_cumprod, backbone.scheduler.config.steps_offset
     noise = torch.cat([inversion.noise for inversion in inversions])
     nulls = [torch.cat(rows) for rows in zip(*(inversion.nulls for inversion in inversions), strict=True)]
@@ -143,8 +141,10 @@ def reconstruct(
 
 @dataclass(frozen=True)
 class Mode:
-    """How strongly the source leads: shares of the steps in which cross- and self-attention are the source's, what the
-    attention of the words that change is multiplied by, and whether the edit is kept where they look.
+    """How strongly the source guides an edit.
+
+    ``cross``, ``own``: shares of the steps in which cross- and self-attention are the source's. ``factor``: multiplies
+    the attention of new words. ``local``: whether the edit is restricted to where the changed words look.
     """
 
     cross: float
@@ -162,48 +162,50 @@ MODES = {  # shares as in the notebooks of Hertz 2022 and Mokady 2022, factors m
 KINDS = {"replace": "replace", "refine": "insert", "reweight": "reweight"}  # mode of each kind of edit
 
 
-def mode_of(source: str, target: str) -> str:
-    """The mode that two prompts mean: as many words, added or missing words, the same words."""
+def find_mode(source: str, target: str) -> str:
+    """The mode of the edit between two prompts: equally many words, added or missing words, or the same words."""
     return KINDS[kind_of(source, target)]
 
 
 @dataclass(frozen=True)
 class Changes:
-    """Words that one prompt alone has, by their numbers in it: ``gone`` of the source, ``come`` of the target."""
+    """Positions of the words that only one prompt has: of ``source`` and of ``target``."""
 
-    gone: list[int]
-    come: list[int]
+    source: list[int]
+    target: list[int]
 
 
-def changes(source: str, target: str) -> Changes:
+def compare_prompts(source: str, target: str) -> Changes:
     """The words in which two prompts differ."""
     a, b = source.split(), target.split()
     if len(a) == len(b):
-        differ = [n for n, (x, y) in enumerate(zip(a, b, strict=True)) if x != y]
-        return Changes(differ, differ)
+        positions = [n for n, (x, y) in enumerate(zip(a, b, strict=True)) if x != y]
+        return Changes(positions, positions)
     ids = {word: i for i, word in enumerate(dict.fromkeys(a + b))}
-    pairs = [[ids[word] for word in words] for words in (a, b)]
-    come, gone = (
-        [n for n, known in enumerate(alignment(*order, max(len(a), len(b)))[1][: len(order[1])].tolist()) if not known]
-        for order in (pairs, pairs[::-1])
+    pair = [[ids[word] for word in words] for words in (a, b)]
+    new_words, old_words = (
+        [n for n, match in enumerate(alignment(*order, max(len(a), len(b)))[1][: len(order[1])].tolist()) if not match]
+        for order in (pair, pair[::-1])
     )
-    return Changes(gone, come)
+    return Changes(old_words, new_words)
 
 
 @dataclass(frozen=True)
 class Plan:
-    """An edit that is ready to be made: both prompts, the mode, what becomes of the attention, where the words are
-    (``places``, see ``spans``), and of a local one the columns that it is kept to, 2 x T.
+    """An edit that is ready to run.
+
+    ``edit``: the changes of the attention. ``places``: the tokens of each prompt's words, see ``spans``. ``columns``
+    2 x T: the tokens that a local edit looks at.
     """
 
     prompts: tuple[str, str]
     mode: Mode
     edit: Edit
     places: list[dict[int, Span]]
-    looked_at: torch.Tensor | None
+    columns: torch.Tensor | None
 
 
-def plan(
+def plan_edit(
     backbone: Backbone,
     source: str,
     target: str,
@@ -211,31 +213,36 @@ def plan(
     factors: dict[str, float] | None = None,
     look_at: Sequence[Sequence[int]] | None = None,
 ) -> Plan:
-    """``factors``: word of the target -> what multiplies its attention, in the place of the mode's for words that come.
-    ``look_at``: numbers of the words of each prompt that a local edit is kept to; None = those that change.
+    """Plan the edit of a picture from the prompt ``source`` to ``target``.
 
-    UserError for a prompt that is too long, a word that is not there, a local edit with nothing to look at.
+    ``factors``: word of the target -> factor of its attention; None: the factor of the mode for the new words.
+    ``look_at``: positions of the words of each prompt to which a local edit is restricted; None: the words that change.
+
+    UserError for a prompt that is too long, a missing word, or a local edit without words to look at.
     """
     length, words = backbone.tokenizer.model_max_length, target.split()
     places = [spans(prompt, backbone.encode, length) for prompt in (source, target)]
-    changed = changes(source, target)
-    usual = {words[n]: mode.factor for n in changed.come if mode.factor != 1}
-    edit = edit_between(source, target, backbone.encode, length, usual if factors is None else factors)
+    changes = compare_prompts(source, target)
+    if factors is None:
+        factors = {words[n]: mode.factor for n in changes.target if mode.factor != 1}
+    edit = edit_between(source, target, backbone.encode, length, factors)
     if not mode.local:
         return Plan((source, target), mode, edit, places, None)
     columns = torch.zeros(2, length)
-    for row, numbers, at in zip(columns, look_at or (changed.gone, changed.come), places, strict=True):
-        for n in numbers:
-            row[slice(*at[n])] = 1
+    for row, positions, tokens in zip(columns, look_at or (changes.source, changes.target), places, strict=True):
+        for n in positions:
+            row[slice(*tokens[n])] = 1
     if not columns.any():
-        raise UserError("a local edit wants words to look at: prompts that differ, or local=false")
+        raise UserError("a local edit needs words to look at: give prompts that differ, or local=false")
     return Plan((source, target), mode, edit, places, columns)
 
 
 @dataclass(frozen=True)
-class Edited:
-    """``pictures`` uint8 R x R x 3, source first, then target; ``masks`` bool R x R of each (None: not local), their
-    union being where the target may differ; ``maps``: for both prompts, each word and where it looks, h x w in [0, 1].
+class EditResult:
+    """The pictures of an edit, uint8 R x R x 3: of the source, then of the target.
+
+    ``masks`` bool R x R of each (None: not local); the target may differ in their union. ``maps``: for both prompts,
+    each word and its attention, h x w in [0, 1].
     """
 
     pictures: list[np.ndarray]
@@ -243,32 +250,32 @@ class Edited:
     maps: list[list[tuple[str, np.ndarray]]] = field(default_factory=list)
 
 
-def edit_picture(backbone: Backbone, inversion: Inversion, planned: Plan, w: float, threshold: float = 0.3) -> Edited:
-    """The picture under its own prompt and under the target, whose attention is led by the former.
+def edit_picture(backbone: Backbone, inversion: Inversion, plan: Plan, w: float, threshold: float = 0.3) -> EditResult:
+    """Sample the picture under its own prompt and, with the attention of that, under the target.
 
-    ``threshold``: share of the largest attention above which a place belongs to a local edit.
+    ``threshold``: share of the largest attention above which a position belongs to a local edit.
     """
-    mode, steps, side = planned.mode, len(inversion.nulls), backbone.resolution // backbone.factor
+    mode, steps, side = plan.mode, len(inversion.nulls), backbone.resolution // backbone.factor
     control = PromptToPrompt(
-        [planned.edit], int(mode.cross * steps), int(mode.own * steps), maps=map_side(backbone.unet, side) ** 2
+        [plan.edit], int(mode.cross * steps), int(mode.own * steps), maps=map_side(backbone.unet, side) ** 2
     )
-    blend = LocalBlend(planned.looked_at, int(START * steps), threshold) if mode.local else None
-    text = backbone.prompt(list(planned.prompts))
+    blend = LocalBlend(plan.columns, int(START * steps), threshold) if mode.local else None
+    text = backbone.prompt(list(plan.prompts))
     z = edit_latents(backbone, inversion.noise, [text] * steps, inversion.nulls, w, control, blend)
     masks = None
     if blend is not None:
-        small = F.interpolate(
+        tensors = F.interpolate(
             blend.masks(control.seen, side, side)[:, None].float(), backbone.resolution, mode="nearest"
         )
-        masks = [mask.numpy() > 0 for mask in small[:, 0].cpu()]
-    maps = [looks(*item) for item in zip(control.seen, planned.prompts, planned.places, strict=True)]
-    return Edited(list(from_model(backbone.decode(z))), masks, maps)
+        masks = [mask.numpy() > 0 for mask in tensors[:, 0].cpu()]
+    maps = [split_maps(*item) for item in zip(control.seen, plan.prompts, plan.places, strict=True)]
+    return EditResult(list(from_model(backbone.decode(z))), masks, maps)
 
 
-def looks(seen: torch.Tensor, prompt: str, places: dict[int, Span]) -> list[tuple[str, np.ndarray]]:
-    """Each word of ``prompt`` and its share of ``seen``, positions x T, h x w in [0, 1] relative to its largest."""
-    side, found = math.isqrt(len(seen)), []
+def split_maps(attention: torch.Tensor, prompt: str, places: dict[int, Span]) -> list[tuple[str, np.ndarray]]:
+    """Each word of ``prompt`` and its part of ``attention`` (positions x T), h x w, divided by its maximum."""
+    side, maps = math.isqrt(len(attention)), []
     for n, word in enumerate(prompt.split()):
-        heat = seen[:, slice(*places[n])].sum(1).view(side, side).float().cpu()
-        found.append((word, (heat / heat.max().clamp(min=1e-12)).numpy()))
-    return found
+        heat = attention[:, slice(*places[n])].sum(1).view(side, side).float().cpu()
+        maps.append((word, (heat / heat.max().clamp(min=1e-12)).numpy()))
+    return maps

@@ -1,4 +1,4 @@
-"""Results of any other program, by name: its pictures stand in the same tables as the methods of harmony."""
+"""Results of any other program, read by name, so that they appear in the same tables as our methods."""
 
 import functools
 from collections.abc import Sequence
@@ -15,12 +15,12 @@ SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
 
 
 class Stored(Method):
-    """``folder`` holds a picture a composite, NAME.png (or .jpg, .webp): the whole photograph or the square alone."""
+    """A folder with a picture for each composite, NAME.png (or .jpg, .webp): the whole photograph or its square."""
 
     def __init__(self, backbone: Backbone, folder: str):
         self.resolution, self.folder = backbone.resolution, Path(folder)
         if not self.folder.is_dir():
-            raise UserError(f"{folder}: there is no such folder of results")
+            raise UserError(f"{folder}: there is no such folder of results; give one that exists")
 
     @functools.cached_property
     def files(self) -> dict[str, Path]:
@@ -39,7 +39,7 @@ class Stored(Method):
         return [self.read(c) for c in composites]
 
     def read(self, composite: Composite) -> np.ndarray:
-        """The result for a composite, uint8 R x R x 3. UserError where there is none, or one of another size."""
+        """The result for a composite, uint8 R x R x 3. UserError where it is missing or has the wrong size."""
         if composite.name not in self.files:
             raise UserError(f"{self.folder} has no result for {composite.name}: put {composite.name}.png there")
         path = self.files[composite.name]
@@ -49,5 +49,5 @@ class Stored(Method):
             return crop_resize(picture, composite.crop, self.resolution)
         if width == height:
             return resize(picture, self.resolution, self.resolution)
-        wanted = "x".join(map(str, composite.size)) if composite.size else "its photograph"
-        raise UserError(f"{path} is {width} x {height}: give the whole photograph ({wanted}) or its square")
+        expected_size = "x".join(map(str, composite.size)) if composite.size else "its photograph"
+        raise UserError(f"{path} is {width} x {height}: give the whole photograph ({expected_size}) or its square")

@@ -1,14 +1,17 @@
-"""The four trainings that make a backbone: CLIP, the VAE, the captioner and the inpainting UNet.
+"""Trains the four parts of a backbone: CLIP, the VAE, the captioner and the inpainting UNet.
 
-Each is a LightningModule that trains one part, keeps an exponential average of its weights, measures itself on held-out
-pictures, draws a grid, and at the end writes its part into the backbone folder in diffusers / transformers layout.
+Each task is a LightningModule that trains one part, keeps an exponential moving average (EMA) of its weights, measures
+itself on held-out pictures, draws a grid, and at the end writes its part into the backbone folder in the layout of
+diffusers and transformers.
 """
 
 import json
 import logging
 from collections.abc import Iterable
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
+import lightning
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -17,17 +20,22 @@ from diffusers.training_utils import EMAModel
 from torch import nn
 
 from harmony.core.files import atomic_folder
+from harmony.data.latent_data import LatentData
+from harmony.data.pixel_data import PixelData
 from harmony.models.backbone import Backbone, backbone_path, write_model_index
 from harmony.models.steady_norms import steady_norms
 from harmony.pixels.images import CLIP_MEAN, CLIP_STD, from_model, grid, to_clip, write_image
 from harmony.training.muon import Muon
-from harmony.training.objective import noised, target
-from harmony.training.schedule import linear_decay, total_steps
+from harmony.training.objective import add_noise, compute_target
+from harmony.training.schedule import count_steps, decay_linearly
 from harmony.training.task import Task
+
+if TYPE_CHECKING:
+    from transformers import BertTokenizer, BlipForConditionalGeneration, CLIPModel, CLIPTokenizer
 
 logging.getLogger("transformers").setLevel(logging.ERROR)
 
-SCHEDULE = {  # Stable Diffusion's; explicit are the flags that diffusers' defaults get wrong for latents
+SCHEDULE = {  # Stable Diffusion's, with the flags whose defaults in diffusers are wrong for latents
     "num_train_timesteps": 1000,
     "beta_start": 0.00085,
     "beta_end": 0.012,
@@ -35,12 +43,12 @@ SCHEDULE = {  # Stable Diffusion's; explicit are the flags that diffusers' defau
     "clip_sample": False,
     "set_alpha_to_one": False,
     "steps_offset": 1,
-    "prediction_type": "epsilon",  # of a backbone of random weights; InpaintTask says its own
+    "prediction_type": "epsilon",  # for random weights; InpaintTask sets its own
 }
 
 
 def write_part(folder: Path, name: str, *parts) -> None:
-    """Save ``parts`` (anything with save_pretrained) into ``folder / name``, replacing it only when all is written."""
+    """Save ``parts`` (objects with save_pretrained) into ``folder / name``, atomically."""
     with atomic_folder(folder / name) as partial:
         for part in parts:
             part.save_pretrained(partial)
@@ -48,84 +56,82 @@ def write_part(folder: Path, name: str, *parts) -> None:
 
 
 class BackboneTask(Task):
-    """What the four have in common: a linearly decaying rate, an EMA of the trained network, one grid, one save.
+    """What the four tasks have in common: a linearly decaying learning rate, an EMA of the network, a grid, and saving.
 
-    ``backbone`` is the folder the part is written to, and from which earlier parts are read.
+    ``backbone``: the folder to which the part is written and from which earlier parts are read.
     """
 
-    optimiser = torch.optim.AdamW
+    optimizer_class: type[torch.optim.Optimizer] = torch.optim.AdamW
 
     def __init__(self, backbone: str, lr: float, warmup: int = 100, weight_decay: float = 0.01, ema: float = 0.999):
         super().__init__()
         self.save_hyperparameters(logger=False)
         self.folder = Path(backbone_path(backbone))
         self.net: nn.Module | None = None
-        self.averaged: EMAModel | None = None
+        self.average: EMAModel | None = None
 
-    def configure_optimizers(self):
-        h = self.hparams
-        optimiser = self.optimiser(
-            [p for p in self.net.parameters() if p.requires_grad], lr=h.lr, weight_decay=h.weight_decay
-        )
-        factor = linear_decay(total_steps(self.trainer), h.warmup)
-        schedule = torch.optim.lr_scheduler.LambdaLR(optimiser, factor)
-        return {"optimizer": optimiser, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+    def configure_optimizers(self) -> dict[str, Any]:
+        h, parameters = self.hparams, [p for p in self.net.parameters() if p.requires_grad]
+        optimizer = self.optimizer_class(parameters, lr=h.lr, weight_decay=h.weight_decay)
+        factor = decay_linearly(count_steps(self.trainer), h.warmup)
+        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
-    def setup(self, stage=None):
+    def setup(self, stage: str | None = None) -> None:
         if self.net is None:
-            self.net = self.build().to(memory_format=torch.channels_last)  # convolutions on CPU and GPU prefer it
-            self.averaged = EMAModel(self.net.parameters(), decay=self.hparams.ema, use_ema_warmup=True, power=0.75)
+            self.net = self.build().to(memory_format=torch.channels_last)  # faster convolutions on CPU and GPU
+            self.average = EMAModel(self.net.parameters(), decay=self.hparams.ema, use_ema_warmup=True, power=0.75)
 
-    def on_fit_start(self):
-        self.averaged.to(self.device)
+    def on_fit_start(self) -> None:
+        self.average.to(self.device)
 
-    def on_train_batch_end(self, *_):
-        self.averaged.step(self.net.parameters())
+    def on_train_batch_end(self, *_) -> None:
+        self.average.step(self.net.parameters())
 
-    def on_save_checkpoint(self, checkpoint):
-        checkpoint["averaged"] = self.averaged.state_dict()
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        checkpoint["averaged"] = self.average.state_dict()
 
-    def on_load_checkpoint(self, checkpoint):
-        self.averaged.load_state_dict(checkpoint["averaged"])
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        self.average.load_state_dict(checkpoint["averaged"])
 
-    def on_validation_epoch_start(self):
-        self.averaged.store(self.net.parameters())
-        self.averaged.copy_to(self.net.parameters())
+    def on_validation_epoch_start(self) -> None:
+        self.average.store(self.net.parameters())
+        self.average.copy_to(self.net.parameters())
 
-    def on_validation_epoch_end(self):
+    def on_validation_epoch_end(self) -> None:
         self.measure(self.trainer.datamodule)
-        self.averaged.restore(self.net.parameters())
+        self.average.restore(self.net.parameters())
 
-    def on_train_end(self):
+    def on_train_end(self) -> None:
         if self.trainer.is_global_zero and not self.trainer.interrupted:
-            self.averaged.copy_to(self.net.parameters())
+            self.average.copy_to(self.net.parameters())
             self.net.eval()
             self.save()
 
-    def validation_step(self, batch, index):
-        pass
+    def validation_step(self, batch: Any, index: int) -> None:
+        """Nothing: ``measure`` runs at the end of the validation epoch."""
 
-    def picture(self, name: str, image: np.ndarray) -> None:
-        """Write a grid into the run folder (every run has one; a bare Trainer in a test need not)."""
+    def write_grid(self, name: str, image: np.ndarray) -> None:
+        """Write a grid into the run folder."""
         folder = Path(self.trainer.default_root_dir) / "grids"
         folder.mkdir(parents=True, exist_ok=True)
         write_image(folder / f"{name}_{self.global_step:06d}.png", image)
 
     def build(self) -> nn.Module:
-        """The network that is trained."""
+        """Build the network to train."""
         raise NotImplementedError
 
-    def measure(self, data) -> None:
-        """Log metrics on held-out data and draw the grid; the averaged weights are in place."""
+    def measure(self, data: lightning.LightningDataModule) -> None:
+        """Log metrics on held-out data and draw the grid, with the averaged weights."""
         raise NotImplementedError
 
     def save(self) -> None:
-        """Write the part into the backbone folder; the averaged weights are in place."""
+        """Write the part into the backbone folder, with the averaged weights."""
         raise NotImplementedError
 
 
-def opponent(x: torch.Tensor) -> torch.Tensor:
-    """Colour without brightness, B x 3 x H x W -> B x 2 x H x W: red - green and blue - (red + green) / 2."""
+def compute_chroma(x: torch.Tensor) -> torch.Tensor:
+    """Opponent colors, B x 3 x H x W -> B x 2 x H x W: red - green and blue - (red + green) / 2."""
     red, green, blue = x.unbind(1)
     return torch.stack([red - green, blue - (red + green) / 2], 1)
 
@@ -140,14 +146,15 @@ def psnr(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
 
 
 class VAETask(BackboneTask):
-    """AutoencoderKL by squared error, that of colour alone, the L1 distance of image gradients, and a small KL term.
+    """Trains AutoencoderKL by the squared error, that of its colors, the L1 error of image gradients, and a KL term.
 
-    loss = |d|^2 + chroma |opponent(d)|^2 + gradient |grad d|_1 + kl KL(q(z|x) || N(0, 1)),
-    all means, with d = x' - x. By the plain error brightness is learnt first and colour very late. Norms that start as
-    the identity and orthogonalised steps are what make minutes enough: see ``steady_norms`` and ``Muon``.
+    loss = |d|^2 + chroma |compute_chroma(d)|^2 + gradient |grad d|_1 + kl KL(q(z|x) || N(0, 1)),
+    all means, with d = x' - x. By the plain error brightness is learned first and color very late. A training of
+    minutes is enough because norms start as the identity and steps are orthogonalized: see ``steady_norms`` and
+    ``Muon``.
     """
 
-    optimiser = Muon
+    optimizer_class = Muon
 
     def __init__(
         self,
@@ -162,10 +169,10 @@ class VAETask(BackboneTask):
         super().__init__(backbone, lr, **options)
         self.save_hyperparameters("config", "chroma", "gradient", "kl", logger=False)
 
-    def build(self):
+    def build(self) -> AutoencoderKL:
         return steady_norms(AutoencoderKL(**self.hparams.config))
 
-    def training_step(self, batch, index):
+    def training_step(self, batch: dict[str, Any], index: int) -> torch.Tensor:
         x = batch["image"]
         q = self.net.encode(x).latent_dist
         y = self.net.decode(q.sample()).sample
@@ -175,27 +182,26 @@ class VAETask(BackboneTask):
         self.log_dict({"train/mse": mse, "train/kl": kl}, prog_bar=True)
         return (
             mse
-            + self.hparams.chroma * opponent(y - x).square().mean()
+            + self.hparams.chroma * compute_chroma(y - x).square().mean()
             + self.hparams.gradient * edges
             + self.hparams.kl * kl
         )
 
     @torch.no_grad()
-    def measure(self, data):
-        shown = {}
+    def measure(self, data: PixelData) -> None:
+        pictures = {}
         for kind, images in data.held_out().items():
             x = images.to(self.device)
             y = torch.cat([self.net.decode(self.net.encode(b).latent_dist.mean).sample for b in x.split(64)])
             self.log(f"validation/psnr_{kind}", psnr(x, y).mean(), prog_bar=True)
-            shown[kind] = [[from_model(a), from_model(b)] for a, b in zip(x[:6], y[:6], strict=True)]
-        rows = [sum(pair, []) for pair in zip(*shown.values(), strict=False)]
-        self.picture("vae", grid(rows, ["truth", "decoded"] * len(shown), scale=2))
+            pictures[kind] = [[from_model(a), from_model(b)] for a, b in zip(x[:6], y[:6], strict=True)]
+        rows = [sum(pair, []) for pair in zip(*pictures.values(), strict=False)]
+        self.write_grid("vae", grid(rows, ["truth", "decoded"] * len(pictures), scale=2))
 
     @torch.no_grad()
-    def save(self):
-        latents = [
-            self.net.encode(b.to(self.device)).latent_dist.mean for b in self.trainer.datamodule.sample(512).split(64)
-        ]
+    def save(self) -> None:
+        batches = self.trainer.datamodule.sample(512).split(64)
+        latents = [self.net.encode(b.to(self.device)).latent_dist.mean for b in batches]
         self.net.register_to_config(scaling_factor=round(1 / torch.cat(latents).std().item(), 5))
         write_part(self.folder, "vae", self.net)
 
@@ -203,20 +209,20 @@ class VAETask(BackboneTask):
 # ---------------------------------------------------------------------------------------------------- CLIP
 
 
-def train_tokenizer(texts: Iterable[str], vocabulary: int, length: int):
-    """CLIP's byte-pair encoding learnt from these texts; ``length`` is the number of tokens of a padded prompt."""
+def train_tokenizer(texts: Iterable[str], vocabulary: int, length: int) -> "CLIPTokenizer":
+    """Train CLIP's byte-pair encoding on texts; ``length``: the tokens of a padded prompt."""
     from transformers import CLIPTokenizer
 
-    learnt = CLIPTokenizer(model_max_length=length).train_new_from_iterator(texts, vocabulary)
-    model = json.loads(learnt.backend_tokenizer.to_str())["model"]
+    tokenizer = CLIPTokenizer(model_max_length=length).train_new_from_iterator(texts, vocabulary)
+    model = json.loads(tokenizer.backend_tokenizer.to_str())["model"]
     merges = [tuple(m.split(" ")) if isinstance(m, str) else tuple(m) for m in model["merges"]]
     return CLIPTokenizer(vocab=model["vocab"], merges=merges, model_max_length=length)
 
 
 class CLIPTask(BackboneTask):
-    """CLIP from scratch: symmetric cross-entropy over a batch of (picture, caption) pairs.
+    """Trains CLIP from scratch by symmetric cross-entropy over a batch of (picture, caption) pairs.
 
-    Pairs with the same caption in one batch are each other's positives. Writes tokenizer, text encoder and image
+    Pairs of a batch with the same caption are positives of each other. Writes tokenizer, text encoder and image
     encoder.
     """
 
@@ -226,7 +232,7 @@ class CLIPTask(BackboneTask):
         super().__init__(backbone, lr, **options)
         self.save_hyperparameters("config", "vocabulary", "length", logger=False)
 
-    def build(self):
+    def build(self) -> "CLIPModel":
         from transformers import CLIPConfig, CLIPModel
 
         h = self.hparams
@@ -238,17 +244,17 @@ class CLIPTask(BackboneTask):
             setattr(config.text_config, name, getattr(self.tokenizer, name))
         return CLIPModel(config)
 
-    def tokens(self, captions: list[str]) -> torch.Tensor:
+    def tokenize(self, captions: list[str]) -> torch.Tensor:
         options = {"padding": "max_length", "truncation": True, "return_tensors": "pt"}
         return self.tokenizer(captions, **options).input_ids.to(self.device)
 
-    def features(self, images: torch.Tensor, captions: list[str]) -> tuple[torch.Tensor, torch.Tensor]:
-        """Unit vectors of both towers, B x P each. Pictures in [-1, 1]."""
-        out = self.net(input_ids=self.tokens(captions), pixel_values=to_clip((images + 1) / 2))
+    def compute_features(self, images: torch.Tensor, captions: list[str]) -> tuple[torch.Tensor, torch.Tensor]:
+        """Unit vectors of both towers, B x P each; ``images`` in [-1, 1]."""
+        out = self.net(input_ids=self.tokenize(captions), pixel_values=to_clip((images + 1) / 2))
         return F.normalize(out.image_embeds, dim=-1), F.normalize(out.text_embeds, dim=-1)
 
-    def training_step(self, batch, index):
-        image, text = self.features(batch["image"], batch["caption"])
+    def training_step(self, batch: dict[str, Any], index: int) -> torch.Tensor:
+        image, text = self.compute_features(batch["image"], batch["caption"])
         logits = self.net.logit_scale.exp().clamp(max=100) * image @ text.T
         captions = np.array(batch["caption"])
         target = torch.from_numpy((captions[:, None] == captions[None]).astype(np.float32)).to(logits)
@@ -260,16 +266,16 @@ class CLIPTask(BackboneTask):
         return loss
 
     @torch.no_grad()
-    def measure(self, data):
+    def measure(self, data: PixelData) -> None:
         images, captions = data.retrieval()
-        image, text = self.features(images.to(self.device), captions)
-        chosen = (image @ text.T).argmax(1)
-        right = chosen == torch.arange(len(captions), device=self.device)
-        self.log("validation/retrieval", right.float().mean(), prog_bar=True)
-        pairs = [[from_model(images[i]), from_model(images[j])] for i, j in enumerate(chosen[:8].tolist())]
-        self.picture("clip", grid(pairs, ["picture", "of the caption chosen"], scale=2))
+        image, text = self.compute_features(images.to(self.device), captions)
+        matches = (image @ text.T).argmax(1)
+        is_right = matches == torch.arange(len(captions), device=self.device)
+        self.log("validation/retrieval", is_right.float().mean(), prog_bar=True)
+        pairs = [[from_model(images[i]), from_model(images[j])] for i, j in enumerate(matches[:8].tolist())]
+        self.write_grid("clip", grid(pairs, ["picture", "of the caption chosen"], scale=2))
 
-    def save(self):
+    def save(self) -> None:
         from transformers import CLIPTextModelWithProjection, CLIPVisionModelWithProjection
 
         for part, cls, config in (
@@ -285,20 +291,20 @@ class CLIPTask(BackboneTask):
 # ---------------------------------------------------------------------------------------------------- captioner
 
 
-def train_wordpiece(texts: Iterable[str], vocabulary: int):
-    """A BERT tokenizer learnt from these texts, with BLIP's two extra tokens left out (they belong to retrieval)."""
+def train_wordpiece(texts: Iterable[str], vocabulary: int) -> "BertTokenizer":
+    """Train a BERT tokenizer on texts, without BLIP's two extra tokens, which are for retrieval."""
     from tokenizers import BertWordPieceTokenizer
     from transformers import BertTokenizer
 
-    learnt = BertWordPieceTokenizer()
-    learnt.train_from_iterator(texts, vocab_size=vocabulary, min_frequency=2)
-    return BertTokenizer(vocab=learnt.get_vocab())
+    tokenizer = BertWordPieceTokenizer()
+    tokenizer.train_from_iterator(texts, vocab_size=vocabulary, min_frequency=2)
+    return BertTokenizer(vocab=tokenizer.get_vocab())
 
 
 class CaptionerTask(BackboneTask):
-    """BLIP from scratch: the language-modelling loss of the caption given the whole picture."""
+    """Trains BLIP from scratch by the language-modeling loss of captions, given the whole picture."""
 
-    optimiser = Muon
+    optimizer_class = Muon
 
     def __init__(
         self, backbone: str, config: dict, vocabulary: int = 1500, length: int = 24, lr: float = 1e-3, **options
@@ -306,7 +312,7 @@ class CaptionerTask(BackboneTask):
         super().__init__(backbone, lr, **options)
         self.save_hyperparameters("config", "vocabulary", "length", logger=False)
 
-    def build(self):
+    def build(self) -> "BlipForConditionalGeneration":
         from transformers import BlipConfig, BlipForConditionalGeneration, BlipImageProcessor, BlipProcessor
 
         h = self.hparams
@@ -326,7 +332,7 @@ class CaptionerTask(BackboneTask):
         )
         return net
 
-    def training_step(self, batch, index):
+    def training_step(self, batch: dict[str, Any], index: int) -> torch.Tensor:
         tokens = self.processor.tokenizer(
             list(batch["caption"]), padding=True, truncation=True, max_length=self.hparams.length, return_tensors="pt"
         ).to(self.device)
@@ -347,23 +353,24 @@ class CaptionerTask(BackboneTask):
         tokens = net.generate(to_clip((images + 1) / 2), num_beams=3, max_length=self.hparams.length, min_length=5)
         return self.processor.batch_decode(tokens, skip_special_tokens=True)
 
-    def measure(self, data):
+    def measure(self, data: PixelData) -> None:
         images, captions = data.retrieval()
-        said = self.caption(images.to(self.device))
-        right = [kind_and_colour(a) == kind_and_colour(b) for a, b in zip(said, captions, strict=True)]
-        self.log("validation/kind_and_colour", float(np.mean(right)), prog_bar=True)
+        outputs = self.caption(images.to(self.device))
+        checks = [parse_kind_and_color(a) == parse_kind_and_color(b) for a, b in zip(outputs, captions, strict=True)]
+        self.log("validation/kind_and_colour", float(np.mean(checks)), prog_bar=True)
         self.net.train()
-        lines = [f"{'ok ' if ok else '-- '}{b!r} said {a!r}" for a, b, ok in zip(said, captions, right, strict=True)]
+        triples = zip(outputs, captions, checks, strict=True)
+        lines = [f"{'ok ' if is_right else '-- '}{b!r} said {a!r}" for a, b, is_right in triples]
         folder = Path(self.trainer.default_root_dir) / "grids"
         folder.mkdir(parents=True, exist_ok=True)
         (folder / f"captions_{self.global_step:06d}.txt").write_text("\n".join(lines) + "\n")
 
-    def save(self):
+    def save(self) -> None:
         write_part(self.folder, "captioner", self.net, self.processor)
 
 
-def kind_and_colour(caption: str) -> tuple[str, ...]:
-    """The colour and the kind of a studio caption: its second and third words."""
+def parse_kind_and_color(caption: str) -> tuple[str, ...]:
+    """The color and the kind of object in a studio caption: its second and third words."""
     return tuple(caption.split()[1:3])
 
 
@@ -371,10 +378,10 @@ def kind_and_colour(caption: str) -> tuple[str, ...]:
 
 
 class InpaintTask(BackboneTask):
-    """The nine-channel inpainting UNet by the plain loss over the whole latent, text frozen, 10 % empty prompts.
+    """Trains the nine-channel inpainting UNet by the plain loss over the whole latent, with 10 % empty prompts.
 
-    It predicts v by default: an eps error at high noise says next to nothing of the picture, so that a short training
-    by the eps loss settles neither colour nor layout, and does not even copy what is known outside the hole.
+    The text encoder is frozen. The UNet predicts v by default: at high noise the error of eps depends little on the
+    picture, so that a short training by it learns neither color nor layout nor to copy the pixels outside the hole.
 
     Holes come from the cache (rule ``backbone``): instances, dilations, boxes, strokes elsewhere, and full holes, for
     which the network is a text-to-image model.
@@ -393,60 +400,59 @@ class InpaintTask(BackboneTask):
         self.save_hyperparameters("config", "prompt_dropout", "prediction_type", logger=False)
         self.backbone = Backbone(backbone)
 
-    def build(self):
+    def build(self) -> UNet2DConditionModel:
         backbone = self.backbone
         DDIMScheduler(**SCHEDULE | {"prediction_type": self.hparams.prediction_type}).save_pretrained(
             self.folder / "scheduler"
         )
         width = backbone.text_encoder.config.hidden_size
         self.register_buffer("abar", DDIMScheduler(**SCHEDULE).alphas_cumprod, persistent=False)
-        self.register_buffer("empty", backbone.prompt([""]), persistent=False)
+        self.register_buffer("empty_text", backbone.prompt([""]), persistent=False)
         return UNet2DConditionModel(cross_attention_dim=width, **self.hparams.config)
 
-    def on_fit_start(self):
+    def on_fit_start(self) -> None:
         super().on_fit_start()
         self.backbone.to(self.device)
 
-    def training_step(self, batch, index):
+    def training_step(self, batch: dict[str, Any], index: int) -> torch.Tensor:
         text = self.backbone.text(batch["tokens"])
-        text = torch.where((batch["drop"] < self.hparams.prompt_dropout)[:, None, None], self.empty, text)
-        z, known, t = noised(batch, self.backbone.vae.config.scaling_factor, self.abar)
-        predicted = self.net(torch.cat([z, known], 1), t, text).sample
-        wanted = target(self.backbone.prediction_type, z, batch["noise"], self.abar[t])
-        loss = F.mse_loss(predicted, wanted)
+        text = torch.where((batch["drop"] < self.hparams.prompt_dropout)[:, None, None], self.empty_text, text)
+        z, condition, t = add_noise(batch, self.backbone.vae.config.scaling_factor, self.abar)
+        output = self.net(torch.cat([z, condition], 1), t, text).sample
+        target = compute_target(self.backbone.prediction_type, z, batch["noise"], self.abar[t])
+        loss = F.mse_loss(output, target)
         self.log("train/loss", loss, prog_bar=True)
         return loss
 
-    def measure(self, data):
-        """Fixed-seed grids: pictures from words alone, and holes filled by words."""
+    def measure(self, data: LatentData) -> None:
+        """Draw a grid with fixed noise: pictures from prompts alone, and holes filled by prompts."""
         from harmony.sampling.guidance import Schedule, inpaint
 
         backbone = self.backbone
         vars(backbone)["unet"] = self.net.eval()
         batch = {name: value.to(self.device) for name, value in data.examples(12).items()}
         count = len(batch["image"])
-        everything = torch.ones_like(batch["hole"])
-        nothing = backbone.latent(backbone.moments(torch.zeros_like(batch["image"][:1])))
+        full_hole = torch.ones_like(batch["hole"])
+        gray = backbone.latent(backbone.moments(torch.zeros_like(batch["image"][:1])))
         rows = [[from_model(x)] for x in batch["image"]]
-        noise = torch.randn(count, *nothing.shape[1:], generator=torch.Generator().manual_seed(0)).to(self.device)
+        noise = torch.randn(count, *gray.shape[1:], generator=torch.Generator().manual_seed(0)).to(self.device)
         text = backbone.text(batch["tokens"])
-        holed = batch["image"] * (1 - batch["pixel_hole"])
+        masked_images = batch["image"] * (1 - batch["pixel_hole"])
         for guidance in (1.0, 2.0, 3.0):
-            free = inpaint(
-                backbone, noise, everything, nothing.expand_as(noise), text, self.empty, Schedule(25, guidance)
-            )
-            for row, x in zip(rows, backbone.decode(free), strict=True):
+            masked = gray.expand_as(noise)
+            latents = inpaint(backbone, noise, full_hole, masked, text, self.empty_text, Schedule(25, guidance))
+            for row, x in zip(rows, backbone.decode(latents), strict=True):
                 row.append(from_model(x))
-        for row, x in zip(rows, holed, strict=True):
+        for row, x in zip(rows, masked_images, strict=True):
             row.append(from_model(x))
         for guidance in (1.0, 2.0, 3.0):
-            masked = backbone.latent(backbone.moments(holed))
-            filled = inpaint(backbone, noise, batch["hole"], masked, text, self.empty, Schedule(25, guidance))
-            for row, x in zip(rows, backbone.decode(filled), strict=True):
+            masked = backbone.latent(backbone.moments(masked_images))
+            latents = inpaint(backbone, noise, batch["hole"], masked, text, self.empty_text, Schedule(25, guidance))
+            for row, x in zip(rows, backbone.decode(latents), strict=True):
                 row.append(from_model(x))
         titles = ["truth", "text w=1", "w=2", "w=3", "hole", "fill w=1", "w=2", "w=3"]
-        self.picture("inpaint", grid(rows, titles, scale=2))
+        self.write_grid("inpaint", grid(rows, titles, scale=2))
         self.net.train()
 
-    def save(self):
+    def save(self) -> None:
         write_part(self.folder, "unet", self.net)

@@ -1,162 +1,180 @@
-"""What watches a training: sample grids, throughput, the NaN guard, atomic checkpoints, the run folder's CSV."""
+"""Callbacks of a training: sample grids, throughput, the NaN guard, atomic checkpoints, the CSV of metrics."""
 
 import csv
 import pickle
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
-import lightning
 import torch
+from lightning import LightningModule, Trainer
 from lightning.fabric.plugins import TorchCheckpointIO
 from lightning.pytorch.callbacks import Callback
+from torch import Tensor
 
 from harmony.core.errors import UserError
 from harmony.core.files import atomic
 from harmony.evaluation.eval_sets import load_reconstruct, sample_grid
-from harmony.methods.method import seeds_of
+from harmony.methods.method import make_seeds
 from harmony.pixels.images import write_image
 from harmony.sampling.guidance import Settings
+from harmony.training.task import Task
 
 
 class AtomicCheckpoints(TorchCheckpointIO):
-    """Checkpoints appear under their name only when complete: a kill while writing leaves the previous one."""
+    """Writes checkpoints atomically: a kill while writing leaves the previous one in place."""
 
-    def save_checkpoint(self, checkpoint, path, storage_options=None):
+    def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any = None) -> None:
         try:
             with atomic(path) as partial:
                 torch.save(checkpoint, partial)
         except (OSError, RuntimeError) as error:
             raise UserError(
-                f"cannot write checkpoint {path} ({error}): free some disk; the same command goes on"
+                f"cannot write checkpoint {path} ({error}): free some disk space; the same command continues"
             ) from error
 
-    def load_checkpoint(self, path, map_location=None, weights_only=True):
+    def load_checkpoint(
+        self, path: str | Path, map_location: Any = None, weights_only: bool | None = True
+    ) -> dict[str, Any]:
         try:
             return torch.load(path, map_location=map_location or "cpu", weights_only=True)
         except (RuntimeError, EOFError, pickle.UnpicklingError) as error:
             reason = str(error).splitlines()[0] if str(error) else "it ends too early"
             raise UserError(
-                f"checkpoint {path} is damaged ({reason}): remove it and the same command begins anew"
+                f"checkpoint {path} is damaged ({reason}): remove it, and the same command starts from the beginning"
             ) from None
 
 
 class NaNGuard(Callback):
-    """Stop with one clear line when the loss is not finite; the last checkpoint is then from before it.
+    """Stops a training with one clear line, before the next checkpoint, when loss or weights are not finite.
 
-    The flag stays on the device and is read every ``every`` steps, and before each checkpoint, which also looks at the
-    trained weights: the step of a finite loss may have been the one that spoilt them.
+    The flag stays on the device and is read every ``every`` steps and before each checkpoint. The latter also checks
+    the trained weights, because a step with a finite loss can make them infinite.
     """
 
     def __init__(self, every: int = 10):
-        self.every, self.bad = every, None
+        self.every, self.is_bad = every, None
 
-    def on_train_batch_end(self, trainer, module, outputs, batch, batch_idx):
-        wrong = ~torch.isfinite(outputs["loss"].detach())
-        self.bad = wrong if self.bad is None else self.bad | wrong
+    def on_train_batch_end(
+        self, trainer: Trainer, module: LightningModule, outputs: Mapping[str, Tensor], batch: Any, batch_idx: int
+    ) -> None:
+        self.add(~torch.isfinite(outputs["loss"].detach()))
         if trainer.global_step % self.every == 0:
-            self.look(trainer)
+            self.check(trainer)
 
-    def look(self, trainer):
-        if self.bad is not None and bool(self.bad):
-            last = trainer.checkpoint_callback.last_model_path if trainer.checkpoint_callback else ""
-            where = f"the last good checkpoint is {last}" if last else "there is no checkpoint yet"
+    def add(self, is_bad: Tensor) -> None:
+        """Set the flag where ``is_bad`` is true."""
+        self.is_bad = is_bad if self.is_bad is None else self.is_bad | is_bad
+
+    def check(self, trainer: Trainer) -> None:
+        """UserError if the flag is set."""
+        if self.is_bad is not None and bool(self.is_bad):
+            path = trainer.checkpoint_callback.last_model_path if trainer.checkpoint_callback else ""
+            where = f"the last good checkpoint is {path}" if path else "there is no checkpoint yet"
             raise UserError(f"the loss became NaN or infinite by step {trainer.global_step}; {where}; lower module.lr")
 
-    def on_save_checkpoint(self, trainer, module, checkpoint):
-        spoilt = torch.stack([~torch.isfinite(p.detach()).all() for p in module.parameters() if p.requires_grad]).any()
-        self.bad = spoilt if self.bad is None else self.bad | spoilt
-        self.look(trainer)
+    def on_save_checkpoint(self, trainer: Trainer, module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        parameters = [p.detach() for p in module.parameters() if p.requires_grad]
+        self.add(torch.stack([~torch.isfinite(p).all() for p in parameters]).any())
+        self.check(trainer)
 
 
 class Throughput(Callback):
-    """Images a second since the last report, and the time that is left; logged and printed every ``every`` steps."""
+    """Logs and prints images a second and the remaining time, every ``every`` steps."""
 
     def __init__(self, every: int = 50):
         self.every = every
 
-    def on_train_start(self, trainer, module):
+    def on_train_start(self, trainer: Trainer, module: LightningModule) -> None:
         self.mark, self.step = time.monotonic(), trainer.global_step
 
-    def on_train_batch_end(self, trainer, module, outputs, batch, batch_idx):
-        done = trainer.global_step - self.step
-        if done == 0 or trainer.global_step % self.every:
+    def on_train_batch_end(
+        self, trainer: Trainer, module: LightningModule, outputs: Mapping[str, Tensor], batch: Any, batch_idx: int
+    ) -> None:
+        steps = trainer.global_step - self.step
+        if steps == 0 or trainer.global_step % self.every:
             return
         seconds = time.monotonic() - self.mark
-        size = len(next(v for v in batch.values() if isinstance(v, torch.Tensor)))
-        rate = done * size * trainer.world_size * trainer.accumulate_grad_batches / seconds
+        size = len(next(v for v in batch.values() if isinstance(v, Tensor)))
+        rate = steps * size * trainer.world_size * trainer.accumulate_grad_batches / seconds
         module.log("train/images_per_second", rate)
         if trainer.is_global_zero:
-            left = (trainer.max_steps - trainer.global_step) * seconds / done
+            seconds_left = (trainer.max_steps - trainer.global_step) * seconds / steps
             loss = float(outputs["loss"].detach())
-            of = f"{trainer.global_step}/{trainer.max_steps}"
-            print(f"step {of}: loss {loss:.4f}, {rate:.0f} images a second, {left:.0f} s left", flush=True)
+            step = f"{trainer.global_step}/{trainer.max_steps}"
+            print(f"step {step}: loss {loss:.4f}, {rate:.0f} images a second, {seconds_left:.0f} s left", flush=True)
         self.mark, self.step = time.monotonic(), trainer.global_step
 
 
 class MetricsCSV(Callback):
-    """``metrics.csv`` of the run folder: step, name, value. A resumed run goes on below its last step."""
+    """Writes ``metrics.csv`` of the run folder: step, name, value. A resumed run continues below its last step."""
 
     def __init__(self, folder: str):
         self.path = Path(folder) / "metrics.csv"
 
-    def on_train_start(self, trainer, module):
-        self.last = -1
+    def on_train_start(self, trainer: Trainer, module: LightningModule) -> None:
+        self.last_step = -1
         if trainer.is_global_zero:
             rows = []
             if self.path.exists():
                 with open(self.path, newline="") as file:
-                    rows = [
-                        r
-                        for r in csv.reader(file)
-                        if len(r) == 3 and r[0].isdigit() and int(r[0]) <= trainer.global_step
-                    ]
+                    rows = [row for row in csv.reader(file) if len(row) == 3 and row[0].isdigit()]
+                rows = [row for row in rows if int(row[0]) <= trainer.global_step]
             with atomic(self.path) as partial:
                 self.write(partial, [["step", "name", "value"], *rows], "w")
 
-    def write(self, path, rows, mode):
+    def write(self, path: Path, rows: Iterable[Sequence], mode: str) -> None:
         with open(path, mode, newline="") as file:
             csv.writer(file, lineterminator="\n").writerows(rows)
 
-    def report(self, trainer, measured: Callable[[str], bool]):
-        """Write what was measured now: logged_metrics keeps the last validation's figures while training goes on."""
+    def report(self, trainer: Trainer, is_new: Callable[[str], bool]) -> None:
+        """Write the new metrics: ``logged_metrics`` keeps those of the last validation while training continues."""
         if trainer.is_global_zero:
-            now = {k: float(v) for k, v in trainer.logged_metrics.items() if measured(k)}
-            self.write(self.path, [(trainer.global_step, name, f"{value:.6g}") for name, value in now.items()], "a")
+            figures = {k: float(v) for k, v in trainer.logged_metrics.items() if is_new(k)}
+            rows = [(trainer.global_step, name, f"{value:.6g}") for name, value in figures.items()]
+            self.write(self.path, rows, "a")
 
-    def on_train_batch_end(self, trainer, module, outputs, batch, batch_idx):
-        if trainer.global_step % trainer.log_every_n_steps == 0 and trainer.global_step != self.last:
-            self.last = trainer.global_step
+    def on_train_batch_end(
+        self, trainer: Trainer, module: LightningModule, outputs: Mapping[str, Tensor], batch: Any, batch_idx: int
+    ) -> None:
+        if trainer.global_step % trainer.log_every_n_steps == 0 and trainer.global_step != self.last_step:
+            self.last_step = trainer.global_step
             self.report(trainer, lambda name: name.startswith("train/"))
 
-    def on_validation_end(self, trainer, module):
+    def on_validation_end(self, trainer: Trainer, module: LightningModule) -> None:
         if not trainer.sanity_checking:
             self.report(trainer, lambda name: not name.startswith("train/"))
 
 
 class SampleGrid(Callback):
-    """The same held-out pictures with the same noise: input, what the task sees, its baseline, its output, truth."""
+    """Draws the same held-out pictures with the same noise: input, the task's views, baseline, output, truth."""
 
     def __init__(
         self, folder: str, count: int = 8, every: int = 500, steps: int = 20, guidance: float = 2.0, seed: int = 0
     ):
         self.folder, self.count, self.every, self.seed = Path(folder) / "grids", count, every, seed
         self.settings = Settings(steps=steps, guidance=guidance)
-        self.items = self.before = self.drawn = None
+        self.items = self.baseline_pictures = self.last_step = None
 
-    def draw(self, trainer, module):
-        if self.drawn == trainer.global_step:  # the step's further batches under accumulation, and the end of training
+    def draw(self, trainer: Trainer, module: Task) -> None:
+        """Write the grid of this step, once."""
+        if self.last_step == trainer.global_step:  # accumulation has several batches a step; training may end in it
             return
-        self.drawn = trainer.global_step
+        self.last_step = trainer.global_step
         if self.items is None:
             manifest, resolution = trainer.datamodule.manifest, module.backbone.resolution
             self.items = load_reconstruct(manifest, "validation", resolution, self.count)
-        composites, seeds = self.items.composites, seeds_of(self.seed, range(len(self.items)))
+        composites, seeds = self.items.composites, make_seeds(self.seed, range(len(self.items)))
         module.eval()
-        if self.before is None or not module.fixed_baseline:
-            self.before = module.baseline(self.settings).fill(composites, seeds)
+        if self.baseline_pictures is None or not module.fixed_baseline:
+            self.baseline_pictures = module.baseline(self.settings).fill(composites, seeds)
         result = module.result(self.settings)
-        columns = {**result.views(composites), "baseline": self.before, "output": result.fill(composites, seeds)}
+        columns = {
+            **result.views(composites),
+            "baseline": self.baseline_pictures,
+            "output": result.fill(composites, seeds),
+        }
         module.train()
         picture = sample_grid(self.items, columns)
         self.folder.mkdir(parents=True, exist_ok=True)
@@ -166,15 +184,17 @@ class SampleGrid(Callback):
             if hasattr(logger, "log_image"):
                 logger.log_image("samples", [picture], caption=[path.name])
 
-    def on_train_batch_end(self, trainer, module, outputs, batch, batch_idx):
+    def on_train_batch_end(
+        self, trainer: Trainer, module: Task, outputs: Mapping[str, Tensor], batch: Any, batch_idx: int
+    ) -> None:
         if trainer.global_step and trainer.global_step % self.every == 0 and trainer.is_global_zero:
             self.draw(trainer, module)
 
-    def on_train_end(self, trainer, module):
+    def on_train_end(self, trainer: Trainer, module: Task) -> None:
         if trainer.is_global_zero and not trainer.interrupted:
             self.draw(trainer, module)
 
 
-def trainer_callbacks(callbacks) -> list[lightning.Callback]:
-    """The callbacks of a configuration node (a mapping by name, None entries switched off), as Lightning wants them."""
+def list_callbacks(callbacks: Mapping[str, Callback | None]) -> list[Callback]:
+    """The callbacks of a configuration node, a mapping by name in which None means off."""
     return [c for c in callbacks.values() if c is not None]

@@ -1,7 +1,7 @@
-"""Model cards: templates of ``assets/cards`` filled with what a run folder says.
+"""Renders model cards: the templates of ``assets/cards`` with the values of a run folder.
 
-A run folder may come from a stranger, so the templates show its texts through ``code`` and ``cell`` alone, and shell
-commands are quoted.
+A run folder may come from a stranger, so the templates show its texts only by ``code`` and ``cell``, and shell commands
+are quoted.
 """
 
 import os
@@ -9,6 +9,7 @@ import re
 import shlex
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from huggingface_hub import ModelCard, ModelCardData
 from huggingface_hub.errors import HFValidationError
@@ -20,40 +21,41 @@ from harmony.models.backbone import ASSETS, backbone_path
 from harmony.training.run_folder import RunFolder, select
 
 TEMPLATES = ASSETS / "cards"
-DEFAULT_BACKBONE = "tiny"  # what commands take without model.path
+DEFAULT_BACKBONE = "tiny"  # of commands without model.path
 
 
 # --- text that may come from a stranger
 
 
-def one_line(text: object) -> str:
-    """Text without line breaks, ``unknown`` for none."""
+def join_lines(text: object) -> str:
+    """Text without line breaks; ``unknown`` for an empty text."""
     return " ".join(str("" if text is None else text).splitlines()) or "unknown"
 
 
-def cell(text: object) -> str:
-    """Text for a paragraph or a table cell, on one line, with the characters escaped that Markdown or HTML read."""
-    return re.sub(r"([\\`*|<>\[\]&])", r"\\\1", one_line(text))
+def escape_cell(text: object) -> str:
+    """Text for a paragraph or a table cell, on one line, with the special characters of Markdown and HTML escaped."""
+    return re.sub(r"([\\`*|<>\[\]&])", r"\\\1", join_lines(text))
 
 
-def code(text: object) -> str:
+def format_code(text: object) -> str:
     """Text as inline code, on one line; its fence is longer than any run of backticks in it."""
-    line = one_line(text)
+    line = join_lines(text)
     fence = "`" * (1 + max(map(len, re.findall("`+", line)), default=0))
     return f"{fence} {line} {fence}" if "`" in line else f"{fence}{line}{fence}"
 
 
-# --- what cards have in common
+# --- parts of all cards
 
 
 def render(templates: Sequence[str], data: ModelCardData, **values: object) -> str:
-    """The card that ``templates``, one behind another, make of metadata and values."""
+    """The card that the joined ``templates`` make of metadata and values."""
     template = "".join((TEMPLATES / f"{name}.md").read_text(encoding="utf-8") for name in templates)
-    return str(ModelCard.from_template(data, template_str=template, code=code, cell=cell, repr=repr, **values)) + "\n"
+    functions = {"code": format_code, "cell": escape_cell, "repr": repr}
+    return f"{ModelCard.from_template(data, template_str=template, **functions, **values)}\n"
 
 
-def metadata(license: str, backbone: str, relation: str, tags: Sequence[str]) -> ModelCardData:
-    """The metadata block; a backbone on the hub is the base model, a local one has no page to link to."""
+def make_metadata(license: str, backbone: str, relation: str, tags: Sequence[str]) -> ModelCardData:
+    """The metadata block; a backbone on the hub becomes the base model, a local one has no page to link to."""
     base = {"base_model": backbone, "base_model_relation": relation} if is_hub_id(backbone) else {}
     return ModelCardData(
         license=license, library_name="diffusers", pipeline_tag="image-to-image", tags=list(tags), **base
@@ -61,7 +63,7 @@ def metadata(license: str, backbone: str, relation: str, tags: Sequence[str]) ->
 
 
 def is_hub_id(backbone: str) -> bool:
-    """Whether a backbone is owner/name on the hub, not a folder here."""
+    """Whether a backbone is owner/name on the hub and no local folder."""
     try:
         validate_repo_id(backbone)
     except HFValidationError:
@@ -69,89 +71,90 @@ def is_hub_id(backbone: str) -> bool:
     return "/" in backbone and not os.path.exists(backbone_path(backbone))
 
 
-def backbone_license(backbone: str) -> str:
-    """The license that the card of a local backbone states, ``unknown`` where there is none."""
+def read_license(backbone: str) -> str:
+    """The license in the card of a local backbone; ``unknown`` where there is none."""
     card = Path(backbone_path(backbone)) / "README.md"
     try:
-        stated = (metadata_load(card) or {}).get("license") if card.is_file() else None
+        license = (metadata_load(card) or {}).get("license") if card.is_file() else None
     except (OSError, ValueError, YAMLError):
-        stated = None
-    return stated if isinstance(stated, str) else "unknown"
+        license = None
+    return license if isinstance(license, str) else "unknown"
 
 
-def model_option(backbone: str) -> str:
-    """What a command must be told of the backbone; nothing of the default one."""
-    return "" if backbone == DEFAULT_BACKBONE else shlex.quote(one_line(f"model.path={backbone}"))
+def format_model_option(backbone: str) -> str:
+    """The option of a command for the backbone; empty for the default one."""
+    return "" if backbone == DEFAULT_BACKBONE else shlex.quote(join_lines(f"model.path={backbone}"))
 
 
-def training_values(run: RunFolder, facts: Mapping, without: str) -> dict[str, object]:
-    """What the template ``training`` shows. ``facts``: those of ``hint.json`` or ``backbone.json``."""
-    numbers, words, limit = run.metrics, run.fact("command", list), run.option("evaluate.limit")
+def collect_training_values(run: RunFolder, facts: Mapping[str, Any], baseline: str) -> dict[str, object]:
+    """The values of the template ``training``; ``facts``: those of ``hint.json`` or ``backbone.json``."""
+    figures, words, limit = run.metrics, run.read_fact("command", list), run.read_option("evaluate.limit")
     return {
-        "backbone": fact(facts, "backbone"),
-        "hashes": {part: fact(facts, part) for part in ("unet", "vae") if part in facts},
-        "command": words and one_line(f"python -m harmony.fit {shlex.join(map(str, words[1:]))}"),
-        "dataset": run.option("dataset.name"),
-        "manifest": run.fact("manifest"),
-        "steps": run.option("trainer.max_steps"),
-        "batch": run.option("data.batch_size"),
-        "seed": run.option("seed"),
-        "device": run.fact("device"),
-        "seconds": run.fact("wall_time_s"),
-        "torch": run.fact("versions.torch"),
-        "commit": run.fact("git.commit"),
-        "rows": [(n, numbers[f"baseline/{n}"], numbers[n]) for n in sorted(numbers) if f"baseline/{n}" in numbers],
-        "without": without,
-        "count": run.fact("count") or ("all" if limit is None else limit),
-        "split": run.option("evaluate.split"),
-        "sampling_steps": run.option("evaluate.steps"),
-        "guidance": run.option("evaluate.guidance"),
-        "sampling_seed": run.option("evaluate.seed"),
-        "protocol": run.fact("protocol"),
+        "backbone": read_fact(facts, "backbone"),
+        "hashes": {part: read_fact(facts, part) for part in ("unet", "vae") if part in facts},
+        "command": words and join_lines(f"python -m harmony.fit {shlex.join(map(str, words[1:]))}"),
+        "dataset": run.read_option("dataset.name"),
+        "manifest": run.read_fact("manifest"),
+        "steps": run.read_option("trainer.max_steps"),
+        "batch": run.read_option("data.batch_size"),
+        "seed": run.read_option("seed"),
+        "device": run.read_fact("device"),
+        "seconds": run.read_fact("wall_time_s"),
+        "torch": run.read_fact("versions.torch"),
+        "commit": run.read_fact("git.commit"),
+        "rows": [(n, figures[f"baseline/{n}"], figures[n]) for n in sorted(figures) if f"baseline/{n}" in figures],
+        "without": baseline,
+        "count": run.read_fact("count") or ("all" if limit is None else limit),
+        "split": run.read_option("evaluate.split"),
+        "sampling_steps": run.read_option("evaluate.steps"),
+        "guidance": run.read_option("evaluate.guidance"),
+        "sampling_seed": run.read_option("evaluate.seed"),
+        "protocol": run.read_fact("protocol"),
     }
 
 
-def fact(facts: Mapping, name: str) -> str:
+def read_fact(facts: Mapping[str, Any], name: str) -> str:
+    """A fact of ``hint.json`` or ``backbone.json``; ``unknown`` where it is missing."""
     return select(facts, name, str, "hint.json or backbone.json") or "unknown"
 
 
 # --- one function a card
 
 
-def controlnet_card(run: RunFolder, facts: Mapping, grid: bool, license: str | None) -> str:
-    """The card of a ControlNet; ``facts`` are those of ``hint.json``."""
-    backbone, branch = fact(facts, "backbone"), facts.get("branch")
-    license = license or backbone_license(backbone)
+def render_controlnet_card(run: RunFolder, facts: Mapping[str, Any], grid: bool, license: str | None) -> str:
+    """The card of a ControlNet; ``facts``: those of ``hint.json``."""
+    backbone, branch = read_fact(facts, "backbone"), facts.get("branch")
+    license = license or read_license(backbone)
     arguments = "".join(f", {name}={value!r}" for name, value in facts.get("parameters", {}).items())
     return render(
         ("controlnet", "training"),
-        metadata(license, backbone, "adapter", ("controlnet", "inpainting", "image-harmonization")),
-        **training_values(run, facts, "without the ControlNet"),
+        make_metadata(license, backbone, "adapter", ("controlnet", "inpainting", "image-harmonization")),
+        **collect_training_values(run, facts, "without the ControlNet"),
         branch=branch,
         call=f'hint("{branch}", image, mask{arguments})',
-        model=model_option(backbone),
+        model=format_model_option(backbone),
         grid=grid,
     )
 
 
-def painter_card(run: RunFolder, facts: Mapping, all_tokens: bool, tower: bool, grid: bool, license: str | None) -> str:
-    """The card of a Paint by Example; ``facts`` are those of ``backbone.json``. ``tower``: CLIP's is among the
-    weights.
-    """
-    backbone = fact(facts, "backbone")
-    license = license or backbone_license(backbone)
+def render_painter_card(
+    run: RunFolder, facts: Mapping[str, Any], all_tokens: bool, tower: bool, grid: bool, license: str | None
+) -> str:
+    """The card of a Paint by Example; ``facts``: those of ``backbone.json``; ``tower``: the weights include CLIP's."""
+    backbone = read_fact(facts, "backbone")
+    license = license or read_license(backbone)
     return render(
         ("paint_by_example", "training"),
-        metadata(license, backbone, "finetune", ("inpainting", "paint-by-example")),
-        **training_values(run, facts, "without an exemplar"),
+        make_metadata(license, backbone, "finetune", ("inpainting", "paint-by-example")),
+        **collect_training_values(run, facts, "without an exemplar"),
         all_tokens=all_tokens,
         tower=tower,
-        model=model_option(backbone),
+        model=format_model_option(backbone),
         grid=grid,
     )
 
 
-def backbone_card(
+def render_backbone_card(
     name: str,
     parts: Sequence[str],
     scenes: int,
@@ -159,7 +162,7 @@ def backbone_card(
     figures: Sequence[tuple[str, float]],
     pictures: Sequence[str],
 ) -> str:
-    """The card of a backbone of ours; ``parts``: what was trained, in this order."""
+    """The card of one of our backbones; ``parts``: in the order of their trainings."""
     data = ModelCardData(
         license="apache-2.0",
         library_name="diffusers",

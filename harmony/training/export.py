@@ -1,7 +1,7 @@
-"""What a run trained, written for other tools: folders that diffusers loads, one file for ComfyUI, a backbone to ship.
+"""Exports the networks of a run for other tools: folders for diffusers, a file for ComfyUI, a backbone to ship.
 
-A run's results are written into a scratch folder inside ``output`` and then moved to their place, whole or not at all.
-Reading follows the rules of ``run_folder``: plain values and regular files of the run.
+Results are written into a scratch folder inside ``output`` and then moved into place, completely or not at all. Reading
+follows the rules of ``run_folder``: plain values and regular files of the run.
 """
 
 import json
@@ -21,37 +21,37 @@ from harmony.core.files import write_text
 from harmony.models.backbone import ship
 from harmony.models.controlnet import BRANCHES, controlnet_folder, export_controlnet, from_unet, read_hint
 from harmony.models.paint_by_example import backbone_facts, export_painter, load_painter, painter_folder
-from harmony.training.cards import backbone_card, controlnet_card, painter_card
+from harmony.training.cards import render_backbone_card, render_controlnet_card, render_painter_card
 from harmony.training.run_folder import RunFolder
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 FILES = ("config.json", "hint.json", WEIGHTS)  # of a ControlNet; hint.json may be missing
 BACKBONE_PARTS = ("vae", "clip", "captioner", "inpaint")  # in the order of their trainings
-RENDERS = 512  # studio scenes that are bundled, beside those that a training renders
+RENDERS = 512  # bundled studio scenes, beside those that a training renders
 
 
 # --- files
 
 
 @contextmanager
-def scratch(output: Path) -> Iterator[Path]:
-    """A folder in ``output`` that is gone afterwards; after an error, so is ``output`` if it is empty."""
+def make_scratch(output: Path) -> Iterator[Path]:
+    """A temporary folder in ``output``; after an error an empty ``output`` is removed too."""
     try:
         with TemporaryDirectory(dir=output, prefix=".export-") as folder:
             yield Path(folder)
     except BaseException:
-        with suppress(OSError):  # it holds something
+        with suppress(OSError):  # it is not empty
             output.rmdir()
         raise
 
 
 def copy_file(source: Path, target: Path, folder: Path) -> None:
-    """Copy a file over ``target`` by way of the scratch ``folder``."""
+    """Copy a file to ``target`` atomically, by way of the scratch ``folder``."""
     os.replace(shutil.copyfile(source, folder / target.name), target)
 
 
 def has_grid(run: RunFolder, output: Path) -> bool:
-    """Whether ``output`` will hold a sample grid, that of the run or one from before."""
+    """Whether ``output`` will have a sample grid, that of the run or an earlier one."""
     return run.grid is not None or (output / "grid.png").is_file()
 
 
@@ -59,7 +59,7 @@ def publish(run: RunFolder, networks: Path, card: str, output: Path) -> None:
     """Move the scratch folder ``networks`` into ``output``, with the card and the run's last sample grid."""
     target = output / networks.name
     if target.exists() or target.is_symlink():
-        os.replace(target, networks.with_name("before"))  # goes with the scratch folder
+        os.replace(target, networks.with_name("before"))  # removed with the scratch folder
     os.replace(networks, target)
     if run.grid:
         copy_file(run.grid, output / "grid.png", networks.parent)
@@ -67,6 +67,7 @@ def publish(run: RunFolder, networks: Path, card: str, output: Path) -> None:
 
 
 def read_weights(controlnet: Path) -> dict[str, torch.Tensor]:
+    """The weights of a ControlNet folder. UserError for a damaged file."""
     try:
         return load_file(controlnet / WEIGHTS)
     except SafetensorError as error:
@@ -76,43 +77,45 @@ def read_weights(controlnet: Path) -> dict[str, torch.Tensor]:
 # --- ControlNets
 
 
-def trained_branch(run: RunFolder) -> str:
+def read_branch(run: RunFolder) -> str:
     """The branch of a run that trains one ControlNet. UserError for other runs."""
     if run.task == "JointTask":
-        raise UserError(f"{run.path} trains several ControlNets and goes on: its end writes each into export/")
-    branch = run.option("module.branch")
+        raise UserError(f"{run.path} trains several ControlNets and has not ended: its end writes each into export/")
+    branch = run.read_option("module.branch")
     if branch not in BRANCHES:
         raise UserError(f"{run.path}/config.yaml: module.branch is {branch}, not one of {', '.join(BRANCHES)}")
     return branch
 
 
 def restore_controlnet(run: RunFolder, output: Path) -> Path:
-    """``output/controlnet`` from the last checkpoint of a run that goes on."""
-    branch, last = trained_branch(run), run.file("checkpoints/last.ckpt")
+    """Write ``output/controlnet`` from the last checkpoint of a run that has not ended."""
+    branch, checkpoint = read_branch(run), run.find_file("checkpoints/last.ckpt")
     try:
-        state = torch.load(last, map_location="cpu", weights_only=True, mmap=True)["state_dict"]
+        state = torch.load(checkpoint, map_location="cpu", weights_only=True, mmap=True)["state_dict"]
         state = {name.removeprefix("net."): value for name, value in state.items()}
     except Exception as error:  # pickle, zip and torch each have their own
         kind = type(error).__name__
-        raise UserError(f"cannot read {last} ({kind}): continue the run, its next checkpoint replaces it") from None
-    backbone = run.backbone()
-    net = from_unet(backbone.unet, backbone.factor, run.option("module.in_channels", int))
+        raise UserError(
+            f"cannot read {checkpoint} ({kind}): continue the run, its next checkpoint replaces it"
+        ) from None
+    backbone = run.load_backbone()
+    net = from_unet(backbone.unet, backbone.factor, run.read_option("module.in_channels", int))
     try:
         net.load_state_dict(state)
     except RuntimeError:
         raise UserError(
-            f"{last} does not fit backbone {backbone.name}: it has changed since the training began"
+            f"{checkpoint} does not fit backbone {backbone.name}: restore that of the training, it has changed since"
         ) from None
-    parameters = run.option(f"data.hints.{branch}", dict) or {}
+    parameters = run.read_option(f"data.hints.{branch}", dict) or {}
     return export_controlnet(net, output, branch, parameters, backbone)
 
 
 def copy_controlnet(run: RunFolder, path: Path, output: Path) -> Path:
-    """``output/controlnet`` from the ControlNet that ``path``, in the run, means."""
+    """Copy the ControlNet at ``path`` in the run to ``output/controlnet``."""
     source, target = controlnet_folder(path), output / "controlnet"
     target.mkdir()
     for name in FILES:
-        file = run.file(source.relative_to(run.path) / name)
+        file = run.find_file(source.relative_to(run.path) / name)
         if file is None and name != "hint.json":
             raise UserError(f"{source} has no {name}: give a run folder or a diffusers folder")
         if file is not None:
@@ -120,33 +123,34 @@ def copy_controlnet(run: RunFolder, path: Path, output: Path) -> Path:
     return target
 
 
-def controlnet_of(run: RunFolder, path: Path, output: Path, half: bool) -> Path:
-    """``output/controlnet``: the last checkpoint while the run goes on, then what its end exported. ``half``: weights
-    in float16, as all that is shipped; what loads them asks for its own precision.
+def write_networks(run: RunFolder, path: Path, output: Path, half: bool) -> Path:
+    """Write ``output/controlnet``, from the last checkpoint of a run that has not ended, else from its export.
+
+    ``half``: weights in float16, as everything that is shipped; loaders convert them to their own precision.
     """
-    goes_on = run.file("checkpoints/last.ckpt") and not run.ended
-    controlnet = restore_controlnet(run, output) if goes_on else copy_controlnet(run, path, output)
+    is_running = run.find_file("checkpoints/last.ckpt") and not run.has_ended
+    controlnet = restore_controlnet(run, output) if is_running else copy_controlnet(run, path, output)
     if half:
         tensors = {name: tensor.half() for name, tensor in read_weights(controlnet).items()}
-        # by way of another name: tensors that are in half precision already are still mapped to the file
+        # to another name first: tensors that were in half precision already are still mapped to the file
         save_file(tensors, output / WEIGHTS, metadata={"format": "pt"})
         os.replace(output / WEIGHTS, controlnet / WEIGHTS)
     return controlnet
 
 
 def write_controlnet(run: RunFolder, path: Path, output: Path, license: str | None, half: bool) -> Path:
-    """The folder ``output`` for diffusers: ``controlnet/``, a model card, the last sample grid."""
-    with scratch(output) as folder:
-        controlnet = controlnet_of(run, path, folder, half)
-        card = controlnet_card(run, read_hint(controlnet), has_grid(run, output), license)
+    """Write the folder ``output`` for diffusers: ``controlnet/``, a model card, the last sample grid."""
+    with make_scratch(output) as folder:
+        controlnet = write_networks(run, path, folder, half)
+        card = render_controlnet_card(run, read_hint(controlnet), has_grid(run, output), license)
         publish(run, controlnet, card, output)
     return output
 
 
 def write_single_file(run: RunFolder, path: Path, output: Path, half: bool) -> Path:
-    """One file for ComfyUI with the keys of diffusers; hint and configuration stand in its metadata."""
-    with scratch(output) as folder:
-        controlnet = controlnet_of(run, path, folder, half)
+    """Write one file for ComfyUI with the keys of diffusers, and hint and configuration in its metadata."""
+    with make_scratch(output) as folder:
+        controlnet = write_networks(run, path, folder, half)
         facts = read_hint(controlnet)
         target = output / f"harmony-{facts.get('branch', 'controlnet')}.safetensors"
         texts = {"format": "pt", "config": (controlnet / "config.json").read_text(), "hint": json.dumps(facts)}
@@ -159,36 +163,37 @@ def write_single_file(run: RunFolder, path: Path, output: Path, half: bool) -> P
 
 
 def write_painter(run: RunFolder, output: Path, license: str | None, half: bool, tower: bool) -> Path:
-    """The folder ``output``: ``paint_by_example/``, a model card, the last sample grid."""
-    with scratch(output) as folder:
-        if not run.ended:
-            raise UserError(f"{run.path} has not ended: the command of its training goes on with it")
+    """Write the folder ``output``: ``paint_by_example/``, a model card, the last sample grid."""
+    with make_scratch(output) as folder:
+        if not run.has_ended:
+            raise UserError(f"{run.path} has not ended: continue it with the command of its training")
         run.check_all(painter_folder(run.path))
-        painter = load_painter(run.path, run.backbone())
+        painter = load_painter(run.path, run.load_backbone())
         networks = export_painter(painter.backbone.unet, painter.encoder, folder, painter.backbone, half, tower)
         all_tokens, grid = painter.encoder.all_tokens, has_grid(run, output)
-        publish(run, networks, painter_card(run, backbone_facts(networks), all_tokens, tower, grid, license), output)
+        card = render_painter_card(run, backbone_facts(networks), all_tokens, tower, grid, license)
+        publish(run, networks, card, output)
     return output
 
 
 # --- backbones
 
 
-def newest_run(runs: Path, experiment: str) -> RunFolder:
-    """The newest run of an experiment that has ended. UserError when there is none."""
-    ended = sorted(path.parent for path in (runs / experiment).glob("*/metrics.json"))
-    if not ended:
-        again = f"python -m harmony.fit experiment={experiment}"
-        raise UserError(f"{runs / experiment} has no run that has ended: train it with {again}")
-    return RunFolder(ended[-1].resolve())
+def find_newest_run(runs: Path, experiment: str) -> RunFolder:
+    """The newest run of an experiment that has ended. UserError where there is none."""
+    folders = sorted(path.parent for path in (runs / experiment).glob("*/metrics.json"))
+    if not folders:
+        command = f"python -m harmony.fit experiment={experiment}"
+        raise UserError(f"{runs / experiment} has no run that has ended: train it with {command}")
+    return RunFolder(folders[-1].resolve())
 
 
 def write_backbone(source: Path, output: Path, runs: Path) -> Path:
-    """Ship the trained backbone in ``source``: float16 weights, a card with the figures and grids of its trainings."""
-    trainings = {part: newest_run(runs, f"backbone_{part}") for part in BACKBONE_PARTS}
+    """Write the trained backbone in ``source`` with float16 weights and a card of the figures and grids of its runs."""
+    trainings = {part: find_newest_run(runs, f"backbone_{part}") for part in BACKBONE_PARTS}
     sizes = ship(source, output)
     figures, pictures = [], []
-    with scratch(output) as folder:
+    with make_scratch(output) as folder:
         for part, run in trainings.items():
             figures += [(f"{part}: {key}", value) for key, value in sorted(run.metrics.items()) if "validation" in key]
             if run.grid:
@@ -196,11 +201,11 @@ def write_backbone(source: Path, output: Path, runs: Path) -> Path:
                 pictures.append(part)
     figures += [(f"size of {part}, MB", size / 1e6) for part, size in sizes.items()]
     last = trainings["inpaint"]
-    photographs, sources = last.option("dataset.photos"), last.option("dataset.sources", list)
-    card = backbone_card(
+    photographs, sources = last.read_option("dataset.photos"), last.read_option("dataset.sources", list)
+    card = render_backbone_card(
         output.name,
         BACKBONE_PARTS,
-        RENDERS + (last.option("dataset.count", int) or 0),
+        RENDERS + (last.read_option("dataset.count", int) or 0),
         "no photographs" if photographs is None else f"photographs of {', '.join(map(str, sources or []))}",
         figures,
         pictures,

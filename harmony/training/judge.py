@@ -1,7 +1,8 @@
-"""Training the judge of composites: real photographs against the same with their object under another light."""
+"""Trains the judge of composites: real photographs against the same ones with their object in another light."""
 
 import math
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -10,23 +11,23 @@ from scipy.optimize import minimize_scalar
 from harmony.metrics.classification import judged
 from harmony.models.judge import NATURAL, Judge, judge_net, save_judge, seen
 from harmony.pixels.images import from_model, grid, write_image
-from harmony.training.schedule import adamw
+from harmony.training.schedule import make_adamw
 from harmony.training.task import Task
 
-SHOWN = 8  # pairs on the grid
+PAIR_COUNT = 8  # pairs on the grid
 
 
-def calibrated(logits: torch.Tensor, labels: torch.Tensor) -> float:
-    """The temperature that makes the likelihood of ``labels`` largest (Guo 2017); logits N x 2."""
-    found = minimize_scalar(lambda log: float(F.cross_entropy(logits / math.exp(log), labels)), bounds=(-4, 4))
-    return math.exp(found.x)
+def calibrate(logits: torch.Tensor, labels: torch.Tensor) -> float:
+    """Find the temperature that maximizes the likelihood of ``labels`` (Guo 2017); logits N x 2."""
+    result = minimize_scalar(lambda log: float(F.cross_entropy(logits / math.exp(log), labels)), bounds=(-4, 4))
+    return math.exp(result.x)
 
 
 class JudgeTask(Task):
-    """Tell real photographs from those whose object has another light; cross-entropy.
+    """Learns to tell real photographs from those whose object has another light, by cross-entropy.
 
-    ``arch``, ``options``: timm's network. AdamW with ``lr``, ``warmup`` and, with ``decay``, linear to 0 at the end.
-    Each validation calibrates anew on the validation split and measures on the test split.
+    ``arch``, ``options``: timm's network. AdamW has ``lr``, ``warmup`` and, with ``decay``, a linear decay to 0. Each
+    validation calibrates on the validation split and measures on the validation and test splits.
     """
 
     def __init__(
@@ -42,30 +43,30 @@ class JudgeTask(Task):
         self.save_hyperparameters(logger=False)
         self.net = judge_net(arch, options)
 
-    def configure_optimizers(self):
+    def configure_optimizers(self) -> dict[str, Any]:
         h = self.hparams
-        return adamw(self.parameters(), self.trainer, h.lr, h.weight_decay, h.warmup, h.decay)
+        return make_adamw(self.parameters(), self.trainer, h.lr, h.weight_decay, h.warmup, h.decay)
 
-    def logits(self, batch: dict) -> torch.Tensor:
-        """2B x 2 of B pairs."""
+    def compute_logits(self, batch: dict[str, torch.Tensor]) -> torch.Tensor:
+        """Logits 2B x 2 of B pairs."""
         return self.net(seen(batch["image"].flatten(0, 1), batch["mask"].flatten(0, 1)))
 
-    def training_step(self, batch: dict, index: int) -> torch.Tensor:
-        loss = F.cross_entropy(self.logits(batch), batch["label"].flatten())
+    def training_step(self, batch: dict[str, torch.Tensor], index: int) -> torch.Tensor:
+        loss = F.cross_entropy(self.compute_logits(batch), batch["label"].flatten())
         self.log("train/loss", loss, prog_bar=True, batch_size=len(batch["label"]))
         return loss
 
-    def on_validation_epoch_start(self):
-        self.seen: dict[int, list] = {}
+    def on_validation_epoch_start(self) -> None:
+        self.outputs: dict[int, list[tuple[torch.Tensor, torch.Tensor]]] = {}  # of each split: logits and labels
 
-    def validation_step(self, batch: dict, index: int, dataloader_idx: int = 0) -> None:
-        found = self.logits(batch).float().cpu(), batch["label"].flatten().cpu()
-        self.seen.setdefault(dataloader_idx, []).append(found)
+    def validation_step(self, batch: dict[str, torch.Tensor], index: int, dataloader_idx: int = 0) -> None:
+        output = self.compute_logits(batch).float().cpu(), batch["label"].flatten().cpu()
+        self.outputs.setdefault(dataloader_idx, []).append(output)
 
-    def on_validation_epoch_end(self):
-        """Calibrate on the validation split, measure on both, and draw what the judge thinks of a few pairs."""
-        splits = [tuple(map(torch.cat, zip(*batches, strict=True))) for batches in self.seen.values()]
-        temperature, figures = calibrated(*splits[0]), {}
+    def on_validation_epoch_end(self) -> None:
+        """Calibrate on the validation split, measure both splits, and draw a few pairs with their probabilities."""
+        splits = [tuple(map(torch.cat, zip(*batches, strict=True))) for batches in self.outputs.values()]
+        temperature, figures = calibrate(*splits[0]), {}
         for split, (logits, labels) in zip(("validation", "test"), splits, strict=False):
             natural = (logits / temperature).softmax(1)[:, NATURAL]
             figures |= {
@@ -74,16 +75,16 @@ class JudgeTask(Task):
             }
         self.log_dict(figures)
         if self.trainer.is_global_zero:
-            said = ", ".join(f"{name} {value:.3f}" for name, value in figures.items())
-            print(f"step {self.global_step}: {said}, temperature {temperature:.2f}", flush=True)
+            summary = ", ".join(f"{name} {value:.3f}" for name, value in figures.items())
+            print(f"step {self.global_step}: {summary}, temperature {temperature:.2f}", flush=True)
             self.draw(natural)
 
     def draw(self, natural: torch.Tensor) -> None:
-        """Pairs of the test split, the relit one above, each with its probability of being natural."""
+        """Write a grid of test pairs, the one in another light above, with their probabilities of being natural."""
         composites = self.trainer.datamodule.sets["test"]
-        chosen = range(0, len(composites), max(1, len(composites) // SHOWN))[:SHOWN]
-        pairs = [composites[i, i]["image"] for i in chosen]
-        titles = [f"{natural[2 * i]:.2f} / {natural[2 * i + 1]:.2f}" for i in chosen]
+        indices = range(0, len(composites), max(1, len(composites) // PAIR_COUNT))[:PAIR_COUNT]
+        pairs = [composites[i, i]["image"] for i in indices]
+        titles = [f"{natural[2 * i]:.2f} / {natural[2 * i + 1]:.2f}" for i in indices]
         folder = Path(self.trainer.default_root_dir) / "grids"
         folder.mkdir(parents=True, exist_ok=True)
         rows = [[from_model(pair[label]) for pair in pairs] for label in (0, 1)]
@@ -91,8 +92,8 @@ class JudgeTask(Task):
 
     @torch.no_grad()
     def export(self, folder: Path) -> None:
-        """Write the judge, calibrated on the validation split, which ``harmonize`` and ``evaluate`` read."""
+        """Write the judge, calibrated on the validation split, for ``harmonize`` and ``evaluate``."""
         h, data = self.hparams, self.trainer.datamodule
-        seen = [(self.logits(batch), batch["label"].flatten()) for batch in data.val_dataloader()[0]]
-        temperature = calibrated(*map(torch.cat, zip(*seen, strict=True)))
+        outputs = [(self.compute_logits(batch), batch["label"].flatten()) for batch in data.val_dataloader()[0]]
+        temperature = calibrate(*map(torch.cat, zip(*outputs, strict=True)))
         save_judge(Judge(self.net, data.hparams.side, temperature), folder, arch=h.arch, options=h.options or {})

@@ -1,8 +1,9 @@
-"""Training Paint by Example (Yang 2022) on a backbone: the whole UNet and the exemplar encoder."""
+"""Trains Paint by Example (Yang 2022) on a backbone: the whole UNet and the exemplar encoder."""
 
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -22,26 +23,28 @@ from harmony.models.paint_by_example import (
 )
 from harmony.pixels.hints import check_hint
 from harmony.sampling.guidance import Settings
-from harmony.training.objective import noised, target
-from harmony.training.schedule import adamw, lay_out, place_moments, warm_up
+from harmony.training.objective import add_noise, compute_target
+from harmony.training.schedule import make_adamw, place_moments, set_memory_format, warm_up_from
 from harmony.training.task import Task, refuse_other_weights
+
+Batch = dict[str, torch.Tensor]
 
 
 class ExemplarTask(Task):
-    """Paint the object back into its own photograph, seeing it through the bottleneck of one token.
+    """Trains to paint the object back into its photograph from an exemplar that passes a bottleneck of one token.
 
-    Trained in float32: UNet (from the backbone's inpainting UNet), mapper, final layer norm, projection, and the vector
-    that stands for no exemplar. Frozen and absent from checkpoints: VAE and CLIP's tower. Loss: mean
-    squared error of the whole latent. Defaults are those of the released code (AdamW, lr 1e-5, warm-up 10,000).
+    Trained in float32: UNet (from the backbone's inpainting UNet), mapper, final layer norm, projection, and the
+    vector of no exemplar. Frozen and absent from checkpoints: VAE and CLIP's tower. The loss is the mean squared error
+    over the whole latent. Defaults are those of the released code (AdamW, lr 1e-5, warm-up 10,000).
 
     ``dropout``: share of samples, or with ``dropout_by="batch"`` (the released code) of batches, without exemplar.
-    ``encoder_lr``: learning rate of what is untrained at the beginning; None = ``lr``. ``decay``: linear to 0.
+    ``encoder_lr``: learning rate of the untrained layers; None: ``lr``. ``decay``: linear decay to 0.
     ``all_tokens``: the ablation that keeps the patch tokens. ``tower``: folder or hub id of the CLIP vision tower that
-    sees the exemplars, where it is not the backbone's own (Stable Diffusion brings none). ``offload``: AdamW's moments
-    and the update in host memory.
+    sees the exemplars; None: the backbone's own (Stable Diffusion has none). ``offload``: AdamW's moments and update in
+    host memory.
     """
 
-    fixed_baseline = False  # what is painted without an exemplar changes with training
+    fixed_baseline = False  # the output without an exemplar changes with training
 
     def __init__(
         self,
@@ -66,32 +69,32 @@ class ExemplarTask(Task):
         self.unet: torch.nn.Module | None = None
         self.encoder: ExemplarEncoder | None = None
 
-    def configure_model(self):
+    def configure_model(self) -> None:
         if self.unet is None:
-            self.unet = lay_out(painting_unet(self.backbone.unrounded("unet")))
+            self.unet = set_memory_format(painting_unet(self.backbone.unrounded("unet")))
             width = self.unet.config.cross_attention_dim
             self.encoder = fresh_encoder(self.tower, width, self.all_tokens).float()
-            self.backbone = self.backbone.with_unet(self.unet)  # and what was copied takes no more room
+            self.backbone = self.backbone.with_unet(self.unet)  # frees the original UNet
             del self.tower
             vars(self.backbone).pop("image_encoder", None)
 
     @cached_property
     def tower(self) -> torch.nn.Module:
-        """What sees the exemplars at first; no submodule."""
+        """The CLIP tower that the encoder starts from; no submodule."""
         return load_tower(self.tower_path) if self.tower_path else self.backbone.image_encoder
 
     def check(self, data: LatentData) -> None:
-        """UserError unless the cache is to hold exemplars of the tower's side."""
-        stored, side = data.recipes["train"].hints.get("exemplar", {}).get("size"), self.tower.config.image_size
-        if stored != side:
-            raise UserError(f"data.hints.exemplar.size={stored}, but the CLIP tower takes {side} px: set it to {side}")
+        """UserError unless the exemplars of the data have the resolution of the tower."""
+        size, side = data.recipes["train"].hints.get("exemplar", {}).get("size"), self.tower.config.image_size
+        if size != side:
+            raise UserError(f"data.hints.exemplar.size={size}, but the CLIP tower takes {side} px: set it to {side}")
 
     @property
     def painter(self) -> Painter:
         return Painter(self.backbone, self.encoder)
 
     def baseline(self, settings: Settings) -> PaintByExample:
-        """Without an exemplar: guidance 0."""
+        """Painting without an exemplar: guidance 0."""
         return PaintByExample(self.painter, replace(settings, guidance=0.0))
 
     def result(self, settings: Settings) -> PaintByExample:
@@ -106,64 +109,65 @@ class ExemplarTask(Task):
         return self.backbone.device
 
     @cached_property
-    def frozen(self) -> dict[str, str]:
-        """What it was trained on: the VAE's sha256, and one of the tower's weights."""
+    def frozen_hashes(self) -> dict[str, str]:
+        """sha256 of the VAE and of the tower's weights."""
         return {"vae": self.backbone.hash("vae"), "tower": weights_hash(self.encoder.model)}
 
-    def on_save_checkpoint(self, checkpoint):
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         state = checkpoint["state_dict"]
         checkpoint["state_dict"] = {name: v for name, v in state.items() if not name.startswith("encoder.model.")}
-        checkpoint["backbone"] = self.frozen
+        checkpoint["backbone"] = self.frozen_hashes
 
-    def on_load_checkpoint(self, checkpoint):
-        refuse_other_weights(checkpoint, self.frozen, f"backbone {self.backbone.name} or of its CLIP tower")
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        refuse_other_weights(checkpoint, self.frozen_hashes, f"backbone {self.backbone.name} or of its CLIP tower")
         tower = {f"encoder.model.{name}": v for name, v in self.encoder.model.state_dict().items()}
         checkpoint["state_dict"] |= tower
 
-    def on_fit_start(self):
+    def on_fit_start(self) -> None:
         self.backbone.to(self.device)
 
     on_validation_start = on_fit_start
 
-    def on_train_start(self):
+    def on_train_start(self) -> None:
         place_moments(self.optimizers())
 
-    def configure_optimizers(self):
+    def configure_optimizers(self) -> dict[str, Any]:
         groups = [
             {"params": list(self.unet.parameters()), "lr": self.lr},
             {"params": list(self.encoder.trained()), "lr": self.encoder_lr or self.lr},
         ]
-        return adamw(groups, self.trainer, self.lr, self.weight_decay, self.warmup, self.decay, warm_up, self.offload)
+        rule = warm_up_from
+        return make_adamw(groups, self.trainer, self.lr, self.weight_decay, self.warmup, self.decay, rule, self.offload)
 
-    def context(self, batch: dict) -> torch.Tensor:
-        """B x T x D: the exemplars' tokens, dropped samples having the learnt vector instead."""
+    def encode_exemplars(self, batch: Batch) -> torch.Tensor:
+        """The exemplars' tokens B x T x D; dropped samples have the learned vector instead."""
         context = self.encoder(batch["hint_exemplar"])
         draw = batch["drop"] if self.dropout_by == "sample" else batch["drop"][:1].expand_as(batch["drop"])
-        dropped = (draw < self.dropout)[:, None, None]
-        return torch.where(dropped, self.encoder.uncond_vector, context)
+        is_dropped = (draw < self.dropout)[:, None, None]
+        return torch.where(is_dropped, self.encoder.uncond_vector, context)
 
-    def loss(self, batch: dict, context: torch.Tensor) -> torch.Tensor:
+    def compute_loss(self, batch: Batch, context: torch.Tensor) -> torch.Tensor:
         backbone = self.backbone
-        z, known, t = noised(batch, backbone.vae.config.scaling_factor, backbone.alphas_cumprod)
-        hole, masked = known[:, :1], known[:, 1:]
-        wanted = target(backbone.prediction_type, z, batch["noise"], backbone.alphas_cumprod[t])
+        z, condition, t = add_noise(batch, backbone.vae.config.scaling_factor, backbone.alphas_cumprod)
+        hole, masked = condition[:, :1], condition[:, 1:]
+        target = compute_target(backbone.prediction_type, z, batch["noise"], backbone.alphas_cumprod[t])
         u = torch.cat([z, known_by_example(hole, masked)], 1)
-        return F.mse_loss(self.unet(u, t, context, return_dict=False)[0].float(), wanted)
+        return F.mse_loss(self.unet(u, t, context, return_dict=False)[0].float(), target)
 
-    def training_step(self, batch: dict, index: int) -> torch.Tensor:
+    def training_step(self, batch: Batch, index: int) -> torch.Tensor:
         if self.global_step == 0:
             check_hint(batch["hint_exemplar"])
-        loss = self.loss(batch, self.context(batch))
+        loss = self.compute_loss(batch, self.encode_exemplars(batch))
         self.log("train/loss", loss, prog_bar=True, batch_size=len(batch["noise"]))
         return loss
 
-    def on_before_optimizer_step(self, optimizer):
+    def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
         if (self.global_step + 1) % self.trainer.log_every_n_steps == 0:
             self.log("train/lr", self.optimizers().param_groups[0]["lr"])
 
-    def validation_step(self, batch: dict, index: int) -> None:
-        """Fixed noise and timesteps: the loss with each sample's exemplar, and with none."""
+    def validation_step(self, batch: Batch, index: int) -> None:
+        """Log the loss with each sample's exemplar and with none, at fixed noise and timesteps."""
         context = self.encoder(batch["hint_exemplar"])
-        nothing = self.encoder.uncond_vector.expand_as(context)
-        for name, seen in (("validation/loss", context), ("validation/loss_no_exemplar", nothing)):
-            self.log(name, self.loss(batch, seen), batch_size=len(context), sync_dist=True)
+        empty_context = self.encoder.uncond_vector.expand_as(context)
+        for name, c in (("validation/loss", context), ("validation/loss_no_exemplar", empty_context)):
+            self.log(name, self.compute_loss(batch, c), batch_size=len(context), sync_dist=True)

@@ -1,7 +1,7 @@
-"""AdamW, on the device or in host memory; learning-rate factors as functions of the optimiser step n = 0, 1, 2, ...
+"""AdamW on the device or in host memory, and learning-rate factors as functions of the step n = 0, 1, 2, ...
 
-The warm-up factor is (n + 1) / W, not n / W: with the latter the first step would change nothing.
-Paint by Example's begins at 1e-6 instead.
+The warm-up factor is (n + 1) / W, not n / W, with which the first step would change nothing. That of Paint by Example
+starts at 1e-6 instead.
 """
 
 import math
@@ -15,23 +15,23 @@ from harmony.core.errors import UserError
 from harmony.models.backbone import memory_format
 
 
-def constant(warmup: int = 0) -> Callable[[int], float]:
-    """Linear from 1 / W to 1 over W steps, then constant (Liu 2025: W = 10,000)."""
+def warm_up(warmup: int = 0) -> Callable[[int], float]:
+    """The factor that grows linearly from 1 / W to 1 over W steps, then stays (Liu 2025: W = 10,000)."""
     return lambda n: min(1.0, (n + 1) / max(1, warmup))
 
 
-def warm_up(warmup: int, start: float = 1e-6) -> Callable[[int], float]:
-    """Linear from ``start`` to 1 over W steps, then constant (released code of Yang 2022: W = 10,000)."""
+def warm_up_from(warmup: int, start: float = 1e-6) -> Callable[[int], float]:
+    """The factor that grows linearly from ``start`` to 1 over W steps, then stays (code of Yang 2022: W = 10,000)."""
     return lambda n: min(1.0, start + (1 - start) * n / warmup) if warmup else 1.0
 
 
-def linear_decay(total: int, warmup: int = 0) -> Callable[[int], float]:
-    """Linear warm-up over W steps, then linear to 0 at ``total`` steps."""
+def decay_linearly(total: int, warmup: int = 0) -> Callable[[int], float]:
+    """The factor of ``warm_up`` times a linear decay to 0 at ``total`` steps."""
     return lambda n: min(1.0, (n + 1) / max(1, warmup)) * max(0.0, (total - n) / max(1, total))
 
 
-def total_steps(trainer) -> int:
-    """Optimiser steps of the whole run. UserError when nothing ends it, since a decay needs an end."""
+def count_steps(trainer: lightning.Trainer) -> int:
+    """Optimizer steps of the whole run. UserError for a run without end, in which no rate can decay."""
     total = trainer.estimated_stepping_batches
     if not math.isfinite(total):
         raise UserError("a learning rate that decays needs an end: set trainer.max_steps")
@@ -39,10 +39,10 @@ def total_steps(trainer) -> int:
 
 
 class HostAdamW(torch.optim.AdamW):
-    """AdamW whose moments lie in host memory, where the update is made too (ZeRO-Offload; Ren 2021).
+    """AdamW with its moments and its update in host memory (ZeRO-Offload; Ren 2021).
 
-    Of the 16 bytes a trained parameter that AdamW needs, 8 leave the device; weights and gradients cross the bus in
-    every step. Numbers are those of AdamW's fused kernel on the CPU.
+    Of the 16 bytes that AdamW needs for a trained parameter, 8 leave the device; weights and gradients cross the bus in
+    every step. The update is that of AdamW's fused CPU kernel.
     """
 
     @torch.no_grad()
@@ -58,7 +58,7 @@ class HostAdamW(torch.optim.AdamW):
                 if not (state := self.state[p]):
                     zeros = torch.zeros_like(p, device="cpu")
                     state |= {"step": torch.zeros(()), "exp_avg": zeros, "exp_avg_sq": zeros.clone()}
-                weight = p.cpu()  # the weight itself where the device is the CPU
+                weight = p.cpu()  # on the CPU this is ``p`` itself
                 update(
                     [weight], [p.grad.cpu()], [state["exp_avg"]], [state["exp_avg_sq"]], [], [state["step"]],
                     fused=True, amsgrad=False, beta1=beta1, beta2=beta2, maximize=False, **options,
@@ -68,46 +68,46 @@ class HostAdamW(torch.optim.AdamW):
         return loss
 
 
-def lay_out(net: torch.nn.Module) -> torch.nn.Module:
-    """A net that is to be trained, in the memory format of the device that it will be trained on.
+def set_memory_format(net: torch.nn.Module) -> torch.nn.Module:
+    """Put a net into the memory format of the default device, on which it will be trained.
 
-    For ``configure_model``, in which that is the default device: before optimizer and gradient buffers take the layout
-    of the weights over.
+    For ``configure_model``, which runs before optimizer and gradient buffers copy the layout of the weights.
     """
     return torch.nn.Module.to(net, memory_format=memory_format(torch.get_default_device()))
 
 
 def place_moments(optimizer: torch.optim.Optimizer) -> None:
-    """Moments of AdamW laid out as their weights, those of ``HostAdamW`` back in host memory.
+    """Give AdamW's moments the layout of their weights, and put those of ``HostAdamW`` into host memory.
 
-    A checkpoint brings both as they were where it was written, and the fused update reads weights and moments in the
-    order of memory.
+    A checkpoint restores both as they were on the machine that wrote it, but the fused update reads weights and
+    moments in the order of memory.
     """
     optimizer = getattr(optimizer, "optimizer", optimizer)  # out of Lightning's wrapper
-    host = isinstance(optimizer, HostAdamW)
+    is_host = isinstance(optimizer, HostAdamW)
     for p, state in optimizer.state.items():
         for name in ("exp_avg", "exp_avg_sq"):
-            moment = torch.empty_like(p, device="cpu" if host else p.device)
+            moment = torch.empty_like(p, device="cpu" if is_host else p.device)
             state[name] = moment.copy_(state[name])
 
 
-def adamw(
+def make_adamw(
     parameters: Iterable,
     trainer: lightning.Trainer,
     lr: float,
     weight_decay: float,
     warmup: int,
     decay: bool,
-    begin: Callable[[int], Callable[[int], float]] = constant,
+    warmup_rule: Callable[[int], Callable[[int], float]] = warm_up,
     offload: bool = False,
 ) -> dict:
-    """AdamW with its schedule, as Lightning wants them; ``decay``: linear to 0 at the end, else as ``begin`` has it.
+    """AdamW with its schedule, in the form that Lightning expects.
 
-    The update is one kernel (fused), unless gradients are clipped: Lightning's mixed precision refuses both together.
-    ``offload``: it is made in host memory (``HostAdamW``).
+    ``decay``: linear warm-up, then linear decay to 0 at the end; otherwise ``warmup_rule``. The update is one kernel
+    (fused) unless gradients are clipped: Lightning's mixed precision refuses both together. ``offload``: use
+    ``HostAdamW``.
     """
-    fused = {} if offload else {"fused": not trainer.gradient_clip_val}
-    optimiser = (HostAdamW if offload else torch.optim.AdamW)(parameters, lr=lr, weight_decay=weight_decay, **fused)
-    factor = linear_decay(total_steps(trainer), warmup) if decay else begin(warmup)
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimiser, factor)
-    return {"optimizer": optimiser, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+    options = {} if offload else {"fused": not trainer.gradient_clip_val}
+    optimizer = (HostAdamW if offload else torch.optim.AdamW)(parameters, lr=lr, weight_decay=weight_decay, **options)
+    factor = decay_linearly(count_steps(trainer), warmup) if decay else warmup_rule(warmup)
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
+    return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}

@@ -1,4 +1,4 @@
-"""What a task offers beside its training steps, so that ``fit`` and the callbacks may ask any of them."""
+"""The interface of all tasks beside their training steps, for ``fit`` and the callbacks."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -13,38 +13,38 @@ from harmony.sampling.guidance import Settings
 
 
 class Task(lightning.LightningModule):
-    """A LightningModule that checks its data, is measured as a method, and exports what it trained.
+    """A LightningModule that checks its data, can be measured as a method, and exports its result.
 
-    ``fixed_baseline``: the baseline does not change with training. Tasks without baseline and result measure themselves
-    while they train.
+    ``fixed_baseline``: training does not change the baseline. Tasks without baseline and result measure themselves in
+    their validation.
     """
 
     fixed_baseline: bool = True
 
     def check(self, data: lightning.LightningDataModule) -> None:
-        """UserError unless ``data`` gives what the task needs; called before anything is prepared."""
+        """UserError unless ``data`` has what the task needs; called before any data is prepared."""
 
     def baseline(self, settings: Settings) -> Method:
-        """What the result is measured against."""
+        """The method that the result is compared with."""
         raise NotImplementedError
 
     def result(self, settings: Settings) -> Method:
-        """What has been trained, as a method."""
+        """The method with the trained networks."""
         raise NotImplementedError
 
     def export(self, folder: Path) -> None:
-        """Write what was trained into ``folder``; parts of a backbone have written themselves already."""
+        """Write the trained networks into ``folder``; trainings of backbone parts have written theirs already."""
 
     @property
     def home(self) -> torch.device:
-        """Where the networks that it works with lie."""
+        """The device of the networks that the task works with."""
         return self.device
 
 
-def refuse_other_weights(checkpoint: Mapping[str, Any], frozen: Mapping[str, str], what: str) -> None:
-    """UserError where ``checkpoint`` goes with other frozen weights than ``frozen``, sha256 of each part, says."""
-    known = checkpoint.get("backbone") or checkpoint["kit"]  # as version 0.1 called it
-    if any(frozen.get(part) != state for part, state in known.items()):
+def refuse_other_weights(checkpoint: Mapping[str, Any], hashes: Mapping[str, str], what: str) -> None:
+    """UserError unless ``checkpoint`` was trained on frozen parts with these ``hashes`` (part -> sha256)."""
+    stored_hashes = checkpoint.get("backbone") or checkpoint["kit"]  # the key of version 0.1
+    if any(hashes.get(part) != stored_hash for part, stored_hash in stored_hashes.items()):
         raise UserError(
-            f"this run was trained on another state of {what}: put it back, or begin anew with resume=false"
+            f"this run was trained on another state of {what}: put it back, or start again with resume=false"
         )

@@ -1,16 +1,17 @@
-"""Textual inversion: one word learnt from a few pictures, everything else as it was.
+"""Textual inversion: learns one word from a few pictures, with everything else frozen.
 
 Gal 2022 (An Image is Worth One Word, arXiv 2208.01618), eq. 2.
 """
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 
 from harmony.core.errors import UserError
-from harmony.methods.method import seeds_of
+from harmony.methods.method import make_seeds
 from harmony.metrics.similarity import clip_t, embeddings
 from harmony.models.backbone import DIFFUSION, Backbone, scaled_latent
 from harmony.models.clip import clip_of
@@ -18,7 +19,7 @@ from harmony.models.textual_inversion import Word, add_tokens, initial, save_wor
 from harmony.pixels.images import grid, write_image
 from harmony.sampling.guidance import Settings, predict
 from harmony.sampling.text_to_image import text_to_image, whole_picture
-from harmony.training.objective import target
+from harmony.training.objective import compute_target
 from harmony.training.task import Task
 
 TEMPLATES = {
@@ -45,12 +46,12 @@ TEMPLATES = {
 
 
 class TextualInversionTask(Task):
-    """Learn what ``token`` means: its vectors begin as the table's row of the word ``init``; nothing else is trained.
+    """Trains the vectors of the word ``token``, which start as the embedding of ``init``, and nothing else.
 
-    ``property``: ``object`` or ``style``, the templates of the prompts for pictures without a caption. ``vectors``: how
-    many the word has. ``lr`` is multiplied by batch, accumulation and processes. Loss: squared error of the network's
-    output over the whole latent. Previews are sampled by ``steps`` and ``guidance``, with the word and, from the same
-    noise, with ``init`` alone.
+    ``property``: ``object`` or ``style``, the prompt templates for pictures without a caption. ``vectors``: how many
+    the word has. ``lr`` is multiplied by batch, accumulation and processes. The loss is the squared error of the
+    network's output over the whole latent. Previews are sampled by ``steps`` and ``guidance``, with the word and, from
+    the same noise, with ``init`` in its place.
     """
 
     def __init__(
@@ -70,81 +71,81 @@ class TextualInversionTask(Task):
         if property not in TEMPLATES:
             raise UserError(f"property={property}: choose one of {', '.join(TEMPLATES)}")
         if vectors < 1:
-            raise UserError(f"vectors={vectors}: a word has one at least")
+            raise UserError(f"vectors={vectors}: give at least 1")
         self.backbone, self.token, self.init, self.lr, self.weight_decay = backbone, token, init, lr, weight_decay
         self.templates, self.settings, self.seed = TEMPLATES[property], Settings(steps, guidance), seed
         self.vectors = torch.nn.Parameter(initial(backbone, init, vectors))
-        self.first = add_tokens(backbone, token, vectors)
+        self.first_token = add_tokens(backbone, token, vectors)
         self.clip = clip_of(backbone)
 
-    def on_fit_start(self):
+    def on_fit_start(self) -> None:
         self.backbone.to(self.device)
-        data, self.known = self.trainer.datamodule, whole_picture(self.backbone)
-        fit = [template for template in self.templates if self.is_read(template)]
-        self.prompts = [[text] if text else fit for text in data.captions]
-        if unread := [text for text in data.captions if text and not self.is_read(text)]:
-            raise UserError(f"captions.json: {unread[0]!r} is cut off before the word: shorten it")
+        data, self.condition = self.trainer.datamodule, whole_picture(self.backbone)
+        templates = [template for template in self.templates if self.is_read(template)]
+        self.prompts = [[text] if text else templates for text in data.captions]
+        if long_captions := [text for text in data.captions if text and not self.is_read(text)]:
+            raise UserError(f"captions.json: {long_captions[0]!r} is cut off before the word: shorten it")
         if self.clip is not None:
-            self.concept = embeddings(data.pictures, self.clip)
+            self.concept_features = embeddings(data.pictures, self.clip)
 
     on_validation_start = on_fit_start
 
-    def configure_optimizers(self):
+    def configure_optimizers(self) -> torch.optim.Optimizer:
         trainer = self.trainer
-        together = trainer.datamodule.batch_size * trainer.accumulate_grad_batches * trainer.world_size
-        return torch.optim.AdamW([self.vectors], lr=self.lr * together, weight_decay=self.weight_decay)
+        samples = trainer.datamodule.batch_size * trainer.accumulate_grad_batches * trainer.world_size
+        return torch.optim.AdamW([self.vectors], lr=self.lr * samples, weight_decay=self.weight_decay)
 
-    def said(self, prompt: str) -> str:
-        """The prompt with the new word in its place."""
+    def insert_word(self, prompt: str) -> str:
+        """The prompt with the new word in place of {}."""
         return prompt.replace("{}", self.token)
 
     def is_read(self, prompt: str) -> bool:
-        """Whether the whole word comes before the model stops reading."""
-        return self.first + len(self.vectors) - 1 in self.backbone.tokens([self.said(prompt)])
+        """Whether the whole word is within the tokens that the model reads."""
+        return self.first_token + len(self.vectors) - 1 in self.backbone.tokens([self.insert_word(prompt)])
 
-    def text(self, prompts: list[str]) -> torch.Tensor:
-        """B prompts with {} for the word -> B x T x D, through its vectors as they stand."""
-        tokens = self.backbone.tokens([self.said(prompt) for prompt in prompts]).to(self.device)
-        return text_states(self.backbone.text_encoder, tokens, self.first, self.vectors)
+    def encode_prompts(self, prompts: list[str]) -> torch.Tensor:
+        """Text states B x T x D of B prompts with {} for the word, by its current vectors."""
+        tokens = self.backbone.tokens([self.insert_word(prompt) for prompt in prompts]).to(self.device)
+        return text_states(self.backbone.text_encoder, tokens, self.first_token, self.vectors)
 
-    def training_step(self, batch: dict, index: int) -> torch.Tensor:
+    def training_step(self, batch: dict[str, torch.Tensor], index: int) -> torch.Tensor:
         backbone, abar = self.backbone, self.backbone.alphas_cumprod
         t = (batch["time"] * len(abar)).long()
         a = abar[t].view(-1, 1, 1, 1)
         z = scaled_latent(batch["moments"], backbone.vae.config.scaling_factor, batch["encode"])
         z = a.sqrt() * z + (1 - a).sqrt() * batch["noise"]
-        drawn = zip((self.prompts[i] for i in batch["picture"].tolist()), batch["template"].tolist(), strict=True)
-        text = self.text([prompts[int(share * len(prompts))] for prompts, share in drawn])
-        output = predict(backbone.unet, z, self.known.expand(len(z), -1, -1, -1), t, text)
-        loss = F.mse_loss(output.float(), target(backbone.prediction_type, z, batch["noise"], abar[t]))
+        pairs = zip((self.prompts[i] for i in batch["picture"].tolist()), batch["template"].tolist(), strict=True)
+        text = self.encode_prompts([prompts[int(share * len(prompts))] for prompts, share in pairs])
+        output = predict(backbone.unet, z, self.condition.expand(len(z), -1, -1, -1), t, text)
+        loss = F.mse_loss(output.float(), compute_target(backbone.prediction_type, z, batch["noise"], abar[t]))
         self.log("train/loss", loss, prog_bar=True, batch_size=len(z))
         return loss
 
     def validation_step(self, indices: torch.Tensor, index: int) -> None:
-        """Previews and, with CLIP, how much they look like the concept (all pairs) and follow their prompts."""
-        known = list(dict.fromkeys(prompt for prompts in self.prompts for prompt in prompts))
-        chosen = [known[i % len(known)] for i in indices.tolist()]
-        plain = [prompt.replace("{}", self.init) for prompt in chosen]
-        texts = {"baseline/": self.backbone.prompt(plain), "": self.text(chosen)}
-        seeds = seeds_of(self.seed, indices.tolist())
-        made = {name: text_to_image(self.backbone, text, self.settings, seeds) for name, text in texts.items()}
+        """Draw previews and, with CLIP, measure their similarity to the concept (all pairs) and to their prompts."""
+        all_prompts = list(dict.fromkeys(prompt for prompts in self.prompts for prompt in prompts))
+        prompts = [all_prompts[i % len(all_prompts)] for i in indices.tolist()]
+        init_prompts = [prompt.replace("{}", self.init) for prompt in prompts]
+        texts = {"baseline/": self.backbone.prompt(init_prompts), "": self.encode_prompts(prompts)}
+        seeds = make_seeds(self.seed, indices.tolist())
+        previews = {name: text_to_image(self.backbone, text, self.settings, seeds) for name, text in texts.items()}
         figures = {}
         if self.clip is not None:
-            words = torch.nn.functional.normalize(self.clip.texts(plain).float().cpu(), dim=1)
-            for name, pictures in made.items():
-                found = embeddings(pictures, self.clip)
-                figures[f"{name}concept/clip_i"] = 100 * float((found @ self.concept.T).mean())
-                figures[f"{name}concept/clip_t"] = 100 * clip_t(found, words)
+            words = torch.nn.functional.normalize(self.clip.texts(init_prompts).float().cpu(), dim=1)
+            for name, pictures in previews.items():
+                features = embeddings(pictures, self.clip)
+                figures[f"{name}concept/clip_i"] = 100 * float((features @ self.concept_features.T).mean())
+                figures[f"{name}concept/clip_t"] = 100 * clip_t(features, words)
         self.log_dict(figures, sync_dist=True, batch_size=len(indices))
         if self.trainer.is_global_zero:
-            self.draw(made)
+            self.draw(previews)
             names = [name for name in figures if not name.startswith("baseline/")]
-            said = ", ".join(f"{n} {figures[n]:.1f} ({self.init}: {figures[f'baseline/{n}']:.1f})" for n in names)
-            print(f"step {self.global_step}: {said or 'previews drawn'}", flush=True)
+            summary = ", ".join(f"{n} {figures[n]:.1f} ({self.init}: {figures[f'baseline/{n}']:.1f})" for n in names)
+            print(f"step {self.global_step}: {summary or 'previews drawn'}", flush=True)
 
-    def draw(self, made: dict[str, list[np.ndarray]]) -> None:
-        """The concept, what ``init`` alone gives, and what the word gives, one below the other."""
-        rows = [self.trainer.datamodule.pictures, made["baseline/"], made[""]]
+    def draw(self, previews: dict[str, list[np.ndarray]]) -> None:
+        """Write a grid: the concept above, the previews of ``init`` below it, and those of the word at the bottom."""
+        rows = [self.trainer.datamodule.pictures, previews["baseline/"], previews[""]]
         folder = Path(self.trainer.default_root_dir) / "grids"
         folder.mkdir(parents=True, exist_ok=True)
         path, picture = folder / f"samples_{self.global_step:06d}.png", grid(rows)
@@ -153,17 +154,17 @@ class TextualInversionTask(Task):
             if hasattr(logger, "log_image"):
                 logger.log_image("samples", [picture], caption=[path.name])
 
-    def learnt_on(self) -> dict[str, str]:
-        """Hashes of the pictures, their captions, and the backbone's networks."""
+    def hash_sources(self) -> dict[str, str]:
+        """sha256 of the pictures, their captions, and the networks of the backbone."""
         return self.trainer.datamodule.hashes() | {part: self.backbone.hash(part) for part in DIFFUSION}
 
-    def on_save_checkpoint(self, checkpoint):
-        checkpoint["learnt_on"] = self.learnt_on()
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        checkpoint["learnt_on"] = self.hash_sources()
 
-    def on_load_checkpoint(self, checkpoint):
-        if checkpoint["learnt_on"] != self.learnt_on():
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        if checkpoint["learnt_on"] != self.hash_sources():
             raise UserError(
-                "this run began with other pictures or another state of the backbone: begin anew, resume=false"
+                "this run began with other pictures or another state of the backbone: start again with resume=false"
             )
 
     @property

@@ -6,15 +6,15 @@ import pytest
 
 from harmony.benchmarks import data
 from harmony.benchmarks.data import (
-    BENCH,
+    DATASET_NAME,
     Cost,
     bench_import,
     bench_selection,
-    fiftyone_imported,
-    forget_imported,
-    ours,
-    ours_imported,
-    with_pandas,
+    count_by_pandas,
+    count_by_selection,
+    delete_imports,
+    import_by_fiftyone,
+    import_by_harmony,
     write_annotations,
     write_photographs,
 )
@@ -42,7 +42,7 @@ def test_annotations_have_the_true_schema(split):
 
 
 def test_both_ways_keep_the_same_images(split):
-    assert ours(split) == with_pandas(split) > 50
+    assert count_by_selection(split) == count_by_pandas(split) > 50
 
 
 def test_the_bench_of_selection(tmp_path, monkeypatch):
@@ -50,7 +50,7 @@ def test_the_bench_of_selection(tmp_path, monkeypatch):
     figures = bench_selection(tmp_path, 5_000, 1_000, 1, say=lambda line: None)
     assert {"ours", "ratio", "memory_gib", "reference_memory_gib", "kept"} <= set(figures) and figures["kept"] > 0
     monkeypatch.setattr(data, "write_annotations", lambda *a, **k: 1 / 0)
-    monkeypatch.setattr(data, "alone", lambda way, folder: Cost(int(way is ours), 1.0, 1.0, 1.0))
+    monkeypatch.setattr(data, "measure_cost", lambda way, folder: Cost(int(way is count_by_selection), 1.0, 1.0, 1.0))
     with pytest.raises(ValueError, match="by pandas"):
         bench_selection(tmp_path, 5_000, 1_000, 1, say=lambda line: None)
 
@@ -59,14 +59,14 @@ def test_the_bench_of_import(tmp_path):
     """Guards the comparison in the real database: both import every photograph with its mask, and leave nothing."""
     fo = load_fiftyone()
     folder = write_photographs(tmp_path / "few", 6, say=lambda line: None)
-    assert ours_imported(folder) == 6
-    sample = fo.load_dataset(BENCH).first()
+    assert import_by_harmony(folder) == 6
+    sample = fo.load_dataset(DATASET_NAME).first()
     assert sample.instance.mask is None and read_image(sample.instance.mask_path).shape == (384, 512, 3)
-    forget_imported(folder)
-    assert fiftyone_imported(folder) == 6
-    (theirs,) = fo.load_dataset(BENCH).first().segmentations.detections
+    delete_imports(folder)
+    assert import_by_fiftyone(folder) == 6
+    (theirs,) = fo.load_dataset(DATASET_NAME).first().segmentations.detections
     assert theirs.mask.shape == (384, 512) and theirs.mask.mean() > 0.99  # cut elsewhere by a pixel
-    forget_imported(folder)
+    delete_imports(folder)
     figures = bench_import(tmp_path, 9, 4, 1, say=lambda line: None)
     assert figures["ratio"] > 0 and figures["at_scale"] > 0 and figures["samples"] == 9
-    assert not fo.list_datasets(f"{BENCH}*") and not (tmp_path / "photographs-9" / "work").exists()
+    assert not fo.list_datasets(f"{DATASET_NAME}*") and not (tmp_path / "photographs-9" / "work").exists()

@@ -9,7 +9,7 @@ import psutil
 import pytest
 from omegaconf import OmegaConf
 
-from harmony.benchmarks.gpu import Part, largest_difference, parts, run_parts, write_composite
+from harmony.benchmarks.gpu import Part, list_parts, measure_difference, run_parts, write_composite
 from harmony.cli.compose import compose
 from harmony.cli.explain import missing_keys
 from harmony.edit import overrides as edit_overrides
@@ -26,10 +26,10 @@ def test_every_part_is_a_command_that_composes(tmp_path, gpu):
     out, and so is what measures.
     """
     write_composite(tmp_path)
-    chosen = [part for part in parts(tmp_path) if gpu or part.cpu is not None]
+    chosen = [part for part in list_parts(tmp_path) if gpu or part.cpu is not None]
     assert len({part.name for part in chosen}) == len(chosen) > 10
     for part in chosen:
-        program, *words = part.command(tmp_path, gpu)[2:]
+        program, *words = part.build_command(tmp_path, gpu)[2:]
         if program == "pytest":
             continue
         command = program.removeprefix("harmony.")
@@ -51,7 +51,7 @@ class Script(Part):
 
     code: str = ""
 
-    def command(self, folder, gpu):
+    def build_command(self, folder, gpu):
         return [sys.executable, "-c", self.code]
 
 
@@ -102,11 +102,11 @@ def test_what_graphs_change_is_compared(tmp_path):
     """Guards the comparison: the largest difference of two pictures, and nothing where one is missing."""
     write_composite(tmp_path)
     composite = read_image(tmp_path / "composite.png")
-    assert read_image(tmp_path / "mask.png").any() and largest_difference(tmp_path, "near") is None
+    assert read_image(tmp_path / "mask.png").any() and measure_difference(tmp_path, "near") is None
     from harmony.pixels.images import write_image
 
     for name, image in (("near", composite), ("near_graphs", 255 - composite)):
         (tmp_path / name).mkdir()
         write_image(tmp_path / name / "harmonized.png", image)
     expected = abs(2 * composite.astype(int) - 255).max()
-    assert largest_difference(tmp_path, "near") == expected
+    assert measure_difference(tmp_path, "near") == expected

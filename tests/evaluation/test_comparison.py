@@ -14,7 +14,7 @@ from harmony.evaluation.eval_sets import RECONSTRUCT, RELIGHT, EvalSet, degrade,
 from harmony.evaluation.figures import scores
 from harmony.methods.baselines import CopyPaste, Poisson, Reinhard
 from harmony.methods.inpainting import Branch, Inpainting
-from harmony.methods.method import Composite, Method, fingerprint, seeds_of
+from harmony.methods.method import Composite, Method, fingerprint, make_seeds
 from harmony.methods.stored import Stored
 from harmony.models.backbone import Backbone
 from harmony.pixels.composites import reinhard
@@ -105,7 +105,7 @@ def test_two_processes_make_what_one_makes(random_backbone, awake, items, tmp_pa
     for method in rows.values():
         pairs = zip(*(outputs_of(items, method, tmp_path / name, 0) for name in ("one", "two")), strict=True)
         assert all(np.array_equal(a, b) for a, b in pairs)
-    whole = rows["ours"].fill(items.composites, seeds_of(0, range(20)))
+    whole = rows["ours"].fill(items.composites, make_seeds(0, range(20)))
     assert all(np.array_equal(*pair) for pair in zip(whole, outputs_of(items, rows["ours"], tmp_path / "one", 0)))
 
 

@@ -8,7 +8,7 @@ from harmony.data.manifest import read_manifest
 from harmony.evaluation.eval_sets import EvalSet, enough, load_reconstruct, load_relight
 from harmony.evaluation.figures import Fidelity
 from harmony.methods.inpainting import Branch, Inpainting
-from harmony.methods.method import Composite, seeds_of
+from harmony.methods.method import Composite, make_seeds
 from harmony.models.backbone import Backbone
 from harmony.models.clip import backbone_clip
 from harmony.models.features import BackboneFeatures, feature_extractor
@@ -56,9 +56,9 @@ def test_pasting_back_mends_the_background_and_nothing_else(backbone, items):
 
 def test_reconstruction_keeps_the_order(backbone, items, awake):
     branch = Branch("color", awake(backbone))
-    outputs = Inpainting(backbone, [branch], Settings(2, 2.0, batch=3)).fill(items.composites, seeds_of(0, range(4)))
+    outputs = Inpainting(backbone, [branch], Settings(2, 2.0, batch=3)).fill(items.composites, make_seeds(0, range(4)))
     assert len(outputs) == 4 and {y.shape for y in outputs} == {(32, 32, 3)}
-    alone = Inpainting(backbone, [branch], Settings(2, 2.0)).fill(items.composites[:1], seeds_of(0, [0]))[0]
+    alone = Inpainting(backbone, [branch], Settings(2, 2.0)).fill(items.composites[:1], make_seeds(0, [0]))[0]
     assert np.abs(outputs[0].astype(int) - alone).max() <= 1
 
 

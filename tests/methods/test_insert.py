@@ -7,7 +7,7 @@ import torch
 from harmony.core.errors import UserError
 from harmony.methods.inpainting import Branch, Inpainting, load_branch
 from harmony.methods.insert import cut, insert
-from harmony.methods.method import Composite, seeds_of
+from harmony.methods.method import Composite, make_seeds
 from harmony.models.backbone import Backbone
 from harmony.models.controlnet import export_controlnet
 from harmony.pixels.images import to_model
@@ -66,7 +66,7 @@ def test_outside_the_hole_nothing_changes(backbone, color, name):
     mask = rectangle(width, height, *box)
     result = harmonize(backbone, background, foreground, mask, "a red mushroom", [color], FAST)
     assert result.image.shape == background.shape and result.image.dtype == np.uint8
-    assert result.raw.shape == (32, 32, 3)
+    assert result.output.shape == (32, 32, 3)
     assert np.array_equal(result.image[~result.hole], background[~result.hole])
     assert np.array_equal(result.composite, np.where(mask[..., None], foreground, background))
     assert (result.hole & mask).sum() == mask.sum()  # M_e contains M
@@ -82,8 +82,8 @@ def test_outside_the_hole_nothing_changes(backbone, color, name):
 def test_seed_decides(backbone, color):
     inputs = (backbone, picture(45, 37), picture(45, 37, 1), rectangle(45, 37, 10, 10, 30, 30), "a blue car", [color])
     first, again, other = (harmonize(*inputs, FAST, seed=seed) for seed in (5, 5, 6))
-    assert np.array_equal(first.image, again.image) and np.array_equal(first.raw, again.raw)
-    assert not np.array_equal(first.raw, other.raw)
+    assert np.array_equal(first.image, again.image) and np.array_equal(first.output, again.output)
+    assert not np.array_equal(first.output, other.output)
 
 
 def test_region_and_feather(backbone, color):
@@ -105,7 +105,7 @@ def test_the_model_sees_the_instance_but_not_what_the_hole_covers(backbone, colo
     background, foreground, mask = picture(32, 32), picture(32, 32, 1), rectangle(32, 32, 6, 6, 26, 26)
 
     def raw(background, foreground, branches):
-        return harmonize(backbone, background, foreground, mask, "a blue car", branches, FAST).raw
+        return harmonize(backbone, background, foreground, mask, "a blue car", branches, FAST).output
 
     before = raw(background, foreground, [color])
     covered = np.where(mask[..., None], 255 - background, background)
@@ -129,9 +129,9 @@ def test_the_hole_is_mid_grey_for_the_model(backbone, monkeypatch):
 
 def test_weights_fade_a_branch_out(backbone, color):
     inputs = (backbone, picture(32, 32), picture(32, 32, 1), rectangle(32, 32, 6, 6, 26, 26), "a blue car")
-    plain = harmonize(*inputs, [], FAST).raw
-    assert np.array_equal(harmonize(*inputs, [Branch("color", color.net, 0.0)], FAST).raw, plain)
-    assert not np.array_equal(harmonize(*inputs, [color], FAST).raw, plain)
+    plain = harmonize(*inputs, [], FAST).output
+    assert np.array_equal(harmonize(*inputs, [Branch("color", color.net, 0.0)], FAST).output, plain)
+    assert not np.array_equal(harmonize(*inputs, [color], FAST).output, plain)
 
 
 def test_an_image_does_not_depend_on_its_neighbours(backbone, color):
@@ -143,7 +143,7 @@ def test_an_image_does_not_depend_on_its_neighbours(backbone, color):
 
     def run(order, batch):
         method = Inpainting(backbone, [color], Settings(2, 2.0, batch=batch))
-        return dict(zip(order, method.fill([composites[i] for i in order], seeds_of(0, order)), strict=True))
+        return dict(zip(order, method.fill([composites[i] for i in order], make_seeds(0, order)), strict=True))
 
     together, alone = run([0, 1, 2], 16), run([2, 0, 1], 1)
     for i in range(3):

@@ -9,7 +9,7 @@ from diffusers import DDIMScheduler
 from diffusers.pipelines.deprecated.paint_by_example import PaintByExamplePipeline
 from diffusers.pipelines.deprecated.paint_by_example.image_encoder import PaintByExampleImageEncoder
 
-from harmony.methods.method import Composite, seeds_of
+from harmony.methods.method import Composite, make_seeds
 from harmony.methods.paint_by_example import PaintByExample, paint
 from harmony.models.backbone import Backbone
 from harmony.models.paint_by_example import Painter, fresh_encoder, known_by_example, painting_unet
@@ -87,7 +87,7 @@ def test_what_lies_in_the_hole_is_not_seen(painter, holes):
         return [Composite(x, x, h, h, exemplar=e) for x, h, e in zip(images, holes, exemplars, strict=True)]
 
     def made(images=images, exemplars=exemplars, seed=0):
-        return np.stack(method.fill(composites(images, exemplars), seeds_of(seed, [0, 1])))
+        return np.stack(method.fill(composites(images, exemplars), make_seeds(seed, [0, 1])))
 
     first = made()
     assert first.shape == (2, 32, 32, 3) and first.dtype == np.uint8
@@ -95,5 +95,5 @@ def test_what_lies_in_the_hole_is_not_seen(painter, holes):
     assert np.array_equal(made(filled), made(grey))
     for other in (made(squares(2, 32, 5)), made(exemplars=squares(2, 32, 6)), made(seed=1)):
         assert not np.array_equal(first, other)
-    alone = method.fill(composites(images, exemplars)[1:], seeds_of(0, [1]))[0]
+    alone = method.fill(composites(images, exemplars)[1:], make_seeds(0, [1]))[0]
     assert np.abs(alone.astype(int) - first[1]).max() <= 1, "noise of item i depends on (seed, i) only"

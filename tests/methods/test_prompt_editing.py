@@ -14,13 +14,13 @@ from harmony.methods.prompt_editing import (
     Changes,
     Inversion,
     Mode,
-    changes,
+    compare_prompts,
     edit_picture,
-    inversion_key,
+    find_mode,
+    hash_inversion,
     invert_pictures,
-    kept_inversion,
-    mode_of,
-    plan,
+    load_or_invert,
+    plan_edit,
     reconstruct,
 )
 from harmony.models.backbone import Backbone
@@ -82,15 +82,15 @@ def latent(backbone: Backbone, found: Inversion, nulls: list[torch.Tensor], w: f
 )
 def test_the_words_that_change(source, target, gone, come, mode):
     """Guards the handles of an edit: which words are in one prompt alone, and what the prompts mean by it."""
-    assert changes(source, target) == Changes(gone, come)
-    assert mode_of(source, target) == mode
+    assert compare_prompts(source, target) == Changes(gone, come)
+    assert find_mode(source, target) == mode
 
 
 def test_a_learnt_word_of_two_vectors_is_one_word(toy, inversion, monkeypatch):
     """Guards long words: it replaces one word, a local edit looks at both its tokens, and it has one map."""
     backbone, seen, target = toy(0.1), [], "a red <toy> on snow"
-    assert len(backbone.words["<toy>"]) == 2 and mode_of(SOURCE, target) == "replace"
-    assert changes(SOURCE, target) == Changes([2], [2])
+    assert len(backbone.words["<toy>"]) == 2 and find_mode(SOURCE, target) == "replace"
+    assert compare_prompts(SOURCE, target) == Changes([2], [2])
     blend = lambda words, *more: (seen.append(words), LocalBlend(words, *more))[1]  # noqa: E731
     monkeypatch.setattr(edit, "LocalBlend", blend)
     edited = perform(backbone, inversion, SOURCE, target, MODES["replace"])
@@ -148,13 +148,13 @@ def test_pictures_are_inverted_each_by_itself(backbone, image):
 
 @pytest.fixture
 def keep(tmp_path, backbone, image, monkeypatch):
-    """``keep(**other)``: the inversion of ``kept_inversion`` and how many have been computed so far."""
+    """``keep(**other)``: the inversion of ``load_or_invert`` and how many have been computed so far."""
     computed, usual = [], edit.invert_pictures
     monkeypatch.setattr(edit, "invert_pictures", lambda *given: (computed.append(given), usual(*given))[1])
 
     def run(**other):
         usual = {"backbone": backbone, "image": image, "prompt": SOURCE, "steps": 2, "w": W, "inner": 0}
-        return kept_inversion(tmp_path / "kept", **usual | other), len(computed)
+        return load_or_invert(tmp_path / "kept", **usual | other), len(computed)
 
     return run
 
@@ -190,7 +190,7 @@ def test_other_weights_make_another_inversion(backbone, image, monkeypatch):
     keys = set()
     for part in ("none", "vae", "unet", "text_encoder", "tokenizer", "scheduler"):
         monkeypatch.setattr(Backbone, "hash", lambda self, name, part=part: f"{name}, new" if name == part else name)
-        keys.add(inversion_key(backbone, image))
+        keys.add(hash_inversion(backbone, image))
     assert len(keys) == 6
 
 
@@ -227,7 +227,7 @@ def test_a_write_that_fails_leaves_nothing(keep, tmp_path, monkeypatch):
 
 def perform(backbone, inversion, source, target, mode, factors=None, look_at=None, threshold=0.3):
     """The edit that is planned."""
-    return edit_picture(backbone, inversion, plan(backbone, source, target, mode, factors, look_at), W, threshold)
+    return edit_picture(backbone, inversion, plan_edit(backbone, source, target, mode, factors, look_at), W, threshold)
 
 
 def test_identical_prompts_give_the_reconstruction(backbone, inversion):
@@ -332,7 +332,7 @@ def test_the_unet_is_itself_again(backbone, inversion, monkeypatch):
 @pytest.mark.parametrize(
     ("source", "target", "factors", "said"),
     [
-        (SOURCE, SOURCE, None, "a local edit wants words to look at"),
+        (SOURCE, SOURCE, None, "a local edit needs words to look at"),
         (SOURCE, " ".join(["car"] * 15), None, "has 15 tokens, the model reads 14"),
         (" ".join(["car"] * 15), SOURCE, None, "has 15 tokens, the model reads 14"),
         (SOURCE, TARGET, {"mushroom": 2.0}, "reweight.mushroom: the target 'a red car on snow' has no such word"),
@@ -341,7 +341,7 @@ def test_the_unet_is_itself_again(backbone, inversion, monkeypatch):
 def test_edits_that_cannot_be_perform(backbone, inversion, source, target, factors, said):
     """Guards bad input: nothing to look at, prompts that are too long, a factor of a word of the source alone."""
     with pytest.raises(UserError, match=said):
-        plan(backbone, source, target, MODES["replace"], factors)
+        plan_edit(backbone, source, target, MODES["replace"], factors)
 
 
 @pytest.mark.slow
@@ -358,7 +358,7 @@ def test_it_runs_at_true_size(model, tmp_path):
     (inversion,) = invert_pictures(backbone, [image], prompts[:1], steps=2, w=7.5, inner=1)
     assert inversion.noise.shape == (1, 4, 64, 64) and len(inversion.nulls) == 2
     assert not torch.equal(*inversion.nulls) and inversion.nulls[0].shape == backbone.prompt([""]).shape
-    edited = edit_picture(backbone, inversion, plan(backbone, *prompts, MODES["replace"]), 7.5)
+    edited = edit_picture(backbone, inversion, plan_edit(backbone, *prompts, MODES["replace"]), 7.5)
     assert [picture.shape for picture in edited.pictures] == [(512, 512, 3)] * 2
     assert edited.maps[1][2][0] == "<toy>" and edited.maps[1][2][1].shape == (16, 16)
     assert backbone.unet.attn_processors == before

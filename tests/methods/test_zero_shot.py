@@ -20,19 +20,19 @@ from harmony.methods.zero_shot import (
     CONCLUDE,
     CONTINUE,
     REGENERATE,
+    AttentionMean,
     CopyAttention,
-    Looks,
     Parts,
     Round,
     Words,
     attention_loss,
-    best,
+    choose_best,
     decide,
-    descriptors,
     edge_loss,
+    find_descriptors,
     harmonize_once,
-    refined_texts,
-    rounds,
+    refine_texts,
+    run_rounds,
     run_together,
     sobel,
 )
@@ -126,7 +126,7 @@ def watched(monkeypatch):
 def test_where_the_descriptors_are(backbone, object_, light, first):
     """Guards the places: behind the object phrase up to the last word, also where words are several tokens."""
     prompt = f"{object_} {light}"
-    found = descriptors(backbone, prompt, object_)
+    found = find_descriptors(backbone, prompt, object_)
     (ids,) = backbone.tokens([prompt])
     assert ids[found].tolist() == [i for word in light.split() for i in backbone.encode(word)]
     assert found.nonzero()[0].item() == first and ids[found.nonzero()[-1] + 1] == backbone.tokenizer.eos_token_id
@@ -142,7 +142,7 @@ def test_where_the_descriptors_are(backbone, object_, light, first):
 def test_prompts_that_cannot_lead(backbone, prompt, object_, said):
     """Guards bad input: no words behind the object, or more than the text encoder reads."""
     with pytest.raises(UserError, match=said):
-        descriptors(backbone, prompt, object_)
+        find_descriptors(backbone, prompt, object_)
 
 
 def test_the_attention_loss_is_about_places():
@@ -164,10 +164,12 @@ def test_words_are_held_and_weighed():
     """
     where = torch.tensor([[0, 1, 1, 0], [0, 0, 1, 0], [0, 1, 1, 1], [0, 1, 0, 0]], dtype=torch.bool)
     words = Words(where, torch.zeros(4, 4, 2), torch.zeros(2, 4))
-    assert words.held().tolist() == [0, 0]
+    assert words.compute_penalty().tolist() == [0, 0]
     assert torch.allclose(words.weights, torch.tensor([[0, 1 / 3, 1 / 3, 1 / 3], [0, 1, 0, 0]]))
     words.change[0], words.change[2, 1], words.change[3] = 3.0, 2.0, 1.0
-    assert torch.allclose(words.held(), torch.tensor([9 + 4 / 3, 1.0])), "what is no descriptor does not count"
+    assert torch.allclose(words.compute_penalty(), torch.tensor([9 + 4 / 3, 1.0])), (
+        "what is no descriptor does not count"
+    )
     words.logits = torch.tensor([[90.0, 1, 2, 3], [5, 1, 1, 1]])
     assert torch.allclose(words.weights.sum(1), torch.ones(2)) and (words.weights[~where[2:]] == 0).all()
 
@@ -176,7 +178,7 @@ def test_looks_are_the_mean_over_layers_and_heads(backbone):
     """Guards the maps: words' attention in the wanted size outside the middle block, summing to 1, with a gradient."""
     found, text, z = [], backbone.prompt(["a red mushroom", "a car"]).requires_grad_(True), torch.randn(2, 4, 8, 8)
 
-    class Record(Looks):
+    class Record(AttentionMean):
         def __call__(self, probabilities, layer, step):
             found.append((layer, probabilities.detach()))
             return super().__call__(probabilities, layer, step)
@@ -187,7 +189,7 @@ def test_looks_are_the_mean_over_layers_and_heads(backbone):
     expected = torch.stack([p.mean(1) for _, p in found]).mean(0)
     assert looks.mean.shape == (2, 64, 16) and torch.allclose(looks.mean, expected, atol=1e-6)
     assert torch.allclose(looks.mean.sum(-1), torch.ones(2, 64), atol=1e-5)
-    assert not Looks(64).wants(Layer("x", "mid", True), 64, 0)
+    assert not AttentionMean(64).wants(Layer("x", "mid", True), 64, 0)
     (gradient,) = torch.autograd.grad(looks.mean[:, :, 1].sum(), text)
     assert gradient.abs().sum() > 0
 
@@ -211,14 +213,14 @@ def refined(backbone, monkeypatch):
         prompts, objects = [WORDS.prompts, OTHER.prompts], [WORDS.object, OTHER.object] * 2
         prompts = [pair[0] for pair in prompts] + [pair[1] for pair in prompts]
         tokens = backbone.tokens(prompts)
-        where = torch.stack([descriptors(backbone, *pair) for pair in zip(prompts, objects, strict=True)])
+        where = torch.stack([find_descriptors(backbone, *pair) for pair in zip(prompts, objects, strict=True)])
         rng, masks = torch.Generator().manual_seed(0), torch.zeros(2, 1, 32, 32)
         masks[0, :, 8:24, 8:24] = masks[1, :, :16] = 1
         z = torch.randn(2, 4, 8, 8, generator=rng)
         rows = []
         hook = embeddings(backbone).register_forward_hook(lambda module, args, out: rows.append(out.detach()))
         try:
-            texts = refined_texts(backbone, [z] * (parts.steps + 1), masks, tokens, where, parts)
+            texts = refine_texts(backbone, [z] * (parts.steps + 1), masks, tokens, where, parts)
         finally:
             hook.remove()
         found = {"texts": texts, "rows": rows, "words": made[-1], "compared": compared}
@@ -278,7 +280,7 @@ def test_where_words_should_look(backbone, refined):
     ((mask, heat),) = found.compared
     inside = F.avg_pool2d(found.masks, 4).flatten(1)
     assert torch.allclose(mask, torch.cat([inside, 1 - inside])) and set(inside.unique().tolist()) == {0, 1}
-    with torch.no_grad(), controlled(backbone.unet, looks := Looks(64)):
+    with torch.no_grad(), controlled(backbone.unet, looks := AttentionMean(64)):
         denoiser(backbone)(found.z.repeat(2, 1, 1, 1), 1, backbone.text(found.tokens))
     weights = found.where.float()
     weights[2:] /= weights[2:].sum(1, keepdim=True)
@@ -429,7 +431,7 @@ def test_golden_copy_of_attention():
     """
     layers = [Layer("x", place, cross) for place in ("down", "mid", "up") for cross in (True, False)]
     assert all(CopyAttention(4).wants(layer, 4096, step) for layer in layers for step in (0, 49))
-    assert [CopyAttention(4, own=False).wants(layer, 64, 0) for layer in layers] == [True, False] * 3
+    assert [CopyAttention(4, self_attention=False).wants(layer, 64, 0) for layer in layers] == [True, False] * 3
     maps = torch.rand(8, 2, 3, 5, generator=torch.Generator().manual_seed(0))
     made = CopyAttention(4)(maps, layers[0], 0)
     assert torch.equal(made, maps[[0, 1, 2, 3, 4, 5, 4, 5]])
@@ -493,7 +495,7 @@ def test_a_round_is_deterministic_whatever_the_batch(backbone, scene, second):
 def test_an_empty_mask_gives_the_composite_back(backbone, scene):
     """Guards the empty mask: nothing to look at and no edges, but every loss is a number, and all is background."""
     nothing = np.zeros_like(scene[1])
-    (made,) = run_together(backbone, [rounds(scene[0], nothing, 1, 2)], [[WORDS]], [nothing], SHORT)
+    (made,) = run_together(backbone, [run_rounds(scene[0], nothing, 1, 2)], [[WORDS]], [nothing], SHORT)
     assert len(made) == 2 and all(np.array_equal(r.image, scene[0]) for r in made)
 
 
@@ -508,7 +510,11 @@ def test_nothing_of_the_backbone_changes(backbone, scene, monkeypatch, where):
     def boom(*given):
         raise KeyboardInterrupt
 
-    spots = {"refinement": (Looks, "__call__"), "null texts": (backbone, "decode"), "copy": (CopyAttention, "__call__")}
+    spots = {
+        "refinement": (AttentionMean, "__call__"),
+        "null texts": (backbone, "decode"),
+        "copy": (CopyAttention, "__call__"),
+    }
     with monkeypatch.context() as patch:
         if where is None:
             once(backbone, scene)
@@ -544,7 +550,7 @@ def play(scores, prompts: int = 1, count: int = 10, judge: bool = True, mask: np
     everywhere, so that a picture is known by what it shows; 0 is the composite.
     """
     script, asked = iter(scores), []
-    generator = rounds(BLACK, mask, prompts, count, (lambda image, mask: next(script)) if judge else None, say)
+    generator = run_rounds(BLACK, mask, prompts, count, (lambda image, mask: next(script)) if judge else None, say)
     try:
         wanted = next(generator)
         while True:
@@ -567,7 +573,7 @@ def test_one_description_concludes_at_the_first_fall():
     made, asked = play([0.5, 0.6, 0.9, 0.8, 0.7])
     assert asked == [(n, 0) for n in range(5)]
     assert [r.decision for r in made] == [CONTINUE] * 4 + [CONCLUDE] and [r.number for r in made] == [1, 2, 3, 4, 5]
-    assert best(made) is made[2] and best(made).image.max() == 3
+    assert choose_best(made) is made[2] and choose_best(made).image.max() == 3
 
 
 def test_the_first_round_tries_every_description():
@@ -591,7 +597,7 @@ def test_another_description_after_a_fall():
     made, asked = play([0.2, 0.9, 0.4, 0.8, 0.7, 0.6, 0.5, 0.4], prompts=3)
     assert asked == [(0, 0), (0, 1), (0, 2), (2, 1), (4, 1), (2, 2), (6, 2), (7, 2)]
     assert [r.decision for r in made[3:]] == [CONTINUE, REGENERATE, CONTINUE, CONTINUE, CONCLUDE]
-    assert [r.number for r in made] == [1, 1, 1, 2, 3, 4, 5, 6] and best(made) is made[1]
+    assert [r.number for r in made] == [1, 1, 1, 2, 3, 4, 5, 6] and choose_best(made) is made[1]
 
 
 def test_two_rounds_are_taken_back_from_further_on():
@@ -605,14 +611,14 @@ def test_there_are_so_many_rounds_at_most(count):
     """Guards rounds=: scores that rise go on until then; the last decision is the end."""
     made, asked = play([0.1 * n for n in range(1, count + 1)], count=count)
     assert len(asked) == count and [r.decision for r in made] == [CONTINUE] * (count - 1) + [CONCLUDE]
-    assert best(made) is made[-1]
+    assert choose_best(made) is made[-1]
 
 
 def test_without_an_evaluator_all_rounds_are_made():
     """Guards evaluator=null: the first description, as many rounds as asked for, the last is what is given."""
     made, asked = play([], prompts=3, count=4, judge=False)
     assert asked == [(n, 0) for n in range(4)] and [r.score for r in made] == [None] * 4
-    assert best(made) is made[-1] and made[-1].decision == CONCLUDE
+    assert choose_best(made) is made[-1] and made[-1].decision == CONCLUDE
 
 
 def test_the_background_is_never_touched():
@@ -640,7 +646,7 @@ def test_several_composites_side_by_side(backbone, scene, second, monkeypatch):
 
     def asked() -> list:
         judge = iter([0.1, 0.9, 0.8])  # of the first: two descriptions, then the better one goes on
-        return [rounds(*scene, 2, 2, lambda *given: next(judge)), rounds(*second, 1, 1)]
+        return [run_rounds(*scene, 2, 2, lambda *given: next(judge)), run_rounds(*second, 1, 1)]
 
     together = run_together(backbone, asked(), descriptions, masks, BARE)
     assert [len(pictures) for _, pictures, *_ in batches] == [2, 1, 1]
@@ -663,7 +669,7 @@ def test_a_round_at_true_size(capsys):
     mask[150:400, 180:360] = True
     picture, before = rng.integers(0, 256, (512, 512, 3), np.uint8), dict(backbone.unet.attn_processors)
     words = Description("a red car on snow,", "pink neon light", "grey overcast light")
-    (made,) = run_together(backbone, [rounds(picture, mask, 1, 1)], [[words]], [mask], Parts(steps=2, refine=1))
+    (made,) = run_together(backbone, [run_rounds(picture, mask, 1, 1)], [[words]], [mask], Parts(steps=2, refine=1))
     assert made[0].image.shape == (512, 512, 3) and np.array_equal(made[0].image[~mask], picture[~mask])
     assert (made[0].image != picture)[mask].any() and backbone.unet.attn_processors == before
     with capsys.disabled():

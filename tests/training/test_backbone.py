@@ -14,7 +14,7 @@ from harmony.training.backbone import (
     CLIPTask,
     InpaintTask,
     VAETask,
-    kind_and_colour,
+    parse_kind_and_color,
     psnr,
     train_tokenizer,
 )
@@ -143,7 +143,7 @@ def test_the_average_is_what_is_written(manifest, tmp_path):
     )  # fmt: skip
     run.fit(task, pixels(manifest))
     written = load_part(str(tmp_path / "backbone"), "vae")
-    shadow = dict(zip((n for n, _ in task.net.named_parameters()), task.averaged.shadow_params, strict=True))
+    shadow = dict(zip((n for n, _ in task.net.named_parameters()), task.average.shadow_params, strict=True))
     assert all(torch.equal(shadow[name], p) for name, p in written.named_parameters())
     assert not torch.equal(written.encoder.conv_in.weight, seen["trained"])
 
@@ -172,7 +172,7 @@ def test_a_stopped_training_goes_on(manifest, tmp_path):
     class Begin(lightning.Callback):
         def on_train_start(self, trainer, module):
             same = zip(module.net.parameters(), first.net.parameters(), strict=True)
-            average = zip(module.averaged.shadow_params, first.averaged.shadow_params, strict=True)
+            average = zip(module.average.shadow_params, first.average.shadow_params, strict=True)
             begun.append((trainer.global_step, all(torch.equal(a, b) for a, b in (*same, *average))))
             begun.append(len(trainer.optimizers[0].state))
 
@@ -190,7 +190,7 @@ def test_small_helpers():
     """Guards psnr (rounded 0..255 values), the caption's words, and prompts of fixed length with the special tokens."""
     a, b = torch.full((2, 3, 4, 4), -1.0), torch.full((2, 3, 4, 4), -1 + 16 / 127.5)
     assert psnr(a, b).tolist() == pytest.approx([24.048] * 2, abs=1e-3)  # MSE 256, table 7.3
-    assert kind_and_colour("a red mushroom on snow, warm sunset light") == ("red", "mushroom")
+    assert parse_kind_and_color("a red mushroom on snow, warm sunset light") == ("red", "mushroom")
     tokenizer = train_tokenizer(["a red mushroom on snow"] * 4, 400, 12)
     ids = tokenizer(["a red mushroom", ""], padding="max_length", truncation=True).input_ids
     assert {len(i) for i in ids} == {12} and ids[0][0] == ids[1][0] == tokenizer.bos_token_id

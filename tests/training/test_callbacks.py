@@ -19,7 +19,7 @@ from harmony.training.callbacks import (
     NaNGuard,
     SampleGrid,
     Throughput,
-    trainer_callbacks,
+    list_callbacks,
 )
 from harmony.training.control import ControlTask
 
@@ -153,9 +153,9 @@ def test_grids_show_the_same_pictures_with_the_same_noise(task, latent_data, tmp
     original = SampleGrid.draw
 
     def draw(self, trainer, module):
-        was = self.drawn
+        was = self.last_step
         original(self, trainer, module)
-        drawn.extend([trainer.global_step] if self.drawn != was else [])
+        drawn.extend([trainer.global_step] if self.last_step != was else [])
         assert module.net.training
 
     monkeypatch.setattr(SampleGrid, "draw", draw)
@@ -178,4 +178,4 @@ def test_grids_show_the_same_pictures_with_the_same_noise(task, latent_data, tmp
 
 def test_callbacks_that_are_switched_off_are_left_out():
     guard = NaNGuard()
-    assert trainer_callbacks({"a": None, "guard": guard}) == [guard]
+    assert list_callbacks({"a": None, "guard": guard}) == [guard]

@@ -70,7 +70,7 @@ def test_gradients_arrive_in_order(backbone, data):
     moving = []
     for step in range(3):
         optimiser.zero_grad()
-        task.errors(batch_of(data, 4 * step))[0].mean().backward()
+        task.compute_errors(batch_of(data, 4 * step))[0].mean().backward()
         grads, zero = gradients(task)
         assert all(g is not None for g in grads.values())
         moving.append({name for name, g in grads.items() if g.any()})
@@ -127,7 +127,7 @@ def test_the_loss_starts_at_that_of_the_frozen_model(backbone, data, tmp_path):
     assert run.validate(task, data, verbose=False)[0] == first, "fixed noise and timesteps"
     task = fresh(backbone, prompt_dropout=0.0)
     b = batch_of(data)
-    error, t = task.errors(b)
+    error, t = task.compute_errors(b)
     abar = backbone.scheduler.alphas_cumprod[t].view(-1, 1, 1, 1)
     clean, masked = backbone.latent(b["moments"], b["encode"]), backbone.latent(b["masked_moments"], b["encode_masked"])
     z = torch.cat([abar.sqrt() * clean + (1 - abar).sqrt() * b["noise"], b["hole"], masked], 1)
@@ -139,9 +139,9 @@ def test_prompt_dropout_empties_the_dropped_prompts_alone(backbone, data):
     """Guards the dropout: a sample is trained with the empty prompt exactly when its draw lies below the rate."""
     b = batch_of(data)
     b["drop"] = torch.tensor([0.05, 0.5, 0.09, 0.95])
-    mixed = fresh(backbone, prompt_dropout=0.1).errors(b)[0]
-    kept, dropped = fresh(backbone, prompt_dropout=0.0).errors(b)[0], fresh(backbone, prompt_dropout=1.0).errors(b)[0]
-    empty = fresh(backbone, prompt_dropout=0.0).errors(b | {"tokens": backbone.tokens([""] * 4)})[0]
+    mixed = fresh(backbone, prompt_dropout=0.1).compute_errors(b)[0]
+    kept, dropped = (fresh(backbone, prompt_dropout=rate).compute_errors(b)[0] for rate in (0.0, 1.0))
+    empty = fresh(backbone, prompt_dropout=0.0).compute_errors(b | {"tokens": backbone.tokens([""] * 4)})[0]
     assert torch.allclose(dropped, empty, atol=1e-6) and not torch.allclose(kept, dropped, atol=1e-4)
     for i, source in enumerate((dropped, kept, dropped, kept)):
         assert torch.allclose(mixed[i], source[i], atol=1e-6)
@@ -241,10 +241,10 @@ def test_a_companion_runs_in_its_share_and_stays_as_it_is(backbone, awake, laten
         fresh(backbone, branch="structure", companion=str(folder.parent)),
     )
     with torch.no_grad():
-        (a, _), (b, _) = alone.errors(batch), beside.errors(batch)
+        (a, _), (b, _) = alone.compute_errors(batch), beside.compute_errors(batch)
         colour = fresh(backbone, branch="color")
         colour.net = net
-        c, _ = colour.errors(batch)
+        c, _ = colour.compute_errors(batch)
     assert torch.equal(a[2:], b[2:]) and torch.allclose(b[:2], c[:2]) and not torch.allclose(a[:2], b[:2], rtol=1e-3)
     assert set(beside.state_dict()) == set(alone.state_dict())
     trainer(tmp_path, 2).fit(beside, data)
@@ -267,8 +267,9 @@ def test_joint_training_wants_a_list_of_branches(backbone):
 def loss_of(task: ControlTask | JointTask, batch: dict) -> torch.Tensor:
     """What a training step takes the gradient of."""
     if isinstance(task, ControlTask):
-        return task.errors(batch)[0].mean()
-    return torch.stack([*task.means(batch, *task.lead.inputs(batch), run=task.lead.run).values()]).sum()
+        return task.compute_errors(batch)[0].mean()
+    losses = task.compute_losses(batch, *task.lead.prepare_inputs(batch), run=task.lead.run)
+    return torch.stack([*losses.values()]).sum()
 
 
 def start_of(kind: type, backbone: Backbone, **options) -> ControlTask | JointTask:
@@ -358,7 +359,7 @@ def test_checkpointing_changes_no_gradient(backbone, data):
                 p.fill_(0.01)
         kept = []
         with torch.autograd.graph.saved_tensors_hooks(lambda x: kept.append(x.numel()) or x, lambda x: x):
-            error = task.errors(batch_of(data))[0].mean()
+            error = task.compute_errors(batch_of(data))[0].mean()
         error.backward()
         found.append((sum(kept), {name: p.grad for name, p in task.net.named_parameters()}))
     (whole, plain), (less, again) = found

@@ -14,7 +14,7 @@ from harmony.evaluation.study import StudyRun
 from harmony.metrics.classification import calibration_error, judged
 from harmony.models.backbone import Backbone
 from harmony.models.judge import load_judge
-from harmony.training.judge import JudgeTask, calibrated
+from harmony.training.judge import JudgeTask, calibrate
 
 OPTIONS = {"layers": [1, 1, 1, 1], "channels": [8, 8, 16, 16], "stem_width": 8}
 
@@ -73,7 +73,7 @@ def test_figures_with_known_answers():
     rng = torch.Generator().manual_seed(0)
     logits = torch.randn(20_000, 2, generator=rng)
     drawn = torch.bernoulli(logits.softmax(1)[:, 1], generator=rng).long()
-    assert calibrated(3 * logits, drawn) == pytest.approx(3, rel=0.05)
+    assert calibrate(3 * logits, drawn) == pytest.approx(3, rel=0.05)
 
 
 def test_it_learns_to_tell_and_leaves_a_calibrated_judge(manifest, tmp_path):
@@ -97,7 +97,7 @@ def test_it_learns_to_tell_and_leaves_a_calibrated_judge(manifest, tmp_path):
     assert judge.side == 16 and math.isfinite(judge.temperature) and judge.temperature > 0
     pair = data.sets["test"][0, 0]
     with torch.no_grad():
-        expected = (task.logits({k: v[None] for k, v in pair.items()}) / judge.temperature).softmax(1)[:, 1]
+        expected = (task.compute_logits({k: v[None] for k, v in pair.items()}) / judge.temperature).softmax(1)[:, 1]
     image, mask = (np.rint((pair["image"].numpy() + 1) * 127.5).astype(np.uint8), pair["mask"][0, 0].numpy() > 0)
     scores = judge.score([x.transpose(1, 2, 0) for x in image], [mask, mask])
     assert scores == pytest.approx(expected.tolist(), abs=0.02)

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from harmony.training.muon import Muon, orthogonalised
+from harmony.training.muon import Muon, orthogonalize
 
 
 @pytest.mark.parametrize("shape", [(24, 24), (16, 90), (90, 16)])
@@ -12,7 +12,7 @@ def test_orthogonalised_keeps_the_directions_and_levels_their_size(shape):
     torch.manual_seed(0)
     u, _, v = torch.linalg.svd(torch.randn(shape), full_matrices=False)
     matrix = u * torch.logspace(0, -1.7, min(shape)) @ v
-    inner = u.T @ orthogonalised(matrix) @ v.T
+    inner = u.T @ orthogonalize(matrix) @ v.T
     assert 0.6 < inner.diagonal().min() and inner.diagonal().max() < 1.3
     assert (inner - inner.diagonal().diag()).abs().max() < 1e-4
 
@@ -21,7 +21,7 @@ def test_untouched_rows_stay_untouched():
     """Guards what steady norms rely on: a zero row or column of the gradient is a zero row or column of the update."""
     matrix = torch.randn(8, 12)
     matrix[:2], matrix[:, :3] = 0, 0
-    update = orthogonalised(matrix)
+    update = orthogonalize(matrix)
     assert not update[:2].any() and not update[:, :3].any() and update[2:, 3:].abs().min() > 0
 
 
@@ -49,7 +49,7 @@ def test_a_convolution_is_the_matrix_of_its_patches():
         p.grad = gradient.to(memory_format=layout)
         Muon([p], lr=0.1, weight_decay=0.0).step()
         steps.append(-p.detach())
-    direction = orthogonalised(gradient.flatten(1)).view_as(gradient)
+    direction = orthogonalize(gradient.flatten(1)).view_as(gradient)
     torch.testing.assert_close(steps[0], direction * 0.1 * 0.2 * 6)
     torch.testing.assert_close(steps[0], steps[1])
     assert steps[0].square().mean().sqrt() == pytest.approx(0.02, rel=0.2)

@@ -6,7 +6,7 @@ from diffusers import DDIMScheduler
 
 from harmony.sampling.ddim import clean, to_eps
 from harmony.training.backbone import SCHEDULE
-from harmony.training.objective import Objective, noised, target
+from harmony.training.objective import Objective, add_noise, compute_target
 
 ABAR = DDIMScheduler(**SCHEDULE).alphas_cumprod
 
@@ -22,13 +22,13 @@ def covered():
 
 def test_the_default_is_eq_8(covered):
     """Guards the plain loss: every entry counts the same."""
-    weight = Objective().weight(ABAR[[0, 500, 999]], covered)
+    weight = Objective().compute_weight(ABAR[[0, 500, 999]], covered)
     assert weight.shape == (3, 1, 8, 8) and torch.equal(weight, torch.ones_like(weight))
 
 
 def test_extra_weight_inside_keeps_the_mean(covered):
     """Guards the scale of the loss: the instance gets 1 + inside times the weight of the rest, the mean stays 1."""
-    weight = Objective(inside=3.0).weight(ABAR[[0, 500, 999]], covered)
+    weight = Objective(inside=3.0).compute_weight(ABAR[[0, 500, 999]], covered)
     assert torch.allclose(weight.mean((1, 2, 3)), torch.ones(3))
     assert torch.allclose(weight[1, 0, 0, 0] / weight[1, 0, 7, 7], torch.tensor(4.0))
     assert torch.equal(weight[0], torch.ones(1, 8, 8)), "an instance that covers no cell changes nothing"
@@ -47,7 +47,7 @@ def test_extra_weight_inside_keeps_the_mean(covered):
 )
 def test_x0_weights(t, weight):
     """Guards the weight that turns the eps error into that of the clean latent: 1 / SNR, clipped to 0.2 .. 5."""
-    got = Objective(weighting="x0").weight(ABAR[[t]], torch.zeros(1, 1, 2, 2))
+    got = Objective(weighting="x0").compute_weight(ABAR[[t]], torch.zeros(1, 1, 2, 2))
     assert torch.allclose(got, torch.full((1, 1, 2, 2), weight), rtol=2e-4)
 
 
@@ -58,16 +58,16 @@ def test_the_target_of_v_and_its_weight():
     a = ABAR[[0, 20, 400, 700, 999]]
     b = a.view(-1, 1, 1, 1)
     z = b.sqrt() * x0 + (1 - b).sqrt() * eps
-    v = target("v_prediction", z, eps, a)
+    v = compute_target("v_prediction", z, eps, a)
     torch.testing.assert_close(v, b.sqrt() * eps - (1 - b).sqrt() * x0, rtol=1e-3, atol=1e-4)
     torch.testing.assert_close(to_eps("v_prediction", v, z, b), eps, rtol=1e-4, atol=1e-4)
-    assert target("epsilon", z, eps, a) is eps
+    assert compute_target("epsilon", z, eps, a) is eps
     off, nothing = v + 0.1 * wrong, torch.zeros(5, 1, 6, 6)
     guess = to_eps("v_prediction", off, z, b)
     clean_error = (clean(z, guess, b) - clean(z, eps, b)) ** 2
-    weighted = Objective(weighting="x0").weight(a, nothing, "v_prediction") * (off - v) ** 2
+    weighted = Objective(weighting="x0").compute_weight(a, nothing, "v_prediction") * (off - v) ** 2
     torch.testing.assert_close(weighted, clean_error, rtol=2e-2, atol=1e-5)
-    assert torch.equal(Objective().weight(a, nothing, "v_prediction"), torch.ones(5, 1, 6, 6))
+    assert torch.equal(Objective().compute_weight(a, nothing, "v_prediction"), torch.ones(5, 1, 6, 6))
 
 
 def batch(times):
@@ -83,7 +83,7 @@ def test_the_noised_latent_by_its_definition():
     latent].
     """
     b = batch([0.25, 0.9])
-    z, known, t = noised(b, 0.5, ABAR)
+    z, known, t = add_noise(b, 0.5, ABAR)
     assert t.tolist() == [250, 900]
     for i, (abar, step) in enumerate(zip((0.673793, float(ABAR[900])), t, strict=True)):
         assert float(ABAR[step]) == pytest.approx(abar, abs=1e-6)
@@ -99,7 +99,7 @@ def test_the_noised_latent_by_its_definition():
 def test_timesteps_fill_their_range(t_min):
     """Guards the draw of t: uniform over t_min .. 999, both ends reached, never 1000."""
     times = torch.linspace(0, 1, 4001)[:-1].tolist() + [1 - 2**-24]
-    t = noised(batch(times), 1.0, ABAR, t_min)[2]
+    t = add_noise(batch(times), 1.0, ABAR, t_min)[2]
     assert t.min() == t_min and t.max() == 999
     counts = torch.bincount(t, minlength=1000)[t_min:]
     assert counts.min() >= 1 and counts.max() - counts.min() <= 2

@@ -55,7 +55,7 @@ def trainer(folder, steps: int, **options) -> lightning.Trainer:
 
 def grads(task: ExemplarTask, batch: dict) -> dict[str, torch.Tensor]:
     task.zero_grad()
-    task.loss(batch, task.context(batch)).backward()
+    task.compute_loss(batch, task.encode_exemplars(batch)).backward()
     return {name: p.grad for name, p in task.named_parameters() if p.grad is not None and p.grad.any()}
 
 
@@ -101,7 +101,7 @@ def test_dropout(backbone, data):
     batch["drop"] = torch.tensor([0.1, 0.9, 0.9, 0.9])
     for by, count in (("sample", 1), ("batch", 4)):
         task = fresh(backbone, dropout_by=by)
-        same = (task.context(batch) == task.encoder.uncond_vector).all((1, 2))
+        same = (task.encode_exemplars(batch) == task.encoder.uncond_vector).all((1, 2))
         assert int(same.sum()) == count
     with pytest.raises(UserError, match="choose sample or batch"):
         ExemplarTask(backbone, dropout_by="epoch")

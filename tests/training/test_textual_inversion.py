@@ -80,7 +80,8 @@ def test_only_the_vectors_change(backbone, pictures, tmp_path):
     assert run.global_step == 3 and frozen(backbone) == before
     assert (task.vectors - start).abs().amax(1).min() > 1e-3
     assert not any(module.training for part in FROZEN for module in getattr(backbone, part).modules())
-    assert len(backbone.text_encoder.get_input_embeddings().weight) == task.first, "the table has no row of the word"
+    rows = backbone.text_encoder.get_input_embeddings().weight
+    assert len(rows) == task.first_token, "the table has no row of the word"
     run.save_checkpoint(tmp_path / "a.ckpt")
     saved = torch.load(tmp_path / "a.ckpt", weights_only=True)
     assert set(saved["state_dict"]) == {"vectors"} and torch.equal(saved["state_dict"]["vectors"], task.vectors)
@@ -95,9 +96,10 @@ def test_the_word_begins_as_init_and_moves_no_other(backbone, random_backbone, p
     plain, as_init = backbone.prompt(PLAIN), backbone.prompt(["a red mushroom on snow"])
     task = fresh(backbone)
     assert torch.equal(task.vectors.detach(), rows[backbone.encode("mushroom")])
-    assert torch.equal(task.text(["a red {} on snow"]).detach(), as_init) and torch.equal(backbone.prompt(PLAIN), plain)
+    assert torch.equal(task.encode_prompts(["a red {} on snow"]).detach(), as_init)
+    assert torch.equal(backbone.prompt(PLAIN), plain)
     trainer(tmp_path, 3).fit(task, data_of(pictures, backbone))
-    trained = task.text(["a red {} on snow"]).detach()
+    trained = task.encode_prompts(["a red {} on snow"]).detach()
     assert not torch.allclose(trained, as_init, atol=1e-3) and torch.equal(backbone.prompt(PLAIN), plain)
     task.export(tmp_path / "export")
     other = learn(Backbone(str(random_backbone)), read_word(tmp_path))
