@@ -34,19 +34,19 @@ class JudgeData(lightning.LightningDataModule):
         self.save_hyperparameters(logger=False)
         self.sets: dict[str, Composites] = {}
 
-    def setup(self, stage=None):
+    def setup(self, stage: str | None = None) -> None:
         h = self.hparams
         for split in ("train", "validation", "test"):
             if split not in self.sets:
                 crop, photos = ("jitter", h.photos) if split == "train" else ("centre", None)
                 self.sets[split] = Composites(Path(h.manifest), split, h.side, crop, h.seed, photos)
 
-    def train_dataloader(self):
+    def train_dataloader(self) -> DataLoader:
         h, composites = self.hparams, self.sets["train"]
         stream = Stream.of(self.trainer, len(composites), h.batch_size, h.seed)
         return DataLoader(composites, h.batch_size, sampler=stream, num_workers=h.workers)
 
-    def val_dataloader(self):
+    def val_dataloader(self) -> list[DataLoader]:
         return [
             DataLoader(s, self.hparams.batch_size, sampler=[(i, i) for i in range(len(s))])
             for s in (self.sets["validation"], self.sets["test"])

@@ -10,7 +10,7 @@ same command goes on. A shard whose checksum is wrong is built again, never trai
 import errno
 import hashlib
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Protocol
@@ -94,7 +94,7 @@ class Example:
         return self.image if self.relit is None else self.relit
 
 
-def jittered(box: tuple, width: int, height: int, rng: np.random.Generator) -> Crop:
+def jittered(box: Sequence[float], width: int, height: int, rng: np.random.Generator) -> Crop:
     """A random square of 70 to 100 % of the short side that holds the box wherever that is possible."""
     x0, y0, x1, y1 = box
     whole = square_around(box, width, height)
@@ -102,7 +102,7 @@ def jittered(box: tuple, width: int, height: int, rng: np.random.Generator) -> C
     if side >= whole.side:
         return whole
 
-    def start(low, high, length):
+    def start(low: float, high: float, length: int) -> int:
         return int(rng.integers(max(0, int(np.ceil(high)) - side), min(int(low), length - side) + 1))
 
     return Crop(start(x0, x1, width), start(y0, y1, height), side)
@@ -342,5 +342,5 @@ class Latents(torch.utils.data.Dataset):
             item[name] = value.float() / 255 if name.startswith(("hint", "weight")) else value.float()
         return item | {"index": i, "row": i // self.variants}
 
-    def __getstate__(self):  # open files do not travel to loader processes
+    def __getstate__(self) -> dict:  # open files do not travel to loader processes
         return vars(self) | {"open": {}}

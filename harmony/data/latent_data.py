@@ -1,6 +1,6 @@
 """Cached latents with their hints: the data of everything that trains a UNet."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 import lightning
@@ -132,7 +132,7 @@ class LatentData(lightning.LightningDataModule):
         caches = [Cache(self.manifest, split, self.backbone, r, self.cache, say) for split, r in self.recipes.items()]
         return dict(zip(self.recipes, build(caches, trainer), strict=True))
 
-    def setup(self, stage=None):
+    def setup(self, stage: str | None = None) -> None:
         for split, recipe in self.recipes.items():
             rows = read_manifest(self.manifest, split)[1]
             description = describe(self.backbone, recipe, rows)
@@ -140,15 +140,15 @@ class LatentData(lightning.LightningDataModule):
             tokens = self.backbone.tokens([row.caption for row in rows])
             self.sets[split] = Draws(latents, tokens, self.branches, self.seed, self.augment and split == "train")
 
-    def train_dataloader(self):
+    def train_dataloader(self) -> DataLoader:
         draws = self.sets["train"]
         return self.loader(draws, Stream.of(self.trainer, len(draws), self.batch_size, self.seed))
 
-    def val_dataloader(self):
+    def val_dataloader(self) -> DataLoader:
         draws = self.sets["validation"]
         return self.loader(draws, [(i, i) for i in range(len(draws))])
 
-    def loader(self, draws: Draws, order) -> DataLoader:
+    def loader(self, draws: Draws, order: Iterable[tuple[int, int]]) -> DataLoader:
         return DataLoader(
             draws,
             self.batch_size,

@@ -89,15 +89,15 @@ class PicturesData(lightning.LightningDataModule):
         captions = self.folder / "captions.json"
         return {file.name: sha256(file) for file in (*self.files, *([captions] if captions.is_file() else ()))}
 
-    def setup(self, stage=None):
+    def setup(self, stage: str | None = None) -> None:
         pixels = to_model(np.stack(self.pictures))
         both = torch.stack([pixels, pixels.flip(-1)], 1)
         moments = torch.stack([self.backbone.moments(pair.to(self.backbone.device)).float().cpu() for pair in both])
         self.views = Views(moments, self.seed)
 
-    def train_dataloader(self):
+    def train_dataloader(self) -> DataLoader:
         stream = Stream.of(self.trainer, len(self.views), self.batch_size, self.seed)
         return DataLoader(self.views, self.batch_size, sampler=stream)
 
-    def val_dataloader(self):
+    def val_dataloader(self) -> DataLoader:
         return DataLoader(range(self.previews), self.previews)

@@ -34,13 +34,13 @@ class PixelData(lightning.LightningDataModule):
         self.save_hyperparameters(logger=False)
         self.pools: dict[str, PixelPool] = {}
 
-    def setup(self, stage=None):
+    def setup(self, stage: str | None = None) -> None:
         h = self.hparams
         if not self.pools:
             self.pools["train"] = PixelPool(h.manifest, "train", h.size, tuple(h.share), h.seed)
             self.pools["test"] = PixelPool(h.manifest, "test", h.size)
 
-    def train_dataloader(self):
+    def train_dataloader(self) -> DataLoader:
         h, pool = self.hparams, self.pools["train"]
         render = torch.tensor([pool.is_render(i) for i in range(len(pool))])
         total = max(1, int((~render).sum()))
@@ -49,7 +49,7 @@ class PixelData(lightning.LightningDataModule):
         sampler = WeightedRandomSampler(weight, count, generator=torch.Generator().manual_seed(h.seed))
         return DataLoader(pool, h.batch_size, sampler=sampler, num_workers=h.workers, drop_last=True)
 
-    def val_dataloader(self):
+    def val_dataloader(self) -> DataLoader:
         return DataLoader([0])
 
     def captions(self) -> set[str]:

@@ -9,7 +9,7 @@ Rows of a batch for K prompts: [u_0 .. u_{K-1}, c_0 .. c_{K-1}] under guidance, 
 half is the source. ``conditional`` is the one place that knows.
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Protocol
@@ -72,11 +72,16 @@ def map_side(unet: UNet2DConditionModel, side: int) -> int:
 class Controlled:
     """The attention processor of one layer while a control is at work; ``usual`` is the layer's own."""
 
-    def __init__(self, usual, layer: Layer, control: AttentionControl, steps: "Steps"):
+    def __init__(self, usual: Callable[..., torch.Tensor], layer: Layer, control: AttentionControl, steps: "Steps"):
         self.usual, self.layer, self.control, self.steps = usual, layer, control, steps
 
     def __call__(
-        self, attn: Attention, hidden_states: torch.Tensor, encoder_hidden_states=None, attention_mask=None, **more
+        self,
+        attn: Attention,
+        hidden_states: torch.Tensor,
+        encoder_hidden_states: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        **more,
     ) -> torch.Tensor:
         """B x N x D -> B x N x D."""
         step = self.steps.taken

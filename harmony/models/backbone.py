@@ -14,6 +14,7 @@ from contextlib import ExitStack
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -21,6 +22,17 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from harmony.core.errors import UserError
 from harmony.core.files import write_json
 from harmony.core.hub import fetched
+
+if TYPE_CHECKING:
+    from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
+    from transformers import (
+        BlipForConditionalGeneration,
+        CLIPTextModel,
+        CLIPTextModelWithProjection,
+        CLIPTokenizer,
+        CLIPVisionModelWithProjection,
+        ProcessorMixin,
+    )
 
 ASSETS = Path(__file__).resolve().parents[1] / "assets"
 GEOMETRY = ASSETS / "geometry"  # true sizes without weights: the configurations that diffusers and transformers read
@@ -56,7 +68,7 @@ def backbone_path(name: str | os.PathLike) -> str:
     return str(name)
 
 
-def load_part(path: str, part: str, weights: str = "hub", dtype: torch.dtype = torch.float32):
+def load_part(path: str, part: str, weights: str = "hub", dtype: torch.dtype = torch.float32) -> Any:
     """One part of a backbone, frozen and in eval mode.
 
     ``weights="random"`` builds the architecture from the backbone's configuration without reading weights. UserError
@@ -183,36 +195,36 @@ class Backbone:
         if self.path.count("/") != 1 or self.path.startswith((".", "/")):  # a hub id is owner/name
             raise UserError(f"no backbone in {self.path}: give a folder in diffusers layout or a hub id as model.path")
 
-    def _part(self, name: str):
+    def _part(self, name: str) -> Any:
         part = load_part(self.path, name, self.weights, self.dtype if name in FROZEN else self.precise)
         return part if name in WEIGHTLESS else placed(part, self.device)
 
     @cached_property
-    def vae(self):
+    def vae(self) -> "AutoencoderKL":
         return self._part("vae")
 
     @cached_property
-    def unet(self):
+    def unet(self) -> "UNet2DConditionModel":
         return self._part("unet")
 
     @cached_property
-    def text_encoder(self):
+    def text_encoder(self) -> "CLIPTextModel":
         return self._part("text_encoder")
 
     @cached_property
-    def text_tower(self):
+    def text_tower(self) -> "CLIPTextModelWithProjection":
         return self._part("text_tower")
 
     @cached_property
-    def image_encoder(self):
+    def image_encoder(self) -> "CLIPVisionModelWithProjection":
         return self._part("image_encoder")
 
     @cached_property
-    def captioner(self):
+    def captioner(self) -> "BlipForConditionalGeneration":
         return self._part("captioner")
 
     @cached_property
-    def tokenizer(self):
+    def tokenizer(self) -> "CLIPTokenizer":
         """The backbone's own; random weights understand no words, so that any does where a geometry has none."""
         if Path(self.path).parent != GEOMETRY:
             return self._part("tokenizer")
@@ -222,11 +234,11 @@ class Backbone:
         return tokenizer
 
     @cached_property
-    def scheduler(self):
+    def scheduler(self) -> "DDIMScheduler":
         return self._part("scheduler")
 
     @cached_property
-    def processor(self):
+    def processor(self) -> "ProcessorMixin":
         return self._part("processor")
 
     @property
@@ -309,7 +321,7 @@ class Backbone:
                         digest.update(piece)
         return digest.hexdigest()
 
-    def to(self, device) -> "Backbone":
+    def to(self, device: torch.device | str) -> "Backbone":
         """Move the loaded parts; those loaded later follow."""
         self.device = torch.device(device)
         for name, part in vars(self).items():

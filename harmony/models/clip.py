@@ -1,5 +1,7 @@
 """CLIP models behind one interface: a backbone's own towers, or any model of open_clip."""
 
+from typing import TYPE_CHECKING
+
 import numpy as np
 import torch
 
@@ -7,6 +9,9 @@ from harmony.core.errors import UserError
 from harmony.metrics.frechet import clean_resize, normalize_clip
 from harmony.metrics.similarity import Clip
 from harmony.models.backbone import Backbone
+
+if TYPE_CHECKING:
+    from transformers import CLIPTokenizer
 
 
 class BackboneClip:
@@ -18,7 +23,13 @@ class BackboneClip:
 
     name = "backbone-clip"
 
-    def __init__(self, vision: torch.nn.Module, text: torch.nn.Module, text_projection: torch.nn.Module, tokenizer):
+    def __init__(
+        self,
+        vision: torch.nn.Module,
+        text: torch.nn.Module,
+        text_projection: torch.nn.Module,
+        tokenizer: "CLIPTokenizer",
+    ):
         self.vision, self.text, self.text_projection, self.tokenizer = vision, text, text_projection, tokenizer
 
     @torch.no_grad()

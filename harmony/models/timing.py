@@ -7,7 +7,7 @@ hooks; what a graph computes is part of the rest.
 
 import time
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 
 import torch
@@ -60,13 +60,13 @@ def timed(modules: Mapping[str, list[torch.nn.Module]], device: torch.device) ->
     clock = DeviceClock if device.type == "cuda" else HostClock
     spent, passes, hooks = Counter(), [], []  # passes: [name, mark at the start, mark at the end]
 
-    def enters(name: str):
-        def hook(*args):
+    def enters(name: str) -> Callable[..., None]:
+        def hook(*args) -> None:
             passes.append([name, clock.mark(), None])
 
         return hook
 
-    def leaves(*args):
+    def leaves(*args) -> None:
         passes[-1][2] = clock.mark()
 
     for name, parts in modules.items():

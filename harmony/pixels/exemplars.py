@@ -101,7 +101,9 @@ def bezier(points: np.ndarray, t: np.ndarray) -> np.ndarray:
     return (1 - t) ** 2 * points[0] + 2 * t * (1 - t) * points[1] + t**2 * points[2]
 
 
-def shaped_mask(box: Box, extended: Box, width: int, height: int, rng: np.random.Generator, jitter: float = JITTER):
+def shaped_mask(
+    box: Box, extended: Box, width: int, height: int, rng: np.random.Generator, jitter: float = JITTER
+) -> np.ndarray:
     """Bool H x W: the closed outline of four curves, each sampled 18 times and jittered."""
     reach = round(scaled(jitter, (height, width)))
     outline = np.concatenate([bezier(points, CURVE) for points in control_points(box, extended)])

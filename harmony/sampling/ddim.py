@@ -71,7 +71,9 @@ def invert(eps: Eps, z: torch.Tensor, steps: int, abar: torch.Tensor, offset: in
     return trajectory
 
 
-def noise_for(seeds: Iterable[tuple[int, int]], shape: tuple[int, ...], device="cpu") -> torch.Tensor:
+def noise_for(
+    seeds: Iterable[tuple[int, int]], shape: tuple[int, ...], device: torch.device | str = "cpu"
+) -> torch.Tensor:
     """Unit noise B x shape; that of a sample depends on its (seed, index) only: a grid is the same on one process and
     eight.
     """

@@ -1,13 +1,17 @@
 """Captions of the samples of a FiftyOne dataset: which are missing, and how they are written."""
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from harmony.core.errors import UserError
 from harmony.data.captions import GIVEN, captioner_name
 
+if TYPE_CHECKING:
+    from harmony.data.sources.open_images.database import Dataset
+
 
 def find_uncaptioned(
-    dataset, captions: dict[str, list[str]], captioner: str | Path | None
+    dataset: "Dataset", captions: dict[str, list[str]], captioner: str | Path | None
 ) -> tuple[str | None, list[list[str]]]:
     """(the captioner's name, [sample id, path, sha256] of each kept photograph that it has to caption).
 
@@ -27,7 +31,7 @@ def find_uncaptioned(
     return name, [[i, path, digest] for i, path, digest, model in others if model != name]
 
 
-def set_captions(dataset, captions: dict[str, str], model: str) -> None:
+def set_captions(dataset: "Dataset", captions: dict[str, str], model: str) -> None:
     """Write captions by sample id; the model's name comes last, because it marks a caption as complete."""
     if captions:
         dataset.set_values("caption", captions, key_field="id")

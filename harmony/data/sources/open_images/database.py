@@ -18,6 +18,8 @@ import os
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import ModuleType
+from typing import TYPE_CHECKING
 
 import cv2
 import numpy as np
@@ -28,8 +30,11 @@ from harmony.data.sources.open_images.batches import batches
 from harmony.data.sources.selection import KEPT, Selection
 from harmony.pixels.masks import OBJECT
 
+if TYPE_CHECKING:
+    from fiftyone import Dataset, Sample
 
-def load_fiftyone():  # noqa: ANN201  the module itself
+
+def load_fiftyone() -> ModuleType:
     """The library, once its database answers. Raises UserError where it does not."""
     os.environ.setdefault("FIFTYONE_DO_NOT_TRACK", "1")
     os.environ.setdefault("FIFTYONE_DATABASE_VALIDATION", "false")  # no note about old servers at each start
@@ -66,7 +71,7 @@ def dataset_name(name: str, root: Path) -> str:
     return name if owner in (None, str(root)) else f"{name}-{hashlib.sha256(str(root).encode()).hexdigest()[:8]}"
 
 
-def open_dataset(name: str, root: Path):  # noqa: ANN201  fiftyone.Dataset
+def open_dataset(name: str, root: Path) -> "Dataset":
     """The persistent dataset; a new one gets its fields and its unique index."""
     fo = load_fiftyone()
     name = dataset_name(name, root)
@@ -78,7 +83,7 @@ def open_dataset(name: str, root: Path):  # noqa: ANN201  fiftyone.Dataset
     return dataset
 
 
-def declare_fields(dataset) -> None:
+def declare_fields(dataset: "Dataset") -> None:
     """Declare every field once, so that FiftyOne need not search batches for new ones."""
     import fiftyone as fo
 
@@ -94,7 +99,7 @@ def declare_fields(dataset) -> None:
         dataset.create_index("harmony_id", unique=True)
 
 
-def import_dataset(name: str, selection: Selection, work: Path):  # noqa: ANN201  fiftyone.Dataset
+def import_dataset(name: str, selection: Selection, work: Path) -> "Dataset":
     """Bring the dataset's samples in line with the selection: kept ones with their mask, rejected ones without.
 
     Only what differs is touched: a sample with an unchanged row keeps all its facts. Rejected images without a file
@@ -110,7 +115,7 @@ def import_dataset(name: str, selection: Selection, work: Path):  # noqa: ANN201
     return dataset
 
 
-def synchronize(dataset, selection: Selection, work: Path) -> None:
+def synchronize(dataset: "Dataset", selection: Selection, work: Path) -> None:
     """Delete samples that differ from the selection, add those that are missing."""
     new = {row["key"]: row for row in selection_rows(selection)}
     samples = zip(*dataset.values(["id", "harmony_id", "row"]), strict=True)
@@ -122,7 +127,7 @@ def synchronize(dataset, selection: Selection, work: Path) -> None:
     add_rows(dataset, [new[key] for key in new if key in missing], work)
 
 
-def restore_masks(dataset, work: Path) -> None:
+def restore_masks(dataset: "Dataset", work: Path) -> None:
     """Cut the masks again that are no longer in the work folder."""
     fields = {"id": "id", "key": "harmony_id", "mask": "mask_stored", "box": "instance.bounding_box"}
     paths = dataset.match_tags("kept").values([*fields.values(), "instance.mask_path"])
@@ -143,7 +148,7 @@ def selection_rows(selection: Selection) -> Iterator[dict]:
             yield row
 
 
-def add_rows(dataset, rows: list[dict], work: Path) -> None:
+def add_rows(dataset: "Dataset", rows: list[dict], work: Path) -> None:
     """Add samples in batches, while threads cut their masks."""
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         masks = pool.map(lambda row: cut_row(row, work), rows)  # goes on while batches are written
@@ -180,7 +185,7 @@ def cut_instance(key: str, mask_path: str, box: list[float], work: Path) -> str 
     return str(path)
 
 
-def make_sample(row: dict, mask_path: str | None):  # noqa: ANN201  fiftyone.Sample
+def make_sample(row: dict, mask_path: str | None) -> "Sample":
     """One sample, kept or rejected."""
     import fiftyone as fo
 
@@ -200,7 +205,7 @@ def make_sample(row: dict, mask_path: str | None):  # noqa: ANN201  fiftyone.Sam
     )
 
 
-def save_views(dataset) -> None:
+def save_views(dataset: "Dataset") -> None:
     """Saved views ``kept``, ``rejected`` and one a reason; those of reasons that no longer occur are removed."""
     from fiftyone import ViewField as F
 
@@ -214,7 +219,7 @@ def save_views(dataset) -> None:
         dataset.save_view(name, view, overwrite=True)
 
 
-def rejections(dataset) -> dict[str, str]:
+def rejections(dataset: "Dataset") -> dict[str, str]:
     """{<split>/<id>: reason} of the rejected samples."""
     view = dataset.match_tags("rejected")
     return dict(zip(*view.values(["harmony_id", "rejected_because"]), strict=True))

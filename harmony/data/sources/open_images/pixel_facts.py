@@ -3,6 +3,7 @@
 import os
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from harmony.core.errors import UserError
 from harmony.data.sources.open_images.batches import batches
@@ -11,10 +12,13 @@ from harmony.data.sources.selection import REASONS, Rules
 from harmony.pixels.images import open_image, sha256, write_image
 from harmony.pixels.masks import bounding_box, read_mask
 
+if TYPE_CHECKING:
+    from harmony.data.sources.open_images.database import Dataset
+
 ASPECT_TOLERANCE = 0.02  # Open Images rounds the sizes of masks and photographs independently
 
 
-def look_at_pixels(dataset, rules: Rules, work: Path) -> None:
+def look_at_pixels(dataset: "Dataset", rules: Rules, work: Path) -> None:
     """Decode every kept image and mask that is new or has changed; store the facts, or reject with the reason."""
     fo, pending = load_fiftyone(), changed_samples(dataset, rules)
     with ThreadPoolExecutor(os.cpu_count()) as pool:
@@ -38,7 +42,7 @@ def look_at_pixels(dataset, rules: Rules, work: Path) -> None:
             dataset.set_values("looked_at", {s["id"]: s["stamp"] for s in batch}, key_field="id")
 
 
-def changed_samples(dataset, rules: Rules) -> list[dict]:
+def changed_samples(dataset: "Dataset", rules: Rules) -> list[dict]:
     """Samples kept by the selection whose files or area limits differ from those of ``looked_at``."""
     F, by_pixels = load_fiftyone().ViewField, REASONS[REASONS.index("image undecodable") :]
     view = dataset.match(~F("rejected_because").exists() | F("rejected_because").is_in(by_pixels))

@@ -1,22 +1,29 @@
 """Renders of scenes by Mitsuba 3. The only file that imports ``mitsuba``."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
+from types import ModuleType
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from harmony.core.errors import UserError
 from harmony.data.sources.studio.scenes import COLORS, FINISHES, LIGHTS, NOVEL, Scene
-from harmony.data.sources.studio.shapes import BODY, KINDS, ball, block, move, scale, turn
+from harmony.data.sources.studio.shapes import BODY, KINDS, Part, ball, block, move, scale, turn
 from harmony.pixels.images import write_image
 from harmony.pixels.masks import dilate
+
+if TYPE_CHECKING:
+    from mitsuba import Mesh
+    from mitsuba import Scene as World
 
 JPEG_QUALITY = 90  # keeps the bundled set under 12 MB
 
 
 @lru_cache
-def mitsuba():
+def mitsuba() -> ModuleType:
     """Mitsuba 3 in its scalar variant on one thread, since scenes run in parallel. UserError when not installed."""
     try:
         import drjit
@@ -36,7 +43,7 @@ def ground_texture(name: str, side: int = 256) -> np.ndarray:
     """Linear RGB side x side x 3 in [0, 1], tileable: filtered noise, planks, bricks or slabs."""
     rng = np.random.default_rng(list(name.encode()))
 
-    def noise(power):
+    def noise(power: float) -> np.ndarray:
         frequency = np.hypot(np.fft.fftfreq(side)[:, None], np.fft.rfftfreq(side)[None]) + 1 / side
         field = np.fft.irfft2(np.fft.rfft2(rng.standard_normal((side, side))) / frequency**power, (side, side))
         return (field / field.std())[..., None]
@@ -65,7 +72,7 @@ def ground_texture(name: str, side: int = 256) -> np.ndarray:
     )
 
 
-def mesh(part, name: str, bsdf: dict):
+def mesh(part: Part, name: str, bsdf: dict) -> "Mesh":
     """A Mitsuba mesh from a part."""
     mi = mitsuba()
     vertices, faces, normals, _ = part
@@ -80,7 +87,7 @@ def mesh(part, name: str, bsdf: dict):
     return shape
 
 
-def principled(rgb, finish: str = "matte") -> dict:
+def principled(rgb: Sequence[float], finish: str = "matte") -> dict:
     roughness, metallic, clearcoat = FINISHES[finish]
     base = {"type": "rgb", "value": list(rgb)}
     return {
@@ -172,11 +179,11 @@ def render(s: Scene, size: int = 128, samples: int = 32, plate: bool = True) -> 
     shapes = background | instance(s.kind, s.color, s.finish, 0, 0, s.yaw, "object")
     path = {"type": "path", "max_depth": 3}
 
-    def frame(contents, light, integrator=path, pixels=size, spp=samples):
+    def frame(contents: dict, light: str, integrator: dict = path, pixels: int = size, spp: int = samples) -> "World":
         world = {"type": "scene", "integrator": integrator, "sensor": sensor(s, pixels, spp)}
         return mi.load_dict(world | contents | lights(s, light))
 
-    def picture(world):
+    def picture(world: "World") -> np.ndarray:
         return np.array(mi.render(world, seed=s.index))
 
     image = picture(frame(shapes, s.light))

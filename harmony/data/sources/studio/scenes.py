@@ -1,6 +1,7 @@
 """What a scene of the studio shows: a pure function of seed and index."""
 
 import hashlib
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import numpy as np
@@ -100,7 +101,7 @@ def scene(index: int, seed: int = 0) -> Scene:
     rng = np.random.default_rng([seed, index])
     split = split_of(index)
 
-    def pick(names):
+    def pick(names: Iterable[str]) -> str:
         return str(rng.choice(list(names)))
 
     while True:
