@@ -14,7 +14,7 @@ import numpy as np
 import torch
 
 from harmony.core.errors import UserError
-from harmony.core.hub import fetched
+from harmony.core.hub import fetch_folder
 from harmony.pixels.images import read_image, sha256, write_image
 
 BLIP = "Salesforce/blip-image-captioning-large"  # where a backbone has no captioner, as Stable Diffusion
@@ -40,7 +40,7 @@ def load_captioner(folder: str | Path, device: str = "cpu") -> tuple[torch.nn.Mo
     from transformers import BlipForConditionalGeneration, BlipProcessor
 
     try:
-        folder = folder if Path(folder).is_dir() else fetched(str(folder))
+        folder = folder if Path(folder).is_dir() else fetch_folder(str(folder))
         model = BlipForConditionalGeneration.from_pretrained(folder, use_safetensors=True).eval().to(device)
         return model, BlipProcessor.from_pretrained(folder)
     except (OSError, ValueError, UserError) as error:

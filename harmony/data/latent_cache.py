@@ -274,8 +274,8 @@ class Cache:
 
     def finish(self) -> None:
         """Write the index, which says that all shards are there; what killed processes left half-written goes away."""
-        for partial in self.folder.glob(".*.partial"):
-            partial.unlink()
+        for file in self.folder.glob(".*.partial"):
+            file.unlink()
         names = [self.file(n).name for n in range(len(self.shards))]
         sizes = dict(zip(names, map(len, self.shards), strict=True))
         known = {name: stated_sha256(self.record(n)) for n, name in enumerate(names)}

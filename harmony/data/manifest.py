@@ -12,7 +12,7 @@ from dataclasses import asdict, fields
 from pathlib import Path
 
 from harmony.core.errors import UserError
-from harmony.core.files import atomic
+from harmony.core.files import replace_file
 from harmony.core.row import SCHEMA_VERSION, SPLITS, Row
 
 FIELDS = {f.name for f in fields(Row)}
@@ -22,7 +22,7 @@ def write_manifest(path: Path, rows: Iterable[Row], dataset: str, **facts: objec
     """Write header and rows atomically; ``facts`` join the header. Returns the header."""
     rows = sorted(rows, key=lambda row: (SPLITS.index(row.split), row.id))
     header = {"schema": SCHEMA_VERSION, "dataset": dataset, "rows": len(rows), **facts}
-    with atomic(path) as partial, open(partial, "w", encoding="utf-8") as file:
+    with replace_file(path) as temp_path, open(temp_path, "w", encoding="utf-8") as file:
         file.write(json.dumps(header, ensure_ascii=False) + "\n")
         file.writelines(json.dumps(asdict(row), ensure_ascii=False) + "\n" for row in rows)
         file.flush()

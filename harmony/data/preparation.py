@@ -13,7 +13,7 @@ from filelock import FileLock
 
 from harmony.core.errors import UserError
 from harmony.core.files import write_json
-from harmony.core.signals import deaf_children, end_with
+from harmony.core.signals import end_with, ignore_ctrl_c_in_children
 from harmony.data.captions import BLIP
 from harmony.data.shards import predictor
 from harmony.data.sources.files import locate
@@ -133,7 +133,7 @@ def ensure(recipe: dict, backbone: str, work: str) -> Path:
             return manifest
         context, here = get_context("spawn"), os.getpid()
         with ProcessPoolExecutor(1, mp_context=context, initializer=end_with, initargs=(here,)) as process:
-            with deaf_children():
+            with ignore_ctrl_c_in_children():
                 manifest = process.submit(prepare, recipe, backbone, work)
             try:
                 return manifest.result()

@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 
 from harmony.core.errors import UserError
-from harmony.core.files import atomic
+from harmony.core.files import replace_file
 from harmony.core.progress import Progress, tell
 from harmony.evaluation.eval_sets import EvalSet
 from harmony.methods.method import Method, fingerprint, seeds_of
@@ -60,7 +60,7 @@ def fill_blocks(
 
 def store(path: Path, outputs: list[np.ndarray]) -> None:
     """Write a block, whole or not at all."""
-    with atomic(path) as partial, open(partial, "wb") as file:
+    with replace_file(path) as partial, open(partial, "wb") as file:
         np.save(file, np.stack(outputs))
 
 

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 
 from harmony.core.errors import UserError
-from harmony.core.files import atomic, write_text
+from harmony.core.files import replace_file, write_text
 from harmony.core.progress import MINUTE, Progress
 from harmony.data.sources.editing import Case, concepts, read_cases
 from harmony.data.sources.files import folder_captions
@@ -345,5 +345,5 @@ def mean(values) -> float:
 
 def store(path: Path, arrays: dict[str, list[np.ndarray]]) -> None:
     """Write named stacks of pictures into one file, whole or not at all."""
-    with atomic(path) as partial, open(partial, "wb") as file:
+    with replace_file(path) as partial, open(partial, "wb") as file:
         np.savez(file, **{name: np.stack(pictures) for name, pictures in arrays.items()})

@@ -21,7 +21,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from harmony.core.errors import UserError
 from harmony.core.files import write_json
-from harmony.core.hub import fetched
+from harmony.core.hub import fetch_folder
 
 if TYPE_CHECKING:
     from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
@@ -83,7 +83,11 @@ def load_part(path: str, part: str, weights: str = "hub", dtype: torch.dtype = t
     library, name = CLASSES[part]
     cls = getattr(importlib.import_module(library), name)
     folder = FOLDERS.get(part, part)
-    local = os.path.join(path, folder) if os.path.isdir(path) else str(fetched(path, folder, MEND, weights != "random"))
+    local = (
+        os.path.join(path, folder)
+        if os.path.isdir(path)
+        else str(fetch_folder(path, folder, MEND, weights != "random"))
+    )
     if not os.path.isdir(local):
         raise UserError(f"backbone {path} has no {part}: make backbone trains one, or give another model.path")
     with warnings.catch_warnings():
@@ -296,7 +300,7 @@ class Backbone:
     def folder(self, part: str) -> Path:
         """Where the files of a part lie; those of a hub id are fetched."""
         name = FOLDERS.get(part, part)
-        return Path(self.path) / name if os.path.isdir(self.path) else fetched(self.path, name, MEND)
+        return Path(self.path) / name if os.path.isdir(self.path) else fetch_folder(self.path, name, MEND)
 
     def hash(self, part: str) -> str:
         """sha256 over a part's weight files and configuration, or ``random`` for weights that come from no file; of a

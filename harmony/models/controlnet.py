@@ -15,8 +15,8 @@ from diffusers import ControlNetModel, UNet2DConditionModel
 from safetensors import SafetensorError
 
 from harmony.core.errors import UserError
-from harmony.core.files import atomic_folder, write_json
-from harmony.core.hub import fetched
+from harmony.core.files import replace_folder, write_json
+from harmony.core.hub import fetch_folder
 from harmony.models.backbone import ASSETS, Backbone
 from harmony.pixels.hints import HINTS
 from harmony.pixels.images import sha256
@@ -87,7 +87,9 @@ def net_hash(path: str | os.PathLike) -> str:
 def load_controlnet(path: str | os.PathLike, dtype: torch.dtype = torch.float32) -> ControlNetModel:
     """A frozen ControlNet from whatever ``controlnet_folder`` knows, or a hub id. Never unpickles."""
     try:
-        where = str(controlnet_folder(path) or fetched(str(path), mend="give a run folder or a diffusers folder"))
+        where = str(
+            controlnet_folder(path) or fetch_folder(str(path), remedy="give a run folder or a diffusers folder")
+        )
         net = ControlNetModel.from_pretrained(where, torch_dtype=dtype, use_safetensors=True)
     except (OSError, ValueError, SafetensorError) as error:
         raise UserError(f"cannot load a ControlNet from {path}: {str(error).splitlines()[0]}") from error
@@ -123,7 +125,7 @@ def export_controlnet(net: ControlNetModel, folder: Path, branch: str, parameter
     """Write ``folder/controlnet`` in diffusers layout; ``hint.json`` beside the weights says which hint it takes."""
     target, hashes = Path(folder) / "controlnet", {part: backbone.hash(part) for part in ("vae", "unet")}
     facts = {"branch": branch, "parameters": parameters, "backbone": backbone.name, **hashes}
-    with atomic_folder(target) as partial:
-        net.save_pretrained(partial)
-        write_json(partial / "hint.json", facts)
+    with replace_folder(target) as temp_folder:
+        net.save_pretrained(temp_folder)
+        write_json(temp_folder / "hint.json", facts)
     return target

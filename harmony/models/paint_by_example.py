@@ -18,8 +18,8 @@ from safetensors.torch import load_file
 from transformers import CLIPVisionConfig, CLIPVisionModel
 
 from harmony.core.errors import UserError
-from harmony.core.files import atomic_folder, write_json, write_tensors
-from harmony.core.hub import fetched
+from harmony.core.files import replace_folder, write_json, write_tensors
+from harmony.core.hub import fetch_folder
 from harmony.models.backbone import ASSETS, Backbone, load_part, weights_hash
 from harmony.pixels.images import sha256, to_clip
 
@@ -110,7 +110,7 @@ def fresh_encoder(tower: CLIPVisionModel, width: int, all_tokens: bool = False) 
 def load_tower(path: str) -> CLIPVisionModel:
     """The frozen CLIP vision tower in a folder or of a hub id. UserError where there is none; never unpickles."""
     try:
-        where = path if Path(path).is_dir() else fetched(path)
+        where = path if Path(path).is_dir() else fetch_folder(path)
         return CLIPVisionModel.from_pretrained(where, use_safetensors=True).requires_grad_(False).eval()
     except (OSError, ValueError, UserError) as error:
         raise UserError(f"module.tower={path} is no CLIP vision tower: {str(error).splitlines()[0]}") from error
@@ -292,9 +292,9 @@ def export_painter(
     config |= {"all_tokens": True} if encoder.all_tokens else {}
     state = {name: value for name, value in encoder.state_dict().items() if tower or not name.startswith("model.")}
     state = {name: value.to(dtype) for name, value in state.items()}
-    with atomic_folder(target) as partial:
-        plain.save_pretrained(partial / "unet")
-        write_json(partial / "image_encoder" / "config.json", config)
-        write_tensors(partial / "image_encoder" / WEIGHTS, state, {"format": "pt"})
-        write_json(partial / "backbone.json", facts)
+    with replace_folder(target) as temp_folder:
+        plain.save_pretrained(temp_folder / "unet")
+        write_json(temp_folder / "image_encoder" / "config.json", config)
+        write_tensors(temp_folder / "image_encoder" / WEIGHTS, state, {"format": "pt"})
+        write_json(temp_folder / "backbone.json", facts)
     return target

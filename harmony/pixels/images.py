@@ -15,7 +15,7 @@ import torch
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 
 from harmony.core.errors import UserError
-from harmony.core.files import atomic
+from harmony.core.files import replace_file
 
 WRITERS = {
     ".png": {"format": "PNG"},
@@ -63,8 +63,8 @@ def write_image(path: str | Path, image: np.ndarray, **options) -> None:
     if path.suffix.lower() not in WRITERS:
         raise UserError(f"{path} has suffix '{path.suffix}'; write images as {', '.join(WRITERS)}")
     pixels = image.astype(np.uint8) * 255 if image.dtype == bool else image
-    with atomic(path) as partial:
-        Image.fromarray(pixels).save(partial, **WRITERS[path.suffix.lower()] | options)
+    with replace_file(path) as temp_path:
+        Image.fromarray(pixels).save(temp_path, **WRITERS[path.suffix.lower()] | options)
 
 
 def sha256(path: str | Path) -> str:

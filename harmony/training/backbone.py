@@ -16,7 +16,7 @@ from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
 from diffusers.training_utils import EMAModel
 from torch import nn
 
-from harmony.core.files import atomic_folder
+from harmony.core.files import replace_folder
 from harmony.models.backbone import Backbone, backbone_path, write_model_index
 from harmony.models.steady_norms import steady_norms
 from harmony.pixels.images import CLIP_MEAN, CLIP_STD, from_model, grid, to_clip, write_image
@@ -41,7 +41,7 @@ SCHEDULE = {  # Stable Diffusion's; explicit are the flags that diffusers' defau
 
 def write_part(folder: Path, name: str, *parts) -> None:
     """Save ``parts`` (anything with save_pretrained) into ``folder / name``, replacing it only when all is written."""
-    with atomic_folder(folder / name) as partial:
+    with replace_folder(folder / name) as partial:
         for part in parts:
             part.save_pretrained(partial)
     write_model_index(folder)

@@ -12,7 +12,7 @@ from lightning.fabric.plugins import TorchCheckpointIO
 from lightning.pytorch.callbacks import Callback
 
 from harmony.core.errors import UserError
-from harmony.core.files import atomic
+from harmony.core.files import replace_file
 from harmony.evaluation.eval_sets import load_reconstruct, sample_grid
 from harmony.methods.method import seeds_of
 from harmony.pixels.images import write_image
@@ -24,7 +24,7 @@ class AtomicCheckpoints(TorchCheckpointIO):
 
     def save_checkpoint(self, checkpoint, path, storage_options=None):
         try:
-            with atomic(path) as partial:
+            with replace_file(path) as partial:
                 torch.save(checkpoint, partial)
         except (OSError, RuntimeError) as error:
             raise UserError(
@@ -111,7 +111,7 @@ class MetricsCSV(Callback):
                         for r in csv.reader(file)
                         if len(r) == 3 and r[0].isdigit() and int(r[0]) <= trainer.global_step
                     ]
-            with atomic(self.path) as partial:
+            with replace_file(self.path) as partial:
                 self.write(partial, [["step", "name", "value"], *rows], "w")
 
     def write(self, path, rows, mode):

@@ -256,7 +256,12 @@ def command(tmp_path, monkeypatch):
 def state() -> tuple:
     wakeup = signal.set_wakeup_fd(-1)
     signal.set_wakeup_fd(wakeup)
-    return signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT), wakeup, [os.environ.get(name) for name in (signals.PARENT, signals.QUIET[0])]
+    return (
+        signal.getsignal(signal.SIGTERM),
+        signal.getsignal(signal.SIGINT),
+        wakeup,
+        [os.environ.get(name) for name in (signals.PARENT, signals.QUIET[0])],
+    )
 
 
 def test_a_caller_goes_on_as_before(command, monkeypatch):

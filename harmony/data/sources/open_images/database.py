@@ -25,7 +25,7 @@ import cv2
 import numpy as np
 
 from harmony.core.errors import UserError
-from harmony.core.files import atomic
+from harmony.core.files import replace_file
 from harmony.data.sources.open_images.batches import batches
 from harmony.data.sources.selection import KEPT, Selection
 from harmony.pixels.masks import OBJECT
@@ -180,8 +180,8 @@ def cut_instance(key: str, mask_path: str, box: list[float], work: Path) -> str 
     path = work / "instances" / f"{key}.png"
     bits = (part > OBJECT).astype(np.uint8) * 255
     png = cv2.imencode(".png", bits, [cv2.IMWRITE_PNG_BILEVEL, 1])[1]  # 1 bit a pixel, several times as fast as 8
-    with atomic(path) as partial:
-        partial.write_bytes(png)
+    with replace_file(path) as temp_path:
+        temp_path.write_bytes(png)
     return str(path)
 
 
