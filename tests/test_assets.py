@@ -15,7 +15,7 @@ from harmony.evaluation.figures import scores
 from harmony.methods.inpainting import Inpainting, load_branch
 from harmony.methods.method import seeds_of
 from harmony.methods.paint_by_example import load as load_paint_by_example
-from harmony.metrics.classification import judged
+from harmony.metrics.classification import classification_metrics
 from harmony.metrics.fidelity import aggregate
 from harmony.models.backbone import ASSETS, Backbone
 from harmony.models.judge import load_judge
@@ -94,7 +94,7 @@ def test_the_judge_tells_another_light(items):
     masks = [c.mask for c in items.composites]
     lit = [copy_paste(x, under_other_light(x, m, rng), m) for x, m in zip(items.truths, masks, strict=True)]
     scores = np.array([judge.score(images, masks) for images in (lit, items.truths)])
-    assert judged(scores.ravel(), np.repeat([0.0, 1.0], len(masks)))["auc"] > 0.65
+    assert classification_metrics(scores.ravel(), np.repeat([0.0, 1.0], len(masks)))["auc"] > 0.65
 
 
 def test_paint_by_example_does_its_work(backbone, items):

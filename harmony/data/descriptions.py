@@ -16,7 +16,7 @@ import torch
 from safetensors import SafetensorError
 
 from harmony.core.errors import UserError
-from harmony.metrics.similarity import Clip, box_of, embeddings
+from harmony.metrics.similarity import Clip, crop_to_box, embeddings
 
 FORM = "OBJECT: its own light -> the light around it"
 FIELDS = ("object", "foreground", "background")
@@ -117,7 +117,7 @@ def surroundings(composite: np.ndarray, mask: np.ndarray) -> np.ndarray:
 def alone(composite: np.ndarray, mask: np.ndarray) -> np.ndarray:
     """The object's box without the photograph: filled with the object's mean color instead."""
     mean = composite[mask].mean(0).round().astype(np.uint8)
-    return box_of(np.where(mask[..., None], composite, mean), mask)
+    return crop_to_box(np.where(mask[..., None], composite, mean), mask)
 
 
 def measured(pixels: np.ndarray) -> set[str]:

@@ -13,9 +13,9 @@ from harmony.core.progress import Progress
 from harmony.data.latent_cache import Recipe, example
 from harmony.data.manifest import read_manifest
 from harmony.data.stream import Stream
-from harmony.pixels.composites import copy_paste, other_light
+from harmony.pixels.composites import change_light, copy_paste
 from harmony.pixels.images import to_model
-from harmony.pixels.masks import scaled
+from harmony.pixels.masks import scale_length
 
 VISIBLE = 8.0  # least mean difference in gray levels of an object under another light
 SOFT = 10.0  # px at 512: the widest blur of an object
@@ -56,7 +56,7 @@ class JudgeData(lightning.LightningDataModule):
 def under_other_light(image: np.ndarray, mask: np.ndarray, rng: np.random.Generator) -> np.ndarray:
     """``image`` under a light that makes a visible difference in ``mask``: the first such draw, or the last draw."""
     for _ in range(DRAWS):
-        picture = other_light(image, rng)
+        picture = change_light(image, rng)
         if np.abs(picture[mask].astype(np.float32) - image[mask]).mean() >= VISIBLE:
             break
     return picture
@@ -106,9 +106,9 @@ class Composites(torch.utils.data.Dataset):
         other = relit if self.render[i] and rng.random() < 0.5 else under_other_light(image, mask, rng)
         pair = np.stack([copy_paste(image, other, mask), image])
         if rng.random() < 0.25:  # the whole picture: no exposure is wrong in itself
-            pair = other_light(pair, rng)
+            pair = change_light(pair, rng)
         if rng.random() < 0.5:  # an object's sharpness must not give away its light
-            sigma = max(0.1, scaled(rng.uniform(0, SOFT), mask.shape))
+            sigma = max(0.1, scale_length(rng.uniform(0, SOFT), mask.shape))
             pair = np.stack([copy_paste(x, cv2.GaussianBlur(x, (0, 0), sigma), mask) for x in pair])
         masks = torch.from_numpy(mask).float().expand(2, 1, -1, -1)
         return {"image": torch.stack([to_model(x) for x in pair]), "mask": masks, "label": torch.tensor([0, 1])}

@@ -24,15 +24,15 @@ from harmony.core.files import write_json, write_tensors
 from harmony.core.progress import tell
 from harmony.core.row import Row
 from harmony.data.manifest import read_manifest
-from harmony.pixels.composites import other_light
-from harmony.pixels.exemplars import SHAPED, cut_out, exemplar, extended_box, painted_mask, square_crop
+from harmony.pixels.composites import change_light
+from harmony.pixels.exemplars import SHAPE_SHARE, cut_out, draw_crop, draw_hole, exemplar, extend_box
 from harmony.pixels.hints import hint
 from harmony.pixels.images import Crop, crop_resize, read_image, resize, sha256, square_around, to_model
 from harmony.pixels.masks import bounding_box, coverage, hole, read_mask, resize_mask, to_latent
 
 CACHE_SCHEMA = 1
 SHARD = 256  # items a shard
-EXTENDED = {"shape": SHAPED, "box": 0.0}  # hole rules around the extended box -> share of arbitrary shapes
+EXTENDED = {"shape": SHAPE_SHARE, "box": 0.0}  # hole rules around the extended box -> share of arbitrary shapes
 
 
 class Codec(Protocol):
@@ -136,7 +136,7 @@ def example(row: Row, root: Path, recipe: Recipe, resolution: int, variant: int 
             relit = crop_resize(read_image(root / row.extras["relit"]), crop, resolution)
             relit = np.ascontiguousarray(relit[:, ::-1]) if mirrored else relit
         else:
-            relit = other_light(image, rng)
+            relit = change_light(image, rng)
     return Example(image, mask, opened, crop, mirrored, relit, object_)
 
 
@@ -152,9 +152,9 @@ def extended_example(
         raise UserError(f"hole rule '{recipe.hole}' does not go with crop 'extended'; use one of {', '.join(EXTENDED)}")
     height, width = mask.shape
     box = bounding_box(mask)
-    extended = extended_box(box, width, height, rng)
-    painted = painted_mask(box, extended, width, height, rng, EXTENDED[recipe.hole])
-    crop = square_crop(extended, width, height, rng)
+    extended = extend_box(box, width, height, rng)
+    painted = draw_hole(box, extended, width, height, rng, EXTENDED[recipe.hole])
+    crop = draw_crop(extended, width, height, rng)
     if crop is not None:
         image, mask, painted = (crop_resize(a, crop, resolution) for a in (image, mask, painted))
     else:  # no square holds the box: squash the whole picture, as the released code of Yang 2022 does

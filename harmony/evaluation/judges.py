@@ -13,7 +13,7 @@ from harmony.data.manifest import manifest_hash
 from harmony.evaluation.eval_sets import subsample
 from harmony.evaluation.report import Report
 from harmony.evaluation.tables import pictures, to_csv, to_markdown
-from harmony.metrics.classification import judged
+from harmony.metrics.classification import classification_metrics
 from harmony.models.judge import judge_hash, load_evaluator
 from harmony.pixels.images import from_model
 
@@ -55,7 +55,9 @@ class JudgeStudy:
         labels, table, found = np.tile([0.0, 1.0], len(pairs)), {}, {}
         for row, score in scores.items():
             found[row] = np.array([score(image, mask) for images, mask in pairs for image in images])
-            table[row] = {f"{self.split}/{name}": value for name, value in judged(found[row], labels).items()}
+            table[row] = {
+                f"{self.split}/{name}": value for name, value in classification_metrics(found[row], labels).items()
+            }
             tell(f"{self.name}: {row}, {len(pairs)} pairs")
         line = f"{self.name}: n = {len(pairs)} {self.split} pairs of {self.manifest.parent.name} at {self.side} px"
         notes = [f"{line}, seed {self.seed}; a pair: as it was taken, its object under another light", *self.notes]

@@ -12,9 +12,9 @@ import numpy as np
 
 from harmony.core.errors import UserError
 from harmony.methods.method import Composite, Method, seeds_of
-from harmony.pixels.composites import carried, copy_paste, paste_back
+from harmony.pixels.composites import copy_paste, paste_back, transfer_change
 from harmony.pixels.images import Crop, crop_resize, paste_crop, square_around
-from harmony.pixels.masks import TEST_RADIUS, bounding_box, box_mask, dilate, scaled
+from harmony.pixels.masks import TEST_RADIUS, bounding_box, box_mask, dilate, scale_length
 
 CONTEXT = 1.6  # side of the working square relative to the hole's longer side
 
@@ -55,7 +55,7 @@ class Insertion:
         pixels = raw
         if detail:
             whole = crop_resize(self.composite, self.crop, self.crop.side)
-            pixels = carried(self.square.instance, raw, self.square.mask, whole)
+            pixels = transfer_change(self.square.instance, raw, self.square.mask, whole)
         image = paste_back(paste_crop(self.background, pixels, self.crop), self.background, self.hole, feather)
         return Result(image, raw, self.composite, self.hole, self.crop)
 
@@ -85,10 +85,10 @@ def cut(
         raise UserError(
             f"the object is too small: it vanishes at the backbone's {side} px; enlarge it or take a larger backbone"
         )
-    hole = dilate(mask, math.ceil(scaled(radius, (crop.side,))))  # the rule at the photograph's resolution
+    hole = dilate(mask, math.ceil(scale_length(radius, (crop.side,))))  # the rule at the photograph's resolution
     if region is not None:
         hole |= region
-    hole &= box_mask(crop.inside(width, height), width, height)
+    hole &= box_mask(crop.clip(width, height), width, height)
     square = Composite(
         image, instance, small, crop_resize(hole, crop, side), crop=crop, size=(width, height), naive=instance, **words
     )

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from scipy.optimize import minimize_scalar
 
-from harmony.metrics.classification import judged
+from harmony.metrics.classification import classification_metrics
 from harmony.models.judge import NATURAL, Judge, judge_net, save_judge, seen
 from harmony.pixels.images import from_model, grid, write_image
 from harmony.training.schedule import adamw
@@ -70,7 +70,7 @@ class JudgeTask(Task):
             natural = (logits / temperature).softmax(1)[:, NATURAL]
             figures |= {
                 f"{split}/{name}": value
-                for name, value in judged(natural.double().numpy(), labels.double().numpy()).items()
+                for name, value in classification_metrics(natural.double().numpy(), labels.double().numpy()).items()
             }
         self.log_dict(figures)
         if self.trainer.is_global_zero:

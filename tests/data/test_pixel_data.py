@@ -68,7 +68,7 @@ def test_photographs_are_cropped_at_random_and_renders_are_not(photos, small_man
     height, width = pool.pictures[0].shape[:2]
     crops = [pool.crop(0) for _ in range(50)]
     low, high = 0.35 * min(width, height), 0.9 * min(width, height)
-    assert all(low - 1 <= c.side <= high and c.inside(width, height)[2] - c.x0 == c.side for c in crops)
+    assert all(low - 1 <= c.side <= high and c.clip(width, height)[2] - c.x0 == c.side for c in crops)
     assert len({(c.x0, c.y0, c.side) for c in crops}) > 40
     again = PixelPool(tmp_path / "manifest.jsonl", "train", 8, share=(0.35, 0.9), seed=1)
     assert [again.crop(0) for _ in range(50)] == crops, "the crops depend on the seed"

@@ -10,7 +10,7 @@ import torch
 from harmony.core.errors import UserError
 from harmony.data.judge_data import VISIBLE, Composites, JudgeData, under_other_light
 from harmony.evaluation.judges import JudgeStudy
-from harmony.metrics.classification import calibration_error, judged
+from harmony.metrics.classification import calibration_error, classification_metrics
 from harmony.models.judge import load_judge
 from harmony.training.judge import JudgeTask, calibrated
 
@@ -63,7 +63,7 @@ def test_photographs_are_repeated_to_their_share(manifest):
 def test_figures_with_known_answers():
     """Guards auc, accuracy, ece and temperature: by hand, and on logits that are too sure by a factor of 3."""
     natural, labels = np.array([0.9, 0.8, 0.3, 0.1]), np.array([1.0, 0, 1, 0])
-    found = judged(natural, labels)
+    found = classification_metrics(natural, labels)
     assert found["auc"] == pytest.approx(0.75) and found["accuracy"] == pytest.approx(0.5)
     assert calibration_error(np.full(4, 0.75), np.array([1, 1, 1, 0])) == pytest.approx(0)
     assert calibration_error(np.full(4, 0.95), np.array([1, 1, 0, 0])) == pytest.approx(0.45)
