@@ -14,7 +14,7 @@ from diffusers import DDIMScheduler, StableDiffusionControlNetInpaintPipeline
 from harmony.benchmarks.measure import alternate, matmul_rate, tflop
 from harmony.methods.inpainting import Branch, Inpainting, hint_pictures
 from harmony.methods.method import Composite, seeds_of
-from harmony.models.backbone import Backbone, placed
+from harmony.models.backbone import Backbone, move_module
 from harmony.models.controlnet import from_unet, zero_convolutions
 from harmony.pixels.images import to_hint, to_model
 from harmony.sampling.guidance import Settings
@@ -44,7 +44,7 @@ def awake_net(backbone: Backbone, seed: int) -> torch.nn.Module:
     net = from_unet(backbone.unet, backbone.factor).requires_grad_(False).eval()
     for p in zero_convolutions(net):
         p.normal_(0, 0.02)
-    return placed(torch.nn.Module.to(net, backbone.dtype), backbone.device)
+    return move_module(torch.nn.Module.to(net, backbone.dtype), backbone.device)
 
 
 class Scene:

@@ -10,7 +10,7 @@ from harmony.methods.prompt_editing import MODES, Edited, Mode, mode_of
 from harmony.pixels.composites import paste_back
 from harmony.pixels.images import Crop, grid, paste_crop, read_image, resize, square_around
 from harmony.sampling.ddim import timesteps
-from harmony.sampling.prompt_to_prompt import bare
+from harmony.sampling.prompt_to_prompt import strip_punctuation
 
 NUMBERS = {"guidance": float, "threshold": float, "cross": float, "own": float, "steps": int, "inner": int}
 SWITCHES = ("local", "paste")
@@ -99,10 +99,10 @@ def words_to_look_at(cfg: DictConfig) -> list[list[int]] | None:
     """The numbers of the words ``look_at`` in each prompt. UserError for one that neither has."""
     if (wanted := split_list(cfg.look_at)) is None:
         return None
-    prompts = [[bare(word) for word in prompt.split()] for prompt in (cfg.source, cfg.target)]
-    if unknown := [word for word in wanted if not any(bare(word) in words for words in prompts)]:
+    prompts = [[strip_punctuation(word) for word in prompt.split()] for prompt in (cfg.source, cfg.target)]
+    if unknown := [word for word in wanted if not any(strip_punctuation(word) in words for words in prompts)]:
         raise UserError(f"look_at={unknown[0]}: neither the source nor the target has this word")
-    return [[n for n, word in enumerate(words) if word in map(bare, wanted)] for words in prompts]
+    return [[n for n, word in enumerate(words) if word in map(strip_punctuation, wanted)] for words in prompts]
 
 
 def paste_edit(given: EditInput, edited: Edited, paste: bool) -> tuple[np.ndarray, np.ndarray | None]:

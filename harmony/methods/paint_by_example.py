@@ -13,11 +13,11 @@ from harmony.core.errors import UserError
 from harmony.methods.inpainting import fill_holes
 from harmony.methods.method import EXEMPLAR, Composite, Method, Seed, fingerprint
 from harmony.models.backbone import Backbone, weights_hash
-from harmony.models.paint_by_example import Painter, known_by_example, load_painter, painter_hash
+from harmony.models.paint_by_example import Painter, join_condition, load_painter, painter_hash
 from harmony.models.timing import blocks
 from harmony.pixels.exemplars import exemplar
 from harmony.pixels.images import to_hint
-from harmony.sampling.guidance import Schedule, Settings, sampled
+from harmony.sampling.guidance import Schedule, Settings, sample_latents
 
 
 @torch.no_grad()
@@ -35,7 +35,7 @@ def paint(
     B x T x D of the exemplars.
     """
     nothing = painter.encoder.uncond_vector
-    return sampled(painter.backbone, noise, known_by_example(hole, masked), context, nothing, schedule)
+    return sample_latents(painter.backbone, noise, join_condition(hole, masked), context, nothing, schedule)
 
 
 class PaintByExample(Method):
@@ -89,9 +89,9 @@ def load(backbone: Backbone, painter: str, **sampling) -> PaintByExample:
     UserError for one that works at another resolution than ``backbone``.
     """
     key = ("painter", str(painter))
-    if key not in backbone.loaded:
-        backbone.loaded[key] = load_painter(painter, backbone)
-    loaded = backbone.loaded[key]
+    if key not in backbone.attachments:
+        backbone.attachments[key] = load_painter(painter, backbone)
+    loaded = backbone.attachments[key]
     if loaded.backbone.resolution != backbone.resolution:
         sizes = f"{loaded.backbone.resolution} px, backbone {backbone.name} at {backbone.resolution}"
         raise UserError(f"painter={painter} works at {sizes}: give model.path={painter}")

@@ -29,9 +29,9 @@ from harmony.sampling.prompt_to_prompt import (
     PromptToPrompt,
     Span,
     alignment,
-    edit_between,
+    build_edit,
+    edit_kind,
     edit_latents,
-    kind_of,
     spans,
 )
 
@@ -116,7 +116,7 @@ def kept_inversion(
     """``invert_pictures`` of one, read from ``folder`` if it has been done before; a damaged file is made anew."""
     file = folder / f"{inversion_key(backbone, image, prompt, steps, w, inner)}.safetensors"
     try:
-        state = {name: value.to(backbone.device, backbone.precise) for name, value in load_file(file).items()}
+        state = {name: value.to(backbone.device, backbone.precise_dtype) for name, value in load_file(file).items()}
         return Inversion(state["latent"], state["noise"], list(state["nulls"].split(1)))
     except (OSError, SafetensorError, KeyError):
         pass
@@ -164,7 +164,7 @@ KINDS = {"replace": "replace", "refine": "insert", "reweight": "reweight"}  # mo
 
 def mode_of(source: str, target: str) -> str:
     """The mode that two prompts mean: as many words, added or missing words, the same words."""
-    return KINDS[kind_of(source, target)]
+    return KINDS[edit_kind(source, target)]
 
 
 @dataclass(frozen=True)
@@ -220,7 +220,7 @@ def plan(
     places = [spans(prompt, backbone.encode, length) for prompt in (source, target)]
     changed = changes(source, target)
     usual = {words[n]: mode.factor for n in changed.come if mode.factor != 1}
-    edit = edit_between(source, target, backbone.encode, length, usual if factors is None else factors)
+    edit = build_edit(source, target, backbone.encode, length, usual if factors is None else factors)
     if not mode.local:
         return Plan((source, target), mode, edit, places, None)
     columns = torch.zeros(2, length)
@@ -250,7 +250,7 @@ def edit_picture(backbone: Backbone, inversion: Inversion, planned: Plan, w: flo
     """
     mode, steps, side = planned.mode, len(inversion.nulls), backbone.resolution // backbone.factor
     control = PromptToPrompt(
-        [planned.edit], int(mode.cross * steps), int(mode.own * steps), maps=map_side(backbone.unet, side) ** 2
+        [planned.edit], int(mode.cross * steps), int(mode.own * steps), map_tokens=map_side(backbone.unet, side) ** 2
     )
     blend = LocalBlend(planned.looked_at, int(START * steps), threshold) if mode.local else None
     text = backbone.prompt(list(planned.prompts))
@@ -258,10 +258,10 @@ def edit_picture(backbone: Backbone, inversion: Inversion, planned: Plan, w: flo
     masks = None
     if blend is not None:
         small = F.interpolate(
-            blend.masks(control.seen, side, side)[:, None].float(), backbone.resolution, mode="nearest"
+            blend.masks(control.map_sum, side, side)[:, None].float(), backbone.resolution, mode="nearest"
         )
         masks = [mask.numpy() > 0 for mask in small[:, 0].cpu()]
-    maps = [looks(*item) for item in zip(control.seen, planned.prompts, planned.places, strict=True)]
+    maps = [looks(*item) for item in zip(control.map_sum, planned.prompts, planned.places, strict=True)]
     return Edited(list(from_model(backbone.decode(z))), masks, maps)
 
 

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 
 class BackboneClip:
-    """A backbone's own CLIP: the two towers of transformers and their projections into the common space.
+    """A backbone's own CLIP: the two towers of transformers and their projections into the shared space.
 
     ``vision`` is a CLIPVisionModelWithProjection, ``text`` a CLIPTextModel, ``text_projection`` the linear layer that
     follows it.
@@ -41,7 +41,7 @@ class BackboneClip:
 
     @torch.no_grad()
     def texts(self, texts: list[str]) -> torch.Tensor:
-        """Features N x P of captions, cut off at the length that the tower knows."""
+        """Features N x P of captions, truncated to the text tower's length."""
         tokens = self.tokenizer(
             texts,
             padding="max_length",
@@ -54,7 +54,7 @@ class BackboneClip:
 
 
 class OpenClip:
-    """Any model of open_clip: NAME/WEIGHTS, the latter its name for them or a path. UserError where there is none."""
+    """Any model of open_clip: NAME/WEIGHTS, weights by open_clip's name or a path. UserError if there is none."""
 
     def __init__(self, name: str, device: str | torch.device = "cpu"):
         import open_clip
@@ -64,14 +64,17 @@ class OpenClip:
         if not weights:
             raise UserError(f"clip={name}: give open_clip's NAME/WEIGHTS, ViT-B-32/laion2b_s34b_b79k for instance")
         try:
-            made = open_clip.create_model_and_transforms(model, pretrained=weights, device=device)
-        except Exception as error:  # an unknown name, a hub that is not reached, a torn file: each raises its own
+            self.model, _, self.preprocess = open_clip.create_model_and_transforms(
+                model, pretrained=weights, device=device
+            )
+        except Exception as error:  # an unknown name, no connection and a damaged file raise different exceptions
             raise UserError(f"clip={name} cannot be loaded: {(str(error) or repr(error)).splitlines()[0]}") from error
-        self.preprocess, self.model, self.tokenizer = made[2], made[0].eval(), open_clip.get_tokenizer(model)
+        self.model.eval()
+        self.tokenizer = open_clip.get_tokenizer(model)
 
     @torch.no_grad()
     def images(self, images: list[np.ndarray]) -> torch.Tensor:
-        """Features N x P of uint8 images, by the model's own preprocessing."""
+        """Features N x P of uint8 images, with the model's own preprocessing."""
         from PIL import Image
 
         pixels = torch.stack([self.preprocess(Image.fromarray(image)) for image in images])
@@ -84,14 +87,14 @@ class OpenClip:
 
 
 def backbone_clip(backbone: Backbone) -> BackboneClip:
-    """CLIP as the backbone itself has it. UserError for a backbone without an image tower."""
+    """The backbone's own CLIP. UserError for a backbone without an image tower."""
     return BackboneClip(
         backbone.image_encoder, backbone.text_tower.text_model, backbone.text_tower.text_projection, backbone.tokenizer
     )
 
 
 def clip_of(backbone: Backbone, name: str | None = None) -> Clip | None:
-    """open_clip's NAME/WEIGHTS, or the backbone's own CLIP; None for a backbone without an image tower."""
+    """The open_clip model NAME/WEIGHTS, else the backbone's own CLIP; None if the backbone has no image tower."""
     if name is not None:
         return OpenClip(name, backbone.device)
     try:

@@ -11,11 +11,11 @@ import torch.nn.functional as F
 from harmony.core.errors import UserError
 from harmony.data.latent_data import LatentData
 from harmony.methods.inpainting import Branch, Inpainting, load_branch
-from harmony.models.backbone import Backbone, placed, weights_hash
+from harmony.models.backbone import Backbone, move_module, weights_hash
 from harmony.models.controlnet import BRANCHES, export_controlnet, from_unet, zero_convolutions
-from harmony.models.unet_halves import Encoded, Residuals, decode, encode
+from harmony.models.unet_halves import Activations, Residuals, decode, encode
 from harmony.pixels.hints import check_hint
-from harmony.sampling.guidance import Settings, compiled_once, control_residuals, embedded, together
+from harmony.sampling.guidance import Settings, add_residuals, compile_once, control_residuals, embed_hints
 from harmony.training.objective import Objective, noised, target
 from harmony.training.schedule import adamw, lay_out, place_moments
 from harmony.training.task import Task, refuse_other_weights
@@ -33,7 +33,7 @@ def answer(
     net: torch.nn.Module, pixels: torch.Tensor, u: torch.Tensor, t: torch.Tensor, text: torch.Tensor
 ) -> Residuals:
     """The residuals of a ControlNet with its hint ``pixels``, the hint encoder included."""
-    return control_residuals(embedded([(net, pixels, 1.0)]), u, t, text)
+    return control_residuals(embed_hints([(net, pixels, 1.0)]), u, t, text)
 
 
 class Controls(Task):
@@ -134,7 +134,7 @@ class ControlTask(Controls):
 
     def configure_model(self):
         if self.net is None:
-            self.net = lay_out(from_unet(self.backbone.unrounded("unet"), self.backbone.factor, self.in_channels))
+            self.net = lay_out(from_unet(self.backbone.load_precise("unet"), self.backbone.factor, self.in_channels))
             for net in (self.net, self.backbone.unet) if self.checkpointing else ():
                 net.enable_gradient_checkpointing()
 
@@ -172,7 +172,7 @@ class ControlTask(Controls):
         self.backbone.to(self.device)
         self.empty = self.backbone.prompt([""])
         if self.companion:
-            placed(self.companion.net, self.device)
+            move_module(self.companion.net, self.device)
 
     on_validation_start = on_fit_start
 
@@ -215,7 +215,7 @@ class ControlTask(Controls):
         t: torch.Tensor,
         text: torch.Tensor,
         wanted: torch.Tensor,
-        encoded: Encoded,
+        encoded: Activations,
         hint_off: bool = False,
         run: Run = as_it_is,
     ) -> torch.Tensor:
@@ -224,7 +224,7 @@ class ControlTask(Controls):
         residuals = None if hint_off else run(answer)(self.net, pixels, u, t, text)
         if self.companion:
             beside = self.beside(batch, u, t, text, run)
-            residuals = beside if residuals is None else together(residuals, beside)
+            residuals = beside if residuals is None else add_residuals(residuals, beside)
         e = run(decode)(self.backbone.unet, encoded, text, residuals)
         kind, a = self.backbone.prediction_type, self.backbone.alphas_cumprod[t]
         return self.objective.weight(a, batch["weight"], kind) * F.mse_loss(e.float(), wanted, reduction="none")
@@ -249,7 +249,7 @@ class ControlTask(Controls):
         The two halves of the UNet and the ControlNet are a graph each, not the whole step: nets of one run share
         them, and what compiling costs grows faster than the graph.
         """
-        return compiled_once if self.compiles else as_it_is
+        return compile_once if self.compiles else as_it_is
 
     def errors(self, batch: dict) -> tuple[torch.Tensor, torch.Tensor]:
         """(weighted squared error B x C x h x w, timesteps B)."""

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from scipy.optimize import minimize_scalar
 
 from harmony.metrics.classification import classification_metrics
-from harmony.models.judge import NATURAL, Judge, judge_net, save_judge, seen
+from harmony.models.judge import NATURAL_CLASS, Judge, judge_net, save_judge, stack_inputs
 from harmony.pixels.images import from_model, grid, write_image
 from harmony.training.schedule import adamw
 from harmony.training.task import Task
@@ -48,7 +48,7 @@ class JudgeTask(Task):
 
     def logits(self, batch: dict) -> torch.Tensor:
         """2B x 2 of B pairs."""
-        return self.net(seen(batch["image"].flatten(0, 1), batch["mask"].flatten(0, 1)))
+        return self.net(stack_inputs(batch["image"].flatten(0, 1), batch["mask"].flatten(0, 1)))
 
     def training_step(self, batch: dict, index: int) -> torch.Tensor:
         loss = F.cross_entropy(self.logits(batch), batch["label"].flatten())
@@ -67,7 +67,7 @@ class JudgeTask(Task):
         splits = [tuple(map(torch.cat, zip(*batches, strict=True))) for batches in self.seen.values()]
         temperature, figures = calibrated(*splits[0]), {}
         for split, (logits, labels) in zip(("validation", "test"), splits, strict=False):
-            natural = (logits / temperature).softmax(1)[:, NATURAL]
+            natural = (logits / temperature).softmax(1)[:, NATURAL_CLASS]
             figures |= {
                 f"{split}/{name}": value
                 for name, value in classification_metrics(natural.double().numpy(), labels.double().numpy()).items()
@@ -93,6 +93,6 @@ class JudgeTask(Task):
     def export(self, folder: Path) -> None:
         """Write the judge, calibrated on the validation split, which ``harmonize`` and ``evaluate`` read."""
         h, data = self.hparams, self.trainer.datamodule
-        seen = [(self.logits(batch), batch["label"].flatten()) for batch in data.val_dataloader()[0]]
-        temperature = calibrated(*map(torch.cat, zip(*seen, strict=True)))
+        outputs = [(self.logits(batch), batch["label"].flatten()) for batch in data.val_dataloader()[0]]
+        temperature = calibrated(*map(torch.cat, zip(*outputs, strict=True)))
         save_judge(Judge(self.net, data.hparams.side, temperature), folder, arch=h.arch, options=h.options or {})

@@ -14,11 +14,11 @@ from harmony.models.backbone import Backbone, weights_hash
 from harmony.models.paint_by_example import (
     ExemplarEncoder,
     Painter,
+    build_encoder,
+    build_painting_unet,
     export_painter,
-    fresh_encoder,
-    known_by_example,
+    join_condition,
     load_tower,
-    painting_unet,
 )
 from harmony.pixels.hints import check_hint
 from harmony.sampling.guidance import Settings
@@ -68,9 +68,9 @@ class ExemplarTask(Task):
 
     def configure_model(self):
         if self.unet is None:
-            self.unet = lay_out(painting_unet(self.backbone.unrounded("unet")))
+            self.unet = lay_out(build_painting_unet(self.backbone.load_precise("unet")))
             width = self.unet.config.cross_attention_dim
-            self.encoder = fresh_encoder(self.tower, width, self.all_tokens).float()
+            self.encoder = build_encoder(self.tower, width, self.all_tokens).float()
             self.backbone = self.backbone.with_unet(self.unet)  # and what was copied takes no more room
             del self.tower
             vars(self.backbone).pop("image_encoder", None)
@@ -131,7 +131,7 @@ class ExemplarTask(Task):
     def configure_optimizers(self):
         groups = [
             {"params": list(self.unet.parameters()), "lr": self.lr},
-            {"params": list(self.encoder.trained()), "lr": self.encoder_lr or self.lr},
+            {"params": list(self.encoder.trainable_parameters()), "lr": self.encoder_lr or self.lr},
         ]
         return adamw(groups, self.trainer, self.lr, self.weight_decay, self.warmup, self.decay, warm_up, self.offload)
 
@@ -147,7 +147,7 @@ class ExemplarTask(Task):
         z, known, t = noised(batch, backbone.vae.config.scaling_factor, backbone.alphas_cumprod)
         hole, masked = known[:, :1], known[:, 1:]
         wanted = target(backbone.prediction_type, z, batch["noise"], backbone.alphas_cumprod[t])
-        u = torch.cat([z, known_by_example(hole, masked)], 1)
+        u = torch.cat([z, join_condition(hole, masked)], 1)
         return F.mse_loss(self.unet(u, t, context, return_dict=False)[0].float(), wanted)
 
     def training_step(self, batch: dict, index: int) -> torch.Tensor:
