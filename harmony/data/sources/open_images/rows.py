@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 def export_rows(dataset: "Dataset", base: Path, captions: dict[str, list[str]]) -> list[Row]:
     """The kept samples as rows, paths relative to ``base``; ``captions`` by people as {<split>/<id>: [caption, ...]}.
 
-    What a study needs beyond the row stands in ``extras``.
+    ``extras`` holds what a study needs beyond the row.
     """
     fields = ("harmony_id", "filepath", "mask_file", "mask_box", "instance.label", "caption", "caption_model")
     fields += ("metadata.width", "metadata.height", "sha256")

@@ -23,7 +23,7 @@ def lathe(
     angle = np.linspace(0, 2 * np.pi, sides + 1)
     ring = np.stack([np.cos(angle), np.sin(angle)], 1)
     tangent = np.gradient(profile, axis=0)
-    if not smooth:  # every segment gets vertices of its own, and so its own normal
+    if not smooth:  # every segment gets its own vertices and so its own normal
         tangent = np.repeat(np.diff(profile, axis=0), 2, axis=0)
         profile = np.concatenate([np.stack([a, b]) for a, b in zip(profile[:-1], profile[1:], strict=True)])
     normal = np.stack([tangent[:, 1], -tangent[:, 0]], 1)
@@ -77,7 +77,7 @@ def ring(radius: float, thickness: float, material: Material = BODY) -> Part:
 
 
 def transform(part: Part, matrix: np.ndarray | Sequence, offset: tuple[float, float, float] = (0, 0, 0)) -> Part:
-    """Linear map and shift of a part; normals by the inverse transpose."""
+    """Transform a part by a linear map and a shift; normals by the inverse transpose."""
     vertices, faces, normals, material = part
     normals = normals @ np.linalg.inv(matrix)
     normals /= np.maximum(np.linalg.norm(normals, axis=1, keepdims=True), 1e-9)
@@ -85,14 +85,17 @@ def transform(part: Part, matrix: np.ndarray | Sequence, offset: tuple[float, fl
 
 
 def move(part: Part, x: float = 0.0, y: float = 0.0, z: float = 0.0) -> Part:
+    """Move a part."""
     return transform(part, np.eye(3), (x, y, z))
 
 
 def scale(part: Part, x: float, y: float | None = None, z: float | None = None) -> Part:
+    """Scale a part; ``y`` and ``z`` default to ``x``."""
     return transform(part, np.diag([x, x if y is None else y, x if z is None else z]))
 
 
 def turn(part: Part, axis: str, degrees: float) -> Part:
+    """Rotate a part around an axis."""
     c, s = np.cos(np.radians(degrees)), np.sin(np.radians(degrees))
     matrix = {
         "x": [[1, 0, 0], [0, c, -s], [0, s, c]],
