@@ -8,7 +8,7 @@ from harmony.core.errors import UserError
 def fetch_folder(
     name: str,
     part: str = "",
-    remedy: str = "fetch it where there is a network and give its folder",
+    remedy: str = "fetch it on a machine with a network and give its folder",
     weights: bool = True,
 ) -> Path:
     """Fetch the hub repository ``name``, or its folder ``part``, into the hub's cache and return the folder.

@@ -80,9 +80,9 @@ class Watch:
 
     def watch(self) -> None:
         """Wait for the first signal, give the program ``GRACE`` seconds, then end it (in a thread)."""
-        first = self.wait_for_signal(deadline=None)
-        if first is not None:
-            self.number = self.number or first
+        number = self.wait_for_signal(deadline=None)
+        if number is not None:
+            self.number = self.number or number
             start = time.monotonic()
             while self.wait_for_signal(start + ECHO):
                 continue
@@ -122,11 +122,11 @@ def obey(line: str, program: bool) -> Iterator[None]:
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    before = {name: os.environ.get(name) for name in (PARENT, QUIET[0])}
-    if before[PARENT] == str(os.getppid()):
+    environment = {name: os.environ.get(name) for name in (PARENT, QUIET[0])}
+    if environment[PARENT] == str(os.getppid()):
         end_with(os.getppid())
     os.environ[PARENT] = str(os.getpid())
-    os.environ[QUIET[0]] = ",".join(filter(None, [before[QUIET[0]], QUIET[1]]))
+    os.environ[QUIET[0]] = ",".join(filter(None, [environment[QUIET[0]], QUIET[1]]))
     prctl(SET_CHILD_SUBREAPER, 1)  # so that children of a dead child become children of this process
     watch = current_watch = Watch(line)
     atexit.register(watch.leave)  # registered before the command's own functions, so it runs after them
@@ -138,7 +138,7 @@ def obey(line: str, program: bool) -> Iterator[None]:
             current_watch = None
             prctl(SET_CHILD_SUBREAPER, 0)
             atexit.unregister(watch.leave)
-            for name, value in before.items():
+            for name, value in environment.items():
                 os.environ.pop(name) if value is None else os.environ.update({name: value})
         if watch.number is not None:
             watch.line = ""  # the caller prints the line
@@ -176,11 +176,11 @@ os.register_at_fork(before=before_fork, after_in_parent=after_fork, after_in_chi
 def ignore_ctrl_c_in_children() -> Iterator[None]:
     """Processes started within this block ignore Ctrl-C, which a terminal sends to all: their parent ends them."""
     resource_tracker.ensure_running()  # it starts with the first child and would unblock the signal
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])  # a new program inherits the mask
+    old_mask = signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])  # a new program inherits the mask
     try:
         yield
     finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+        signal.pthread_sigmask(signal.SIG_SETMASK, old_mask)
 
 
 def worker_pool(count: int) -> Pool:

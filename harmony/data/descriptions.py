@@ -98,7 +98,7 @@ def read_descriptions(path: Path, name: str) -> list[Description]:
     except (KeyError, TypeError, AttributeError):
         descriptions = []
     if not descriptions or not all(all(vars(d).values()) for d in descriptions):
-        raise UserError(f"{path}: each description of {name} wants {', '.join(FIELDS)}")
+        raise UserError(f"{path}: each description of {name} needs {', '.join(FIELDS)}")
     return descriptions
 
 
@@ -234,6 +234,6 @@ class VisionLanguageModel:
             self.ask(cut_object(composite, mask), self.QUESTIONS["light"]),
             self.ask(remove_object(composite, mask), self.QUESTIONS["light"]),
         )
-        if empty := [field for field, words in vars(description).items() if not words]:
-            raise UserError(f"the vision-language model found no words for the {empty[0]}: give prompts=")
+        if empty_fields := [field for field, words in vars(description).items() if not words]:
+            raise UserError(f"the vision-language model found no words for the {empty_fields[0]}: give prompts=")
         return [description]

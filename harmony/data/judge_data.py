@@ -103,8 +103,8 @@ class Composites(torch.utils.data.Dataset):
         rng = np.random.default_rng([self.seed, position])
         if rng.random() < 0.5:
             image, mask, relit = (np.ascontiguousarray(a[:, ::-1]) for a in (image, mask, relit))
-        other = relit if self.has_relit[i] and rng.random() < 0.5 else change_light_visibly(image, mask, rng)
-        pair = np.stack([copy_paste(image, other, mask), image])
+        foreground = relit if self.has_relit[i] and rng.random() < 0.5 else change_light_visibly(image, mask, rng)
+        pair = np.stack([copy_paste(image, foreground, mask), image])
         if rng.random() < 0.25:  # of the whole picture, because no exposure is wrong in itself
             pair = change_light(pair, rng)
         if rng.random() < 0.5:  # so that the judge cannot tell the light from the object's sharpness

@@ -120,8 +120,8 @@ def make_shards(work: Shards, trainer: lightning.Trainer) -> None:
     trainer.strategy.barrier()
 
 
-def hand_over(first: lightning.Trainer, trainer: lightning.Trainer) -> None:
-    """Hand the processes that the ``first`` Trainer started over to ``trainer``, which ends them and starts none."""
-    launchers = first.strategy.launcher, trainer.strategy.launcher
+def hand_over(source: lightning.Trainer, target: lightning.Trainer) -> None:
+    """Hand the processes of the ``source`` Trainer over to ``target``, which ends them and starts none."""
+    launchers = source.strategy.launcher, target.strategy.launcher
     if all(isinstance(launcher, _SubprocessScriptLauncher) for launcher in launchers):
         launchers[1].procs = launchers[0].procs

@@ -95,8 +95,8 @@ class ControlledProcessor:
         )
         probabilities = attn.get_attention_scores(query, key).unflatten(0, (-1, attn.heads))
         probabilities = self.control(probabilities, self.layer, step)
-        out = attn.batch_to_head_dim(torch.bmm(probabilities.flatten(0, 1), value))
-        return attn.to_out[1](attn.to_out[0](out)) / attn.rescale_output_factor
+        output = attn.batch_to_head_dim(torch.bmm(probabilities.flatten(0, 1), value))
+        return attn.to_out[1](attn.to_out[0](output)) / attn.rescale_output_factor
 
 
 class Steps:

@@ -52,9 +52,7 @@ CLASSES = {
 }
 FOLDERS = {"text_tower": "text_encoder", "processor": "captioner"}  # the folder of every other part has the part's name
 WEIGHTLESS_PARTS = ("tokenizer", "scheduler", "processor")
-REMEDY = (
-    "fetch it where there is a network and give model.path=FOLDER, or model.weights=random for the architecture alone"
-)
+REMEDY = "fetch it on a machine with a network and give model.path=FOLDER, or use model.weights=random"
 STEP_PARTS = ("unet", "text_encoder")  # the parts that run in every step of training and sampling
 # Attention kernels for a GPU; with native PyTorch chooses.
 ATTENTION = {"native": None, "cudnn": SDPBackend.CUDNN_ATTENTION, "flash": SDPBackend.FLASH_ATTENTION}
@@ -133,8 +131,8 @@ def move_module(module: torch.nn.Module, device: torch.device) -> torch.nn.Modul
 
     A module in training keeps its format, which its gradients and optimizer states have too.
     """
-    frozen = not any(p.requires_grad for p in module.parameters())
-    layout = {"memory_format": memory_format(device)} if frozen else {}
+    is_frozen = not any(p.requires_grad for p in module.parameters())
+    layout = {"memory_format": memory_format(device)} if is_frozen else {}
     return torch.nn.Module.to(module, device, **layout)
 
 
@@ -357,8 +355,8 @@ class Backbone:
     def tokens(self, prompts: list[str]) -> torch.Tensor:
         """The token ids of prompts, B x T int64, padded and truncated to the tokenizer's length."""
         length, prompts = self.tokenizer.model_max_length, [self.spell_out(prompt) for prompt in prompts]
-        encoded = self.tokenizer(prompts, padding="max_length", max_length=length, truncation=True, return_tensors="pt")
-        return encoded.input_ids
+        inputs = self.tokenizer(prompts, padding="max_length", max_length=length, truncation=True, return_tensors="pt")
+        return inputs.input_ids
 
     def encode(self, text: str) -> list[int]:
         """The token ids of a few words, without the tokens of beginning and end."""

@@ -49,8 +49,8 @@ class BackboneClip:
             max_length=self.text.config.max_position_embeddings,
             return_tensors="pt",
         )
-        pooled = self.text(input_ids=tokens.input_ids.to(self.text.device)).pooler_output
-        return self.text_projection(pooled).float()
+        features = self.text(input_ids=tokens.input_ids.to(self.text.device)).pooler_output
+        return self.text_projection(features).float()
 
 
 class OpenClip:

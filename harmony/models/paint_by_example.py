@@ -78,10 +78,10 @@ class ExemplarEncoder(torch.nn.Module):
     @torch.no_grad()
     def features(self, exemplars: torch.Tensor) -> torch.Tensor:
         """The features B x T x width of the frozen tower."""
-        out = self.model(pixel_values=to_clip(exemplars).to(self.uncond_vector.dtype))
+        output = self.model(pixel_values=to_clip(exemplars).to(self.uncond_vector.dtype))
         if self.all_tokens:
-            return self.model.post_layernorm(out.last_hidden_state)
-        return out.pooler_output[:, None]
+            return self.model.post_layernorm(output.last_hidden_state)
+        return output.pooler_output[:, None]
 
     def forward(self, exemplars: torch.Tensor) -> torch.Tensor:
         return self.proj_out(self.final_layer_norm(self.mapper(self.features(exemplars))))
@@ -261,7 +261,7 @@ def read_encoder(source: str, backbone: Backbone) -> ExemplarEncoder:
         tower = backbone_tower(backbone, encoder.config)
         if weights_hash(tower) != backbone_facts(Path(source)).get("tower"):
             raise UserError(
-                f"{source} was trained behind another CLIP tower than backbone {backbone.name} has: give its model.path"
+                f"{source} was trained with another CLIP tower than that of {backbone.name}: give its model.path"
             )
         state |= {f"model.{name}": value for name, value in tower.state_dict().items()}
     try:

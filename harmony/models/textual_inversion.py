@@ -95,7 +95,7 @@ def learn(backbone: Backbone, word: Word) -> Backbone:
     table = backbone.text_encoder.get_input_embeddings()
     if word.vectors.shape[1] != table.embedding_dim:
         raise UserError(
-            f"{word.token} has vectors of {word.vectors.shape[1]} numbers, backbone {backbone.name} wants"
+            f"{word.token} has vectors of {word.vectors.shape[1]} numbers, backbone {backbone.name} needs"
             f" {table.embedding_dim}: it was learned on another model"
         )
     first = add_tokens(backbone, word.token, len(word.vectors))

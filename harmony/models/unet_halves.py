@@ -52,19 +52,19 @@ def residuals(
     net: ControlNetModel, u: torch.Tensor, t: torch.Tensor, text: torch.Tensor, hint_embedding: torch.Tensor
 ) -> Residuals:
     """The residuals of a ControlNet; ``hint_embedding`` = ``controlnet_cond_embedding`` of its hint."""
-    encoded = encode(net, u, t, text, hint_embedding)
-    skips = zip(encoded.skips, net.controlnet_down_blocks, strict=True)
-    return tuple(conv(skip) for skip, conv in skips), net.controlnet_mid_block(encoded.middle)
+    activations = encode(net, u, t, text, hint_embedding)
+    skips = zip(activations.skips, net.controlnet_down_blocks, strict=True)
+    return tuple(conv(skip) for skip, conv in skips), net.controlnet_mid_block(activations.middle)
 
 
 def decode(
     unet: UNet2DConditionModel,
-    encoded: Activations,
+    activations: Activations,
     text: torch.Tensor,
     residuals: tuple[Sequence[torch.Tensor], torch.Tensor] | None = None,
 ) -> torch.Tensor:
     """Run the second half, with ``residuals`` = (one for each skip, one for the middle) added; eps B x C x h x w."""
-    skips, x = list(encoded.skips), encoded.middle
+    skips, x = list(activations.skips), activations.middle
     if residuals is not None:
         skips = [skip + r for skip, r in zip(skips, residuals[0], strict=True)]
         x = x + residuals[1]
@@ -73,5 +73,7 @@ def decode(
         del skips[-len(block.resnets) :]
         words = {"encoder_hidden_states": text} if getattr(block, "has_cross_attention", False) else {}
         size = skips[-1].shape[2:] if n < len(unet.up_blocks) - 1 else None  # for sides that are no power of two
-        x = block(hidden_states=x, res_hidden_states_tuple=block_skips, temb=encoded.time, upsample_size=size, **words)
+        x = block(
+            hidden_states=x, res_hidden_states_tuple=block_skips, temb=activations.time, upsample_size=size, **words
+        )
     return unet.conv_out(unet.conv_act(unet.conv_norm_out(x)))

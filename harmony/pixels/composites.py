@@ -17,13 +17,13 @@ def copy_paste(background: np.ndarray, foreground: np.ndarray, mask: np.ndarray)
     return np.where(mask[..., None], foreground, background)
 
 
-def paste_back(generated: np.ndarray, background: np.ndarray, hole: np.ndarray, radius: float = 0) -> np.ndarray:
-    """Paste ``generated`` into the hole: M_s generated + (1 - M_s) background, uint8, bit-exact outside ``hole``.
+def paste_back(output: np.ndarray, background: np.ndarray, hole: np.ndarray, radius: float = 0) -> np.ndarray:
+    """Paste ``output`` into the hole: M_s output + (1 - M_s) background, uint8, bit-exact outside ``hole``.
 
     M_s is the hole; with ``radius`` > 0 its rim is feathered inwards over that many pixels.
     """
     alpha = feather(hole, radius)[..., None]
-    return np.rint(alpha * generated + (1 - alpha) * background).astype(np.uint8)
+    return np.rint(alpha * output + (1 - alpha) * background).astype(np.uint8)
 
 
 def reinhard(foreground: np.ndarray, mask: np.ndarray, background: np.ndarray) -> np.ndarray:

@@ -23,9 +23,13 @@ class Network(Protocol):
         """Replace ``constants`` by copies that nothing else refers to."""
         ...
 
-    def whole(self, z: torch.Tensor, t: torch.Tensor) -> torch.Tensor: ...
+    def run(self, z: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+        """Compute a step with the whole network."""
+        ...
 
-    def second_half(self, z: torch.Tensor, t: torch.Tensor) -> torch.Tensor: ...
+    def run_second_half(self, z: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+        """Compute a step with the second half, from the activations of an earlier step."""
+        ...
 
 
 Step = Callable[..., torch.Tensor]
@@ -73,7 +77,7 @@ class Recording:
         """The network's output; ``is_whole``: by the whole network, else only by its second half."""
         key = len(t), is_whole
         if key not in self.graphs:
-            self.graphs[key] = self.record(self.network.whole if is_whole else self.network.second_half, z, t)
+            self.graphs[key] = self.record(self.network.run if is_whole else self.network.run_second_half, z, t)
         return self.graphs[key](z, t)
 
 

@@ -135,26 +135,25 @@ class Network:
         shapes = [(tuple(x.shape), x.dtype) for x in self.constants]
         return identity(self.unet), *nets, *shapes, self.prepare is compile_once
 
-    def whole(self, z: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+    def run(self, z: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
         """Run UNet and ControlNets on latents ``z`` B x C x h x w, repeated to as many rows as ``t`` has."""
         dtype = self.unet.conv_in.weight.dtype
         u = torch.cat([z, self.condition], 1).repeat(len(t) // len(z), 1, 1, 1).to(dtype)
-        self.first_halves[len(t)] = self.run_first_half(u, t, self.text[-len(t) :].to(dtype))
-        return self.run_second_half(*self.first_halves[len(t)]).to(z.dtype)
+        self.first_halves[len(t)] = self.encode(u, t, self.text[-len(t) :].to(dtype))
+        return self.decode(*self.first_halves[len(t)]).to(z.dtype)
 
-    def second_half(self, z: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+    def run_second_half(self, z: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
         """Run the UNet's second half on the ``first_halves`` of an earlier step, with the current timesteps."""
         activations, residuals = self.first_halves[len(t)]
         time = embed_time(self.unet, t, activations.middle.dtype)
-        return self.run_second_half(replace(activations, time=time), residuals).to(z.dtype)
+        return self.decode(replace(activations, time=time), residuals).to(z.dtype)
 
-    def run_second_half(self, activations: Activations, residuals: Residuals | None) -> torch.Tensor:
+    def decode(self, activations: Activations, residuals: Residuals | None) -> torch.Tensor:
+        """The output of the UNet's second half."""
         text = self.text[-len(activations.middle) :].to(activations.middle.dtype)
         return self.prepare(decode)(self.unet, activations, text, residuals)
 
-    def run_first_half(
-        self, u: torch.Tensor, t: torch.Tensor, text: torch.Tensor
-    ) -> tuple[Activations, Residuals | None]:
+    def encode(self, u: torch.Tensor, t: torch.Tensor, text: torch.Tensor) -> tuple[Activations, Residuals | None]:
         """The UNet's first half, and the sum of the ControlNets' residuals."""
         controls = [(net, embedding[-len(u) :], weight) for net, embedding, weight in self.controls]
         jobs = [functools.partial(run_control, control, u, t, text, self.prepare(residuals)) for control in controls]
@@ -181,7 +180,7 @@ class GuidedModel:
         backbone: Backbone,
         condition: torch.Tensor,
         text: torch.Tensor,
-        empty: torch.Tensor,
+        empty_text: torch.Tensor,
         schedule: Schedule,
         controls: Sequence[Control] = (),
     ):
@@ -190,7 +189,7 @@ class GuidedModel:
                 f"graphs=true records what a GPU does, and the backbone is on the {backbone.device.type}: leave it out"
             )
         self.backbone, self.schedule, self.calls, self.rows = backbone, schedule, 0, 0
-        rows = torch.cat([empty.expand_as(text), text]) if self.is_guided(0) else text
+        rows = torch.cat([empty_text.expand_as(text), text]) if self.is_guided(0) else text
         halves = len(rows) // len(text)
         controls = [(net, e.repeat(halves, 1, 1, 1), weight) for net, e, weight in embed_hints(controls)]
         self.network = Network(backbone.unet, condition, rows, controls, schedule.compile)
@@ -221,7 +220,7 @@ class GuidedModel:
         self.rows = rows
         if self.recording:
             return self.recording(z, t, is_whole)
-        return self.network.whole(z, t) if is_whole else self.network.second_half(z, t)
+        return self.network.run(z, t) if is_whole else self.network.run_second_half(z, t)
 
 
 @torch.no_grad()
@@ -230,12 +229,12 @@ def sample_latents(
     noise: torch.Tensor,
     condition: torch.Tensor,
     text: torch.Tensor,
-    empty: torch.Tensor,
+    empty_text: torch.Tensor,
     schedule: Schedule,
     controls: Sequence[Control] = (),
 ) -> torch.Tensor:
     """Sample a clean latent B x C x h x w from pure ``noise``; for ``condition`` see ``predict``."""
-    eps = GuidedModel(backbone, condition, text, empty, schedule, controls)
+    eps = GuidedModel(backbone, condition, text, empty_text, schedule, controls)
     with eps.cache_text():
         if schedule.solver == "ddim":
             return sample(eps, noise, schedule.steps, backbone.alphas_cumprod, backbone.scheduler.config.steps_offset)
@@ -255,16 +254,16 @@ def inpaint(
     hole: torch.Tensor,
     masked: torch.Tensor,
     text: torch.Tensor,
-    empty: torch.Tensor,
+    empty_text: torch.Tensor,
     schedule: Schedule = Schedule(),
     controls: Sequence[Control] = (),
 ) -> torch.Tensor:
     """Inpaint: sample a clean latent B x C x h x w from pure ``noise``.
 
-    ``hole`` B x 1 x h x w in {0, 1}, ``masked`` the scaled latent of the masked image, ``text`` B x T x D, ``empty``
-    1 x T x D. Channel order of Stable Diffusion inpainting: latent, mask, masked latent.
+    ``hole`` B x 1 x h x w in {0, 1}, ``masked`` the scaled latent of the masked image, ``text`` B x T x D,
+    ``empty_text`` 1 x T x D. Channel order of Stable Diffusion inpainting: latent, mask, masked latent.
     """
-    return sample_latents(backbone, noise, torch.cat([hole, masked], 1), text, empty, schedule, controls)
+    return sample_latents(backbone, noise, torch.cat([hole, masked], 1), text, empty_text, schedule, controls)
 
 
 @dataclass(frozen=True)

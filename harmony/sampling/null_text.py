@@ -61,7 +61,7 @@ def null_texts(
     eps: Denoiser,
     trajectory: Sequence[torch.Tensor],
     texts: Sequence[torch.Tensor],
-    empty: torch.Tensor,
+    empty_text: torch.Tensor,
     w: float,
     abar: torch.Tensor,
     offset: int = 1,
@@ -71,11 +71,11 @@ def null_texts(
     """N embeddings B x T x D, noisiest step first; each starts from the previous one and is optimized by ``search``.
 
     ``trajectory`` z_0 .. z_N (B x C x h x w each) comes from ``ddim.invert`` without guidance; ``texts`` are the states
-    B x T x D of the picture's prompt for each step; ``empty`` 1 x T x D is the state of the empty prompt. At step i the
-    loss between the guided step and the trajectory is minimized for each picture separately. ``say`` reports the mean
-    distance after each step.
+    B x T x D of the picture's prompt for each step; ``empty_text`` 1 x T x D is the state of the empty prompt. At step
+    i the loss between the guided step and the trajectory is minimized for each picture separately. ``say`` reports the
+    mean distance after each step.
     """
-    steps, z, null, nulls = len(trajectory) - 1, trajectory[-1], empty.detach().expand_as(texts[0]), []
+    steps, z, null, nulls = len(trajectory) - 1, trajectory[-1], empty_text.detach().expand_as(texts[0]), []
     gap = len(abar) // steps
     for i, (t, text) in enumerate(zip(timesteps(steps, offset, len(abar)), texts, strict=True)):
         target = trajectory[steps - 1 - i]
@@ -83,17 +83,17 @@ def null_texts(
             conditional = eps(z, t, text)
         null = null.clone().requires_grad_(True)
         optimizer = torch.optim.Adam([null], lr=search.rate(i))
-        active = torch.ones(len(z), 1, 1, dtype=torch.bool, device=z.device)
+        is_active = torch.ones(len(z), 1, 1, dtype=torch.bool, device=z.device)
         for _ in range(search.inner(i, steps)):
             loss = search.loss(guided_step(eps, z, t, null, conditional, w, gap, abar), target)
             optimizer.zero_grad()
             loss.sum().backward()  # of a sum, so that a picture's gradient does not depend on the batch size
-            before = null.detach().clone()
+            old_null = null.detach().clone()
             optimizer.step()
             with torch.no_grad():
-                null.copy_(torch.where(active, null, before))
-            active &= (loss >= search.tolerance(i)).view(-1, 1, 1)
-            if not active.any():
+                null.copy_(torch.where(is_active, null, old_null))
+            is_active &= (loss >= search.tolerance(i)).view(-1, 1, 1)
+            if not is_active.any():
                 break
         null = null.detach()
         nulls.append(null)
@@ -107,7 +107,7 @@ def shared_null_text(
     eps: Denoiser,
     trajectory: Sequence[torch.Tensor],
     text: torch.Tensor,
-    empty: torch.Tensor,
+    empty_text: torch.Tensor,
     w: float,
     abar: torch.Tensor,
     offset: int = 1,
@@ -120,7 +120,7 @@ def shared_null_text(
     """
     steps = len(trajectory) - 1
     gap = len(abar) // steps
-    null = empty.detach().expand_as(text).clone().requires_grad_(True)
+    null = empty_text.detach().expand_as(text).clone().requires_grad_(True)
     optimizer = torch.optim.Adam([null], lr=rate(0))
     for _ in range(inner):
         for i, t in enumerate(timesteps(steps, offset, len(abar))):

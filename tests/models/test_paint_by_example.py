@@ -186,7 +186,7 @@ def test_shipped_without_a_tower_it_takes_the_backbones(backbone, tmp_path):
     same = again.encoder.model.state_dict()
     assert all(torch.equal(v, same[n]) for n, v in ours.model.state_dict().items())
     assert torch.allclose(again.encoder(pictures()), ours(pictures()), atol=1e-2)
-    with pytest.raises(UserError, match="behind another CLIP tower"):
+    with pytest.raises(UserError, match="with another CLIP tower"):
         load_painter(tmp_path, other_backbone(backbone, tmp_path / "tower", "image_encoder"))
     ours.model.embeddings.class_embedding += 1
     with pytest.raises(UserError, match="so it cannot be left out: tower=true"):

@@ -98,7 +98,7 @@ def test_words_that_do_not_fit_are_refused(backbone):
         with pytest.raises(UserError, match="give one word in angle brackets"):
             learn(backbone, word(1, token))
     with pytest.raises(
-        UserError, match="<mug> has vectors of 16 numbers, backbone .* wants 32: it was learned on another"
+        UserError, match="<mug> has vectors of 16 numbers, backbone .* needs 32: it was learned on another"
     ):
         learn(backbone, word(width=16))
     assert state(backbone) == before and torch.equal(backbone.prompt(PLAIN), spoken)

@@ -292,7 +292,7 @@ def test_a_recording_serves_other_schedules(scene, recorded):
     for more in ({}, {"guided": 0.5}, {"encoder_every": 2}, {"encoder_every": 2, "guided": 0.5}):
         plain = scene.run(0.7, 0.3, steps=4, **more)
         assert torch.equal(scene.run(0.7, 0.3, steps=4, graphs=True, **more), plain), more
-    assert sorted(recorded) == [("second_half", 2), ("second_half", 4), ("whole", 2), ("whole", 4)]
+    assert sorted(recorded) == [("run", 2), ("run", 4), ("run_second_half", 2), ("run_second_half", 4)]
 
 
 def test_few_recordings_are_kept(scene, recorded):

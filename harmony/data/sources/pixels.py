@@ -30,7 +30,7 @@ def largest_instances(split: Split) -> dict[str, tuple[str, str]]:
     return {image: (mask, names.get(label, label)) for image, mask, label in columns.iter_rows()}
 
 
-def permitted_images(split: Split, sources: Iterable[str]) -> set[str]:
+def find_permitted_images(split: Split, sources: Iterable[str]) -> set[str]:
     """The ids of the photographs from ``sources``. UserError if the split has no sources."""
     if (table := split.sources()) is None:
         raise UserError(
@@ -47,7 +47,7 @@ def read_rows(folder: Path, split: str, relative_to: Path, sources: Iterable[str
     """
     files = Split(folder)
     instances, captions = largest_instances(files), files.captions()
-    ids = set(instances) if sources is None else set(instances) & permitted_images(files, sources)
+    ids = set(instances) if sources is None else set(instances) & find_permitted_images(files, sources)
     extras = {"source": "studio"} if files.metadata("scenes.csv") else {}
     rows = []
     for id_ in sorted(ids):
@@ -64,8 +64,8 @@ def read_rows(folder: Path, split: str, relative_to: Path, sources: Iterable[str
         pictures = [(id_, path, texts[0])] + ([(f"{id_}b", relit, texts[1])] if relit.exists() else [])
         for i, (name, picture, caption) in enumerate(pictures):
             paths = [os.path.relpath(p, relative_to) for p in (picture, folder / mask_file)]
-            other = {"relit": os.path.relpath(pictures[1 - i][1], relative_to)} if len(pictures) == 2 else {}
-            facts = (box, label, caption, split, width, height, sha256(picture), extras | other)
+            relit_extras = {"relit": os.path.relpath(pictures[1 - i][1], relative_to)} if len(pictures) == 2 else {}
+            facts = (box, label, caption, split, width, height, sha256(picture), extras | relit_extras)
             rows.append(Row(name, *paths, *facts))
     return rows
 

@@ -128,8 +128,8 @@ def format_counts(counts: dict[str, dict[str, int]]) -> str:
 def check_files(table: pl.DataFrame, root: Path) -> pl.DataFrame:
     """Reject kept images whose image or mask file does not exist."""
     reasons = {}
-    kept = table.filter(pl.col("reason") == KEPT)
-    for split, id_, image, mask in kept.select("split", "id", "image", "mask").iter_rows():
+    kept_rows = table.filter(pl.col("reason") == KEPT)
+    for split, id_, image, mask in kept_rows.select("split", "id", "image", "mask").iter_rows():
         if not os.path.isfile(root / image):
             reasons[f"{split}/{id_}"] = "image file missing"
         elif not os.path.isfile(root / mask):

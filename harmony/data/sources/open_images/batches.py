@@ -10,11 +10,11 @@ BATCH = 250  # samples in one write to the database
 
 def batches(items: list, what: str, say: Callable[[str], None] = tell) -> Iterator[list]:
     """Yield batches of ``BATCH`` items; print the count and the rate every few seconds and at the end."""
-    start = last = time.monotonic()
+    start = last_time = time.monotonic()
     for first in range(0, len(items), BATCH):
         batch = items[first : first + BATCH]
         yield batch
         now, count = time.monotonic(), first + len(batch)
-        if now - last > 5 or count == len(items):
-            last = now
+        if now - last_time > 5 or count == len(items):
+            last_time = now
             say(f"{what}: {count}/{len(items)}, {count / max(now - start, 1e-9):.0f} a second")

@@ -21,7 +21,9 @@ def find_uncaptioned(
     fields = ("id", "harmony_id", "filepath", "sha256", "caption", "caption_model")
     rows = list(zip(*dataset.match_tags("kept").values(list(fields)), strict=True))
     human_captions = {i: (captions[key][0], (text, model)) for i, key, _, _, text, model in rows if key in captions}
-    new_captions = {i: text for i, (text, stored) in human_captions.items() if stored != (text, HUMAN_CAPTION)}
+    new_captions = {
+        i: text for i, (text, old_caption) in human_captions.items() if old_caption != (text, HUMAN_CAPTION)
+    }
     set_captions(dataset, new_captions, HUMAN_CAPTION)
     uncaptioned_rows = [(i, path, digest, model) for i, key, path, digest, _, model in rows if key not in captions]
     if not uncaptioned_rows:

@@ -191,15 +191,15 @@ def make_sample(row: dict, mask_path: str | None) -> "Sample":
     """Build one sample, kept or rejected."""
     import fiftyone as fo
 
-    kept = row["reason"] == KEPT
+    is_kept = row["reason"] == KEPT
     instance = None
     if row["x0"] is not None:
         instance = fo.Detection(label=row["label"], bounding_box=box_xywh(row), mask_path=mask_path)
     return fo.Sample(
         filepath=row["image"],
-        tags=[row["split"], "kept" if kept else "rejected"],
+        tags=[row["split"], "kept" if is_kept else "rejected"],
         harmony_id=row["key"],
-        rejected_because=None if kept else row["reason"],
+        rejected_because=None if is_kept else row["reason"],
         instance=instance,
         mask_stored=row["mask"],
         source=row["source"],

@@ -28,8 +28,8 @@ def download(splits: Iterable[str], rules: Rules, work: Path, examples: int) -> 
     selection = select(root, list(splits), rules, files=False)
     for split in splits:
         table = selection.table.filter(pl.col("split") == split)
-        others = table.filter(pl.col("reason") != KEPT).group_by("reason", maintain_order=True).head(examples)
-        fetch(root, split, [*table.filter(pl.col("reason") == KEPT)["id"], *others["id"]], work)
+        rejected_rows = table.filter(pl.col("reason") != KEPT).group_by("reason", maintain_order=True).head(examples)
+        fetch(root, split, [*table.filter(pl.col("reason") == KEPT)["id"], *rejected_rows["id"]], work)
     return Selection(root, check_files(selection.table, root), rules, selection.skipped)
 
 
@@ -65,9 +65,9 @@ def forget_interrupted(folder: Path) -> None:
     """
     record = folder / ".fetching"
     if record.is_file():
-        before = set(json.loads(record.read_text()))
+        names = set(json.loads(record.read_text()))
         for path in download_parts(folder):
-            if str(path.relative_to(folder)) not in before:
+            if str(path.relative_to(folder)) not in names:
                 shutil.rmtree(path) if path.is_dir() else path.unlink()
     write_text(record, json.dumps([str(p.relative_to(folder)) for p in download_parts(folder)]))
 

@@ -20,11 +20,11 @@ ASPECT_TOLERANCE = 0.02  # Open Images rounds the sizes of masks and photographs
 
 def look_at_pixels(dataset: "Dataset", rules: Rules, work: Path) -> None:
     """Decode every kept image and mask that is new or has changed; store the facts, or reject with a reason."""
-    fo, samples = load_fiftyone(), changed_samples(dataset, rules)
+    fo, samples = load_fiftyone(), find_changed_samples(dataset, rules)
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         for batch in batches(samples, "look at the pixels"):
             facts = list(pool.map(lambda sample: pixel_facts(sample, rules, work), batch))
-            results = {sample["id"]: each for sample, each in zip(batch, facts, strict=True)}
+            results = {sample["id"]: fact for sample, fact in zip(batch, facts, strict=True)}
             split_of = {sample["id"]: sample["key"].split("/")[0] for sample in batch}
             facts_by_id = {i: f for i, f in results.items() if "reason" not in f}
             hashes = {sample["id"]: sample["sha256"] for sample in batch}
@@ -42,7 +42,7 @@ def look_at_pixels(dataset: "Dataset", rules: Rules, work: Path) -> None:
             dataset.set_values("looked_at", {s["id"]: s["stamp"] for s in batch}, key_field="id")
 
 
-def changed_samples(dataset: "Dataset", rules: Rules) -> list[dict]:
+def find_changed_samples(dataset: "Dataset", rules: Rules) -> list[dict]:
     """The samples that the selection keeps and whose files or area limits differ from ``looked_at``."""
     F, pixel_reasons = load_fiftyone().ViewField, REASONS[REASONS.index("image undecodable") :]
     view = dataset.match(~F("rejected_because").exists() | F("rejected_because").is_in(pixel_reasons))

@@ -20,18 +20,18 @@ def select(root: Path, splits: Sequence[str], rules: Rules, files: bool = True) 
     ``files=False`` does not check the files, for a selection before the download.
     Raises UserError for a missing split, CSV or column.
     """
-    tables, skipped = [], {}
+    tables, damage_counts = [], {}
     for split in find_splits(root, splits):
-        table, damaged = select_split(split, rules)
+        table, counts = select_split(split, rules)
         tables.append(check_files(table, root) if files else table)
-        skipped |= damaged
-    return Selection(root, pl.concat(tables), rules, skipped)
+        damage_counts |= counts
+    return Selection(root, pl.concat(tables), rules, damage_counts)
 
 
 def select_split(split: Split, rules: Rules) -> tuple[pl.DataFrame, dict[str, int]]:
     """Apply the annotation and recipe rules to one split: (table with ``COLUMNS``, damaged rows per CSV)."""
     images = join_annotations(split)
-    damaged = {
+    damage_counts = {
         f"{split.name}/labels/{name}": n
         for name, column in (("detections.csv", "damaged_boxes"), ("segmentations.csv", "damaged_masks"))
         if (n := int(images[column].sum()))
@@ -53,7 +53,7 @@ def select_split(split: Split, rules: Rules) -> tuple[pl.DataFrame, dict[str, in
         mask=pl.when(pl.col("masks") == 1).then(pl.format("{}/{}", pl.lit(split.name), mask_path())),
         source="source",
     )
-    return table, damaged
+    return table, damage_counts
 
 
 def join_annotations(split: Split) -> pl.DataFrame:

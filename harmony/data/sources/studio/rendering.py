@@ -49,26 +49,32 @@ def ground_texture(name: str, side: int = 256) -> np.ndarray:
         return (field / field.std())[..., None]
 
     y, x = np.mgrid[:side, :side]
-    fine, coarse = noise(0.5), noise(1.3)
+    fine_noise, coarse_noise = noise(0.5), noise(1.3)
     if name == "grass":
-        return np.clip(np.array([0.07, 0.17, 0.03]) * np.exp(0.35 * fine + 0.25 * coarse), 0, 1)
+        return np.clip(np.array([0.07, 0.17, 0.03]) * np.exp(0.35 * fine_noise + 0.25 * coarse_noise), 0, 1)
     if name == "sand":
-        return np.clip(np.array([0.50, 0.36, 0.19]) * np.exp(0.08 * fine + 0.14 * coarse), 0, 1)
+        return np.clip(np.array([0.50, 0.36, 0.19]) * np.exp(0.08 * fine_noise + 0.14 * coarse_noise), 0, 1)
     if name == "snow":
-        return np.clip(np.array([0.80, 0.83, 0.88]) * np.exp(0.03 * fine + 0.06 * coarse), 0, 1)
+        return np.clip(np.array([0.80, 0.83, 0.88]) * np.exp(0.03 * fine_noise + 0.06 * coarse_noise), 0, 1)
     if name == "wood":
         plank = (x // 32)[..., None]
         tone = 1 + 0.25 * np.sin(plank * 12.9898)
-        grain = np.roll(fine, 1, 1).mean(0, keepdims=True) + 0.4 * coarse
+        grain = np.roll(fine_noise, 1, 1).mean(0, keepdims=True) + 0.4 * coarse_noise
         return np.clip(
             np.array([0.30, 0.15, 0.06]) * tone * np.exp(0.15 * grain) * np.where(x % 32 < 2, 0.45, 1)[..., None], 0, 1
         )
     if name == "brick":
         joint = ((y % 16 < 2) | ((x + 16 * (y // 16 % 2)) % 32 < 2))[..., None]
-        return np.clip(np.where(joint, [0.34, 0.32, 0.30], np.array([0.34, 0.11, 0.07]) * np.exp(0.12 * coarse)), 0, 1)
+        return np.clip(
+            np.where(joint, [0.34, 0.32, 0.30], np.array([0.34, 0.11, 0.07]) * np.exp(0.12 * coarse_noise)), 0, 1
+        )
     joint = ((y % 64 < 3) | (x % 64 < 3))[..., None]
     return np.clip(
-        np.where(joint, [0.10, 0.10, 0.10], np.array([0.30, 0.30, 0.31]) * np.exp(0.12 * fine + 0.1 * coarse)), 0, 1
+        np.where(
+            joint, [0.10, 0.10, 0.10], np.array([0.30, 0.30, 0.31]) * np.exp(0.12 * fine_noise + 0.1 * coarse_noise)
+        ),
+        0,
+        1,
     )
 
 
@@ -197,11 +203,11 @@ def render(s: Scene, size: int = 128, samples: int = 32, plate: bool = True) -> 
     mask = np.isin(index, parts).reshape(size, 2, size, 2).mean((1, 3)) >= 0.5
     if not plate:
         return Frames(tone_map(image), tone_map(relit), mask)
-    empty = picture(frame(background, s.light))
+    empty_scene = picture(frame(background, s.light))
     luminance = np.array([0.2126, 0.7152, 0.0722])
-    is_darker = (image[..., :3] @ luminance + 1e-4) / (empty[..., :3] @ luminance + 1e-4) < 0.82
+    is_darker = (image[..., :3] @ luminance + 1e-4) / (empty_scene[..., :3] @ luminance + 1e-4) < 0.82
     shadow = open_small(is_darker & ~dilate(mask, 1))
-    return Frames(tone_map(image), tone_map(relit), mask, tone_map(empty), shadow)
+    return Frames(tone_map(image), tone_map(relit), mask, tone_map(empty_scene), shadow)
 
 
 def open_small(mask: np.ndarray) -> np.ndarray:
