@@ -152,10 +152,10 @@ def awake():
 @pytest.fixture(scope="session")
 def studio_rows() -> list:
     """Rows of the bundled renders, paths relative to the checkout: 12 train, 4 validation, 5 test (two of one kind)."""
-    from harmony.data.sources.pixels import rows_of
+    from harmony.data.sources.pixels import read_rows
 
     counts = {"train": 12, "validation": 4, "test": 4}
-    listed = {split: rows_of(ROOT / "datasets" / "studio" / split, split, ROOT) for split in counts}
+    listed = {split: read_rows(ROOT / "datasets" / "studio" / split, split, ROOT) for split in counts}
     rows = [rows[i * len(rows) // n] for (split, n) in counts.items() for rows in [listed[split]] for i in range(n)]
     return [*rows, next(row for row in listed["test"] if row.label == rows[-1].label and row.id != rows[-1].id)]
 

@@ -7,15 +7,15 @@ import numpy as np
 import pytest
 import torch
 
-from harmony.data.judge_data import under_other_light
+from harmony.data.judge_data import change_light_visibly
 from harmony.data.latent_cache import example
-from harmony.data.sources.pixels import rows_of
+from harmony.data.sources.pixels import read_rows
 from harmony.evaluation.eval_sets import SHOWN_TO, EvalSet, composite_of, paste_outputs
 from harmony.evaluation.figures import scores
 from harmony.methods.inpainting import Inpainting, load_branch
 from harmony.methods.method import make_seeds
 from harmony.methods.paint_by_example import load as load_paint_by_example
-from harmony.metrics.classification import judged
+from harmony.metrics.classification import classification_metrics
 from harmony.metrics.fidelity import aggregate
 from harmony.models.backbone import ASSETS, Backbone
 from harmony.models.judge import load_judge
@@ -35,7 +35,7 @@ def backbone() -> Backbone:
 @pytest.fixture(scope="module")
 def items(backbone) -> EvalSet:
     """Sixteen held-out renders, spread over the test split."""
-    rows = rows_of(ROOT / "datasets" / "studio" / "test", "test", ROOT)
+    rows = read_rows(ROOT / "datasets" / "studio" / "test", "test", ROOT)
     rows = [row for row in rows if Path(row.image).parent.name == "data"]
     rows = rows[:: len(rows) // 16][:16]
     examples = [example(row, ROOT, SHOWN_TO, backbone.resolution) for row in rows]
@@ -92,9 +92,9 @@ def test_the_judge_tells_another_light(items):
     """The card says an area of 0.876 on 96 renders; here on sixteen, and without the renders under a second light."""
     judge, rng = load_judge("judge"), np.random.default_rng(0)
     masks = [c.mask for c in items.composites]
-    lit = [copy_paste(x, under_other_light(x, m, rng), m) for x, m in zip(items.truths, masks, strict=True)]
+    lit = [copy_paste(x, change_light_visibly(x, m, rng), m) for x, m in zip(items.truths, masks, strict=True)]
     scores = np.array([judge.score(images, masks) for images in (lit, items.truths)])
-    assert judged(scores.ravel(), np.repeat([0.0, 1.0], len(masks)))["auc"] > 0.65
+    assert classification_metrics(scores.ravel(), np.repeat([0.0, 1.0], len(masks)))["auc"] > 0.65
 
 
 def test_paint_by_example_does_its_work(backbone, items):

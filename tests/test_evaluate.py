@@ -16,7 +16,7 @@ from harmony.core.errors import UserError
 from harmony.evaluation import comparison as study
 from harmony.models.backbone import Backbone
 from harmony.models.controlnet import export_controlnet
-from harmony.models.paint_by_example import export_painter, fresh_encoder, painting_unet
+from harmony.models.paint_by_example import build_encoder, build_painting_unet, export_painter
 from harmony.pixels.images import read_image, write_image
 
 HERE = Path(__file__).resolve().parents[1]
@@ -32,8 +32,8 @@ def controlnets(random_backbone, awake, tmp_path_factory):
     branches = {"color": "color", "color_relight": "color", "structure": "structure", "raw": "raw"}
     for seed, (name, branch) in enumerate(branches.items()):
         export_controlnet(awake(backbone, seed), folder / name, branch, {}, backbone)
-    encoder = fresh_encoder(backbone.image_encoder, backbone.unet.config.cross_attention_dim)
-    painter = export_painter(painting_unet(backbone.unet), encoder, folder, backbone)
+    encoder = build_encoder(backbone.image_encoder, backbone.unet.config.cross_attention_dim)
+    painter = export_painter(build_painting_unet(backbone.unet), encoder, folder, backbone)
     painters = ("paint_by_example", "all_tokens", "no_augmentation", "box")
     return [*(f"controlnets.{n}={folder / n}" for n in branches), *(f"painters.{n}={painter}" for n in painters)]
 

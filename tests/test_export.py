@@ -25,7 +25,7 @@ from harmony.cli.compose import compose
 from harmony.core.errors import UserError
 from harmony.models.backbone import ASSETS, Backbone
 from harmony.models.controlnet import export_controlnet, load_controlnet, read_hint
-from harmony.models.paint_by_example import export_painter, fresh_encoder, load_painter, painting_unet
+from harmony.models.paint_by_example import build_encoder, build_painting_unet, export_painter, load_painter
 from harmony.pixels.images import read_image, write_image
 from harmony.pixels.masks import hole
 from harmony.sampling.guidance import Schedule, inpaint
@@ -254,8 +254,8 @@ def test_paint_by_example(command, backbone, tmp_path):
     OmegaConf.save(cfg, folder / "config.yaml")
     code, _, err = command(folder)
     assert code == 2 and "has not ended" in err[-1]
-    encoder = fresh_encoder(backbone.image_encoder, backbone.unet.config.cross_attention_dim)
-    export_painter(painting_unet(backbone.unet), encoder, folder / "export", backbone)
+    encoder = build_encoder(backbone.image_encoder, backbone.unet.config.cross_attention_dim)
+    export_painter(build_painting_unet(backbone.unet), encoder, folder / "export", backbone)
     (folder / "metrics.json").write_text(json.dumps({"test/raw/fid": 1.5, "baseline/test/raw/fid": 2.5}))
     code, out, err = command(folder, f"output={tmp_path / 'shipped'}", "half=true", "tower=false")
     assert code == 0 and Path(out[-1]) == tmp_path / "shipped", err
@@ -555,8 +555,8 @@ def test_links_in_a_paint_by_example_are_refused(refused, backbone, tmp_path):
     folder.mkdir()
     cfg = configuration(backbone) | {"module": {"_target_": "harmony.training.paint_by_example.ExemplarTask"}}
     OmegaConf.save(cfg, folder / "config.yaml")
-    encoder = fresh_encoder(backbone.image_encoder, backbone.unet.config.cross_attention_dim)
-    export_painter(painting_unet(backbone.unet), encoder, folder / "export", backbone)
+    encoder = build_encoder(backbone.image_encoder, backbone.unet.config.cross_attention_dim)
+    export_painter(build_painting_unet(backbone.unet), encoder, folder / "export", backbone)
     (folder / "metrics.json").write_text("{}")
     weights = folder / "export" / "paint_by_example" / "image_encoder" / "model.safetensors"
     weights.rename(tmp_path / "outside")

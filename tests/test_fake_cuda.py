@@ -27,7 +27,7 @@ from harmony.methods.prompt_editing import MODES, edit_picture, invert_pictures,
 from harmony.methods.zero_shot import Parts, harmonize_once
 from harmony.metrics.frechet import extract
 from harmony.metrics.similarity import embeddings
-from harmony.models.backbone import Backbone, placed
+from harmony.models.backbone import Backbone, move_module
 from harmony.models.clip import clip_of
 from harmony.models.controlnet import from_unet
 from harmony.models.features import BackboneFeatures
@@ -154,7 +154,7 @@ def test_one_controlnet_trains(sd2, monkeypatch):
     """Guards the step with a companion, the validation and the gradient checkpoints of true size."""
     task = ControlTask(sd2, "color")
     task.configure_model()
-    task.companion = Branch("structure", placed(from_unet(sd2.unet, sd2.factor).requires_grad_(False), GPU))
+    task.companion = Branch("structure", move_module(from_unet(sd2.unet, sd2.factor).requires_grad_(False), GPU))
     attached(task, monkeypatch)
     task.on_fit_start()
     batch = on_gpu(make_batch(sd2, 2, ("color", "structure")))
@@ -254,7 +254,7 @@ def test_a_backbone_trains(part, sd2, tmp_path, monkeypatch):
 
 def test_controlnets_fill(sd2, composites):
     """Guards two nets, with guidance and without; DDIM alone: the other solvers look for their step by its value."""
-    nets = [placed(from_unet(sd2.unet, sd2.factor).requires_grad_(False).to(sd2.dtype), GPU) for _ in range(2)]
+    nets = [move_module(from_unet(sd2.unet, sd2.factor).requires_grad_(False).to(sd2.dtype), GPU) for _ in range(2)]
     branches = [Branch("color", nets[0], 1.0, {"sigma": 10}), Branch("structure", nets[1], 0.5, {})]
     squares = [Composite(*item) for item in zip(*composites, ["a mushroom", "a car"], strict=True)]
     for settings in (Settings(1, 1.0), Settings(3, 7.5, encoder_every=2, guided=0.5)):

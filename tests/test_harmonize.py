@@ -15,7 +15,7 @@ from harmony import harmonize
 from harmony.methods import inputs, runs
 from harmony.models.backbone import Backbone
 from harmony.models.controlnet import export_controlnet
-from harmony.models.paint_by_example import export_painter, fresh_encoder, painting_unet
+from harmony.models.paint_by_example import build_encoder, build_painting_unet, export_painter
 from harmony.pixels.composites import place
 from harmony.pixels.images import read_image, write_image
 
@@ -116,8 +116,8 @@ def painter(random_backbone, tmp_path_factory):
     """A Paint by Example that has learnt nothing."""
     torch.manual_seed(0)
     backbone, folder = Backbone(str(random_backbone)), tmp_path_factory.mktemp("painter")
-    encoder = fresh_encoder(backbone.image_encoder, backbone.unet.config.cross_attention_dim)
-    return export_painter(painting_unet(backbone.unet), encoder, folder, backbone)
+    encoder = build_encoder(backbone.image_encoder, backbone.unet.config.cross_attention_dim)
+    return export_painter(build_painting_unet(backbone.unet), encoder, folder, backbone)
 
 
 def test_by_example(desk, command, painter):

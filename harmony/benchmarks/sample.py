@@ -15,7 +15,7 @@ from diffusers import DDIMScheduler, StableDiffusionControlNetInpaintPipeline
 from harmony.benchmarks.measure import alternate, count_tflop, measure_matmul_rate
 from harmony.methods.inpainting import Branch, Inpainting, draw_hints
 from harmony.methods.method import Composite, make_seeds
-from harmony.models.backbone import Backbone, placed
+from harmony.models.backbone import Backbone, move_module
 from harmony.models.controlnet import from_unet, zero_convolutions
 from harmony.pixels.images import to_hint, to_model
 from harmony.sampling.guidance import Settings
@@ -45,7 +45,7 @@ def make_nonzero_net(backbone: Backbone, seed: int) -> torch.nn.Module:
     net = from_unet(backbone.unet, backbone.factor).requires_grad_(False).eval()
     for p in zero_convolutions(net):
         p.normal_(0, 0.02)
-    return placed(torch.nn.Module.to(net, backbone.dtype), backbone.device)
+    return move_module(torch.nn.Module.to(net, backbone.dtype), backbone.device)
 
 
 class Scene:

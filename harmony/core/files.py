@@ -1,4 +1,4 @@
-"""Small files, written whole or not at all."""
+"""Atomic writing: a file or folder is written completely or not at all."""
 
 import json
 import os
@@ -20,40 +20,40 @@ def bundled(folder: str) -> Path:
 
 
 @contextmanager
-def atomic(path: str | os.PathLike) -> Iterator[Path]:
-    """Where to write what takes the place of ``path`` when the block ends, and is gone when it fails.
+def replace_file(path: str | os.PathLike) -> Iterator[Path]:
+    """Yield a temporary path that replaces the file ``path`` when the block ends; it is deleted if the block fails.
 
-    The folder is made if needed.
+    The parent folder is created if needed.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    temp_path = path.with_name(f".{path.name}.{os.getpid()}.partial")
     try:
-        yield partial
-        os.replace(partial, path)
+        yield temp_path
+        os.replace(temp_path, path)
     finally:
-        partial.unlink(missing_ok=True)
+        temp_path.unlink(missing_ok=True)
 
 
 @contextmanager
-def atomic_folder(path: str | os.PathLike) -> Iterator[Path]:
-    """A folder to write into, empty at first, that takes the place of ``path`` when the block ends."""
+def replace_folder(path: str | os.PathLike) -> Iterator[Path]:
+    """Yield an empty temporary folder that replaces the folder ``path`` when the block ends."""
     path = Path(path)
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
+    temp_folder = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    shutil.rmtree(temp_folder, ignore_errors=True)
+    temp_folder.mkdir(parents=True)
     try:
-        yield partial
+        yield temp_folder
         shutil.rmtree(path, ignore_errors=True)
-        os.replace(partial, path)
+        os.replace(temp_folder, path)
     finally:
-        shutil.rmtree(partial, ignore_errors=True)
+        shutil.rmtree(temp_folder, ignore_errors=True)
 
 
 def write_text(path: str | os.PathLike, text: str) -> None:
-    """Write a text file atomically; its folder is made if needed."""
-    with atomic(path) as partial:
-        partial.write_text(text, encoding="utf-8")
+    """Write a text file atomically; its folder is created if needed."""
+    with replace_file(path) as temp_path:
+        temp_path.write_text(text, encoding="utf-8")
 
 
 def write_json(path: str | os.PathLike, content: Any) -> None:
@@ -64,8 +64,8 @@ def write_json(path: str | os.PathLike, content: Any) -> None:
 def write_tensors(
     path: str | os.PathLike, tensors: Mapping[str, "torch.Tensor"], metadata: dict[str, str] | None = None
 ) -> None:
-    """Write a safetensors file atomically; the tensors may lie on any device and in any memory format."""
-    from safetensors.torch import save_file  # which loads torch: what writes text alone need not wait for it
+    """Write a safetensors file atomically; the tensors may be on any device and in any memory format."""
+    from safetensors.torch import save_file  # imported here because it loads torch, which writing text does not need
 
-    with atomic(path) as partial:
-        save_file({name: x.detach().cpu().contiguous() for name, x in tensors.items()}, partial, metadata)
+    with replace_file(path) as temp_path:
+        save_file({name: x.detach().cpu().contiguous() for name, x in tensors.items()}, temp_path, metadata)

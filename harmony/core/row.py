@@ -1,6 +1,6 @@
-"""One manifest row, and the shapes and ranges that every floor agrees on.
+"""The manifest row, and the shapes and value ranges that all code shares.
 
-Legend of shapes
+Shapes
     B  batch            H, W  pixels             h, w  latent cells (H / factor, W / factor)
     C  latent channels  T     tokens of a prompt  D    width of the text states
 
@@ -21,9 +21,9 @@ SPLITS = ("train", "validation", "test")
 class Row:
     """One instance in one photograph: a line of ``manifest.jsonl``. Paths are relative to the manifest's folder.
 
-    ``box`` is (x0, y0, x1, y1) in pixels of the stored image, x1 and y1 exclusive. ``sha256`` is that of the image
-    file. ``extras`` holds what only some datasets have: ``plate``, ``relit``, ``shadow`` (paths), ``relit_caption``,
-    ``source`` (``studio``), ``caption_source`` (``given`` or the name of the captioner).
+    ``box`` is (x0, y0, x1, y1) in pixels of the stored image, x1 and y1 exclusive. ``sha256`` is the hash of the
+    image file. ``extras`` holds the values that only some datasets have: ``plate``, ``relit``, ``shadow`` (paths),
+    ``relit_caption``, ``source`` (``studio``), ``caption_source`` (``given`` or the name of the captioner).
     """
 
     id: str

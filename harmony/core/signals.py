@@ -1,9 +1,9 @@
-"""SIGTERM and Ctrl-C end a command within seconds whatever it is doing, and its children end with it.
+"""SIGTERM and Ctrl-C end a command and its child processes within seconds, whatever the command is doing.
 
-Python runs a signal's handler between two steps of the main thread, and never while that thread waits in C: for another
-rank, for a compiler, for a backward pass. So there are two ways out. The handler raises ``Interrupt``, and the program
-leaves by itself, as after any error. A second thread hears of the signal at once, by the pipe that Python's C code
-writes to; where the program has not left after ``GRACE`` seconds, it kills what the program has started and ends it.
+Python runs a signal handler only between two bytecodes of the main thread, not while that thread waits in C code: for
+another rank, a compiler or a backward pass. So a command can end in two ways. The handler raises ``Interrupt``, and the
+program exits as after any error. A second thread reads the signal from the pipe that Python's C code writes to; if the
+program has not exited after ``GRACE`` seconds, that thread kills the child processes and then the program.
 """
 
 import atexit
@@ -23,20 +23,20 @@ from multiprocessing.pool import Pool
 from pathlib import Path
 from types import FrameType
 
-GRACE = 5.0  # seconds in which a program may leave by itself
-ECHO = 1.0  # a signal so soon after the first is the same one: a launcher passes on what its whole group has had
+GRACE = 5.0  # seconds that a program has to exit by itself
+ECHO = 1.0  # seconds: a second signal within this time is the same one, which a launcher passed on to its children
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
-PARENT = "HARMONY_PARENT"  # the command that started this one
-# multiprocessing's helper removes the semaphores that a killed program leaves, and need not tell the user of them.
+PARENT = "HARMONY_PARENT"  # environment variable: process id of the command that started this one
+# The resource tracker of multiprocessing removes the semaphores of a killed program; this hides its warning.
 QUIET = ("PYTHONWARNINGS", "ignore:resource_tracker:UserWarning")
-# Helpers that tidy up and end when the last process that uses them is gone: FiftyOne's database (which others may use
-# too), and the lists of what multiprocessing and torch have to remove from shared memory.
+# Helper processes that clean up and exit after the last process that uses them: FiftyOne's database (which other
+# programs may use too) and the trackers of shared memory of multiprocessing and torch.
 HELPERS = (b"--51-service", b"multiprocessing.resource_tracker", b"torch_shm_manager")
 SET_PDEATHSIG, SET_CHILD_SUBREAPER = 1, 36  # of prctl(2)
 
 
 class Interrupt(KeyboardInterrupt):
-    """A signal told the command to end; ``code`` is the exit code that says so."""
+    """Raised when a signal ends the command; ``code`` is the exit code for that signal."""
 
     def __init__(self, number: int):
         super().__init__(number)
@@ -44,123 +44,125 @@ class Interrupt(KeyboardInterrupt):
 
 
 class Watch:
-    """Handlers of a command's signals, and the thread that ends the process where they cannot."""
+    """The signal handlers of a command, and the thread that ends the process if the handlers cannot."""
 
     def __init__(self, line: str):
-        self.line, self.number, self.raised, self.released = line, None, False, False
+        self.line, self.number, self.is_raised, self.is_released = line, None, False, False
         self.pipe, self.pipe_in = os.pipe()
         os.set_blocking(self.pipe_in, False)
         self.wakeup = signal.set_wakeup_fd(self.pipe_in, warn_on_full_buffer=False)
-        own = [number for number in SIGNALS if signal.getsignal(number) is not signal.SIG_IGN]  # as nohup wants it
-        self.handlers = {number: signal.signal(number, self.handle) for number in own}
+        numbers = [number for number in SIGNALS if signal.getsignal(number) is not signal.SIG_IGN]  # nohup ignores some
+        self.handlers = {number: signal.signal(number, self.handle) for number in numbers}
         threading.Thread(target=self.watch, name="signals", daemon=True).start()
 
     def handle(self, number: int, frame: FrameType | None) -> None:
+        """Raise ``Interrupt`` for the first signal."""
         self.number = self.number or number
-        if not self.raised:  # once: what is tidied up after it is not interrupted again
-            self.raised = True
+        if not self.is_raised:  # once, so that the cleanup after it is not interrupted
+            self.is_raised = True
             raise Interrupt(self.number)
 
     def release(self) -> None:
-        """Back to what was before."""
+        """Restore the handlers that were installed before."""
         for number, handler in self.handlers.items():
             signal.signal(number, handler)
         signal.set_wakeup_fd(self.wakeup)
-        self.released = True
+        self.is_released = True
         os.close(self.pipe_in)
 
-    def heard(self, until: float | None) -> int | None:
-        """The next of our signals; None when ``until`` has passed or after ``release``."""
-        while select.select([self.pipe], [], [], until and max(0, until - time.monotonic()))[0]:
+    def wait_for_signal(self, deadline: float | None) -> int | None:
+        """Return the next signal of ``SIGNALS``; None after ``deadline`` or ``release``."""
+        while select.select([self.pipe], [], [], deadline and max(0, deadline - time.monotonic()))[0]:
             word = os.read(self.pipe, 1)
             if not word or word[0] in SIGNALS:
                 return word[0] if word else None
         return None
 
     def watch(self) -> None:
-        first = self.heard(until=None)
-        if first is not None:
-            self.number = self.number or first
-            began = time.monotonic()
-            while self.heard(began + ECHO):
+        """Wait for the first signal, give the program ``GRACE`` seconds, then end it (in a thread)."""
+        number = self.wait_for_signal(deadline=None)
+        if number is not None:
+            self.number = self.number or number
+            start = time.monotonic()
+            while self.wait_for_signal(start + ECHO):
                 continue
-            self.heard(began + GRACE)
-            if not self.released:
+            self.wait_for_signal(start + GRACE)
+            if not self.is_released:
                 self.end()
         os.close(self.pipe)
 
     def leave(self) -> None:
-        """The last thing that a program does after a signal: what an interpreter takes apart may take its time."""
-        with suppress(OSError, ValueError):  # nobody reads, or closed
+        """End the program after a signal without the interpreter's own shutdown, which may take long."""
+        with suppress(OSError, ValueError):  # no reader, or a closed stream
             sys.stdout.flush()
         kill_descendants()
-        util._exit_function()  # of multiprocessing: its semaphores outlive the process
+        util._exit_function()  # of multiprocessing: otherwise its semaphores outlive the process
         self.end()
 
     def end(self) -> None:
-        """End the process and what it has started, now."""
+        """Kill the process and its children immediately."""
         kill_descendants()
-        if self.line and select.select([], [2], [], 0)[1]:  # a full pipe would make us wait
+        if self.line and select.select([], [2], [], 0)[1]:  # writing to a full pipe would block
             os.write(2, f"{self.line}\n".encode())
         os._exit(128 + self.number)
 
 
-current: Watch | None = None
+current_watch: Watch | None = None
 
 
 @contextmanager
 def obey(line: str, program: bool) -> Iterator[None]:
-    """While a command runs: SIGTERM and SIGINT end it, by ``Interrupt`` or after ``GRACE`` seconds by force.
+    """Within this block SIGTERM and SIGINT end the command, by ``Interrupt`` or by force after ``GRACE`` seconds.
 
-    Whatever the command made of the signal, raised something else or even finished, what leaves here is ``Interrupt``.
-    ``line`` is said on standard error where force was needed. A ``program`` has to end after it, and force waits until
-    it has; otherwise the caller goes on. In another thread than the main one nothing is installed.
+    After a signal the block always raises ``Interrupt``, even if the command raised another error or finished. ``line``
+    is written to standard error if force was needed. With ``program`` the process must exit after the block, and is
+    still ended by force if it does not; otherwise the caller continues. Outside the main thread this does nothing.
     """
-    global current
+    global current_watch
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    before = {name: os.environ.get(name) for name in (PARENT, QUIET[0])}
-    if before[PARENT] == str(os.getppid()):
+    environment = {name: os.environ.get(name) for name in (PARENT, QUIET[0])}
+    if environment[PARENT] == str(os.getppid()):
         end_with(os.getppid())
     os.environ[PARENT] = str(os.getpid())
-    os.environ[QUIET[0]] = ",".join(filter(None, [before[QUIET[0]], QUIET[1]]))
-    prctl(SET_CHILD_SUBREAPER, 1)  # the children of a child that is gone are ours to end
-    watch = current = Watch(line)
-    atexit.register(watch.leave)  # before what the command registers, so it comes after
+    os.environ[QUIET[0]] = ",".join(filter(None, [environment[QUIET[0]], QUIET[1]]))
+    prctl(SET_CHILD_SUBREAPER, 1)  # so that children of a dead child become children of this process
+    watch = current_watch = Watch(line)
+    atexit.register(watch.leave)  # registered before the command's own functions, so it runs after them
     try:
         yield
     finally:
         if watch.number is None or not program:
             watch.release()
-            current = None
+            current_watch = None
             prctl(SET_CHILD_SUBREAPER, 0)
             atexit.unregister(watch.leave)
-            for name, value in before.items():
+            for name, value in environment.items():
                 os.environ.pop(name) if value is None else os.environ.update({name: value})
         if watch.number is not None:
-            watch.line = ""  # who gets this says it
+            watch.line = ""  # the caller prints the line
             raise Interrupt(watch.number) from None
 
 
-# A forked child has the pipe and the handlers too: what it is told would end its parent. Until it has let go of them
-# it is told nothing.
-fork = threading.local()
+# A forked child inherits the pipe and the handlers, so a signal to it would end its parent. Signals are blocked until
+# the child has removed them.
+fork_state = threading.local()
 
 
 def before_fork() -> None:
-    fork.mask = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
+    fork_state.mask = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
 
 
 def after_fork() -> None:
-    signal.pthread_sigmask(signal.SIG_SETMASK, fork.mask)
+    signal.pthread_sigmask(signal.SIG_SETMASK, fork_state.mask)
 
 
 def after_fork_in_child() -> None:
-    if current is not None:
+    if current_watch is not None:
         signal.set_wakeup_fd(-1)
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
-        signal.signal(signal.SIGINT, signal.SIG_IGN)  # a terminal sends it to all: the parent decides
+        signal.signal(signal.SIGINT, signal.SIG_IGN)  # a terminal sends it to all processes: the parent decides
     after_fork()
 
 
@@ -171,54 +173,54 @@ os.register_at_fork(before=before_fork, after_in_parent=after_fork, after_in_chi
 
 
 @contextmanager
-def deaf_children() -> Iterator[None]:
-    """Processes that are started here never hear of Ctrl-C, which a terminal sends to all: their parent decides."""
-    resource_tracker.ensure_running()  # which comes with the first child and would let the signal in again
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])  # inherited by a new program
+def ignore_ctrl_c_in_children() -> Iterator[None]:
+    """Processes started within this block ignore Ctrl-C, which a terminal sends to all: their parent ends them."""
+    resource_tracker.ensure_running()  # it starts with the first child and would unblock the signal
+    old_mask = signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])  # a new program inherits the mask
     try:
         yield
     finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+        signal.pthread_sigmask(signal.SIG_SETMASK, old_mask)
 
 
-def worker_pool(number: int) -> Pool:
-    """``number`` fresh processes that leave Ctrl-C to this one and end with it."""
-    with deaf_children():
-        return multiprocessing.get_context("spawn").Pool(number, end_with, (os.getpid(),))
+def worker_pool(count: int) -> Pool:
+    """A pool of ``count`` new processes that ignore Ctrl-C and end with this process."""
+    with ignore_ctrl_c_in_children():
+        return multiprocessing.get_context("spawn").Pool(count, end_with, (os.getpid(),))
 
 
 def end_with(parent: int) -> None:
-    """Called in a child: it is killed when ``parent`` (on Linux the thread that started the child) ends in any way."""
+    """Let the system kill this child process when ``parent`` ends (on Linux: the thread that started the child)."""
     prctl(SET_PDEATHSIG, signal.SIGKILL)
     if os.getppid() != parent:  # it was quicker
         os._exit(1)
 
 
 def prctl(option: int, value: int) -> None:
-    """A setting of this process that Linux alone knows."""
+    """Change a Linux setting of this process; does nothing on other systems."""
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(option, value, 0, 0, 0)
 
 
 def descendants() -> list[int]:
-    """Processes below this one that still run, parents first, without ``HELPERS``."""
+    """Ids of the running child processes, and theirs, parents first and without ``HELPERS``."""
     children = defaultdict(list)
     for folder in Path("/proc").glob("[0-9]*"):
         try:
             state, parent = (folder / "stat").read_bytes().rpartition(b")")[2].split()[:2]
             if state != b"Z" and not any(word in (folder / "cmdline").read_bytes() for word in HELPERS):
                 children[int(parent)].append(int(folder.name))
-        except (OSError, ValueError):  # gone meanwhile
+        except (OSError, ValueError):  # the process has ended in the meantime
             continue
-    below = children[os.getpid()]
-    for pid in below:
-        below += children[pid]
-    return below
+    pids = children[os.getpid()]
+    for pid in pids:
+        pids += children[pid]
+    return pids
 
 
 def kill_descendants() -> None:
-    """Kill all that this process has started, and what that has started."""
-    for _ in range(20):  # what a child started just before its end comes to us only then
+    """Kill all child processes and their children."""
+    for _ in range(20):  # a process that a child started just before its end shows up one round later
         pids = descendants()
         for pid in pids:
             try:

@@ -1,7 +1,7 @@
 """Captions of whole photographs by BLIP.
 
-BLIP (Li 2022) sees the full, unmasked image, so that a caption names the instance too. Its prompt prefix, beams and
-lengths come from the captioner's generation config; where that is silent, the values of BLIP's authors hold.
+BLIP (Li 2022) gets the full, unmasked image, so that a caption names the instance too. Its prompt prefix, beams and
+lengths come from the captioner's generation config, with the values of BLIP's authors as defaults.
 """
 
 import hashlib
@@ -14,17 +14,18 @@ import numpy as np
 import torch
 
 from harmony.core.errors import UserError
-from harmony.core.hub import fetched
+from harmony.core.hub import fetch_folder
 from harmony.pixels.images import read_image, sha256, write_image
 
-BLIP = "Salesforce/blip-image-captioning-large"  # where a backbone has no captioner, as Stable Diffusion
+BLIP = "Salesforce/blip-image-captioning-large"  # for backbones without a captioner, as Stable Diffusion
 PREFIX, BEAMS, MIN_LENGTH, MAX_LENGTH = "a picture of", 3, 5, 20
-GIVEN = "given"  # in place of a captioner's name: a caption by people
+HUMAN_CAPTION = "given"  # stored instead of a captioner's name: a caption by people
 
 
 def captioner_name(folder: str | Path) -> str:
-    """The name stored with every caption, so that another captioner captions again: backbone with its hash, or hub
-    id.
+    """The captioner's name, stored with every caption: the backbone with a hash of the weights, or the hub id.
+
+    Captions of a captioner with another name are written again.
     """
     folder = Path(folder)
     weights = sorted(folder.glob("*.safetensors"))
@@ -36,11 +37,11 @@ def captioner_name(folder: str | Path) -> str:
 
 
 def load_captioner(folder: str | Path, device: str = "cpu") -> tuple[torch.nn.Module, object]:
-    """(BlipForConditionalGeneration, BlipProcessor) from a folder or hub id. Raises UserError when there is none."""
+    """Load (BlipForConditionalGeneration, BlipProcessor) from a folder or hub id. Raises UserError if there is none."""
     from transformers import BlipForConditionalGeneration, BlipProcessor
 
     try:
-        folder = folder if Path(folder).is_dir() else fetched(str(folder))
+        folder = folder if Path(folder).is_dir() else fetch_folder(str(folder))
         model = BlipForConditionalGeneration.from_pretrained(folder, use_safetensors=True).eval().to(device)
         return model, BlipProcessor.from_pretrained(folder)
     except (OSError, ValueError, UserError) as error:
@@ -59,9 +60,9 @@ def caption_images(
     """
     settings = captioner.generation_config
     prefix = PREFIX if getattr(settings, "prefix", None) is None else settings.prefix
-    prompt = processor.tokenizer(prefix, return_tensors="pt")["input_ids"].to(device)  # 1 x T, closed by [SEP]
-    remaining = iter(paths)
-    while batch := list(islice(remaining, batch_size)):
+    prompt = processor.tokenizer(prefix, return_tensors="pt")["input_ids"].to(device)  # 1 x T, ends in [SEP]
+    iterator = iter(paths)
+    while batch := list(islice(iterator, batch_size)):
         pixels = processor.image_processor([read_image(path) for _, path in batch], return_tensors="pt")["pixel_values"]
         prompts = prompt.repeat(len(batch), 1)
         with torch.inference_mode():
@@ -78,12 +79,12 @@ def caption_images(
 
 
 def caption_picture(image: np.ndarray, captioner: torch.nn.Module, processor: object, device: str) -> str:
-    """The caption of one picture in memory, uint8 H x W x 3."""
+    """Caption one picture in memory, uint8 H x W x 3."""
     with TemporaryDirectory() as folder:
         write_image(Path(folder) / "picture.png", image)
         return next(caption_images([("picture", Path(folder) / "picture.png")], captioner, processor, 1, device))[1]
 
 
 def strip_prefix(text: str, prefix: str) -> str:
-    """The caption without the prompt that it continues."""
+    """Remove the prompt from a caption that continues it."""
     return text.strip().removeprefix(prefix).strip()

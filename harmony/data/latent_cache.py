@@ -1,16 +1,16 @@
-"""The latent cache: everything a training step needs, computed once, in checksummed memory-mapped shards.
+"""The latent cache: the inputs of training steps, computed once, in checksummed memory-mapped shards.
 
-A cache belongs to one split of one manifest and one backbone. Its key is a hash of all that decides its contents
-(backbone's VAE, resolution, crop rule, hole rule, hint parameters, rows, schema version); a cache with another key
-is refused by name. Posterior *moments* are stored, not samples, so that the latent's noise stays random. Shards are
-written one by one and moved into place when complete: a kill at any point costs at most one shard a process, and the
-same command goes on. A shard whose checksum is wrong is built again, never trained on.
+A cache belongs to one split of one manifest and one backbone. Its key is a hash of everything that determines its
+contents (the backbone's VAE, resolution, crop rule, hole rule, hint parameters, rows, schema version); a cache with
+another key is an error. Posterior *moments* are stored, not samples, so that the latent's noise stays random. Each
+shard is moved into place when it is complete: a killed process loses at most one shard, and the same command resumes. A
+shard with a wrong checksum is built again, never trained on.
 """
 
 import errno
 import hashlib
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Protocol
@@ -24,19 +24,19 @@ from harmony.core.files import write_json, write_tensors
 from harmony.core.progress import tell
 from harmony.core.row import Row
 from harmony.data.manifest import read_manifest
-from harmony.pixels.composites import other_light
-from harmony.pixels.exemplars import SHAPED, cut_out, exemplar, extended_box, painted_mask, square_crop
+from harmony.pixels.composites import change_light
+from harmony.pixels.exemplars import SHAPE_SHARE, cut_out, draw_crop, draw_hole, exemplar, extend_box
 from harmony.pixels.hints import hint
 from harmony.pixels.images import Crop, crop_resize, read_image, resize, sha256, square_around, to_model
 from harmony.pixels.masks import bounding_box, coverage, hole, read_mask, resize_mask, to_latent
 
 CACHE_SCHEMA = 1
-SHARD = 256  # items a shard
-EXTENDED = {"shape": SHAPED, "box": 0.0}  # hole rules around the extended box -> share of arbitrary shapes
+SHARD = 256  # items in a shard
+SHAPE_SHARES = {"shape": SHAPE_SHARE, "box": 0.0}  # hole rules around the extended box -> share of arbitrary shapes
 
 
 class Codec(Protocol):
-    """What the cache needs of a backbone (``models.backbone.Backbone``, which stands on the same floor)."""
+    """The part of ``models.backbone.Backbone`` that the cache needs."""
 
     factor: int
     resolution: int
@@ -51,16 +51,16 @@ class Codec(Protocol):
 class Recipe:
     """How a row becomes training items.
 
-    ``crop``: ``centre`` (the deterministic square around the instance), ``jitter`` (a random square that holds the
+    ``crop``: ``centre`` (the deterministic square around the instance), ``jitter`` (a random square that contains the
     instance, mirrored half of the time) or ``extended`` (Paint by Example's, around the extended box). ``hole``: a rule
-    of ``masks.hole``, or with the latter ``shape`` (half of the time of arbitrary shape) or ``box`` (the extended box
-    always). ``variants``: items a row, each with a crop and a hole of its own. ``hints``: branch -> parameters of its
-    operator; for ``exemplar`` the ``size`` S at which it is stored. Variant 0 of ``centre`` + ``dilate`` is the test
-    protocol.
+    of ``masks.hole``, or for ``extended`` crops ``shape`` (half of the time of arbitrary shape) or ``box`` (always the
+    extended box). ``variants``: items for each row, with different crops and holes. ``hints``: branch -> parameters of
+    its operator; for ``exemplar`` the ``size`` S at which it is stored. Variant 0 of ``centre`` + ``dilate`` is the
+    test protocol.
 
-    ``mismatch``: share of items whose hints come from an instance under another light than the picture's: the render
-    under its second light where the dataset has one, else a random change of exposure, contrast and white balance.
-    Exemplars stay in the picture's own light.
+    ``mismatch``: share of items whose hints show the instance under another light than the picture's: the render under
+    a second light if the dataset has one, else a random change of exposure, contrast and white balance. Exemplars keep
+    the picture's light.
     """
 
     crop: str = "centre"
@@ -73,12 +73,11 @@ class Recipe:
 
 @dataclass(frozen=True)
 class Example:
-    """One row at the backbone's resolution, uint8 R x R x 3 and bool R x R; ``crop`` is where it lies in the picture
-    (None = the whole of it, squashed).
+    """A row at the backbone's resolution: pictures uint8 R x R x 3 and masks bool R x R.
 
-    ``instance`` is the picture that hints are made from: ``image``, or the same object under another light.
-    ``exemplar``: the instance's box cut out of the photograph (``exemplars.cut_out``), uint8 in its own size, where one
-    is wanted.
+    ``crop`` is the square of the photograph (None: the whole photograph, squashed). ``instance`` is the picture that
+    hints are made from: ``image``, or the same object under another light (``relit``). ``exemplar`` is the instance's
+    box cut out of the photograph (``exemplars.cut_out``), uint8 at its original size, if the recipe needs one.
     """
 
     image: np.ndarray
@@ -91,80 +90,84 @@ class Example:
 
     @property
     def instance(self) -> np.ndarray:
+        """The picture of the instance for hints."""
         return self.image if self.relit is None else self.relit
 
 
-def jittered(box: tuple, width: int, height: int, rng: np.random.Generator) -> Crop:
-    """A random square of 70 to 100 % of the short side that holds the box wherever that is possible."""
+def draw_jitter_crop(box: Sequence[float], width: int, height: int, rng: np.random.Generator) -> Crop:
+    """A random square of 70 to 100 % of the short side that contains the box if possible."""
     x0, y0, x1, y1 = box
     whole = square_around(box, width, height)
     side = round(max(max(x1 - x0, y1 - y0) + 1, whole.side * rng.uniform(0.7, 1)))
     if side >= whole.side:
         return whole
 
-    def start(low, high, length):
+    def start(low: float, high: float, length: int) -> int:
         return int(rng.integers(max(0, int(np.ceil(high)) - side), min(int(low), length - side) + 1))
 
     return Crop(start(x0, x1, width), start(y0, y1, height), side)
 
 
 def example(row: Row, root: Path, recipe: Recipe, resolution: int, variant: int = 0) -> Example:
-    """Picture, instance and hole of a row: the one place where crop and hole are decided."""
+    """Build the example of a row: the only place where crop and hole are chosen."""
     image = read_image(root / row.image)
     height, width = image.shape[:2]
     mask = read_mask(root / row.mask, (width, height), resize=True)
     rng = np.random.default_rng([recipe.seed, variant, int(hashlib.sha256(row.id.encode()).hexdigest()[:8], 16)])
     object_ = cut_out(image, mask) if "exemplar" in recipe.hints else None
     if recipe.crop == "extended":
-        square = replace(extended_example(image, mask, recipe, resolution, rng), exemplar=object_)
+        square = replace(build_extended_example(image, mask, recipe, resolution, rng), exemplar=object_)
         if not (square.mask.any() and square.hole.any()):
-            raise vanished(row, resolution)
+            raise empty_mask_error(row, resolution)
         return square
     jitter = recipe.crop == "jitter"
-    crop = jittered(row.box, width, height, rng) if jitter else square_around(row.box, width, height)
+    crop = draw_jitter_crop(row.box, width, height, rng) if jitter else square_around(row.box, width, height)
     mirrored = bool(jitter and rng.random() < 0.5)
     image, mask = crop_resize(image, crop, resolution), crop_resize(mask, crop, resolution)
     if mirrored:
         image, mask = np.ascontiguousarray(image[:, ::-1]), np.ascontiguousarray(mask[:, ::-1])
         object_ = None if object_ is None else np.ascontiguousarray(object_[:, ::-1])
     if not mask.any():
-        raise vanished(row, resolution)
-    opened = hole(mask, recipe.hole, rng)
+        raise empty_mask_error(row, resolution)
+    hole_mask = hole(mask, recipe.hole, rng)
     relit = None
     if recipe.mismatch and rng.random() < recipe.mismatch:
         if "relit" in row.extras:
             relit = crop_resize(read_image(root / row.extras["relit"]), crop, resolution)
             relit = np.ascontiguousarray(relit[:, ::-1]) if mirrored else relit
         else:
-            relit = other_light(image, rng)
-    return Example(image, mask, opened, crop, mirrored, relit, object_)
+            relit = change_light(image, rng)
+    return Example(image, mask, hole_mask, crop, mirrored, relit, object_)
 
 
-def vanished(row: Row, resolution: int) -> UserError:
+def empty_mask_error(row: Row, resolution: int) -> UserError:
+    """The error for a mask that has no pixel at ``resolution``."""
     return UserError(f"{row.mask}: the instance vanishes at {resolution} px; raise select.min_area and prepare again")
 
 
-def extended_example(
+def build_extended_example(
     image: np.ndarray, mask: np.ndarray, recipe: Recipe, resolution: int, rng: np.random.Generator
 ) -> Example:
-    """What Paint by Example trains on: the hole around the extended box, and a random square that holds it."""
-    if recipe.hole not in EXTENDED:
-        raise UserError(f"hole rule '{recipe.hole}' does not go with crop 'extended'; use one of {', '.join(EXTENDED)}")
+    """The example for Paint by Example: a hole around the extended box, and a random square that contains it."""
+    if recipe.hole not in SHAPE_SHARES:
+        raise UserError(
+            f"hole rule '{recipe.hole}' does not go with crop 'extended'; use one of {', '.join(SHAPE_SHARES)}"
+        )
     height, width = mask.shape
     box = bounding_box(mask)
-    extended = extended_box(box, width, height, rng)
-    painted = painted_mask(box, extended, width, height, rng, EXTENDED[recipe.hole])
-    crop = square_crop(extended, width, height, rng)
+    outer_box = extend_box(box, width, height, rng)
+    hole_mask = draw_hole(box, outer_box, width, height, rng, SHAPE_SHARES[recipe.hole])
+    crop = draw_crop(outer_box, width, height, rng)
     if crop is not None:
-        image, mask, painted = (crop_resize(a, crop, resolution) for a in (image, mask, painted))
-    else:  # no square holds the box: squash the whole picture, as the released code of Yang 2022 does
+        image, mask, hole_mask = (crop_resize(a, crop, resolution) for a in (image, mask, hole_mask))
+    else:  # no square contains the box: squash the whole picture, as the released code of Yang 2022 does
         image = resize(image, resolution, resolution)
-        mask, painted = (resize_mask(m, resolution, resolution) for m in (mask, painted))
-    return Example(image, mask, painted, crop)
+        mask, hole_mask = (resize_mask(m, resolution, resolution) for m in (mask, hole_mask))
+    return Example(image, mask, hole_mask, crop)
 
 
 def describe(backbone: Codec, recipe: Recipe, rows: list[Row]) -> dict:
-    """All that decides the contents of a cache."""
+    """Everything that determines the contents of a cache."""
     facts = json.dumps([(r.id, r.sha256, r.mask, list(r.box)) for r in rows]).encode()
     return {
         "schema": CACHE_SCHEMA,
@@ -175,12 +178,13 @@ def describe(backbone: Codec, recipe: Recipe, rows: list[Row]) -> dict:
     }
 
 
-def key(description: dict) -> str:
+def cache_key(description: dict) -> str:
+    """The key of a cache: a hash of its description."""
     return hashlib.sha256(json.dumps(description, sort_keys=True).encode()).hexdigest()[:16]
 
 
 def encode(examples: list[Example], backbone: Codec, recipe: Recipe) -> dict[str, torch.Tensor]:
-    """Tensors of some items: float16 moments, uint8 masks and hints."""
+    """The tensors of examples: float16 moments, uint8 masks and hints."""
     x = torch.stack([to_model(e.image) for e in examples]).to(backbone.device)
     holes = torch.from_numpy(np.stack([e.hole for e in examples])[:, None]).float()
     masks = torch.from_numpy(np.stack([e.mask for e in examples])[:, None]).float()
@@ -201,22 +205,22 @@ def encode(examples: list[Example], backbone: Codec, recipe: Recipe) -> dict[str
 
 
 def write_shard(path: Path, tensors: dict[str, torch.Tensor]) -> str:
-    """Write atomically; returns the sha256. UserError when the disk is full; nothing half-written stays."""
+    """Write a shard atomically; returns its sha256. UserError if the disk is full."""
     try:
         write_tensors(path, tensors)
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            raise UserError(f"disk full while writing {path}: free some space; the same command goes on") from None
+            raise UserError(f"disk full while writing {path}: free some space; the same command resumes") from None
         raise
-    except Exception as error:  # safetensors wraps the operating system's error in one of its own
+    except Exception as error:  # safetensors wraps the system's error
         if "No space left" in str(error) or "os error 28" in str(error):
-            raise UserError(f"disk full while writing {path}: free some space; the same command goes on") from None
+            raise UserError(f"disk full while writing {path}: free some space; the same command resumes") from None
         raise
     return sha256(path)
 
 
 class Cache:
-    """The shards of one split of a manifest under ``root``, as they are made. UserError when the split has no rows."""
+    """Writes the shards of one split of a manifest under ``root``. UserError if the split has no rows."""
 
     def __init__(
         self,
@@ -232,23 +236,24 @@ class Cache:
             raise UserError(f"{manifest} has no rows in split {split}: check the recipe's splits and selection")
         self.manifest, self.split, self.backbone, self.recipe, self.say = manifest, split, backbone, recipe, say
         self.description = describe(backbone, recipe, rows)
-        self.folder = root / f"{split}-{key(self.description)}"
+        self.folder = root / f"{split}-{cache_key(self.description)}"
         items = [(row, v) for row in rows for v in range(recipe.variants)]
         self.shards = [items[i : i + SHARD] for i in range(0, len(items), SHARD)]
 
     def file(self, n: int) -> Path:
+        """The file of shard ``n``."""
         return self.folder / f"{n:05d}.safetensors"
 
     def record(self, n: int) -> Path:
-        """What states the checksum of a shard, written behind it."""
+        """The file with the checksum of shard ``n``, which is written after the shard."""
         return self.folder / f"{n:05d}.json"
 
     def is_made(self, n: int) -> bool:
-        """Whether shard ``n`` is there and has its checksum; a damaged one is reported and forgotten."""
+        """Whether shard ``n`` exists with the right checksum; a damaged one is reported and its record removed."""
         path, record = self.file(n), self.record(n)
         if not (path.exists() and record.exists()):
             return False
-        if sha256(path) == stated_sha256(record):
+        if sha256(path) == read_digest(record):
             return True
         self.say(f"latents {self.split}: {path.name} is damaged (checksum differs), building it again")
         record.unlink()
@@ -258,33 +263,36 @@ class Cache:
         """Write shard ``n``, ``batch`` items at a time through the VAE."""
         self.folder.mkdir(parents=True, exist_ok=True)
         tensors: dict[str, list[torch.Tensor]] = {}
-        squashed, shard = 0, self.shards[n]
+        squash_count, shard = 0, self.shards[n]
         for i in range(0, len(shard), batch):
-            part = shard[i : i + batch]
-            examples = [example(row, self.manifest.parent, self.recipe, self.backbone.resolution, v) for row, v in part]
+            batch_items = shard[i : i + batch]
+            examples = [
+                example(row, self.manifest.parent, self.recipe, self.backbone.resolution, v) for row, v in batch_items
+            ]
             if self.recipe.crop == "extended":
-                uneven = [row.width != row.height for row, _ in part]
-                squashed += sum(u and e.crop is None for u, e in zip(uneven, examples, strict=True))
+                not_square = [row.width != row.height for row, _ in batch_items]
+                squash_count += sum(u and e.crop is None for u, e in zip(not_square, examples, strict=True))
             for name, tensor in encode(examples, self.backbone, self.recipe).items():
                 tensors.setdefault(name, []).append(tensor)
         digest = write_shard(self.file(n), {name: torch.cat(parts) for name, parts in tensors.items()})
         write_json(self.record(n), {"sha256": digest})
-        if squashed:
-            self.say(f"{self.file(n).name}: {squashed} items are squashed pictures, no square holds their extended box")
+        if squash_count:
+            name = self.file(n).name
+            self.say(f"{name}: {squash_count} items are squashed pictures, no square holds their extended box")
 
     def finish(self) -> None:
-        """Write the index, which says that all shards are there; what killed processes left half-written goes away."""
-        for partial in self.folder.glob(".*.partial"):
-            partial.unlink()
+        """Write the index, which marks the cache as complete; remove temporary files of killed processes."""
+        for file in self.folder.glob(".*.partial"):
+            file.unlink()
         names = [self.file(n).name for n in range(len(self.shards))]
         sizes = dict(zip(names, map(len, self.shards), strict=True))
-        known = {name: stated_sha256(self.record(n)) for n, name in enumerate(names)}
-        facts = {"key": key(self.description), "description": self.description, "sizes": sizes, "shards": known}
+        digests = {name: read_digest(self.record(n)) for n, name in enumerate(names)}
+        facts = {"key": cache_key(self.description), "description": self.description, "sizes": sizes, "shards": digests}
         write_json(self.folder / "index.json", facts)
 
 
-def stated_sha256(record: Path) -> str | None:
-    """What the record beside a shard says its checksum is; None when the record itself is torn."""
+def read_digest(record: Path) -> str | None:
+    """Read the checksum in the record of a shard; None if the record is damaged."""
     try:
         return json.loads(record.read_text())["sha256"]
     except (ValueError, KeyError, TypeError):
@@ -292,6 +300,7 @@ def stated_sha256(record: Path) -> str | None:
 
 
 def read_index(folder: Path) -> dict:
+    """Read the index of a cache. UserError if it is missing or damaged."""
     try:
         return json.loads((folder / "index.json").read_text())
     except FileNotFoundError:
@@ -299,48 +308,50 @@ def read_index(folder: Path) -> dict:
             f"no complete latent cache in {folder}: run the same command again without interrupting it"
         ) from None
     except json.JSONDecodeError:
-        raise UserError(f"{folder}/index.json is damaged: run harmony.fit again, which builds it anew") from None
+        raise UserError(f"{folder}/index.json is damaged: run harmony.fit again, which builds it again") from None
 
 
 class Latents(torch.utils.data.Dataset):
-    """The items of one cache. ``expected`` (a description) refuses a cache that was made for something else.
+    """The items of one cache. UserError for a cache whose description is not ``description`` (None: any).
 
     Item: ``moments``, ``masked_moments`` float32 2C x h x w, ``hole``, ``weight`` float32 1 x h x w, ``hint_<branch>``
     float32 3 x H x W in [0, 1] (exemplars 3 x S x S), ``row`` and ``index`` int. Item i belongs to row i // variants.
     """
 
-    def __init__(self, folder: Path, expected: dict | None = None):
+    def __init__(self, folder: Path, description: dict | None = None):
         self.folder = Path(folder)
         index = read_index(self.folder)
-        if expected is not None and index["key"] != key(expected):
-            actual = index["description"]
-            differs = [f"{k} {actual.get(k)!r} instead of {v!r}" for k, v in expected.items() if actual.get(k) != v]
+        if description is not None and index["key"] != cache_key(description):
+            facts = index["description"]
+            differences = [
+                f"{k} {facts.get(k)!r} instead of {v!r}" for k, v in description.items() if facts.get(k) != v
+            ]
             raise UserError(
-                f"latent cache {self.folder} is stale or foreign ({'; '.join(differs)}): delete it, prepare again"
+                f"latent cache {self.folder} is stale or foreign ({'; '.join(differences)}): delete it, prepare again"
             )
         self.variants = index["description"]["variants"]
         self.files = list(index["sizes"])
         self.starts = np.cumsum([0, *index["sizes"].values()])
-        self.open: dict[int, dict] = {}
+        self.slices: dict[int, dict] = {}
 
     def __len__(self) -> int:
         return int(self.starts[-1])
 
     def shard(self, n: int) -> dict:
-        """Memory-mapped slices of a shard, opened once in each process."""
-        if n not in self.open:
+        """The memory-mapped slices of shard ``n``, opened once in each process."""
+        if n not in self.slices:
             file = safe_open(self.folder / self.files[n], "pt")
-            self.open[n] = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118
-        return self.open[n]
+            self.slices[n] = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118
+        return self.slices[n]
 
     def __getitem__(self, i: int) -> dict:
         n = int(np.searchsorted(self.starts, i, side="right")) - 1
-        at = i - int(self.starts[n])
+        index = i - int(self.starts[n])
         item = {}
         for name, part in self.shard(n).items():
-            value = part[at]
+            value = part[index]
             item[name] = value.float() / 255 if name.startswith(("hint", "weight")) else value.float()
         return item | {"index": i, "row": i // self.variants}
 
-    def __getstate__(self):  # open files do not travel to loader processes
-        return vars(self) | {"open": {}}
+    def __getstate__(self) -> dict:  # open files are not sent to loader processes
+        return vars(self) | {"slices": {}}

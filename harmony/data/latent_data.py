@@ -1,6 +1,6 @@
-"""Cached latents with their hints: the data of everything that trains a UNet."""
+"""Cached latents with their hints: the data for training UNets and ControlNets."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 import lightning
@@ -9,7 +9,7 @@ import torch
 from torch.utils.data import DataLoader
 
 from harmony.core.progress import tell
-from harmony.data.latent_cache import Cache, Latents, Recipe, describe, example, key
+from harmony.data.latent_cache import Cache, Latents, Recipe, cache_key, describe, example
 from harmony.data.manifest import read_manifest
 from harmony.data.shards import Shards, make_shards, predictor
 from harmony.data.stream import Stream, generator
@@ -20,10 +20,10 @@ from harmony.pixels.masks import to_latent
 
 
 class Draws(torch.utils.data.Dataset):
-    """Cached items with everything random that a training step needs, drawn from (seed, position) alone.
+    """Cached items with all random numbers of a training step, which depend only on (seed, position).
 
     Adds ``noise``, ``encode``, ``encode_masked`` (unit normal, C x h x w: diffusion noise and the two posterior
-    samples), ``time`` in [0, 1) (scaled to a timestep by the objective), ``drop`` in [0, 1) (prompt dropout),
+    samples), ``time`` in [0, 1) (the objective scales it to a timestep), ``drop`` in [0, 1) (prompt dropout),
     ``beside`` in [0, 1) (whether a companion runs) and ``tokens``. ``augment``: exemplars are augmented
     (``exemplars.augment``), also by (seed, position).
     """
@@ -64,15 +64,15 @@ class LatentShards(Shards):
         return [len(cache.shards[n]) for cache, n in self.places]
 
     def is_made(self, n: int) -> bool:
-        cache, at = self.places[n]
-        return cache.is_made(at)
+        cache, number = self.places[n]
+        return cache.is_made(number)
 
     def on_predict_start(self) -> None:
         self.backbone.to(self.device)
 
     def make(self, n: int) -> None:
-        cache, at = self.places[n]
-        cache.make(at)
+        cache, number = self.places[n]
+        cache.make(number)
 
     def finish(self) -> None:
         for cache in self.caches:
@@ -80,9 +80,9 @@ class LatentShards(Shards):
 
 
 def build(caches: Sequence[Cache], trainer: lightning.Trainer | None = None) -> list[Path]:
-    """Make or complete ``caches`` of one backbone over the processes of ``trainer``; returns their folders.
+    """Build or complete ``caches`` of one backbone in the processes of ``trainer``; returns their folders.
 
-    Good shards are not made again.
+    Good shards are not built again.
     """
     backbone, say = caches[0].backbone, caches[0].say
     make_shards(LatentShards(backbone, caches, say), trainer or predictor())
@@ -91,11 +91,10 @@ def build(caches: Sequence[Cache], trainer: lightning.Trainer | None = None) -> 
 
 
 class LatentData(lightning.LightningDataModule):
-    """Cached latents of a manifest's train and validation split; reads manifest and cache only.
+    """Cached latents of a manifest's train and validation split; reads only manifest and cache.
 
-    ``batch_size`` is that of one process. ``branch`` names the hint, or the hints, that travel with a batch (None: no
-    hint). ``augment``: exemplars are augmented in training.
-    ``prepare`` must have been called before training, by every process of its trainer.
+    ``batch_size`` is that of one process. ``branch`` names the hint or hints of a batch (None: no hint). ``augment``:
+    exemplars are augmented in training. Every process of the trainer must call ``prepare`` before training.
     """
 
     def __init__(
@@ -128,27 +127,27 @@ class LatentData(lightning.LightningDataModule):
         self.sets: dict[str, Draws] = {}
 
     def prepare(self, trainer: lightning.Trainer | None = None, say: Callable[[str], None] = tell) -> dict[str, Path]:
-        """Make or complete the caches over the processes and devices of ``trainer`` (see ``shards.predictor``)."""
+        """Build or complete the caches in the processes of ``trainer`` (see ``shards.predictor``)."""
         caches = [Cache(self.manifest, split, self.backbone, r, self.cache, say) for split, r in self.recipes.items()]
         return dict(zip(self.recipes, build(caches, trainer), strict=True))
 
-    def setup(self, stage=None):
+    def setup(self, stage: str | None = None) -> None:
         for split, recipe in self.recipes.items():
             rows = read_manifest(self.manifest, split)[1]
             description = describe(self.backbone, recipe, rows)
-            latents = Latents(self.cache / f"{split}-{key(description)}", description)
+            latents = Latents(self.cache / f"{split}-{cache_key(description)}", description)
             tokens = self.backbone.tokens([row.caption for row in rows])
             self.sets[split] = Draws(latents, tokens, self.branches, self.seed, self.augment and split == "train")
 
-    def train_dataloader(self):
+    def train_dataloader(self) -> DataLoader:
         draws = self.sets["train"]
         return self.loader(draws, Stream.of(self.trainer, len(draws), self.batch_size, self.seed))
 
-    def val_dataloader(self):
+    def val_dataloader(self) -> DataLoader:
         draws = self.sets["validation"]
         return self.loader(draws, [(i, i) for i in range(len(draws))])
 
-    def loader(self, draws: Draws, order) -> DataLoader:
+    def loader(self, draws: Draws, order: Iterable[tuple[int, int]]) -> DataLoader:
         return DataLoader(
             draws,
             self.batch_size,
@@ -159,9 +158,7 @@ class LatentData(lightning.LightningDataModule):
         )
 
     def examples(self, count: int, split: str = "test") -> dict:
-        """``count`` held-out rows at the backbone's resolution: ``image``, ``hole`` (latent), ``pixel_hole``,
-        ``tokens``.
-        """
+        """``count`` rows of a split as tensors: ``image``, ``hole`` (latent), ``pixel_hole``, ``tokens``."""
         rows = read_manifest(self.manifest, split)[1]
         rows = rows[:: max(1, len(rows) // count)][:count]
         squares = [example(row, self.manifest.parent, Recipe(), self.backbone.resolution) for row in rows]

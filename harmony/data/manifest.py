@@ -1,7 +1,7 @@
-"""``manifest.jsonl``: a header line, then one ``Row`` a line. The only thing that training knows about a dataset.
+"""``manifest.jsonl``: a header line, then one ``Row`` a line. All that training knows of a dataset.
 
-Paths in it are relative to its folder. Rows are ordered by (split, id) and hold nothing that changes between two runs
-of the same preparation, so that equal data have an equal ``manifest_hash``.
+Paths are relative to the manifest's folder. Rows are ordered by (split, id) and are the same in every run of the same
+preparation, so that equal data have an equal ``manifest_hash``.
 """
 
 import hashlib
@@ -12,17 +12,17 @@ from dataclasses import asdict, fields
 from pathlib import Path
 
 from harmony.core.errors import UserError
-from harmony.core.files import atomic
+from harmony.core.files import replace_file
 from harmony.core.row import SCHEMA_VERSION, SPLITS, Row
 
 FIELDS = {f.name for f in fields(Row)}
 
 
 def write_manifest(path: Path, rows: Iterable[Row], dataset: str, **facts: object) -> dict:
-    """Write header and rows atomically; ``facts`` join the header. Returns the header."""
+    """Write header and rows atomically; ``facts`` are added to the header. Returns the header."""
     rows = sorted(rows, key=lambda row: (SPLITS.index(row.split), row.id))
     header = {"schema": SCHEMA_VERSION, "dataset": dataset, "rows": len(rows), **facts}
-    with atomic(path) as partial, open(partial, "w", encoding="utf-8") as file:
+    with replace_file(path) as temp_path, open(temp_path, "w", encoding="utf-8") as file:
         file.write(json.dumps(header, ensure_ascii=False) + "\n")
         file.writelines(json.dumps(asdict(row), ensure_ascii=False) + "\n" for row in rows)
         file.flush()
@@ -31,25 +31,25 @@ def write_manifest(path: Path, rows: Iterable[Row], dataset: str, **facts: objec
 
 
 def read_manifest(path: str | Path, split: str | None = None) -> tuple[dict, list[Row]]:
-    """(header, rows), the rows of one split or all of them. Raises UserError naming the line that is wrong."""
+    """Read (header, rows), the rows of one split or of all. Raises UserError that names the wrong line."""
     path = Path(path)
-    again = "run harmony.prepare again"
+    remedy = "run harmony.prepare again"
     try:
         lines = path.read_text(encoding="utf-8").splitlines()
     except FileNotFoundError:
         raise UserError(f"{path}: no manifest; run harmony.prepare for this dataset first") from None
     if not lines:
-        raise UserError(f"{path}: empty manifest; {again}")
+        raise UserError(f"{path}: empty manifest; {remedy}")
     header = parse_object(path, 1, lines[0])
     if header.get("schema") != SCHEMA_VERSION:
-        raise UserError(f"{path}: line 1: schema {header.get('schema')}, this version reads {SCHEMA_VERSION}; {again}")
+        raise UserError(f"{path}: line 1: schema {header.get('schema')}, this version reads {SCHEMA_VERSION}; {remedy}")
     rows = [parse_row(path, number, line) for number, line in enumerate(lines[1:], start=2)]
     if len(rows) != header.get("rows"):
-        raise UserError(f"{path}: {len(rows)} rows where the header promises {header.get('rows')}; {again}")
+        raise UserError(f"{path}: {len(rows)} rows where the header promises {header.get('rows')}; {remedy}")
     keys: set[tuple[str, str]] = set()
     for number, row in enumerate(rows, start=2):
         if (row.split, row.id) in keys:
-            raise UserError(f"{path}: line {number}: {row.split}/{row.id} stands there twice; {again}")
+            raise UserError(f"{path}: line {number}: {row.split}/{row.id} stands there twice; {remedy}")
         keys.add((row.split, row.id))
     if split is not None and split not in SPLITS:
         raise UserError(f"split {split!r} does not exist; choose one of {', '.join(SPLITS)}")
@@ -57,12 +57,12 @@ def read_manifest(path: str | Path, split: str | None = None) -> tuple[dict, lis
 
 
 def parse_row(path: Path, number: int, line: str) -> Row:
-    """One line as a ``Row``, checked."""
+    """Parse and check one line. Raises UserError."""
     values = parse_object(path, number, line)
-    if missing := sorted(FIELDS - {"extras"} - set(values)):
-        raise UserError(f"{path}: line {number}: field {', '.join(missing)} missing; run harmony.prepare again")
-    if unknown := sorted(set(values) - FIELDS):
-        raise UserError(f"{path}: line {number}: unknown field {', '.join(unknown)}; run harmony.prepare again")
+    if missing_fields := sorted(FIELDS - {"extras"} - set(values)):
+        raise UserError(f"{path}: line {number}: field {', '.join(missing_fields)} missing; run harmony.prepare again")
+    if extra_fields := sorted(set(values) - FIELDS):
+        raise UserError(f"{path}: line {number}: unknown field {', '.join(extra_fields)}; run harmony.prepare again")
     if problem := row_problem(values):
         raise UserError(f"{path}: line {number}: {problem}; run harmony.prepare again")
     return Row(**values | {"box": tuple(values["box"])})
@@ -71,8 +71,8 @@ def parse_row(path: Path, number: int, line: str) -> Row:
 def row_problem(values: dict) -> str | None:
     """What is wrong with a row's values, or None."""
     texts = ("id", "image", "mask", "label", "caption", "split", "sha256")
-    if wrong := [name for name in texts if not isinstance(values[name], str)]:
-        return f"{', '.join(wrong)} must be text"
+    if names := [name for name in texts if not isinstance(values[name], str)]:
+        return f"{', '.join(names)} must be text"
     if values["split"] not in SPLITS:
         return f"split {values['split']!r} is none of {', '.join(SPLITS)}"
     width, height, box = values["width"], values["height"], values["box"]
@@ -85,6 +85,7 @@ def row_problem(values: dict) -> str | None:
 
 
 def parse_object(path: Path, number: int, line: str) -> dict:
+    """Parse one line as a JSON object. Raises UserError."""
     try:
         value = json.loads(line)
     except json.JSONDecodeError as error:

@@ -1,4 +1,4 @@
-"""Squares of pixels in memory: what a backbone's encoders are trained on."""
+"""Squares of pixels in memory: the training data of a backbone's VAE, CLIP and captioner."""
 
 import itertools
 from pathlib import Path
@@ -14,9 +14,9 @@ from harmony.pixels.images import Crop, crop_resize, read_image, resize, square_
 
 
 class PixelData(lightning.LightningDataModule):
-    """Squares of ``size`` pixels from a manifest, photographs making up ``photos`` of each batch.
+    """Squares of ``size`` pixels from a manifest; ``photos`` is the share of photographs in a batch.
 
-    ``share`` is the range of a photograph's shorter side that a random crop takes (low for the VAE, near 1 where the
+    ``share`` is the range of a photograph's shorter side that a random crop takes (low for the VAE, near 1 if the
     caption must stay true). A batch is ``image`` B x 3 x H x W in [-1, 1], ``caption`` list, ``render`` B bool.
     """
 
@@ -34,13 +34,13 @@ class PixelData(lightning.LightningDataModule):
         self.save_hyperparameters(logger=False)
         self.pools: dict[str, PixelPool] = {}
 
-    def setup(self, stage=None):
+    def setup(self, stage: str | None = None) -> None:
         h = self.hparams
         if not self.pools:
             self.pools["train"] = PixelPool(h.manifest, "train", h.size, tuple(h.share), h.seed)
             self.pools["test"] = PixelPool(h.manifest, "test", h.size)
 
-    def train_dataloader(self):
+    def train_dataloader(self) -> DataLoader:
         h, pool = self.hparams, self.pools["train"]
         render = torch.tensor([pool.is_render(i) for i in range(len(pool))])
         total = max(1, int((~render).sum()))
@@ -49,14 +49,14 @@ class PixelData(lightning.LightningDataModule):
         sampler = WeightedRandomSampler(weight, count, generator=torch.Generator().manual_seed(h.seed))
         return DataLoader(pool, h.batch_size, sampler=sampler, num_workers=h.workers, drop_last=True)
 
-    def val_dataloader(self):
+    def val_dataloader(self) -> DataLoader:
         return DataLoader([0])
 
     def captions(self) -> set[str]:
-        """All training captions, from which a tokenizer is trained."""
+        """All training captions, for training a tokenizer."""
         return {row.caption for row in self.pools["train"].rows}
 
-    def held_out(self, limit: int = 192) -> dict[str, torch.Tensor]:
+    def test_pictures(self, limit: int = 192) -> dict[str, torch.Tensor]:
         """``renders`` and ``photos`` of the test split, N x 3 x H x W in [-1, 1]."""
         pool = self.pools["test"]
         kinds = {"renders": [], "photos": []}
@@ -87,9 +87,9 @@ class PixelPool(torch.utils.data.Dataset):
     """Decoded pictures of one split of a manifest as squares of ``size`` pixels.
 
     An item is ``image`` float 3 x size x size in [-1, 1], ``caption`` and ``render`` (bool). With ``share`` = (low,
-    high) < 1 a photograph gives a random square of that share of its shorter side, flipped half of the time; renders
-    are not cropped, since their captions name what stands in them. Without ``share`` every picture gives the
-    deterministic square around its instance.
+    high) < 1 a photograph gives a random square of that share of its shorter side, mirrored half of the time;
+    renders are not cropped, because their captions name what they show. Without ``share`` every picture gives the
+    square around its instance.
     """
 
     def __init__(
@@ -102,7 +102,7 @@ class PixelPool(torch.utils.data.Dataset):
         self.pictures = []
         for row in self.rows:
             picture = read_image(root / row.image)
-            shrink = min(1.0, 4 * size / min(picture.shape[:2]))  # no crop needs a larger photograph
+            shrink = min(1.0, 4 * size / min(picture.shape[:2]))  # crops need no larger photograph
             if shrink < 1:
                 picture = resize(picture, round(shrink * picture.shape[1]), round(shrink * picture.shape[0]))
             self.pictures.append(picture)
@@ -114,6 +114,7 @@ class PixelPool(torch.utils.data.Dataset):
         return is_render(self.rows[i])
 
     def crop(self, i: int) -> Crop:
+        """The square of picture ``i``, random for photographs with ``share``."""
         row, picture = self.rows[i], self.pictures[i]
         height, width = picture.shape[:2]
         if self.share is None or is_render(row):

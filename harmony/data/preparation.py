@@ -1,4 +1,4 @@
-"""From a dataset's recipe to its manifest, whatever the recipe's layout; once for each recipe."""
+"""Preparation of datasets: from a recipe in any layout to a manifest, once for each recipe."""
 
 import json
 import os
@@ -13,7 +13,7 @@ from filelock import FileLock
 
 from harmony.core.errors import UserError
 from harmony.core.files import write_json
-from harmony.core.signals import deaf_children, end_with
+from harmony.core.signals import end_with, ignore_ctrl_c_in_children
 from harmony.data.captions import BLIP
 from harmony.data.shards import predictor
 from harmony.data.sources.files import locate
@@ -23,19 +23,19 @@ from harmony.models.backbone import backbone_path
 class Layout(NamedTuple):
     """How a dataset in one layout is prepared: ``prepare(recipe, work, backbone, trainer)``.
 
-    With ``manifest`` it writes ``work/<name>/manifest.jsonl``, and all processes of ``trainer`` call it. Without, the
-    dataset has no masks and is read as it is: it returns the file or folder to read.
+    With ``manifest`` it writes ``work/<name>/manifest.jsonl``, and all processes of ``trainer`` call it. Without it
+    the dataset has no masks and is used directly: ``prepare`` returns the file or folder to read.
     """
 
     prepare: Callable[[dict, Path, str, lightning.Trainer | None], Path]
     manifest: bool = True
 
 
-# These functions import what they need: a prepared dataset needs neither polars nor FiftyOne.
+# These functions import their libraries themselves: a prepared dataset needs neither polars nor FiftyOne.
 
 
 def prepare_open_images(recipe: dict, work: Path, backbone: str, trainer: lightning.Trainer) -> Path:
-    """Photographs or renders in Open Images layout."""
+    """Prepare photographs or renders in Open Images layout."""
     from harmony.data.sources.open_images.preparation import prepare_dataset
     from harmony.data.sources.open_images.source import OPEN_IMAGES
 
@@ -43,7 +43,7 @@ def prepare_open_images(recipe: dict, work: Path, backbone: str, trainer: lightn
 
 
 def prepare_folder(recipe: dict, work: Path, backbone: str, trainer: lightning.Trainer) -> Path:
-    """A user's own photographs and masks."""
+    """Prepare a user's photographs and masks."""
     from harmony.data.sources.folder import FOLDER
     from harmony.data.sources.open_images.preparation import prepare_dataset
 
@@ -51,7 +51,7 @@ def prepare_folder(recipe: dict, work: Path, backbone: str, trainer: lightning.T
 
 
 def prepare_pixels(recipe: dict, work: Path, backbone: str, trainer: lightning.Trainer) -> Path:
-    """The pixels that a backbone is trained on."""
+    """Prepare the pixels that a backbone is trained on."""
     if trainer.is_global_zero:
         from harmony.data.sources.pixels import prepare_backbone
 
@@ -60,19 +60,19 @@ def prepare_pixels(recipe: dict, work: Path, backbone: str, trainer: lightning.T
 
 
 def locate_edits(recipe: dict, work: Path, backbone: str, trainer: lightning.Trainer | None) -> Path:
-    """The list of edits, of bundled renders or of new ones."""
+    """Find the list of edits of the bundled renders, or render new ones."""
     from harmony.data.sources.editing import generate
 
     if not recipe["count"]:
         return locate(recipe) / "edits.jsonl"
     renders = work / recipe["name"] / f"renders-{recipe['count']}"
     renders.mkdir(parents=True, exist_ok=True)
-    with FileLock(renders / ".rendering"):  # of several processes one renders
+    with FileLock(renders / ".rendering"):  # only one of several processes renders
         return generate(renders, recipe["count"]) / "edits.jsonl"
 
 
 def locate_pictures(recipe: dict, work: Path, backbone: str, trainer: lightning.Trainer | None) -> Path:
-    """The folder with the few pictures of one thing."""
+    """Find the folder with the few pictures of one concept."""
     return locate(recipe)
 
 
@@ -85,31 +85,31 @@ LAYOUTS = {
 }
 
 
-def layout_of(recipe: dict) -> Layout:
-    """The recipe's layout. UserError for one that does not exist."""
+def find_layout(recipe: dict) -> Layout:
+    """Find the recipe's layout. UserError if it does not exist."""
     if recipe["layout"] not in LAYOUTS:
         raise UserError(f"dataset.layout={recipe['layout']}: no such layout; choose one of {', '.join(LAYOUTS)}")
     return LAYOUTS[recipe["layout"]]
 
 
 def captioner(backbone: str) -> str | Path:
-    """The backbone's BLIP, or a public one where it has none."""
+    """The folder of the backbone's BLIP, or the hub id of a public one."""
     part = Path(backbone_path(backbone)) / "captioner"
     return part if part.is_dir() else BLIP
 
 
 def prepare(recipe: dict, backbone: str, work: str, trainer: lightning.Trainer | None = None) -> Path:
-    """Prepare the dataset of a recipe under ``work``; returns the manifest, or what is read in place of one.
+    """Prepare the dataset of a recipe under ``work``; returns the manifest, or the path to read instead of one.
 
     ``backbone`` is the folder with the captioner, which runs in all processes of ``trainer`` (see
     ``shards.predictor``).
     """
-    layout, folder = layout_of(recipe), Path(work).resolve() / recipe["name"]
+    layout, folder = find_layout(recipe), Path(work).resolve() / recipe["name"]
     if not layout.manifest:
         return layout.prepare(recipe, folder.parent, backbone, trainer)
     trainer = trainer or predictor()
     if trainer.is_global_zero:
-        (folder / "recipe.json").unlink(missing_ok=True)  # nothing is prepared until all is done
+        (folder / "recipe.json").unlink(missing_ok=True)  # the dataset counts as prepared when everything is done
     layout.prepare(recipe, folder.parent, backbone, trainer)
     if trainer.is_global_zero:
         write_json(folder / "recipe.json", recipe)
@@ -117,39 +117,39 @@ def prepare(recipe: dict, backbone: str, work: str, trainer: lightning.Trainer |
 
 
 def ensure(recipe: dict, backbone: str, work: str) -> Path:
-    """Prepare unless the same recipe has been prepared already.
+    """Prepare a dataset unless the same recipe has been prepared already.
 
-    In a process of its own, which ends with its database: training processes must never import FiftyOne. Of several
-    processes that ask at once (ranks, or two commands) one prepares and the others wait for it.
+    This runs in a separate process, which ends with its database, because training processes must never import
+    FiftyOne. Of several processes that call this at once (ranks, or two commands) one prepares and the others wait.
     """
-    if not layout_of(recipe).manifest:
+    if not find_layout(recipe).manifest:
         return prepare(recipe, backbone, work)
     folder = Path(work).resolve() / recipe["name"]
     manifest = folder / "manifest.jsonl"
     if is_prepared(folder, recipe):
         return manifest
     with lock(folder):
-        if is_prepared(folder, recipe):  # while this process waited
+        if is_prepared(folder, recipe):  # prepared by another process in the meantime
             return manifest
-        context, here = get_context("spawn"), os.getpid()
-        with ProcessPoolExecutor(1, mp_context=context, initializer=end_with, initargs=(here,)) as process:
-            with deaf_children():
-                manifest = process.submit(prepare, recipe, backbone, work)
+        context, pid = get_context("spawn"), os.getpid()
+        with ProcessPoolExecutor(1, mp_context=context, initializer=end_with, initargs=(pid,)) as pool:
+            with ignore_ctrl_c_in_children():
+                future = pool.submit(prepare, recipe, backbone, work)
             try:
-                return manifest.result()
+                return future.result()
             except KeyboardInterrupt:
-                for worker in process._processes.values():  # ``kill_workers`` of Python 3.14
+                for worker in pool._processes.values():  # ``kill_workers`` of Python 3.14
                     worker.kill()
                 raise
 
 
 def lock(folder: Path) -> FileLock:
-    """Held by the process that prepares ``folder``; the system lets go of it when its holder dies."""
+    """The lock of the process that prepares ``folder``; the system releases it if that process dies."""
     folder.mkdir(parents=True, exist_ok=True)
     return FileLock(folder / ".preparing")
 
 
 def is_prepared(folder: Path, recipe: dict) -> bool:
     """Whether ``folder`` holds the manifest of exactly this recipe."""
-    done = folder / "recipe.json"
-    return (folder / "manifest.jsonl").exists() and done.exists() and json.loads(done.read_text()) == recipe
+    record = folder / "recipe.json"
+    return (folder / "manifest.jsonl").exists() and record.exists() and json.loads(record.read_text()) == recipe

@@ -1,4 +1,4 @@
-"""The order of training samples and the random numbers of each, which depend on seed and position alone."""
+"""The order of training samples and their random numbers, which depend only on seed and position."""
 
 import itertools
 from collections.abc import Iterator
@@ -12,9 +12,9 @@ from torch.utils.data import Sampler
 class Stream(Sampler[tuple[int, int]]):
     """An endless stream of (position, item): position p is the p-th sample of the whole run.
 
-    Items come in shuffled passes that depend on (seed, pass) only. Rank r of R takes its share of each global batch,
-    and a resumed run starts at the position that it had reached. So one process, eight processes and a resumed run get
-    the same samples.
+    The items are shuffled again in each pass, by (seed, pass). Rank r of R takes its share of each global batch, and a
+    resumed run starts at the position where it stopped. So one process, eight processes and a resumed run get the same
+    samples.
     """
 
     def __init__(self, length: int, batch: int, seed: int = 0, rank: int = 0, world: int = 1, start: int = 0):
@@ -22,14 +22,14 @@ class Stream(Sampler[tuple[int, int]]):
 
     @classmethod
     def of(cls, trainer: lightning.Trainer, length: int, batch: int, seed: int) -> "Stream":
-        """The stream of this process of ``trainer``, from the step at which its run stands."""
+        """The stream of this process of ``trainer``, from its current step on."""
         start = trainer.global_step * trainer.accumulate_grad_batches
         return cls(length, batch, seed, trainer.global_rank, trainer.world_size, start)
 
     def item(self, position: int) -> int:
         """The item at ``position``."""
         number = position // self.length
-        if getattr(self, "number", None) != number:  # the order of a pass is drawn once
+        if getattr(self, "number", None) != number:  # shuffle once for each pass
             self.number = number
             self.order = np.random.default_rng([self.seed, number]).permutation(self.length)
         return int(self.order[position % self.length])

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 
-from harmony.core.files import atomic
+from harmony.core.files import replace_file
 from harmony.core.pieces import await_files, make_pieces
 from harmony.core.progress import tell
 from harmony.evaluation.eval_sets import EvalSet
@@ -60,7 +60,7 @@ def fill_blocks(
 
 def store(path: Path, outputs: list[np.ndarray]) -> None:
     """Write a block, whole or not at all."""
-    with atomic(path) as partial, open(partial, "wb") as file:
+    with replace_file(path) as partial, open(partial, "wb") as file:
         np.save(file, np.stack(outputs))
 
 

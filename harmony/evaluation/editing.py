@@ -14,7 +14,7 @@ import numpy as np
 import torch
 
 from harmony.core.errors import UserError
-from harmony.core.files import atomic, write_text
+from harmony.core.files import replace_file, write_text
 from harmony.core.pieces import await_files, make_pieces
 from harmony.core.progress import MINUTE, tell
 from harmony.data.sources.editing import Case, concepts, read_cases
@@ -338,5 +338,5 @@ def mean(values: Iterable[float]) -> float:
 
 def write_arrays(path: Path, arrays: dict[str, list[np.ndarray]]) -> None:
     """Write named stacks of pictures into one file, whole or not at all."""
-    with atomic(path) as partial, open(partial, "wb") as file:
+    with replace_file(path) as partial, open(partial, "wb") as file:
         np.savez(file, **{name: np.stack(pictures) for name, pictures in arrays.items()})

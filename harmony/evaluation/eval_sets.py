@@ -16,7 +16,7 @@ import numpy as np
 
 from harmony.core.errors import UserError
 from harmony.core.row import Row
-from harmony.data.captions import GIVEN
+from harmony.data.captions import HUMAN_CAPTION
 from harmony.data.descriptions import Description
 from harmony.data.latent_cache import Example, Recipe, example
 from harmony.data.manifest import read_manifest
@@ -133,7 +133,7 @@ def load_relight(
 
 def says_lights(row: Row) -> bool:
     """Whether the row's captions name the object's light in both pictures; a captioner's words need not."""
-    return "relit_caption" in row.extras and row.extras.get("caption_source", GIVEN) == GIVEN
+    return "relit_caption" in row.extras and row.extras.get("caption_source", HUMAN_CAPTION) == HUMAN_CAPTION
 
 
 def between(caption: str, relit: str) -> Description:

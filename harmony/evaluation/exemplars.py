@@ -21,7 +21,7 @@ from harmony.evaluation.eval_sets import EXEMPLAR, EvalSet, paste_outputs, subsa
 from harmony.evaluation.figures import distances
 from harmony.metrics.fidelity import aggregate, bg_drift
 from harmony.metrics.frechet import Statistics, extract, frechet_distance
-from harmony.metrics.similarity import Clip, box_of, clip_i, embeddings
+from harmony.metrics.similarity import Clip, clip_i, crop_to_box, embeddings
 from harmony.pixels.exemplars import cut_out
 from harmony.pixels.images import read_image, resize
 from harmony.pixels.masks import bounding_box, box_mask, read_mask
@@ -149,7 +149,7 @@ class Likeness:
         """``<split>/raw/<metric>`` and ``<split>/pasted/<metric>``."""
         items, results = self.items, {}
         for kind, outputs in (("raw", list(raw)), ("pasted", paste_outputs(items, raw))):
-            boxes = [box_of(y, c.hole) for y, c in zip(outputs, items.composites, strict=True)]
+            boxes = [crop_to_box(y, c.hole) for y, c in zip(outputs, items.composites, strict=True)]
             numbers = aggregate(
                 [
                     {"bg_drift": bg_drift(y, c.background, c.hole), "copying": copying(box, c.exemplar)}

@@ -10,7 +10,7 @@ import torch
 from harmony.evaluation.eval_sets import EvalSet, paste_outputs
 from harmony.metrics.fidelity import aggregate, bg_drift, image_metrics, sharpness
 from harmony.metrics.frechet import Statistics, extract, frechet_distance, kid
-from harmony.metrics.similarity import Clip, box_of, clip_i, clip_t, embeddings
+from harmony.metrics.similarity import Clip, clip_i, clip_t, crop_to_box, embeddings
 
 KID_BELOW = 2048  # with fewer images the covariance is singular: the kernel distance is reported too
 
@@ -53,7 +53,7 @@ class Fidelity:
         return self.clip.texts(self.items.captions).cpu()
 
     def boxes(self, images: Sequence[np.ndarray]) -> list[np.ndarray]:
-        return [box_of(y, c.mask) for y, c in zip(images, self.items.composites, strict=True)]
+        return [crop_to_box(y, c.mask) for y, c in zip(images, self.items.composites, strict=True)]
 
     def figures(self, raw: Sequence[np.ndarray]) -> dict[str, float]:
         """``<split>/raw/<metric>`` and ``<split>/pasted/<metric>``; means over images."""

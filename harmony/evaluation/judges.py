@@ -12,7 +12,7 @@ from harmony.evaluation.eval_sets import subsample
 from harmony.evaluation.report import Report
 from harmony.evaluation.study import Study, StudyRun
 from harmony.evaluation.tables import flat, pictures, write_table
-from harmony.metrics.classification import judged
+from harmony.metrics.classification import classification_metrics
 from harmony.models.judge import judge_hash, load_evaluator
 from harmony.pixels.images import from_model
 
@@ -50,7 +50,9 @@ class JudgeStudy(Study):
         labels, table, scores = np.tile([0.0, 1.0], len(pairs)), {}, {}
         for row, judge in judges.items():
             scores[row] = np.array([judge(image, mask) for images, mask in pairs for image in images])
-            table[row] = {f"{run.split}/{name}": value for name, value in judged(scores[row], labels).items()}
+            table[row] = {
+                f"{run.split}/{name}": value for name, value in classification_metrics(scores[row], labels).items()
+            }
             tell(f"{run.name}: {row}, {len(pairs)} pairs")
         line = f"{run.name}: n = {len(pairs)} {run.split} pairs of {run.manifest.parent.name} at {side} px"
         notes = [f"{line}, seed {run.seed}; a pair: as it was taken, its object under another light", *self.notes]

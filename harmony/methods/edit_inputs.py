@@ -11,7 +11,7 @@ from harmony.methods.prompt_editing import MODES, EditResult, Mode, find_mode
 from harmony.pixels.composites import paste_back
 from harmony.pixels.images import Crop, grid, paste_crop, read_image, resize, square_around
 from harmony.sampling.ddim import timesteps
-from harmony.sampling.prompt_to_prompt import bare
+from harmony.sampling.prompt_to_prompt import strip_punctuation
 
 NUMBERS = {"guidance": float, "threshold": float, "cross": float, "own": float, "steps": int, "inner": int}
 SWITCHES = ("local", "paste")
@@ -100,12 +100,12 @@ def find_words(cfg: DictConfig) -> list[list[int]] | None:
     """The positions of the words ``look_at`` in each prompt. UserError for a word that neither prompt has."""
     if (words := split_list(cfg.look_at)) is None:
         return None
-    prompts = [[bare(word) for word in prompt.split()] for prompt in (cfg.source, cfg.target)]
-    if missing_words := [word for word in words if not any(bare(word) in prompt for prompt in prompts)]:
+    prompts = [[strip_punctuation(word) for word in prompt.split()] for prompt in (cfg.source, cfg.target)]
+    if missing_words := [word for word in words if not any(strip_punctuation(word) in prompt for prompt in prompts)]:
         raise UserError(
             f"look_at={missing_words[0]}: neither the source nor the target has this word; take one from a prompt"
         )
-    return [[n for n, word in enumerate(prompt) if word in map(bare, words)] for prompt in prompts]
+    return [[n for n, word in enumerate(prompt) if word in map(strip_punctuation, words)] for prompt in prompts]
 
 
 def paste_edit(edit_input: EditInput, result: EditResult, paste: bool) -> tuple[np.ndarray, np.ndarray | None]:

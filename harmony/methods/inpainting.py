@@ -9,7 +9,7 @@ import torch
 
 from harmony.core.errors import UserError
 from harmony.methods.method import CAPTION, Composite, Method, Seed, fingerprint
-from harmony.models.backbone import DIFFUSION, Backbone, placed, weights_hash
+from harmony.models.backbone import DIFFUSION, Backbone, move_module, weights_hash
 from harmony.models.controlnet import load_controlnet, net_hash, read_hint
 from harmony.models.timing import blocks
 from harmony.pixels.hints import hint
@@ -46,15 +46,15 @@ def load_branch(
     not fit the architecture of the backbone. A net is loaded once for each backbone.
     """
     key = (str(path), operator)
-    if key not in backbone.loaded:
-        backbone.loaded[key] = read_branch(path, backbone, operator)
-    branch = backbone.loaded[key]
+    if key not in backbone.attachments:
+        backbone.attachments[key] = read_branch(path, backbone, operator)
+    branch = backbone.attachments[key]
     return replace(branch, weight=(weights or {}).get(branch.name, 1.0))
 
 
 def read_branch(path: str, backbone: Backbone, operator: str | None) -> Branch:
     """Load a ControlNet, check that it fits the backbone, and find its operator."""
-    net, facts = placed(load_controlnet(path, backbone.dtype), backbone.device), read_hint(path)
+    net, facts = move_module(load_controlnet(path, backbone.dtype), backbone.device), read_hint(path)
     name = facts.get("branch", operator)
     if name not in OPERATORS:
         raise UserError(f"{path} does not say which hint it needs (hint.json): add branch={'|'.join(OPERATORS)}")

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from harmony.core.errors import UserError
-from harmony.data.descriptions import Description, parsed, read_descriptions
+from harmony.data.descriptions import Description, parse_descriptions, read_descriptions
 from harmony.methods.insert import Insertion, Result, check_sizes, cut, find_square
 from harmony.methods.method import EXEMPLAR, LIGHTS, Method
 from harmony.pixels.composites import copy_paste, place, poisson, reinhard
@@ -128,7 +128,7 @@ def read_lights(prompts: Any, name: str) -> tuple[Description, ...]:
     if prompts is None:
         return ()
     text = str(prompts)
-    return tuple(read_descriptions(Path(text), name) if text.endswith(".json") else parsed(text))
+    return tuple(read_descriptions(Path(text), name) if text.endswith(".json") else parse_descriptions(text))
 
 
 # --- folders

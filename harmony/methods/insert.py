@@ -12,9 +12,9 @@ import numpy as np
 
 from harmony.core.errors import UserError
 from harmony.methods.method import Composite, Method, make_seeds
-from harmony.pixels.composites import carried, copy_paste, paste_back
+from harmony.pixels.composites import copy_paste, paste_back, transfer_change
 from harmony.pixels.images import Crop, crop_resize, paste_crop, square_around
-from harmony.pixels.masks import TEST_RADIUS, bounding_box, box_mask, dilate, scaled
+from harmony.pixels.masks import TEST_RADIUS, bounding_box, box_mask, dilate, scale_length
 
 CONTEXT = 1.6  # side of the square relative to the longer side of the hole
 
@@ -56,7 +56,7 @@ class Insertion:
         pixels = output
         if detail:
             composite = crop_resize(self.composite, self.crop, self.crop.side)
-            pixels = carried(self.square.instance, output, self.square.mask, composite)
+            pixels = transfer_change(self.square.instance, output, self.square.mask, composite)
         image = paste_back(paste_crop(self.background, pixels, self.crop), self.background, self.hole, feather)
         return Result(image, output, self.composite, self.hole, self.crop)
 
@@ -86,7 +86,7 @@ def cut(
         raise UserError(
             f"the object is too small: it disappears at the backbone's {side} px; enlarge it or use a larger backbone"
         )
-    hole = dilate(mask, math.ceil(scaled(radius, (crop.side,))))  # in pixels of the photograph
+    hole = dilate(mask, math.ceil(scale_length(radius, (crop.side,))))  # in pixels of the photograph
     if region is not None:
         hole |= region
     hole &= box_mask(crop.inside(width, height), width, height)

@@ -13,11 +13,11 @@ from harmony.core.errors import UserError
 from harmony.methods.inpainting import fill_holes
 from harmony.methods.method import EXEMPLAR, Composite, Method, Seed, fingerprint
 from harmony.models.backbone import Backbone, weights_hash
-from harmony.models.paint_by_example import Painter, known_by_example, load_painter, painter_hash
+from harmony.models.paint_by_example import Painter, join_condition, load_painter, painter_hash
 from harmony.models.timing import blocks
 from harmony.pixels.exemplars import exemplar
 from harmony.pixels.images import to_hint
-from harmony.sampling.guidance import Schedule, Settings, sampled
+from harmony.sampling.guidance import Schedule, Settings, sample_latents
 
 
 @torch.no_grad()
@@ -35,7 +35,7 @@ def paint(
     B x T x D of the exemplars.
     """
     empty_context = painter.encoder.uncond_vector
-    return sampled(painter.backbone, noise, known_by_example(hole, masked), context, empty_context, schedule)
+    return sample_latents(painter.backbone, noise, join_condition(hole, masked), context, empty_context, schedule)
 
 
 class PaintByExample(Method):

@@ -29,9 +29,9 @@ from harmony.sampling.prompt_to_prompt import (
     PromptToPrompt,
     Span,
     alignment,
-    edit_between,
+    build_edit,
+    edit_kind,
     edit_latents,
-    kind_of,
     spans,
 )
 
@@ -114,7 +114,7 @@ def load_or_invert(
     """The inversion of one picture, read from ``folder`` if it is there; a damaged file is written again."""
     file = folder / f"{hash_inversion(backbone, image, prompt, steps, w, inner)}.safetensors"
     try:
-        state = {name: value.to(backbone.device, backbone.precise) for name, value in load_file(file).items()}
+        state = {name: value.to(backbone.device, backbone.precise_dtype) for name, value in load_file(file).items()}
         return Inversion(state["latent"], state["noise"], list(state["nulls"].split(1)))
     except (OSError, SafetensorError, KeyError):
         pass
@@ -164,7 +164,7 @@ KINDS = {"replace": "replace", "refine": "insert", "reweight": "reweight"}  # mo
 
 def find_mode(source: str, target: str) -> str:
     """The mode of the edit between two prompts: equally many words, added or missing words, or the same words."""
-    return KINDS[kind_of(source, target)]
+    return KINDS[edit_kind(source, target)]
 
 
 @dataclass(frozen=True)
@@ -225,7 +225,7 @@ def plan_edit(
     changes = compare_prompts(source, target)
     if factors is None:
         factors = {words[n]: mode.factor for n in changes.target if mode.factor != 1}
-    edit = edit_between(source, target, backbone.encode, length, factors)
+    edit = build_edit(source, target, backbone.encode, length, factors)
     if not mode.local:
         return Plan((source, target), mode, edit, places, None)
     columns = torch.zeros(2, length)

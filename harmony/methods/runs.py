@@ -17,7 +17,7 @@ from harmony.methods.inputs import Inputs, compare_baselines, draw_sheet, read_i
 from harmony.methods.insert import Insertion, Result, insert
 from harmony.methods.method import CAPTION, Method, fingerprint
 from harmony.models.backbone import Backbone
-from harmony.models.timing import now, timed
+from harmony.models.timing import measure_time, now
 from harmony.pixels.images import grid, paste_crop, read_image, sha256, write_image
 
 FINGERPRINT_FILE = "made_of.json"  # written last: the pictures are complete, and what they depend on
@@ -80,7 +80,7 @@ class Inserter:
         facts = [self.collect_facts(r) for r in requests]
         insertions = [self.cut(r, i) for r, i in zip(requests, inputs, strict=True)]
         start = now(self.method.device)
-        with timed(self.method.networks(), self.method.device) as times:
+        with measure_time(self.method.networks(), self.method.device) as times:
             results = insert(self.method, insertions, self.seed, self.feather)
             total = now(self.method.device) - start
         self.say(format_times(times, total, len(requests)))

@@ -20,7 +20,7 @@ from harmony.core.files import write_json
 from harmony.data.captions import caption_picture
 from harmony.data.descriptions import Describer, Description, VisionLanguageModel, WordScorer
 from harmony.methods.method import LIGHTS, Composite, Method, Seed, fingerprint
-from harmony.models.attention import Layer, conditional, controlled, map_side
+from harmony.models.attention import Layer, conditional_rows, control_attention, map_side
 from harmony.models.backbone import DIFFUSION, Backbone, weights_hash
 from harmony.models.clip import clip_of
 from harmony.models.judge import Evaluator, load_evaluator
@@ -86,7 +86,7 @@ class AttentionMean:
         self.tokens, self.total, self.layers = tokens, 0.0, 0
 
     def wants(self, layer: Layer, tokens: int, step: int) -> bool:
-        return layer.cross and tokens == self.tokens and layer.place != "mid"
+        return layer.is_cross and tokens == self.tokens and layer.place != "mid"
 
     def __call__(self, probabilities: torch.Tensor, layer: Layer, step: int) -> torch.Tensor:
         self.total, self.layers = self.total + probabilities.mean(1), self.layers + 1
@@ -160,7 +160,7 @@ def refine_texts(
     for i, t in enumerate(timesteps(steps, backbone.scheduler.config.steps_offset, len(backbone.alphas_cumprod))):
         z = trajectory[steps - i].repeat(2, 1, 1, 1)
         for _ in range(parts.refine):
-            with controlled(backbone.unet, attention := AttentionMean(side**2)):
+            with control_attention(backbone.unet, attention := AttentionMean(side**2)):
                 eps(z, t, encode_texts())
             weights = torch.cat([where[:count].float(), words.weights])
             heat = (attention.mean * weights[:, None]).sum(2)
@@ -208,7 +208,7 @@ class CopyAttention:
         return layer.cross or self.self_attention
 
     def __call__(self, probabilities: torch.Tensor, layer: Layer, step: int) -> torch.Tensor:
-        source = conditional(probabilities, self.prompts)[: self.prompts // 2]
+        source = conditional_rows(probabilities, self.prompts)[: self.prompts // 2]
         return torch.cat([probabilities[: -self.prompts], source, source])
 
 

@@ -1,7 +1,7 @@
 """Fidelity of one output to its truth: pixels, edges, colors, seams.
 
-Images are uint8 H x W x 3 RGB, masks bool H x W. All arithmetic is in floats on 0..255. A figure over no pixels at all
-(an empty mask) is NaN, which ``aggregate`` leaves out.
+Images are uint8 H x W x 3 RGB, masks bool H x W. All arithmetic is in floats on 0..255. A metric over an empty
+mask is NaN, which ``aggregate`` leaves out.
 """
 
 import math
@@ -13,8 +13,8 @@ from skimage.color import deltaE_ciede2000
 
 from harmony.pixels.hints import blur_hint, edge_hint
 
-PSNR_LIMIT = 100.0  # dB: what an identical image counts in a mean; a single gray step in a 128 px image is 95 dB
-COLOR_SIGMA = 10  # px at a side of 512, the color hint's own
+PSNR_LIMIT = 100.0  # dB: the value of an identical image in a mean; a single gray step in a 128 px image gives 95 dB
+COLOR_SIGMA = 10  # px at a side of 512, as in the color hint
 
 
 # --- pixels
@@ -60,24 +60,29 @@ def shadow_mse(a: np.ndarray, b: np.ndarray, shadow: np.ndarray, mask: np.ndarra
 
 
 def bg_drift(output: np.ndarray, original: np.ndarray, hole: np.ndarray) -> float:
-    """Largest absolute difference outside ``hole``, 0..255. 0 means: not one background pixel changed."""
+    """Largest absolute difference outside ``hole``, 0..255. 0 means that no background pixel changed."""
     difference = np.abs(output.astype(np.int16) - original.astype(np.int16))[~hole]
     return float(difference.max(initial=0))
 
 
-# --- what the instance keeps
+# --- identity of the instance
 
 
 def edge_f1(output: np.ndarray, instance: np.ndarray, mask: np.ndarray) -> float:
     """F1 score in [0, 1] of the output's Canny edges against the instance's inside ``mask``, 1 px tolerance.
 
-    Edges of the whole images cut off at the mask, so that the silhouette, which both share, does not flatter the score.
-    Two images without edges agree: 1.
+    The edges are those of the whole images, cut off at the mask. The silhouette, which both images share, would raise
+    the score otherwise. Two images without edges score 1.
     """
-    ours, theirs = (edge_hint(image, mask, edge_source="full_times_mask")[..., 0] > 0 for image in (output, instance))
-    if not ours.any() or not theirs.any():
-        return float(ours.any() == theirs.any())
-    precision, recall = (ours & _grow(theirs)).sum() / ours.sum(), (theirs & _grow(ours)).sum() / theirs.sum()
+    edges, true_edges = (
+        edge_hint(image, mask, edge_source="full_times_mask")[..., 0] > 0 for image in (output, instance)
+    )
+    if not edges.any() or not true_edges.any():
+        return float(edges.any() == true_edges.any())
+    precision, recall = (
+        (edges & _grow(true_edges)).sum() / edges.sum(),
+        (true_edges & _grow(edges)).sum() / true_edges.sum(),
+    )
     return float(2 * precision * recall / max(precision + recall, 1e-12))
 
 
@@ -86,14 +91,14 @@ def _grow(edges: np.ndarray) -> np.ndarray:
 
 
 def color_de(output: np.ndarray, instance: np.ndarray, mask: np.ndarray) -> float:
-    """Mean CIEDE2000 inside ``mask`` between the blurred instance and the blurred output; about 1 is just visible.
+    """Mean CIEDE2000 inside ``mask`` between the blurred instance and the blurred output.
 
-    Sharma 2005 (The CIEDE2000 Color-Difference Formula).
+    A difference of 1 is just visible. Sharma 2005 (The CIEDE2000 Color-Difference Formula).
     """
     if not mask.any():
         return math.nan
-    blurred = (blur_hint(image, mask, sigma=COLOR_SIGMA)[mask] for image in (output, instance))
-    return _mean(deltaE_ciede2000(*(_lab(pixels) for pixels in blurred)))
+    colors = (blur_hint(image, mask, sigma=COLOR_SIGMA)[mask] for image in (output, instance))
+    return _mean(deltaE_ciede2000(*(_lab(pixels) for pixels in colors)))
 
 
 def _lab(pixels: np.ndarray) -> np.ndarray:
@@ -114,7 +119,7 @@ def _laplacian_variance(image: np.ndarray, mask: np.ndarray) -> float:
     return float(values.var()) if values.size else math.nan
 
 
-# --- how it sits in the picture
+# --- the seam
 
 
 def seam(output: np.ndarray, original: np.ndarray, mask: np.ndarray) -> float:
@@ -128,8 +133,8 @@ def seam(output: np.ndarray, original: np.ndarray, mask: np.ndarray) -> float:
 def _rim_step(image: np.ndarray, mask: np.ndarray) -> float:
     """Mean absolute difference, 0..255, of neighboring pixels of which exactly one lies in ``mask``."""
     values = image.astype(np.float64)
-    across = np.concatenate([np.abs(np.diff(values, axis=axis))[np.diff(mask, axis=axis)] for axis in (0, 1)])
-    return _mean(across)
+    steps = np.concatenate([np.abs(np.diff(values, axis=axis))[np.diff(mask, axis=axis)] for axis in (0, 1)])
+    return _mean(steps)
 
 
 # --- all of them
@@ -143,11 +148,11 @@ def image_metrics(
     shadow: np.ndarray | None = None,
     instance: np.ndarray | None = None,
 ) -> dict[str, float]:
-    """All figures of one output: psnr, mse, fpsnr, fmse, bg_drift, edge_f1, color_de, seam; shadow_mse with ``shadow``.
+    """All metrics of one output: psnr, mse, fpsnr, fmse, bg_drift, edge_f1, color_de, seam; shadow_mse with ``shadow``.
 
-    ``mask`` is M, ``hole`` M_e; ``seam`` is taken at the rim of the instance, ``seam_hole`` at that of the hole, where
-    generated pixels end. ``instance`` is the image that the identity figures edge_f1 and color_de compare with; by
-    default the truth itself.
+    ``mask`` is M, ``hole`` M_e; ``seam`` is measured at the rim of the instance, ``seam_hole`` at the rim of the hole,
+    where generated pixels end. ``instance`` is the image that edge_f1 and color_de compare the output with, by default
+    the truth.
     """
     reference = truth if instance is None else instance
     error, foreground_error = mse(output, truth), fmse(output, truth, mask)
@@ -170,13 +175,14 @@ def mean_psnr(values: Iterable[float]) -> float:
     return float(np.minimum(list(values), PSNR_LIMIT).mean())
 
 
-REDUCTIONS = {"bg_drift": max, "psnr": mean_psnr, "fpsnr": mean_psnr}  # of one figure over images; others: plain mean
+# How a metric is reduced over images; all others by the mean.
+REDUCTIONS = {"bg_drift": max, "psnr": mean_psnr, "fpsnr": mean_psnr}
 
 
 def aggregate(rows: list[dict[str, float]]) -> dict[str, float]:
-    """One figure per name from those of many images: the largest ``bg_drift``, means of all others, NaN left out.
+    """Reduce the metrics of many images: the maximum of ``bg_drift``, the mean of all others, NaN left out.
 
-    The result holds finite numbers only: a name without any number is dropped.
+    A metric that is NaN for all images is left out of the result.
     """
     result = {}
     for name in dict.fromkeys(name for row in rows for name in row):

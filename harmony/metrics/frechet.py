@@ -1,8 +1,8 @@
 """Distances between two sets of images: Frechet distance (FID) and kernel distance (KID) of their features.
 
 A feature extractor is a callable on float N x 3 x H x W in [0, 255] that returns N x D, with two attributes: ``size``,
-the side it wants, and ``protocol``, the name that must stand beside every figure it gives. It also fits clean-fid's
-``custom_feat_extractor``.
+the side of the images that it expects, and ``protocol``, the name that is reported beside every distance. It also works
+as clean-fid's ``custom_feat_extractor``.
 """
 
 import itertools
@@ -20,12 +20,14 @@ from harmony.pixels.images import to_clip
 
 
 class Gaussian(Protocol):
+    """Mean D and covariance D x D of features."""
+
     mean: torch.Tensor
     cov: torch.Tensor
 
 
 class Statistics:
-    """Streaming sums n, sum x, sum x x^T of features, in float64: batches do not change them."""
+    """Running sums n, sum x and sum x x^T of features in float64, the same for every batch size."""
 
     def __init__(self, dim: int, device: str | torch.device = "cpu"):
         self.n = torch.zeros((), dtype=torch.float64, device=device)
@@ -70,8 +72,8 @@ def frechet_distance(a: Gaussian, b: Gaussian) -> float:
 def kid(x: torch.Tensor, y: torch.Tensor, subsets: int = 100, subset_size: int = 1000, seed: int = 0) -> float:
     """Kernel distance of features N x D and M x D: unbiased MMD^2 with k(u, v) = (u.v / D + 1)^3.
 
-    Binkowski 2018. Mean over random subsets of ``subset_size``, or of all that there are. Unbiased also
-    means that it may fall below 0. Raises ValueError with fewer than two images.
+    Binkowski 2018. The mean over random subsets of ``subset_size`` samples, or over all samples if there are
+    fewer. An unbiased estimate may be negative. Raises ValueError with fewer than two images.
     """
     m = min(len(x), len(y), subset_size)
     if m < 2:
@@ -79,8 +81,10 @@ def kid(x: torch.Tensor, y: torch.Tensor, subsets: int = 100, subset_size: int =
     if m == len(x) == len(y):
         subsets = 1  # every subset would be the same
     generator = torch.Generator().manual_seed(seed)
-    picks = ([torch.randperm(len(f), generator=generator)[:m].to(f.device) for f in (x, y)] for _ in range(subsets))
-    return float(np.mean([_mmd2(x[i].double(), y[j].double()) for i, j in picks]))
+    subset_indices = (
+        [torch.randperm(len(f), generator=generator)[:m].to(f.device) for f in (x, y)] for _ in range(subsets)
+    )
+    return float(np.mean([_mmd2(x[i].double(), y[j].double()) for i, j in subset_indices]))
 
 
 def _mmd2(x: torch.Tensor, y: torch.Tensor) -> float:
@@ -108,18 +112,18 @@ def clean_resize(images: Iterable[np.ndarray], size: int) -> torch.Tensor:
 def extract(
     images: Iterable[np.ndarray], extractor: Callable[[torch.Tensor], torch.Tensor], size: int, batch: int = 32
 ) -> torch.Tensor:
-    """Features N x D (float32, CPU) of uint8 images, resized to ``size`` and taken ``batch`` at a time."""
-    return torch.cat([extractor(clean_resize(group, size)).float().cpu() for group in _batched(images, batch)])
+    """Features N x D (float32, CPU) of uint8 images, resized to ``size``, ``batch`` images at a time."""
+    return torch.cat([extractor(clean_resize(group, size)).float().cpu() for group in _batches(images, batch)])
 
 
-def _batched(items: Iterable, size: int) -> Iterable[tuple]:
+def _batches(items: Iterable, size: int) -> Iterable[tuple]:
     iterator = iter(items)
     while group := tuple(itertools.islice(iterator, size)):
         yield group
 
 
 def normalize_clip(images: torch.Tensor, size: int) -> torch.Tensor:
-    """Float N x 3 x H x W in [0, 255] to what a CLIP image tower of side ``size`` expects."""
+    """Float N x 3 x H x W in [0, 255] to the input of a CLIP image tower of side ``size``."""
     if images.shape[-2:] != (size, size):
         images = F.interpolate(images, (size, size), mode="bicubic", antialias=True, align_corners=False).clamp(0, 255)
     return to_clip(images / 255)

@@ -1,4 +1,4 @@
-"""Agreement in CLIP's space: of outputs with instances (CLIP-I) and with captions (CLIP-T)."""
+"""Similarity in CLIP's embedding space: of outputs with instances (CLIP-I) and with captions (CLIP-T)."""
 
 from collections.abc import Sequence
 from typing import Protocol
@@ -11,9 +11,9 @@ from harmony.pixels.masks import bounding_box
 
 
 class Clip(Protocol):
-    """What the wrappers in ``models/clip.py`` are: ``name``, and embeddings N x P of pictures and of texts.
+    """A CLIP model: its ``name``, and its embeddings N x P of pictures (uint8 H x W x 3) and of texts.
 
-    A picture is uint8 H x W x 3.
+    ``models/clip.py`` implements it.
     """
 
     name: str
@@ -24,13 +24,13 @@ class Clip(Protocol):
 
 
 def embeddings(images: Sequence[np.ndarray], clip: Clip, batch: int = 32) -> torch.Tensor:
-    """N x P of unit length, on the CPU."""
+    """Embeddings N x P of images, of unit length and on the CPU."""
     parts = [clip.images(list(images[i : i + batch])).float().cpu() for i in range(0, len(images), batch)]
     return F.normalize(torch.cat(parts), dim=1)
 
 
-def box_of(image: np.ndarray, mask: np.ndarray) -> np.ndarray:
-    """The box around ``mask``: what the likeness of an object is judged by."""
+def crop_to_box(image: np.ndarray, mask: np.ndarray) -> np.ndarray:
+    """Cut the bounding box of ``mask`` out of an image."""
     x0, y0, x1, y1 = bounding_box(mask)
     return image[y0:y1, x0:x1]
 

@@ -1,15 +1,15 @@
 """Attention control: one mechanism for prompt-to-prompt (Hertz 2022) and zero-shot harmonization (Chen 2023).
 
-Inside ``controlled(unet, control)`` every attention layer asks ``control`` whether it wants to see this layer at this
-step; only then the probabilities are computed one by one and handed over, otherwise the layer runs as it always does.
-The step counts the UNet's calls since entering, 0 = the noisiest. Afterwards, an exception included, the UNet has its
-own processors again.
+Inside ``control_attention(unet, control)`` every attention layer asks ``control`` whether it wants this layer at this
+step. If so, the layer computes its attention probabilities explicitly and passes them through ``control``; otherwise it
+runs as usual. The step counts the calls of the UNet inside the block, 0 = the noisiest. After the block, also after an
+exception, the UNet has its original processors.
 
-Rows of a batch for K prompts: [u_0 .. u_{K-1}, c_0 .. c_{K-1}] under guidance, [c_0 .. c_{K-1}] without; row 0 of each
-half is the source. ``conditional`` is the one place that knows.
+Rows of a batch for K prompts: [u_0 .. u_{K-1}, c_0 .. c_{K-1}] with guidance, [c_0 .. c_{K-1}] without; row 0 of each
+half is the source. Only ``conditional_rows`` depends on this order.
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Protocol
@@ -18,39 +18,39 @@ import torch
 from diffusers import UNet2DConditionModel
 from diffusers.models.attention_processor import Attention
 
-MAPS = 16  # positions along one side of the maps that say where words look, at most
+MAPS = 16  # largest side of the attention maps that show which positions attend to a word
 PLACES = {"down_blocks": "down", "mid_block": "mid", "up_blocks": "up"}
 
 
 @dataclass(frozen=True)
 class Layer:
-    """An attention layer: its ``name`` in the UNet, its ``place`` (down, mid, up), and whether it attends to words."""
+    """An attention layer: its ``name`` in the UNet, its ``place`` (down, mid, up), whether it is cross-attention."""
 
     name: str
     place: str
-    cross: bool
+    is_cross: bool
 
 
 class AttentionControl(Protocol):
-    """What may look at attention and change it."""
+    """A control that reads attention probabilities and may change them."""
 
     def wants(self, layer: Layer, tokens: int, step: int) -> bool:
-        """Whether ``layer``, with ``tokens`` query positions, is handed over at ``step``."""
+        """Whether ``layer``, with ``tokens`` query positions, is passed to the control at ``step``."""
         ...
 
     def __call__(self, probabilities: torch.Tensor, layer: Layer, step: int) -> torch.Tensor:
-        """Probabilities B x heads x N x M after the soft-max -> those to go on with."""
+        """Return the probabilities B x heads x N x M that replace those of the soft-max."""
         ...
 
 
-def conditional(batch: torch.Tensor, prompts: int) -> torch.Tensor:
-    """The rows of ``batch`` (first axis) that see the ``prompts``: a view of its last rows."""
+def conditional_rows(batch: torch.Tensor, prompts: int) -> torch.Tensor:
+    """The rows of ``batch`` (first axis) that are conditioned on the ``prompts``: a view of its last rows."""
     if len(batch) not in (prompts, 2 * prompts):
         raise ValueError(f"a batch of {len(batch)} rows belongs to {prompts} prompts neither with nor without guidance")
     return batch[-prompts:]
 
 
-def layers(unet: UNet2DConditionModel) -> list[Layer]:
+def attention_layers(unet: UNet2DConditionModel) -> list[Layer]:
     """All attention layers of the UNet, in the order of its processors."""
     return [
         Layer(name.removesuffix(".processor"), PLACES[name.partition(".")[0]], ".attn2." in name)
@@ -59,8 +59,9 @@ def layers(unet: UNet2DConditionModel) -> list[Layer]:
 
 
 def map_side(unet: UNet2DConditionModel, side: int) -> int:
-    """Positions along one side of the maps that say where words look, for latents of ``side`` cells: the finest layers
-    outside the middle that attend to words and have no more than ``MAPS``, else the coarsest there are.
+    """The side of the cross-attention maps for latents of ``side`` cells.
+
+    It is the largest side up to ``MAPS`` of the cross-attention layers outside the middle block, else the smallest.
     """
     sides = []
     for block in unet.config.down_block_types:
@@ -69,19 +70,24 @@ def map_side(unet: UNet2DConditionModel, side: int) -> int:
     return max((s for s in sides if s <= MAPS), default=min(sides))
 
 
-class Controlled:
-    """The attention processor of one layer while a control is at work; ``usual`` is the layer's own."""
+class ControlledProcessor:
+    """The attention processor of one layer under a control; ``original`` is the layer's own processor."""
 
-    def __init__(self, usual, layer: Layer, control: AttentionControl, steps: "Steps"):
-        self.usual, self.layer, self.control, self.steps = usual, layer, control, steps
+    def __init__(self, original: Callable[..., torch.Tensor], layer: Layer, control: AttentionControl, steps: "Steps"):
+        self.original, self.layer, self.control, self.steps = original, layer, control, steps
 
     def __call__(
-        self, attn: Attention, hidden_states: torch.Tensor, encoder_hidden_states=None, attention_mask=None, **more
+        self,
+        attn: Attention,
+        hidden_states: torch.Tensor,
+        encoder_hidden_states: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        **options,
     ) -> torch.Tensor:
-        """B x N x D -> B x N x D."""
-        step = self.steps.taken
+        """Attention of hidden states B x N x D -> B x N x D."""
+        step = self.steps.number
         if attention_mask is not None or not self.control.wants(self.layer, hidden_states.shape[1], step):
-            return self.usual(attn, hidden_states, encoder_hidden_states, attention_mask, **more)
+            return self.original(attn, hidden_states, encoder_hidden_states, attention_mask, **options)
         context = hidden_states if encoder_hidden_states is None else encoder_hidden_states
         query, key, value = (
             attn.head_to_batch_dim(project(x))
@@ -89,74 +95,79 @@ class Controlled:
         )
         probabilities = attn.get_attention_scores(query, key).unflatten(0, (-1, attn.heads))
         probabilities = self.control(probabilities, self.layer, step)
-        out = attn.batch_to_head_dim(torch.bmm(probabilities.flatten(0, 1), value))
-        return attn.to_out[1](attn.to_out[0](out)) / attn.rescale_output_factor
+        output = attn.batch_to_head_dim(torch.bmm(probabilities.flatten(0, 1), value))
+        return attn.to_out[1](attn.to_out[0](output)) / attn.rescale_output_factor
 
 
 class Steps:
-    """How many times the UNet has been called."""
+    """A counter of the UNet's calls."""
 
     def __init__(self):
-        self.taken = 0
+        self.number = 0
 
-    def count(self, *_) -> None:
-        self.taken += 1
+    def add(self, *_) -> None:
+        """Count one call (a forward hook)."""
+        self.number += 1
 
 
 @contextmanager
-def controlled(unet: UNet2DConditionModel, control: AttentionControl) -> Iterator[Steps]:
-    """While it lasts, ``control`` sees the UNet's attention; gives the counter of its calls."""
-    usual, steps = unet.attn_processors, Steps()
-    hook = unet.conv_out.register_forward_hook(steps.count)  # the last layer, whichever way the halves are run
-    processors = zip(usual.items(), layers(unet), strict=True)
-    unet.set_attn_processor({name: Controlled(own, layer, control, steps) for (name, own), layer in processors})
+def control_attention(unet: UNet2DConditionModel, control: AttentionControl) -> Iterator[Steps]:
+    """Within this block ``control`` controls the UNet's attention; yields the counter of the UNet's calls."""
+    originals, steps = unet.attn_processors, Steps()
+    hook = unet.conv_out.register_forward_hook(
+        steps.add
+    )  # the last layer, which also runs if the halves run separately
+    layers = attention_layers(unet)
+    pairs = zip(originals.items(), layers, strict=True)
+    processors = {name: ControlledProcessor(original, layer, control, steps) for (name, original), layer in pairs}
+    unet.set_attn_processor(processors)
     try:
         yield steps
     finally:
         hook.remove()
-        unet.set_attn_processor(usual)
+        unet.set_attn_processor(originals)
 
 
-class Known(torch.nn.Module):
-    """In the place of a projection whose input never changes: its output, B x T x D."""
+class ConstantOutput(torch.nn.Module):
+    """Replaces a projection whose input never changes by its output ``value``, B x T x D."""
 
     def __init__(self, value: torch.Tensor):
         super().__init__()
         self.register_buffer("value", value, persistent=False)
 
     def forward(self, text: torch.Tensor) -> torch.Tensor:
-        """Of a smaller batch the last rows: the conditional half."""
+        """The value; for a smaller batch its last rows, the conditional half."""
         return self.value[-len(text) :]
 
 
 @dataclass(frozen=True)
 class Projection:
-    """The projection ``name`` (to_k or to_v) of an attention layer, and its ``output`` for the words of a batch."""
+    """The projection ``name`` (to_k or to_v) of an attention layer, and its ``output`` for the text of a batch."""
 
     attention: torch.nn.Module
     name: str
-    output: Known
+    output: ConstantOutput
 
 
 def keys_and_values(nets: Iterable[torch.nn.Module], text: torch.Tensor) -> list[Projection]:
-    """The keys and values of ``text`` B x T x D in every layer of UNets and ControlNets that attends to words."""
+    """The keys and values of ``text`` B x T x D in every cross-attention layer of UNets and ControlNets."""
     projections = []
     for net in nets:
-        words = text.to(net.conv_in.weight.dtype)
+        states = text.to(net.conv_in.weight.dtype)
         for attention in (m for name, m in net.named_modules() if name.endswith("attn2")):
             for name in ("to_k", "to_v"):
-                projections.append(Projection(attention, name, Known(getattr(attention, name)(words))))
+                projections.append(Projection(attention, name, ConstantOutput(getattr(attention, name)(states))))
     return projections
 
 
 @contextmanager
 def cached_cross_attention(projections: Iterable[Projection]) -> Iterator[None]:
-    """While it lasts, the layers take these keys and values instead of computing them, to the same bits."""
-    stock = [(p, getattr(p.attention, p.name)) for p in projections]
+    """Within this block the layers use these keys and values instead of computing them; the results are identical."""
+    originals = [(p, getattr(p.attention, p.name)) for p in projections]
     try:
         for p in projections:
             setattr(p.attention, p.name, p.output)
         yield
     finally:
-        for p, projection in stock:
+        for p, projection in originals:
             setattr(p.attention, p.name, projection)

@@ -1,7 +1,7 @@
-"""A backbone: a folder in diffusers layout, and everything the rest of the code may ask of it.
+"""A backbone: a folder in diffusers layout, its parts and its properties.
 
-All code is blind to which backbone it runs on: latent factor, channels, resolution, prediction type and latent scale
-come from the backbone's own configuration files. Latents are multiplied by the VAE's scaling factor, hints are in [0,
+No other code depends on which backbone it runs on: latent factor, channels, resolution, prediction type and latent
+scale come from the backbone's configuration files. Latents are multiplied by the VAE's scaling factor, hints are in [0,
 1], images in [-1, 1].
 """
 
@@ -14,16 +14,30 @@ from contextlib import ExitStack
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from harmony.core.errors import UserError
-from harmony.core.files import PACKAGE, write_json
-from harmony.core.hub import fetched
+from harmony.core.files import write_json
+from harmony.core.hub import fetch_folder
 
-ASSETS = PACKAGE / "assets"
-GEOMETRY = ASSETS / "geometry"  # true sizes without weights: the configurations that diffusers and transformers read
+if TYPE_CHECKING:
+    from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
+    from transformers import (
+        BlipForConditionalGeneration,
+        CLIPTextModel,
+        CLIPTextModelWithProjection,
+        CLIPTokenizer,
+        CLIPVisionModelWithProjection,
+        ProcessorMixin,
+    )
+
+ASSETS = Path(__file__).resolve().parents[1] / "assets"
+GEOMETRY = (
+    ASSETS / "geometry"
+)  # configurations of the true sizes, without weights, as diffusers and transformers read them
 DIFFUSION = ("vae", "unet", "text_encoder", "tokenizer", "scheduler")  # the parts that sampling and training need
 CLASSES = {
     "vae": ("diffusers", "AutoencoderKL"),
@@ -34,60 +48,62 @@ CLASSES = {
     "image_encoder": ("transformers", "CLIPVisionModelWithProjection"),
     "text_tower": ("transformers", "CLIPTextModelWithProjection"),  # the text encoder with its CLIP projection
     "captioner": ("transformers", "BlipForConditionalGeneration"),
-    "processor": ("transformers", "AutoProcessor"),  # the captioner's
+    "processor": ("transformers", "AutoProcessor"),  # of the captioner
 }
-FOLDERS = {"text_tower": "text_encoder", "processor": "captioner"}  # the other parts lie in a folder of their own name
-WEIGHTLESS = ("tokenizer", "scheduler", "processor")
-MEND = (
-    "fetch it where there is a network and give model.path=FOLDER, or model.weights=random for the architecture alone"
-)
-FROZEN = ("unet", "text_encoder")  # what every step of training and sampling runs
-# Kernels that attention may run in on a GPU; native leaves the choice to PyTorch.
+FOLDERS = {"text_tower": "text_encoder", "processor": "captioner"}  # the folder of every other part has the part's name
+WEIGHTLESS_PARTS = ("tokenizer", "scheduler", "processor")
+REMEDY = "fetch it on a machine with a network and give model.path=FOLDER, or use model.weights=random"
+STEP_PARTS = ("unet", "text_encoder")  # the parts that run in every step of training and sampling
+# Attention kernels for a GPU; with native PyTorch chooses.
 ATTENTION = {"native": None, "cudnn": SDPBackend.CUDNN_ATTENTION, "flash": SDPBackend.FLASH_ATTENTION}
-preferred_attention = ExitStack()  # of the process
+attention_preference = ExitStack()  # holds the kernel preference of this process
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
 def backbone_path(name: str | os.PathLike) -> str:
-    """The folder of a shipped backbone (``tiny``), a folder that exists, or the name itself, then taken as a hub id."""
-    shipped = ASSETS / str(name)
-    if os.sep not in str(name) and (shipped / "model_index.json").exists():
-        return str(shipped)
+    """The folder of a shipped backbone (``tiny``), else the name itself: a folder or a hub id."""
+    folder = ASSETS / str(name)
+    if os.sep not in str(name) and (folder / "model_index.json").exists():
+        return str(folder)
     return str(name)
 
 
-def load_part(path: str, part: str, weights: str = "hub", dtype: torch.dtype = torch.float32):
-    """One part of a backbone, frozen and in eval mode.
+def load_part(path: str, part: str, weights: str = "hub", dtype: torch.dtype = torch.float32) -> Any:
+    """Load one part of a backbone, frozen and in eval mode.
 
-    ``weights="random"`` builds the architecture from the backbone's configuration without reading weights. UserError
-    when the part is not there.
+    ``weights="random"`` builds the architecture from the backbone's configuration without reading weights. Raises
+    UserError if the part does not exist.
     """
     import importlib
 
     from transformers.utils.logging import disable_progress_bar, set_verbosity_error
 
     disable_progress_bar()
-    set_verbosity_error()  # the projection of the text tower, which a plain text encoder leaves out, is no news
+    set_verbosity_error()  # no warning that a plain text encoder leaves out the projection of the text tower
     library, name = CLASSES[part]
     cls = getattr(importlib.import_module(library), name)
     folder = FOLDERS.get(part, part)
-    local = os.path.join(path, folder) if os.path.isdir(path) else str(fetched(path, folder, MEND, weights != "random"))
-    if not os.path.isdir(local):
+    part_folder = (
+        os.path.join(path, folder)
+        if os.path.isdir(path)
+        else str(fetch_folder(path, folder, REMEDY, weights != "random"))
+    )
+    if not os.path.isdir(part_folder):
         raise UserError(f"backbone {path} has no {part}: make backbone trains one, or give another model.path")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         try:
-            if part in WEIGHTLESS:
-                return cls.from_pretrained(local)
+            if part in WEIGHTLESS_PARTS:
+                return cls.from_pretrained(part_folder)
             if weights == "random":
                 if library == "diffusers":
-                    model = cls.from_config(cls.load_config(local))
-                    torch.nn.Module.to(model, dtype)  # diffusers' own warns of modules to keep in float32: none here
+                    model = cls.from_config(cls.load_config(part_folder))
+                    torch.nn.Module.to(model, dtype)  # diffusers' own ``to`` warns about modules to keep in float32
                 else:
-                    model = cls(cls.config_class.from_pretrained(local)).to(dtype)
+                    model = cls(cls.config_class.from_pretrained(part_folder)).to(dtype)
             else:
-                kind = {"torch_dtype": dtype} if library == "diffusers" else {"dtype": dtype}
-                model = cls.from_pretrained(local, use_safetensors=True, **kind)
+                options = {"torch_dtype": dtype} if library == "diffusers" else {"dtype": dtype}
+                model = cls.from_pretrained(part_folder, use_safetensors=True, **options)
         except (OSError, ValueError) as error:
             raise UserError(f"cannot load {part} of backbone {path}: {str(error).splitlines()[0]}") from error
     forget_path(model)
@@ -95,7 +111,7 @@ def load_part(path: str, part: str, weights: str = "hub", dtype: torch.dtype = t
 
 
 def forget_path(model: torch.nn.Module) -> None:
-    """What is saved of ``model`` later, and may travel, does not say where on this machine it was read."""
+    """Remove the path of this machine from the configuration that is saved with ``model``."""
     if hasattr(model, "register_to_config"):  # diffusers
         model.register_to_config(_name_or_path="")
     else:
@@ -103,28 +119,28 @@ def forget_path(model: torch.nn.Module) -> None:
 
 
 def memory_format(device: torch.device) -> torch.memory_format:
-    """How weights of convolutions lie on ``device``: channels last on a GPU, whose tensor cores want them so.
+    """The memory format of convolution weights on ``device``: channels last on a GPU, for its tensor cores.
 
-    On a CPU that makes no difference (measured).
+    On a CPU the format makes no difference (measured).
     """
     return torch.channels_last if device.type == "cuda" else torch.contiguous_format
 
 
-def placed(module: torch.nn.Module, device: torch.device) -> torch.nn.Module:
-    """``module`` on ``device``, in its ``memory_format`` where it is frozen.
+def move_module(module: torch.nn.Module, device: torch.device) -> torch.nn.Module:
+    """Move ``module`` to ``device``; if it is frozen, change its memory format to that of the device.
 
-    What is trained stays as it is: its gradients' buffers and its optimiser are laid out already.
+    A module in training keeps its format, which its gradients and optimizer states have too.
     """
-    frozen = not any(p.requires_grad for p in module.parameters())
-    layout = {"memory_format": memory_format(device)} if frozen else {}
+    is_frozen = not any(p.requires_grad for p in module.parameters())
+    layout = {"memory_format": memory_format(device)} if is_frozen else {}
     return torch.nn.Module.to(module, device, **layout)
 
 
 def prefer_attention(kernel: SDPBackend) -> None:
-    """From now on attention in this process runs in ``kernel`` wherever it can, else in another one."""
-    preferred_attention.close()
-    others = SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH
-    preferred_attention.enter_context(sdpa_kernel([kernel, *others], set_priority=True))
+    """Let attention in this process run in ``kernel`` where possible, from now on."""
+    attention_preference.close()
+    alternatives = SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH
+    attention_preference.enter_context(sdpa_kernel([kernel, *alternatives], set_priority=True))
 
 
 def weights_hash(module: torch.nn.Module) -> str:
@@ -138,14 +154,14 @@ def weights_hash(module: torch.nn.Module) -> str:
 
 @dataclass
 class Backbone:
-    """A loaded backbone. Parts are read when first asked for; all are frozen.
+    """A backbone whose parts are loaded at first use; all parts are frozen.
 
-    ``geometry`` names a folder of configurations that come with the package: what ``weights="random"`` is built from
-    where those of ``path`` are on a hub. ``dtype`` is that of UNet and text encoder: float32, bfloat16, or auto, which
-    is bfloat16 on a GPU; everything else has at least float32, latents too. ``attention``: the kernel of ``ATTENTION``
-    that is preferred on a GPU, in the whole process. ``words``: learnt words, lower case, and
-    the tokens of each (see ``learn`` of ``textual_inversion``). ``loaded``: what was loaded for this backbone
-    beside its own parts, by path: a table has many rows of the same ControlNets. ``hashes``: those known, by part.
+    ``geometry`` names a folder of configurations in this package, from which ``weights="random"`` builds the parts if
+    ``path`` is on a hub. ``dtype`` is that of UNet and text encoder: float32, bfloat16, or auto (bfloat16 on a GPU);
+    everything else, latents too, has at least float32. ``attention`` is the kernel of ``ATTENTION`` that this process
+    prefers on a GPU. ``words`` maps learned words, in lower case, to their tokens (see ``textual_inversion.learn``).
+    ``attachments`` holds other networks that were loaded for this backbone, by path, because many rows of a table use
+    the same ControlNets. ``hashes`` caches hashes by part.
     """
 
     path: str
@@ -155,25 +171,25 @@ class Backbone:
     geometry: str | None = None
     attention: str = "native"
     words: dict[str, list[str]] = field(default_factory=dict)
-    loaded: dict = field(default_factory=dict, repr=False)
+    attachments: dict = field(default_factory=dict, repr=False)
     hashes: dict[str, str] = field(default_factory=dict, repr=False)
 
     def __post_init__(self):
         if self.weights not in ("hub", "random"):
             raise UserError(f"model.weights={self.weights}: choose hub or random")
         if isinstance(self.dtype, str):
-            fitting = DTYPES["bfloat16" if torch.cuda.is_available() else "float32"]
+            default = DTYPES["bfloat16" if torch.cuda.is_available() else "float32"]
             if self.dtype not in ("auto", *DTYPES):
                 raise UserError(f"model.dtype={self.dtype}: choose auto, {' or '.join(DTYPES)}")
-            self.dtype = DTYPES.get(self.dtype, fitting)
+            self.dtype = DTYPES.get(self.dtype, default)
         if self.attention not in ATTENTION:
             raise UserError(f"model.attention={self.attention}: choose {', '.join(ATTENTION)}")
         if self.attention != "native":
             if not torch.cuda.is_available():
                 raise UserError(f"model.attention={self.attention}: only a GPU has a choice; leave it at native here")
             prefer_attention(ATTENTION[self.attention])
-        shapes = self.weights == "random" and self.geometry
-        self.path = str(GEOMETRY / self.geometry) if shapes else backbone_path(self.path)
+        uses_geometry = self.weights == "random" and self.geometry
+        self.path = str(GEOMETRY / self.geometry) if uses_geometry else backbone_path(self.path)
         if os.path.isdir(self.path):
             return
         if self.path == "tiny":
@@ -183,37 +199,37 @@ class Backbone:
         if self.path.count("/") != 1 or self.path.startswith((".", "/")):  # a hub id is owner/name
             raise UserError(f"no backbone in {self.path}: give a folder in diffusers layout or a hub id as model.path")
 
-    def _part(self, name: str):
-        part = load_part(self.path, name, self.weights, self.dtype if name in FROZEN else self.precise)
-        return part if name in WEIGHTLESS else placed(part, self.device)
+    def _part(self, name: str) -> Any:
+        part = load_part(self.path, name, self.weights, self.dtype if name in STEP_PARTS else self.precise_dtype)
+        return part if name in WEIGHTLESS_PARTS else move_module(part, self.device)
 
     @cached_property
-    def vae(self):
+    def vae(self) -> "AutoencoderKL":
         return self._part("vae")
 
     @cached_property
-    def unet(self):
+    def unet(self) -> "UNet2DConditionModel":
         return self._part("unet")
 
     @cached_property
-    def text_encoder(self):
+    def text_encoder(self) -> "CLIPTextModel":
         return self._part("text_encoder")
 
     @cached_property
-    def text_tower(self):
+    def text_tower(self) -> "CLIPTextModelWithProjection":
         return self._part("text_tower")
 
     @cached_property
-    def image_encoder(self):
+    def image_encoder(self) -> "CLIPVisionModelWithProjection":
         return self._part("image_encoder")
 
     @cached_property
-    def captioner(self):
+    def captioner(self) -> "BlipForConditionalGeneration":
         return self._part("captioner")
 
     @cached_property
-    def tokenizer(self):
-        """The backbone's own; random weights understand no words, so that any does where a geometry has none."""
+    def tokenizer(self) -> "CLIPTokenizer":
+        """The backbone's tokenizer; a geometry has none and uses that of ``tiny``, enough for random weights."""
         if Path(self.path).parent != GEOMETRY:
             return self._part("tokenizer")
         tokenizer = load_part(str(ASSETS / "tiny"), "tokenizer")
@@ -222,37 +238,35 @@ class Backbone:
         return tokenizer
 
     @cached_property
-    def scheduler(self):
+    def scheduler(self) -> "DDIMScheduler":
         return self._part("scheduler")
 
     @cached_property
-    def processor(self):
+    def processor(self) -> "ProcessorMixin":
         return self._part("processor")
 
     @property
-    def precise(self) -> torch.dtype:
-        """Of latents, text states and whatever does not run in every step: float32 at least."""
+    def precise_dtype(self) -> torch.dtype:
+        """The dtype of latents, text states and all parts that do not run in every step: float32 at least."""
         return torch.promote_types(self.dtype, torch.float32)
 
-    def unrounded(self, part: str) -> torch.nn.Module:
-        """A part in float32 at least, for a trainable copy: the loaded one, or its file anew where that is rounded."""
-        if self.dtype == self.precise or self.weights == "random":
+    def load_precise(self, part: str) -> torch.nn.Module:
+        """A part in ``precise_dtype``, for a trainable copy; read again from its file if it was loaded in bfloat16."""
+        if self.dtype == self.precise_dtype or self.weights == "random":
             return getattr(self, part)
-        return load_part(self.path, part, dtype=self.precise)
+        return load_part(self.path, part, dtype=self.precise_dtype)
 
     def with_unet(self, unet: torch.nn.Module) -> "Backbone":
-        """The same backbone, its loaded parts shared, with another UNet in place of its own."""
+        """The same backbone with another UNet; all other loaded parts are shared."""
         backbone = Backbone(self.path, self.weights, self.dtype, self.device)
-        vars(backbone).update({**vars(self), "unet": placed(unet, self.device)})
+        vars(backbone).update({**vars(self), "unet": move_module(unet, self.device)})
         return backbone
 
     # ------------------------------------------------------------------------------------------------ facts
 
     @property
     def name(self) -> str:
-        """What to call this backbone in a file that may travel: the shipped backbone's name, else the folder or hub
-        id.
-        """
+        """The name of this backbone in exported files: a shipped backbone's name, else the folder or hub id."""
         return Path(self.path).name if Path(self.path).parent in (ASSETS, GEOMETRY) else self.path
 
     @property
@@ -267,7 +281,7 @@ class Backbone:
 
     @property
     def resolution(self) -> int:
-        """Side in pixels at which the UNet was trained; the VAE's while the backbone has no UNet yet."""
+        """Side in pixels at which the UNet was trained; that of the VAE if the backbone has no UNet yet."""
         if os.path.isdir(self.path) and not os.path.isdir(os.path.join(self.path, "unet")):
             return self.vae.config.sample_size
         return self.unet.config.sample_size * self.factor
@@ -282,13 +296,15 @@ class Backbone:
         return self.scheduler.alphas_cumprod.to(self.device, torch.float32)
 
     def folder(self, part: str) -> Path:
-        """Where the files of a part lie; those of a hub id are fetched."""
+        """The folder of a part; a part of a hub id is fetched."""
         name = FOLDERS.get(part, part)
-        return Path(self.path) / name if os.path.isdir(self.path) else fetched(self.path, name, MEND)
+        return Path(self.path) / name if os.path.isdir(self.path) else fetch_folder(self.path, name, REMEDY)
 
     def hash(self, part: str) -> str:
-        """sha256 over a part's weight files and configuration, or ``random`` for weights that come from no file; of a
-        part that a local backbone does not have, its name. Files are read once: they may have gigabytes.
+        """sha256 over a part's weight files and configuration.
+
+        It is ``random`` for random weights, and the path for a part that a local backbone does not have. Files are read
+        once, because they may have gigabytes.
         """
         if self.weights == "random":
             return self.weights
@@ -297,24 +313,24 @@ class Backbone:
         return self.hashes[part]
 
     def read_hash(self, part: str) -> str:
-        """``hash`` of a part from its files."""
+        """Compute the ``hash`` of a part from its files."""
         folder, digest = self.folder(part), hashlib.sha256()
         if not folder.is_dir():
             return f"{self.path}/{part}"
         for file in sorted(folder.iterdir()):
             if file.suffix in (".safetensors", ".json"):
                 digest.update(file.name.encode())
-                with open(file, "rb") as opened:
-                    while piece := opened.read(1 << 24):  # weights may be larger than what memory has left
+                with open(file, "rb") as stream:
+                    while piece := stream.read(1 << 24):  # weights may be larger than the free memory
                         digest.update(piece)
         return digest.hexdigest()
 
-    def to(self, device) -> "Backbone":
-        """Move the loaded parts; those loaded later follow."""
+    def to(self, device: torch.device | str) -> "Backbone":
+        """Move the loaded parts to ``device``; parts that are loaded later go there too."""
         self.device = torch.device(device)
         for name, part in vars(self).items():
             if isinstance(part, torch.nn.Module):
-                vars(self)[name] = placed(part, self.device)
+                vars(self)[name] = move_module(part, self.device)
             elif name == "alphas_cumprod":
                 vars(self)[name] = part.to(self.device)
         return self
@@ -323,46 +339,46 @@ class Backbone:
 
     @torch.no_grad()
     def moments(self, x: torch.Tensor) -> torch.Tensor:
-        """B x 3 x H x W in [-1, 1] -> B x 2C x h x w: mean and log-variance of q(z | x), not scaled."""
+        """Encode B x 3 x H x W in [-1, 1] -> B x 2C x h x w: mean and log-variance of q(z | x), not scaled."""
         return self.vae.encode(x.to(self.vae.dtype)).latent_dist.parameters
 
     def latent(self, moments: torch.Tensor, noise: torch.Tensor | None = None) -> torch.Tensor:
-        """Scaled latent B x C x h x w: a posterior sample with the given unit noise, the posterior mean without."""
+        """Scaled latent B x C x h x w: a posterior sample with unit ``noise``, or the posterior mean without noise."""
         return scaled_latent(moments, self.vae.config.scaling_factor, noise)
 
     def decode(self, z: torch.Tensor) -> torch.Tensor:
-        """Scaled latent -> B x 3 x H x W in about [-1, 1], not clamped. Gradients flow to latents that want them."""
+        """Decode a scaled latent -> B x 3 x H x W in about [-1, 1], not clamped. Gradients reach the latent."""
         return self.vae.decode(z.to(self.vae.dtype) / self.vae.config.scaling_factor).sample
 
     # ------------------------------------------------------------------------------------------------ text
 
     def tokens(self, prompts: list[str]) -> torch.Tensor:
-        """B x T int64, padded and truncated to the tokenizer's length."""
-        length, prompts = self.tokenizer.model_max_length, [self.spelled(prompt) for prompt in prompts]
-        encoded = self.tokenizer(prompts, padding="max_length", max_length=length, truncation=True, return_tensors="pt")
-        return encoded.input_ids
+        """The token ids of prompts, B x T int64, padded and truncated to the tokenizer's length."""
+        length, prompts = self.tokenizer.model_max_length, [self.spell_out(prompt) for prompt in prompts]
+        inputs = self.tokenizer(prompts, padding="max_length", max_length=length, truncation=True, return_tensors="pt")
+        return inputs.input_ids
 
     def encode(self, text: str) -> list[int]:
-        """The ids of a few words, without beginning and end."""
-        return self.tokenizer(self.spelled(text), add_special_tokens=False).input_ids
+        """The token ids of a few words, without the tokens of beginning and end."""
+        return self.tokenizer(self.spell_out(text), add_special_tokens=False).input_ids
 
-    def spelled(self, text: str) -> str:
-        """``text`` with each learnt word written out as its tokens, whatever its case, as tokenizers read it."""
+    def spell_out(self, text: str) -> str:
+        """Replace each learned word of ``text``, in any case, by its tokens."""
         names = "|".join(map(re.escape, self.words))
         return re.sub(names, lambda m: " ".join(self.words[m[0].lower()]), text, flags=re.I) if names else text
 
     @torch.no_grad()
     def text(self, tokens: torch.Tensor) -> torch.Tensor:
-        """B x T ids -> B x T x D states that the UNet attends to."""
-        return self.text_encoder(tokens.to(self.device))[0].to(self.precise)
+        """Encode ids B x T -> text states B x T x D, to which the UNet attends."""
+        return self.text_encoder(tokens.to(self.device))[0].to(self.precise_dtype)
 
     def prompt(self, prompts: list[str]) -> torch.Tensor:
-        """B prompts -> B x T x D."""
+        """Encode B prompts -> text states B x T x D."""
         return self.text(self.tokens(prompts))
 
 
 def scaled_latent(moments: torch.Tensor, scale: float, noise: torch.Tensor | None = None) -> torch.Tensor:
-    """z = scale (mean + exp(logvar / 2) noise), B x 2C x h x w -> B x C x h x w; the mean when no noise is given."""
+    """z = scale (mean + exp(logvar / 2) noise), B x 2C x h x w -> B x C x h x w; the mean without noise."""
     mean, logvar = moments.float().chunk(2, dim=1)
     if noise is None:
         return scale * mean
@@ -370,7 +386,7 @@ def scaled_latent(moments: torch.Tensor, scale: float, noise: torch.Tensor | Non
 
 
 def write_model_index(folder: Path, pipeline: str = "StableDiffusionInpaintPipeline") -> None:
-    """``model_index.json`` naming the parts that lie in ``folder``, so that diffusers' pipelines load it."""
+    """Write ``model_index.json`` with the parts in ``folder``, so that diffusers' pipelines can load it."""
     from diffusers import __version__
 
     index = {"_class_name": pipeline, "_diffusers_version": __version__}
@@ -381,7 +397,7 @@ def write_model_index(folder: Path, pipeline: str = "StableDiffusionInpaintPipel
 
 
 def ship(source: Path, target: Path, dtype: torch.dtype = torch.float16) -> dict[str, int]:
-    """Copy a trained backbone to ``target`` with its weights in ``dtype`` (safetensors); returns bytes a part.
+    """Copy a trained backbone to ``target`` with its weights in ``dtype`` (safetensors); returns bytes by part.
 
     The text encoder keeps its CLIP projection, which pipelines ignore and CLIP scores need.
     """
@@ -394,9 +410,9 @@ def ship(source: Path, target: Path, dtype: torch.dtype = torch.float16) -> dict
         if not (source / folder).is_dir():
             continue
         model = load_part(str(source), part)
-        if part not in WEIGHTLESS:
+        if part not in WEIGHTLESS_PARTS:
             shutil.rmtree(target / folder, ignore_errors=True)
-            model = torch.nn.Module.to(model, dtype)  # diffusers' own warns of modules to keep in float32: none here
+            model = torch.nn.Module.to(model, dtype)  # diffusers' own ``to`` warns about modules to keep in float32
         model.save_pretrained(target / folder)
         sizes[folder] = sum(file.stat().st_size for file in (target / folder).iterdir())
     write_model_index(target)

@@ -1,5 +1,7 @@
 """CLIP models behind one interface: a backbone's own towers, or any model of open_clip."""
 
+from typing import TYPE_CHECKING
+
 import numpy as np
 import torch
 
@@ -8,9 +10,12 @@ from harmony.metrics.frechet import clean_resize, normalize_clip
 from harmony.metrics.similarity import Clip
 from harmony.models.backbone import Backbone
 
+if TYPE_CHECKING:
+    from transformers import CLIPTokenizer
+
 
 class BackboneClip:
-    """A backbone's own CLIP: the two towers of transformers and their projections into the common space.
+    """A backbone's own CLIP: the two towers of transformers and their projections into the shared space.
 
     ``vision`` is a CLIPVisionModelWithProjection, ``text`` a CLIPTextModel, ``text_projection`` the linear layer that
     follows it.
@@ -18,7 +23,13 @@ class BackboneClip:
 
     name = "backbone-clip"
 
-    def __init__(self, vision: torch.nn.Module, text: torch.nn.Module, text_projection: torch.nn.Module, tokenizer):
+    def __init__(
+        self,
+        vision: torch.nn.Module,
+        text: torch.nn.Module,
+        text_projection: torch.nn.Module,
+        tokenizer: "CLIPTokenizer",
+    ):
         self.vision, self.text, self.text_projection, self.tokenizer = vision, text, text_projection, tokenizer
 
     @torch.no_grad()
@@ -30,7 +41,7 @@ class BackboneClip:
 
     @torch.no_grad()
     def texts(self, texts: list[str]) -> torch.Tensor:
-        """Features N x P of captions, cut off at the length that the tower knows."""
+        """Features N x P of captions, truncated to the text tower's length."""
         tokens = self.tokenizer(
             texts,
             padding="max_length",
@@ -38,12 +49,12 @@ class BackboneClip:
             max_length=self.text.config.max_position_embeddings,
             return_tensors="pt",
         )
-        pooled = self.text(input_ids=tokens.input_ids.to(self.text.device)).pooler_output
-        return self.text_projection(pooled).float()
+        features = self.text(input_ids=tokens.input_ids.to(self.text.device)).pooler_output
+        return self.text_projection(features).float()
 
 
 class OpenClip:
-    """Any model of open_clip: NAME/WEIGHTS, the latter its name for them or a path. UserError where there is none."""
+    """Any model of open_clip: NAME/WEIGHTS, weights by open_clip's name or a path. UserError if there is none."""
 
     def __init__(self, name: str, device: str | torch.device = "cpu"):
         import open_clip
@@ -53,14 +64,17 @@ class OpenClip:
         if not weights:
             raise UserError(f"clip={name}: give open_clip's NAME/WEIGHTS, ViT-B-32/laion2b_s34b_b79k for instance")
         try:
-            made = open_clip.create_model_and_transforms(model, pretrained=weights, device=device)
-        except Exception as error:  # an unknown name, a hub that is not reached, a torn file: each raises its own
+            self.model, _, self.preprocess = open_clip.create_model_and_transforms(
+                model, pretrained=weights, device=device
+            )
+        except Exception as error:  # an unknown name, no connection and a damaged file raise different exceptions
             raise UserError(f"clip={name} cannot be loaded: {(str(error) or repr(error)).splitlines()[0]}") from error
-        self.preprocess, self.model, self.tokenizer = made[2], made[0].eval(), open_clip.get_tokenizer(model)
+        self.model.eval()
+        self.tokenizer = open_clip.get_tokenizer(model)
 
     @torch.no_grad()
     def images(self, images: list[np.ndarray]) -> torch.Tensor:
-        """Features N x P of uint8 images, by the model's own preprocessing."""
+        """Features N x P of uint8 images, with the model's own preprocessing."""
         from PIL import Image
 
         pixels = torch.stack([self.preprocess(Image.fromarray(image)) for image in images])
@@ -73,14 +87,14 @@ class OpenClip:
 
 
 def backbone_clip(backbone: Backbone) -> BackboneClip:
-    """CLIP as the backbone itself has it. UserError for a backbone without an image tower."""
+    """The backbone's own CLIP. UserError for a backbone without an image tower."""
     return BackboneClip(
         backbone.image_encoder, backbone.text_tower.text_model, backbone.text_tower.text_projection, backbone.tokenizer
     )
 
 
 def clip_of(backbone: Backbone, name: str | None = None) -> Clip | None:
-    """open_clip's NAME/WEIGHTS, or the backbone's own CLIP; None for a backbone without an image tower."""
+    """The open_clip model NAME/WEIGHTS, else the backbone's own CLIP; None if the backbone has no image tower."""
     if name is not None:
         return OpenClip(name, backbone.device)
     try:

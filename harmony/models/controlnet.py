@@ -1,7 +1,7 @@
-"""ControlNets for an inpainting UNet, in diffusers' own class and format.
+"""ControlNets for an inpainting UNet, in the class and format of diffusers.
 
-The trunk reads the noised latent alone (``conv_in`` keeps the first C of the UNet's 2C + 1 input channels): what eq. 6
-of Liu 2025 names, and the only form that the stock ``StableDiffusionControlNetInpaintPipeline`` runs.
+The input is only the noisy latent (``conv_in`` keeps the first C of the UNet's 2C + 1 input channels), as in eq. 6 of
+Liu 2025. It is also the only form that the stock ``StableDiffusionControlNetInpaintPipeline`` runs.
 """
 
 import inspect
@@ -15,13 +15,13 @@ from diffusers import ControlNetModel, UNet2DConditionModel
 from safetensors import SafetensorError
 
 from harmony.core.errors import UserError
-from harmony.core.files import atomic_folder, write_json
-from harmony.core.hub import fetched
+from harmony.core.files import replace_folder, write_json
+from harmony.core.hub import fetch_folder
 from harmony.models.backbone import ASSETS, Backbone
 from harmony.pixels.hints import HINTS
 from harmony.pixels.images import sha256
 
-HINT_CHANNELS = (16, 32, 96, 256)  # widths of the hint encoder; each after the first halves the side
+HINT_CHANNELS = (16, 32, 96, 256)  # widths of the hint encoder's layers; each layer after the first halves the side
 SILU_GAIN = 1.68  # 1 / the root mean square of SiLU of a unit normal
 BRANCHES = ("color", "structure", "raw")
 
@@ -29,12 +29,12 @@ BRANCHES = ("color", "structure", "raw")
 def from_unet(unet: UNet2DConditionModel, factor: int, in_channels: int | None = 4) -> ControlNetModel:
     """A trainable copy of the UNet's encoder and middle block with zero-initialized outputs and hint encoder output.
 
-    ``factor`` is the VAE's: the hint encoder must shrink the hint by as much. ``in_channels=None`` keeps all channels
-    of the UNet's input (an ablation). Fresh residuals are exactly zero.
+    ``factor`` is the VAE's factor, by which the hint encoder must shrink the hint. ``in_channels=None`` keeps all input
+    channels of the UNet (an ablation). The residuals are exactly zero before training.
 
-    The hint encoder's inner convolutions start so that they keep the variance of what goes through. PyTorch's default
-    loses a factor of about three a layer: behind seven of them the hint is 1/400 of itself, under biases forty times as
-    large, and a short training is over before the hint matters again.
+    The hint encoder's inner convolutions are initialized so that they keep the variance of their input. PyTorch's
+    default divides it by about three in each layer: after seven layers the hint has 1/400 of its size, below biases
+    forty times as large, and a short training ends before the hint has an effect.
     """
     widths = HINT_CHANNELS[: int(math.log2(factor)) + 1]
     net = ControlNetModel.from_unet(unet, conditioning_embedding_out_channels=widths)
@@ -57,18 +57,22 @@ def zero_convolutions(net: ControlNetModel) -> list[torch.nn.Parameter]:
 
 
 def controlnet_folder(path: str | os.PathLike) -> Path | None:
-    """The diffusers folder that ``path`` means: a shipped name (``color``), a run folder (its ``export/``), or itself.
+    """Find the diffusers folder of ``path``: a shipped name (``color``), a run folder, or a diffusers folder.
 
-    None when ``path`` may be a hub id, owner/name. UserError for a folder without a ControlNet.
+    None if ``path`` may be a hub id, owner/name. UserError for a folder without a ControlNet.
     """
-    shipped = ASSETS / path
-    folder = shipped if shipped.parent == ASSETS and shipped.name != ".." and shipped.is_dir() else Path(path)
+    asset_folder = ASSETS / path
+    folder = (
+        asset_folder
+        if asset_folder.parent == ASSETS and asset_folder.name != ".." and asset_folder.is_dir()
+        else Path(path)
+    )
     for candidate in (folder / "export" / "controlnet", folder / "export", folder / "controlnet", folder):
         if (candidate / "config.json").exists():
             return candidate
-    several = sorted(path.parent for path in folder.glob("export/*/controlnet"))
-    if several:
-        raise UserError(f"{path} trained several ControlNets: choose one of {', '.join(map(str, several))}")
+    exports = sorted(path.parent for path in folder.glob("export/*/controlnet"))
+    if exports:
+        raise UserError(f"{path} trained several ControlNets: choose one of {', '.join(map(str, exports))}")
     if (folder / "checkpoints").is_dir():
         raise UserError(f"{path} is a run that has not ended: export it first, python -m harmony.export {path}")
     if folder.exists():
@@ -79,38 +83,38 @@ def controlnet_folder(path: str | os.PathLike) -> Path | None:
 
 
 def net_hash(path: str | os.PathLike) -> str:
-    """sha256 of a ControlNet's weight files; of one on the hub its id."""
+    """sha256 of a ControlNet's weight files; the id of a ControlNet on the hub."""
     folder = controlnet_folder(path)
     return "+".join(sha256(file) for file in sorted(folder.glob("*.safetensors"))) if folder else str(path)
 
 
 def load_controlnet(path: str | os.PathLike, dtype: torch.dtype = torch.float32) -> ControlNetModel:
-    """A frozen ControlNet from whatever ``controlnet_folder`` knows, or a hub id. Never unpickles."""
+    """Load a frozen ControlNet from a path of ``controlnet_folder`` or a hub id. Never unpickles."""
     try:
-        where = str(controlnet_folder(path) or fetched(str(path), mend="give a run folder or a diffusers folder"))
-        net = ControlNetModel.from_pretrained(where, torch_dtype=dtype, use_safetensors=True)
+        source = str(
+            controlnet_folder(path) or fetch_folder(str(path), remedy="give a run folder or a diffusers folder")
+        )
+        net = ControlNetModel.from_pretrained(source, torch_dtype=dtype, use_safetensors=True)
     except (OSError, ValueError, SafetensorError) as error:
         raise UserError(f"cannot load a ControlNet from {path}: {str(error).splitlines()[0]}") from error
     return net.requires_grad_(False).eval()
 
 
 def read_hint(path: str | os.PathLike) -> dict:
-    """``hint.json`` beside the weights: branch, operator parameters, backbone. Empty for a ControlNet of other
-    origin.
-    """
+    """Read ``hint.json`` beside the weights: branch, operator parameters, backbone; empty if there is no such file."""
     folder = controlnet_folder(path)
     if folder is None or not (folder / "hint.json").exists():
         return {}
     try:
         facts = json.loads((folder / "hint.json").read_text())
         check_parameters(facts["branch"], facts["parameters"])
-        return {"backbone": facts.get("kit"), **facts}  # as version 0.1 called it
+        return {"backbone": facts.get("kit"), **facts}  # the key of version 0.1
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise UserError(f"{folder}/hint.json is damaged ({error}): export the ControlNet again") from None
 
 
 def check_parameters(branch: str, parameters: dict) -> None:
-    """Raise ValueError unless ``branch`` is one of ours and ``parameters`` are plain values that its operator takes."""
+    """Raise ValueError unless ``branch`` exists and ``parameters`` are plain values that its operator takes."""
     if branch not in BRANCHES:
         raise ValueError(f"branch {branch!r} is none of {', '.join(BRANCHES)}")
     names = set(inspect.signature(HINTS[branch]).parameters) - {"image", "mask"}
@@ -120,10 +124,10 @@ def check_parameters(branch: str, parameters: dict) -> None:
 
 
 def export_controlnet(net: ControlNetModel, folder: Path, branch: str, parameters: dict, backbone: Backbone) -> Path:
-    """Write ``folder/controlnet`` in diffusers layout; ``hint.json`` beside the weights says which hint it takes."""
+    """Write ``folder/controlnet`` in diffusers layout; ``hint.json`` beside the weights describes its hint."""
     target, hashes = Path(folder) / "controlnet", {part: backbone.hash(part) for part in ("vae", "unet")}
     facts = {"branch": branch, "parameters": parameters, "backbone": backbone.name, **hashes}
-    with atomic_folder(target) as partial:
-        net.save_pretrained(partial)
-        write_json(partial / "hint.json", facts)
+    with replace_folder(target) as temp_folder:
+        net.save_pretrained(temp_folder)
+        write_json(temp_folder / "hint.json", facts)
     return target

@@ -1,4 +1,4 @@
-"""Feature extractors behind FID and KID: clean-fid's Inception where its weights lie on disk, else CLIP's tower."""
+"""Feature extractors of FID and KID: clean-fid's Inception if its weights are on disk, else CLIP's image tower."""
 
 import tempfile
 from collections.abc import Callable
@@ -15,9 +15,7 @@ INCEPTION_SIZE = 299
 
 
 class BackboneFeatures:
-    """Pooled features, before the projection, of a backbone's CLIP vision model (transformers'
-    ``..WithProjection``).
-    """
+    """Pooled features of a backbone's CLIP vision model of transformers, before its projection."""
 
     protocol = "backbone-clip"
 
@@ -55,8 +53,8 @@ def inception_features(
 ) -> InceptionFeatures | None:
     """clean-fid's Inception if its weights are on disk already, else None; never downloads.
 
-    ``folder`` is where they lie, by default where clean-fid puts them (the temporary folder). Raises UserError for a
-    file that cannot be loaded: clean-fid writes it in place, so that an interrupted download leaves a broken one.
+    ``folder`` holds the weights, by default clean-fid's folder (the temporary folder). Raises UserError for a file that
+    cannot be loaded: clean-fid writes it in place, so an interrupted download leaves a damaged file.
     """
     path = Path(folder or tempfile.gettempdir()) / INCEPTION_FILE
     if not path.is_file():
@@ -68,7 +66,5 @@ def inception_features(
 
 
 def feature_extractor(backbone: Backbone) -> Callable:
-    """clean-fid's Inception where its weights lie on disk, else the backbone's CLIP tower; ``.protocol`` names
-    which.
-    """
+    """clean-fid's Inception if its weights are on disk, else the backbone's CLIP tower; ``.protocol`` names it."""
     return inception_features(device=backbone.device) or BackboneFeatures(backbone.image_encoder)

@@ -1,7 +1,7 @@
-"""The judge of composites: how natural an object looks in its photograph, from its colours and the mask.
+"""The judge of composites: it scores how natural an object looks in its photograph.
 
-A residual network with four input channels (RGB and mask) and two classes, as the evaluator of Chen 2023. The folder of
-a judge holds ``judge.safetensors`` and ``judge.json``: architecture, side in pixels, temperature.
+A residual network with four input channels (RGB and mask) and two classes, as the evaluator of Chen 2023. A judge's
+folder holds ``judge.safetensors`` and ``judge.json``: architecture, side in pixels, temperature.
 """
 
 import json
@@ -21,7 +21,7 @@ from harmony.models.backbone import ASSETS
 from harmony.pixels.images import resize, sha256, to_model
 
 WEIGHTS, FACTS = "judge.safetensors", "judge.json"
-NATURAL = 1  # the class of real photographs
+NATURAL_CLASS = 1  # the class of real photographs
 
 
 def judge_net(arch: str, options: dict | None = None) -> torch.nn.Module:
@@ -29,19 +29,19 @@ def judge_net(arch: str, options: dict | None = None) -> torch.nn.Module:
     import timm
 
     if not timm.is_model(arch):
-        near = timm.list_models(f"*{arch}*")[:3]
-        raise UserError(f"arch={arch}: timm has no such model{f', it has {near}' if near else ''}")
+        suggestions = timm.list_models(f"*{arch}*")[:3]
+        raise UserError(f"arch={arch}: timm has no such model{f', it has {suggestions}' if suggestions else ''}")
     return timm.create_model(arch, in_chans=4, num_classes=2, **(options or {}))
 
 
-def seen(images: torch.Tensor, masks: torch.Tensor) -> torch.Tensor:
-    """B x 3 x H x W in [-1, 1] and B x 1 x H x W in [0, 1] -> what the network sees, B x 4 x H x W."""
+def stack_inputs(images: torch.Tensor, masks: torch.Tensor) -> torch.Tensor:
+    """B x 3 x H x W in [-1, 1] and B x 1 x H x W in [0, 1] -> the network's input, B x 4 x H x W."""
     return torch.cat([images, masks], 1)
 
 
 @dataclass(frozen=True)
 class Judge:
-    """A trained judge: its network, the ``side`` of the squares it sees, and what its logits are divided by."""
+    """A trained judge: its network, the ``side`` of its input, and the ``temperature`` that divides its logits."""
 
     net: torch.nn.Module
     side: int
@@ -49,16 +49,16 @@ class Judge:
 
     @torch.no_grad()
     def score(self, images: Sequence[np.ndarray], masks: Sequence[np.ndarray]) -> list[float]:
-        """The probability in [0, 1] that each uint8 H x W x 3 with its object (bool H x W) is as it was taken."""
+        """The probability that each picture uint8 H x W x 3 with its object (bool H x W) is an unchanged photograph."""
         device = next(self.net.parameters()).device
         x = torch.stack([to_model(resize(image, self.side, self.side)) for image in images])
         m = np.stack([resize(mask.astype(np.float32), self.side, self.side) for mask in masks])
-        logits = self.net(seen(x, torch.from_numpy(m)[:, None]).to(device)).float()
-        return (logits / self.temperature).softmax(1)[:, NATURAL].tolist()
+        logits = self.net(stack_inputs(x, torch.from_numpy(m)[:, None]).to(device)).float()
+        return (logits / self.temperature).softmax(1)[:, NATURAL_CLASS].tolist()
 
 
 def save_judge(judge: Judge, folder: Path, **facts) -> Path:
-    """Write a judge in half precision; ``facts`` say its ``arch`` and ``options``."""
+    """Write a judge in half precision; ``facts`` are its ``arch`` and ``options``."""
     state = {k: v.half() if v.is_floating_point() else v for k, v in judge.net.state_dict().items()}
     write_tensors(folder / WEIGHTS, state, {"format": "pt"})
     write_json(folder / FACTS, {"side": judge.side, "temperature": judge.temperature, **facts})
@@ -66,7 +66,7 @@ def save_judge(judge: Judge, folder: Path, **facts) -> Path:
 
 
 def judge_folder(path: str | Path) -> Path:
-    """The folder of a judge: ``path``, its export, or a shipped name. UserError where there is none."""
+    """Find the folder of a judge: ``path``, its export, or a shipped name. UserError if there is none."""
     for folder in (Path(path) / "export", Path(path), ASSETS / str(path)):
         if (folder / WEIGHTS).is_file() and (folder / FACTS).is_file():
             return folder
@@ -74,12 +74,12 @@ def judge_folder(path: str | Path) -> Path:
 
 
 def judge_hash(name: str | None) -> str:
-    """sha256 of a judge's weights; the name of an evaluator that has none."""
+    """sha256 of a judge's weights; the name of an evaluator without weights."""
     return str(name) if name in (None, "statistic") else sha256(judge_folder(name) / WEIGHTS)
 
 
 def load_judge(path: str | Path, device: torch.device | str = "cpu") -> Judge:
-    """The judge of a run, a folder or a shipped name, frozen. UserError for files that are damaged or do not fit."""
+    """Load a frozen judge from a run, a folder or a shipped name. UserError for files that cannot be read."""
     folder = judge_folder(path)
     try:
         facts = json.loads((folder / FACTS).read_text())
@@ -93,8 +93,9 @@ def load_judge(path: str | Path, device: torch.device | str = "cpu") -> Judge:
 
 
 def statistic(image: np.ndarray, mask: np.ndarray) -> float:
-    """A judge without a network, in (0, 1]: how near mean and deviation of the object's Lab colours are to its
-    photograph's; a distance of 20 halves it. Colourful objects look unnatural to it.
+    """A score in (0, 1] without a network: how close the object's Lab colors are to those of its photograph.
+
+    It compares mean and standard deviation; a distance of 20 halves it. Colorful objects get low scores.
     """
     lab = cv2.cvtColor(image.astype(np.float32) / 255, cv2.COLOR_RGB2Lab)
     (mean, spread), (mean_b, spread_b) = ((lab[m].mean(0), lab[m].std(0)) for m in (mask, ~mask))
@@ -117,7 +118,7 @@ class Evaluator:
 
 
 def load_evaluator(name: str | None, device: torch.device | str = "cpu") -> Evaluator | None:
-    """``statistic``, a trained judge (see ``load_judge``), or nothing for None."""
+    """Load an evaluator: ``statistic`` or a trained judge (see ``load_judge``); None for None."""
     if name is None:
         return None
     if name == "statistic":

@@ -1,7 +1,7 @@
-"""Paint by Example's networks: the exemplar encoder, and the UNet that paints by its token (Yang 2022).
+"""Paint by Example's networks: the exemplar encoder, and the UNet that is conditioned on its output (Yang 2022).
 
-Channel order and mask polarity differ from Stable Diffusion inpainting: latent, masked latent, *keep* mask.
-``known_by_example`` is the one place where ours become theirs.
+Channel order and mask polarity differ from Stable Diffusion inpainting: latent, masked latent, *keep* mask. Only
+``join_condition`` converts from the one to the other.
 """
 
 import json
@@ -18,8 +18,8 @@ from safetensors.torch import load_file
 from transformers import CLIPVisionConfig, CLIPVisionModel
 
 from harmony.core.errors import UserError
-from harmony.core.files import atomic_folder, write_json, write_tensors
-from harmony.core.hub import fetched
+from harmony.core.files import replace_folder, write_json, write_tensors
+from harmony.core.hub import fetch_folder
 from harmony.models.backbone import ASSETS, Backbone, load_part, weights_hash
 from harmony.pixels.images import sha256, to_clip
 
@@ -43,12 +43,12 @@ class Mapper(torch.nn.Module):
 
 
 class ExemplarEncoder(torch.nn.Module):
-    """Exemplars B x 3 x S x S in [0, 1] -> context B x T x D; T = 1, the bottleneck.
+    """The exemplar encoder: exemplars B x 3 x S x S in [0, 1] -> context B x T x D, with T = 1 as a bottleneck.
 
-    CLIP's vision tower (``model``, frozen), mapper, layer norm, projection to the UNet's width D, and the learnt
-    ``uncond_vector`` 1 x 1 x D that stands for no exemplar. Keys are those of diffusers' PaintByExampleImageEncoder.
+    CLIP's vision tower (``model``, frozen), mapper, layer norm, projection to the UNet's width D, and the learned
+    ``uncond_vector`` 1 x 1 x D for no exemplar. Keys are those of diffusers' PaintByExampleImageEncoder.
 
-    ``all_tokens`` (an ablation) keeps the patch tokens too: T = 1 + patches, and the exemplar's layout gets through.
+    ``all_tokens`` (an ablation) keeps the patch tokens too: T = 1 + patches, and the exemplar's layout is transmitted.
     """
 
     def __init__(self, config: CLIPVisionConfig, all_tokens: bool = False):
@@ -66,39 +66,39 @@ class ExemplarEncoder(torch.nn.Module):
         return self.config.image_size
 
     def train(self, mode: bool = True) -> "ExemplarEncoder":
-        """The tower stays in eval mode."""
+        """Set the training mode, except for the tower, which stays in eval mode."""
         super().train(mode)
         self.model.eval()
         return self
 
-    def trained(self) -> Iterator[torch.nn.Parameter]:
-        """Everything but the tower."""
+    def trainable_parameters(self) -> Iterator[torch.nn.Parameter]:
+        """All parameters except those of the tower."""
         return (p for name, p in self.named_parameters() if not name.startswith("model."))
 
     @torch.no_grad()
     def features(self, exemplars: torch.Tensor) -> torch.Tensor:
-        """The frozen tower: B x T x width."""
-        out = self.model(pixel_values=to_clip(exemplars).to(self.uncond_vector.dtype))
+        """The features B x T x width of the frozen tower."""
+        output = self.model(pixel_values=to_clip(exemplars).to(self.uncond_vector.dtype))
         if self.all_tokens:
-            return self.model.post_layernorm(out.last_hidden_state)
-        return out.pooler_output[:, None]
+            return self.model.post_layernorm(output.last_hidden_state)
+        return output.pooler_output[:, None]
 
     def forward(self, exemplars: torch.Tensor) -> torch.Tensor:
         return self.proj_out(self.final_layer_norm(self.mapper(self.features(exemplars))))
 
 
-def known_by_example(hole: torch.Tensor, masked: torch.Tensor) -> torch.Tensor:
-    """[masked latent, keep mask] B x (C + 1) x h x w from our hole B x 1 x h x w (1 = paint) and masked latent."""
+def join_condition(hole: torch.Tensor, masked: torch.Tensor) -> torch.Tensor:
+    """Join [masked latent, keep mask] B x (C + 1) x h x w from the hole B x 1 x h x w (1 = paint) and masked latent."""
     return torch.cat([masked, 1 - hole], 1)
 
 
-# ---------------------------------------------------------------------------------------------------- beginning
+# ---------------------------------------------------------------------------------------------------- building
 
 
-def fresh_encoder(tower: CLIPVisionModel, width: int, all_tokens: bool = False) -> ExemplarEncoder:
-    """An encoder around a CLIP vision tower, all behind it untrained; ``width`` is the UNet's D.
+def build_encoder(tower: CLIPVisionModel, width: int, all_tokens: bool = False) -> ExemplarEncoder:
+    """Build an encoder from a CLIP vision tower with untrained layers after it; ``width`` is the UNet's D.
 
-    The tower may have a projection, which is left out.
+    A projection of the tower is left out.
     """
     config = CLIPVisionConfig(**{**tower.config.to_dict(), "projection_dim": width})
     encoder = ExemplarEncoder(config, all_tokens)
@@ -108,26 +108,26 @@ def fresh_encoder(tower: CLIPVisionModel, width: int, all_tokens: bool = False) 
 
 
 def load_tower(path: str) -> CLIPVisionModel:
-    """The frozen CLIP vision tower in a folder or of a hub id. UserError where there is none; never unpickles."""
+    """Load a frozen CLIP vision tower from a folder or hub id. UserError if there is none; never unpickles."""
     try:
-        where = path if Path(path).is_dir() else fetched(path)
-        return CLIPVisionModel.from_pretrained(where, use_safetensors=True).requires_grad_(False).eval()
+        source = path if Path(path).is_dir() else fetch_folder(path)
+        return CLIPVisionModel.from_pretrained(source, use_safetensors=True).requires_grad_(False).eval()
     except (OSError, ValueError, UserError) as error:
         raise UserError(f"module.tower={path} is no CLIP vision tower: {str(error).splitlines()[0]}") from error
 
 
 def tower_keys(state: dict[str, torch.Tensor], prefix: str) -> dict[str, torch.Tensor]:
-    """The entries below ``prefix``, without it."""
+    """The entries whose keys start with ``prefix``, which is removed."""
     return {name.removeprefix(prefix): value for name, value in state.items() if name.startswith(prefix)}
 
 
-def painting_unet(unet: UNet2DConditionModel) -> UNet2DConditionModel:
-    """A trainable float32 copy whose input is latent, masked latent, keep mask.
+def build_painting_unet(unet: UNet2DConditionModel) -> UNet2DConditionModel:
+    """Build a trainable float32 copy of a UNet whose input is latent, masked latent, keep mask.
 
-    From nine channels (inpainting: latent, hole, masked latent) the slices are put into the other order. A hole is
-    1 - keep, so its slice changes sign and its sum goes to the bias: the same network, except at the picture's rim,
-    where the convolution's zero padding is a keep mask of 0. From four channels the five new slices are zero: at first
-    the network does not see what is known (Paint by Example's own beginning).
+    From nine channels (inpainting: latent, hole, masked latent) the slices are reordered. A hole is 1 - keep, so its
+    slice changes sign and its sum is added to the bias: the same network, except at the picture's rim, where the
+    convolution's zero padding means a keep mask of 0. From four channels the five new slices are zero: before training
+    the network ignores masked latent and mask, as in Paint by Example.
     """
     c = unet.config.out_channels
     if unet.config.in_channels not in (c, 2 * c + 1):
@@ -135,15 +135,15 @@ def painting_unet(unet: UNet2DConditionModel) -> UNet2DConditionModel:
     state = {name: value.detach().float().clone() for name, value in unet.state_dict().items()}
     kernel = state["conv_in.weight"]
     if unet.config.in_channels == c:
-        new = kernel.new_zeros(len(kernel), c + 1, *kernel.shape[2:])
-        state["conv_in.weight"] = torch.cat([kernel, new], 1)
+        zeros = kernel.new_zeros(len(kernel), c + 1, *kernel.shape[2:])
+        state["conv_in.weight"] = torch.cat([kernel, zeros], 1)
     else:
         latent, hole, masked = kernel.split([c, 1, c], 1)
         state["conv_in.weight"] = torch.cat([latent, masked, -hole], 1)
         state["conv_in.bias"] = state["conv_in.bias"] + hole.sum((1, 2, 3))
-    painting = UNet2DConditionModel.from_config({**unet.config, "in_channels": 2 * c + 1})
-    painting.load_state_dict(state)
-    return painting.requires_grad_(True).train()
+    copy = UNet2DConditionModel.from_config({**unet.config, "in_channels": 2 * c + 1})
+    copy.load_state_dict(state)
+    return copy.requires_grad_(True).train()
 
 
 # ---------------------------------------------------------------------------------------------------- files
@@ -151,16 +151,20 @@ def painting_unet(unet: UNet2DConditionModel) -> UNet2DConditionModel:
 
 @dataclass
 class Painter:
-    """Paint by Example, ready to run: ``backbone`` with the painting UNet in the place of its own, and the encoder."""
+    """A loaded Paint by Example: ``backbone`` with the painting UNet instead of its own, and the encoder."""
 
     backbone: Backbone
     encoder: ExemplarEncoder
 
 
 def painter_folder(path: str | os.PathLike) -> Path | None:
-    """The folder that ``path`` means: a shipped name, a run folder, or itself; None when it may be a hub id."""
-    shipped = ASSETS / path
-    folder = shipped if shipped.parent == ASSETS and shipped.name != ".." and shipped.is_dir() else Path(path)
+    """Find the folder of ``path``: a shipped name, a run folder, or itself; None if it may be a hub id."""
+    asset_folder = ASSETS / path
+    folder = (
+        asset_folder
+        if asset_folder.parent == ASSETS and asset_folder.name != ".." and asset_folder.is_dir()
+        else Path(path)
+    )
     for candidate in (folder / "export" / "paint_by_example", folder / "paint_by_example", folder):
         if (candidate / "image_encoder" / "config.json").exists():
             return candidate
@@ -172,17 +176,17 @@ def painter_folder(path: str | os.PathLike) -> Path | None:
 
 
 def load_painter(path: str | os.PathLike, backbone: Backbone) -> Painter:
-    """A frozen Paint by Example from a run, a shipped name, a diffusers folder or a hub id. Never unpickles.
+    """Load a frozen Paint by Example from a run, a shipped name, a diffusers folder or a hub id. Never unpickles.
 
-    A folder with a VAE of its own (released weights) brings its own backbone; otherwise the VAE and the schedule are
-    those of ``backbone``, on which it was trained.
+    A folder with a VAE (released weights) is its own backbone; otherwise VAE and schedule are those of ``backbone``, on
+    which it was trained.
     """
     folder = painter_folder(path)
-    where = str(folder or path)
-    own = folder is None or (folder / "vae").is_dir()
-    unet = load_part(where, "unet", dtype=backbone.dtype)
-    if own:
-        backbone = Backbone(where, dtype=backbone.dtype, device=backbone.device)
+    source = str(folder or path)
+    has_backbone = folder is None or (folder / "vae").is_dir()
+    unet = load_part(source, "unet", dtype=backbone.dtype)
+    if has_backbone:
+        backbone = Backbone(source, dtype=backbone.dtype, device=backbone.device)
     elif (
         unet.config.out_channels != backbone.channels
         or unet.config.sample_size * backbone.factor != backbone.resolution
@@ -192,23 +196,23 @@ def load_painter(path: str | os.PathLike, backbone: Backbone) -> Painter:
         raise UserError(
             f"{path} was trained on another VAE than that of backbone {backbone.name}: model.path={facts['backbone']}"
         )
-    encoder = read_encoder(where, backbone).to(backbone.device, backbone.dtype)
+    encoder = read_encoder(source, backbone).to(backbone.device, backbone.dtype)
     if encoder.config.projection_dim != unet.config.cross_attention_dim:
         raise UserError(f"{path}: the encoder's width {encoder.config.projection_dim} is not the UNet's")
     return Painter(backbone.with_unet(unet), encoder)
 
 
 def painter_hash(path: str | os.PathLike) -> str:
-    """sha256 over the weight files of a Paint by Example; of one on the hub its id."""
+    """sha256 over the weight files of a Paint by Example; the id of one on the hub."""
     folder = painter_folder(path)
     return "+".join(sha256(file) for file in sorted(folder.glob("*/*.safetensors"))) if folder else str(path)
 
 
 def backbone_facts(folder: Path) -> dict:
-    """Name and VAE of the backbone that it was trained on; nothing for files of other origin."""
+    """Name and VAE hash of the backbone that a Paint by Example was trained on; empty for foreign files."""
     file = folder / "backbone.json"
     if not file.exists():
-        file = folder / "kit.json"  # as version 0.1 called it
+        file = folder / "kit.json"  # the file name of version 0.1
     try:
         facts = json.loads(file.read_text()) if file.exists() else {}
     except (ValueError, RecursionError) as error:
@@ -219,7 +223,7 @@ def backbone_facts(folder: Path) -> dict:
 
 
 def backbone_tower(backbone: Backbone, config: CLIPVisionConfig) -> CLIPVisionModel:
-    """The backbone's vision tower in float32, of the architecture ``config``. UserError where it is of another."""
+    """The backbone's vision tower in float32. UserError if its architecture is not ``config``."""
     tower = CLIPVisionModel(config).requires_grad_(False).eval()
     state = tower_keys(load_part(backbone.path, "image_encoder").state_dict(), "vision_model.")
     try:
@@ -231,39 +235,39 @@ def backbone_tower(backbone: Backbone, config: CLIPVisionConfig) -> CLIPVisionMo
     return tower
 
 
-def fetch(where: str, name: str) -> Path:
-    """A file of the encoder, from a folder or the hub."""
-    if os.path.isdir(where):
-        return Path(where) / "image_encoder" / name
+def fetch_encoder_file(source: str, name: str) -> Path:
+    """The path of a file of the encoder in a folder; a file on the hub is fetched."""
+    if os.path.isdir(source):
+        return Path(source) / "image_encoder" / name
     from huggingface_hub import hf_hub_download
 
-    return Path(hf_hub_download(where, f"image_encoder/{name}"))
+    return Path(hf_hub_download(source, f"image_encoder/{name}"))
 
 
-def read_encoder(where: str, backbone: Backbone) -> ExemplarEncoder:
-    """The frozen encoder in ``where/image_encoder``; released files name the tower's weights in the older way.
+def read_encoder(source: str, backbone: Backbone) -> ExemplarEncoder:
+    """Read the frozen encoder in ``source/image_encoder``; released files use older names for the tower's weights.
 
-    Files without a tower get that of ``backbone``, if it is the one that they were trained behind.
+    Files without a tower get the tower of ``backbone``, if they were trained with it.
     """
     try:
-        config = json.loads(fetch(where, "config.json").read_text())
+        config = json.loads(fetch_encoder_file(source, "config.json").read_text())
         encoder = ExemplarEncoder(CLIPVisionConfig(**config), config.get("all_tokens", False))
-        state = load_file(fetch(where, WEIGHTS))
+        state = load_file(fetch_encoder_file(source, WEIGHTS))
     except (OSError, ValueError, SafetensorError) as error:
-        raise UserError(f"cannot load image_encoder of {where}: {str(error).splitlines()[0]}") from error
+        raise UserError(f"cannot load image_encoder of {source}: {str(error).splitlines()[0]}") from error
     state = {name.replace("model.vision_model.", "model.", 1): value for name, value in state.items()}
-    state.pop("model.embeddings.position_ids", None)  # a constant that older files carry
+    state.pop("model.embeddings.position_ids", None)  # a constant in older files
     if not any(name.startswith("model.") for name in state):
         tower = backbone_tower(backbone, encoder.config)
-        if weights_hash(tower) != backbone_facts(Path(where)).get("tower"):
+        if weights_hash(tower) != backbone_facts(Path(source)).get("tower"):
             raise UserError(
-                f"{where} was trained behind another CLIP tower than backbone {backbone.name} has: give its model.path"
+                f"{source} was trained with another CLIP tower than that of {backbone.name}: give its model.path"
             )
         state |= {f"model.{name}": value for name, value in tower.state_dict().items()}
     try:
         encoder.load_state_dict(state)
     except RuntimeError as error:
-        raise UserError(f"{where}/image_encoder does not fit its config.json: {str(error).splitlines()[-1]}") from None
+        raise UserError(f"{source}/image_encoder does not fit its config.json: {str(error).splitlines()[-1]}") from None
     return encoder.requires_grad_(False).eval()
 
 
@@ -277,24 +281,24 @@ def export_painter(
 ) -> Path:
     """Write ``folder/paint_by_example``: ``unet`` and ``image_encoder`` in diffusers layout, and ``backbone.json``.
 
-    ``half``: weights in float16. ``tower=False`` leaves out CLIP's tower, which must then be the backbone's own:
-    diffusers does not load that, harmony does.
+    ``half``: weights in float16. ``tower=False`` leaves out CLIP's tower, which must then be that of the
+    backbone; diffusers cannot load such an export, harmony can.
     """
     target = Path(folder) / "paint_by_example"
     facts = {"backbone": backbone.name, "vae": backbone.hash("vae"), "tower": weights_hash(encoder.model)}
     if not tower and facts["tower"] != weights_hash(backbone_tower(backbone, encoder.config)):
         raise UserError(f"its CLIP tower is not that of backbone {backbone.name}, so it cannot be left out: tower=true")
     dtype = torch.float16 if half else torch.float32
-    plain = UNet2DConditionModel.from_config(unet.config)
-    plain.load_state_dict({name: value.detach().cpu() for name, value in unet.state_dict().items()})
-    torch.nn.Module.to(plain, dtype)  # diffusers' own warns of modules to keep in float32, of which there are none
+    copy = UNet2DConditionModel.from_config(unet.config)
+    copy.load_state_dict({name: value.detach().cpu() for name, value in unet.state_dict().items()})
+    torch.nn.Module.to(copy, dtype)  # diffusers' own ``to`` warns about modules to keep in float32
     config = encoder.config.to_dict() | {"architectures": ["PaintByExampleImageEncoder"]}
     config |= {"all_tokens": True} if encoder.all_tokens else {}
     state = {name: value for name, value in encoder.state_dict().items() if tower or not name.startswith("model.")}
     state = {name: value.to(dtype) for name, value in state.items()}
-    with atomic_folder(target) as partial:
-        plain.save_pretrained(partial / "unet")
-        write_json(partial / "image_encoder" / "config.json", config)
-        write_tensors(partial / "image_encoder" / WEIGHTS, state, {"format": "pt"})
-        write_json(partial / "backbone.json", facts)
+    with replace_folder(target) as temp_folder:
+        copy.save_pretrained(temp_folder / "unet")
+        write_json(temp_folder / "image_encoder" / "config.json", config)
+        write_tensors(temp_folder / "image_encoder" / WEIGHTS, state, {"format": "pt"})
+        write_json(temp_folder / "backbone.json", facts)
     return target

@@ -1,7 +1,7 @@
-"""Textual inversion's word: a token of its own, one or several vectors in the text encoder's table, its file.
+"""A word of textual inversion: a new token, its vectors in the text encoder's embedding table, and its file.
 
-Gal 2022 (An Image is Worth One Word, arXiv 2208.01618). Names and file are those of diffusers: the vectors of ``<mug>``
-are the tokens ``<mug>``, ``<mug>_1``, ..., and ``load_textual_inversion`` of its pipelines reads the file.
+Gal 2022 (An Image is Worth One Word, arXiv 2208.01618). Names and file format are those of diffusers: the vectors of
+``<mug>`` are the tokens ``<mug>``, ``<mug>_1``, ..., and ``load_textual_inversion`` of its pipelines reads the file.
 """
 
 import os
@@ -23,33 +23,36 @@ WEIGHTS = "learned_embeds.safetensors"  # diffusers' name for the file
 
 @dataclass(frozen=True)
 class Word:
-    """``token``, as it stands in a prompt, and its ``vectors`` n x D."""
+    """A learned word: its ``token``, as written in a prompt, and its ``vectors`` n x D."""
 
     token: str
     vectors: torch.Tensor
 
     @property
     def tokens(self) -> list[str]:
-        """One for each vector."""
+        """The tokens of the word, one for each vector."""
         return [self.token, *(f"{self.token}_{n}" for n in range(1, len(self.vectors)))]
 
 
 def word_file(path: str | os.PathLike) -> Path:
-    """The file of a learnt word: ``path``, what a run or its export keeps, or one shipped with the
-    tiny backbone, ``words/teal_mug`` for instance. UserError for none.
+    """Find the file of a learned word: ``path``, a run, its export, or a shipped word such as ``words/teal_mug``.
+
+    UserError if there is none.
     """
     path = Path(path)
     for candidate in (path / "export" / WEIGHTS, path / WEIGHTS, path, ASSETS / path / WEIGHTS):
         if candidate.is_file():
             return candidate
-    raise UserError(f"there is no learnt word in {path}: give a run of experiment=textual_inversion, or its {WEIGHTS}")
+    raise UserError(f"there is no learned word in {path}: give a run of experiment=textual_inversion, or its {WEIGHTS}")
 
 
 def read_word(path: str | os.PathLike) -> Word:
-    """A learnt word from ``{token: vectors}`` in safetensors. UserError for anything else; nothing is unpickled."""
+    """Read a learned word from ``{token: vectors}`` in safetensors. UserError for anything else; never unpickles."""
     file = word_file(path)
     if file.suffix != ".safetensors":
-        raise UserError(f"{file}: learnt words are read from safetensors alone, other formats can run code; convert it")
+        raise UserError(
+            f"{file}: learned words are read from safetensors alone, other formats can run code; convert it"
+        )
     try:
         state = load_file(file)
     except (OSError, SafetensorError) as error:
@@ -57,27 +60,27 @@ def read_word(path: str | os.PathLike) -> Word:
     token, vectors = next(iter(state.items()), ("", torch.empty(0)))
     if len(state) != 1 or vectors.ndim not in (1, 2) or not len(vectors):
         shapes = {name: tuple(value.shape) for name, value in state.items()}
-        raise UserError(f"{file} holds {shapes}: a learnt word is one tensor, named by its token, n x width")
+        raise UserError(f"{file} holds {shapes}: a learned word is one tensor, named by its token, n x width")
     return Word(token, vectors.reshape(-1, vectors.shape[-1]).float())
 
 
 def save_word(word: Word, folder: Path) -> Path:
-    """Write ``folder/learned_embeds.safetensors``, whole or not at all."""
+    """Write ``folder/learned_embeds.safetensors`` atomically."""
     write_tensors(folder / WEIGHTS, {word.token: word.vectors.float()}, {"format": "pt"})
     return folder / WEIGHTS
 
 
 def add_tokens(backbone: Backbone, token: str, count: int) -> int:
-    """Make ``token`` and what stands for its further vectors tokens of the backbone; the id of the first.
+    """Add ``token``, and one token for each further vector, to the backbone's tokenizer; returns the first new id.
 
-    UserError for a token without angle brackets, since a bare one would be found inside other words too, and for one
-    that the backbone knows already. Tokenizers do not tell upper from lower case.
+    UserError for a token without angle brackets, which would also match inside other words, and for one that the
+    tokenizer has already. Tokenizers ignore case.
     """
     if not re.fullmatch(r"<[^<>\s]+>", token):
         raise UserError(f"token={token}: give one word in angle brackets, <mug> for instance")
     tokens = Word(token.lower(), torch.empty(count, 0)).tokens
-    if taken := [name for name in tokens if name in backbone.tokenizer.get_vocab()]:
-        raise UserError(f"token={taken[0]}: backbone {backbone.name} knows this word already, choose another")
+    if duplicates := [name for name in tokens if name in backbone.tokenizer.get_vocab()]:
+        raise UserError(f"token={duplicates[0]}: backbone {backbone.name} knows this word already, choose another")
     first = len(backbone.tokenizer)
     backbone.tokenizer.add_tokens(tokens)
     backbone.words[token.lower()] = tokens
@@ -85,15 +88,15 @@ def add_tokens(backbone: Backbone, token: str, count: int) -> int:
 
 
 def learn(backbone: Backbone, word: Word) -> Backbone:
-    """``backbone`` itself, whose tokenizer and text encoder know ``word`` from now on.
+    """Add ``word`` to the tokenizer and text encoder of ``backbone``, in place; returns ``backbone``.
 
-    UserError for a word of another width, or one that the backbone knows already.
+    UserError for a word of another width, or one that the backbone has already.
     """
     table = backbone.text_encoder.get_input_embeddings()
     if word.vectors.shape[1] != table.embedding_dim:
         raise UserError(
-            f"{word.token} has vectors of {word.vectors.shape[1]} numbers, backbone {backbone.name} wants"
-            f" {table.embedding_dim}: it was learnt on another model"
+            f"{word.token} has vectors of {word.vectors.shape[1]} numbers, backbone {backbone.name} needs"
+            f" {table.embedding_dim}: it was learned on another model"
         )
     first = add_tokens(backbone, word.token, len(word.vectors))
     rows = table.weight.new_zeros(max(table.num_embeddings, first + len(word.vectors)), table.embedding_dim)
@@ -104,8 +107,8 @@ def learn(backbone: Backbone, word: Word) -> Backbone:
     return backbone
 
 
-def initial(backbone: Backbone, word: str, count: int) -> torch.Tensor:
-    """``count`` x D: the table's row of the backbone's own ``word``, count times. UserError unless it is one token."""
+def initial_vectors(backbone: Backbone, word: str, count: int) -> torch.Tensor:
+    """Initial vectors ``count`` x D: copies of the embedding of ``word``. UserError unless it is one token."""
     ids = backbone.encode(word)
     if len(ids) != 1 or ids[0] == backbone.tokenizer.unk_token_id:
         raise UserError(
@@ -115,24 +118,24 @@ def initial(backbone: Backbone, word: str, count: int) -> torch.Tensor:
 
 
 def text_states(text_encoder: torch.nn.Module, ids: torch.Tensor, first: int, vectors: torch.Tensor) -> torch.Tensor:
-    """B x T ids -> B x T x D states; ``vectors`` n x D stand at the ids ``first`` .. ``first + n - 1``.
+    """B x T ids -> B x T x D states; ``vectors`` n x D replace the rows ``first`` .. ``first + n - 1``.
 
-    The encoder stays as it is: gradients flow to ``vectors`` and nothing else need be optimised, so that no decay or
-    momentum can move the rows of other words.
+    The encoder does not change: only ``vectors`` get gradients, so that no weight decay or momentum can change the
+    embeddings of other words.
     """
-    ours = ids >= first
-    at = (ids - first).clamp(min=0)  # an index for every position: to pick out ours, a GPU would have to be waited for
+    is_learned = ids >= first
+    index = (ids - first).clamp(min=0)  # for every position, because selecting some would wait for the GPU
 
-    def put(rows: torch.Tensor) -> torch.Tensor:
-        return torch.where(ours[..., None], vectors.to(rows.dtype)[at], rows)
+    def insert(rows: torch.Tensor) -> torch.Tensor:
+        return torch.where(is_learned[..., None], vectors.to(rows.dtype)[index], rows)
 
-    return states_of(text_encoder, torch.where(ours, 0, ids), put)
+    return states_of(text_encoder, torch.where(is_learned, 0, ids), insert)
 
 
 def states_of(
     text_encoder: torch.nn.Module, ids: torch.Tensor, change: Callable[[torch.Tensor], torch.Tensor]
 ) -> torch.Tensor:
-    """B x T ids -> B x T x D states, the rows of the table B x T x D changed on their way in (positions come later)."""
+    """B x T ids -> B x T x D states, the embeddings B x T x D changed by ``change`` (before positions)."""
     hook = text_encoder.get_input_embeddings().register_forward_hook(lambda module, args, rows: change(rows))
     try:
         return text_encoder(ids)[0]

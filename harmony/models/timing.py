@@ -1,32 +1,32 @@
-"""Where the time goes: seconds inside named modules, by their forward hooks.
+"""Seconds spent inside named modules, measured by forward hooks.
 
-On a GPU the hooks record events, which the device passes when it gets there, and read them once at the end: what is
-timed never waits for its clock. While a CUDA graph is recorded nothing may be asked of the device, and a replay runs no
-hooks; what a graph computes is part of the rest.
+On a GPU the hooks record CUDA events, which are read once at the end, so that the measurement does not slow down the
+modules. While a CUDA graph is recorded no event can be recorded, and a replay runs no hooks: the time of a graph is
+not counted.
 """
 
 import time
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 
 import torch
 
 
 def now(device: torch.device) -> float:
-    """Seconds, when all that was asked of a GPU is done."""
+    """Seconds on a clock, after all work of a GPU has finished."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     return time.perf_counter()
 
 
 def blocks(net: torch.nn.Module) -> list[torch.nn.Module]:
-    """What a UNet or ControlNet consists of, lists opened: it is these that run when one half of it does."""
+    """The blocks of a UNet or ControlNet, lists flattened: they also run if only one half of the network runs."""
     return [m for child in net.children() for m in (child if isinstance(child, torch.nn.ModuleList) else [child])]
 
 
 class HostClock:
-    """Marks are seconds: what runs on the CPU has ended when its call returns."""
+    """A clock for the CPU, whose marks are seconds."""
 
     @staticmethod
     def mark() -> float:
@@ -38,7 +38,7 @@ class HostClock:
 
 
 class DeviceClock:
-    """Marks are CUDA events on the current stream; None while a graph is recorded."""
+    """A clock for a GPU, whose marks are CUDA events on the current stream; None while a graph is recorded."""
 
     @staticmethod
     def mark() -> torch.cuda.Event | None:
@@ -55,28 +55,28 @@ class DeviceClock:
 
 
 @contextmanager
-def timed(modules: Mapping[str, list[torch.nn.Module]], device: torch.device) -> Iterator[Counter]:
-    """Gives name -> seconds inside these modules, filled in at the end; none may lie within another."""
+def measure_time(modules: Mapping[str, list[torch.nn.Module]], device: torch.device) -> Iterator[Counter]:
+    """Yield name -> seconds inside these modules, filled in at the end; no module may contain another."""
     clock = DeviceClock if device.type == "cuda" else HostClock
-    spent, passes, hooks = Counter(), [], []  # passes: [name, mark at the start, mark at the end]
+    seconds, passes, hooks = Counter(), [], []  # passes: [name, mark at the start, mark at the end]
 
-    def enters(name: str):
-        def hook(*args):
+    def start_hook(name: str) -> Callable[..., None]:
+        def hook(*args) -> None:
             passes.append([name, clock.mark(), None])
 
         return hook
 
-    def leaves(*args):
+    def end_hook(*args) -> None:
         passes[-1][2] = clock.mark()
 
     for name, parts in modules.items():
         for part in parts:
-            hooks += [part.register_forward_pre_hook(enters(name)), part.register_forward_hook(leaves)]
+            hooks += [part.register_forward_pre_hook(start_hook(name)), part.register_forward_hook(end_hook)]
     try:
-        yield spent
+        yield seconds
     finally:
         for hook in hooks:
             hook.remove()
         for name, start, end in passes:
             if start is not None and end is not None:
-                spent[name] += clock.seconds(start, end)
+                seconds[name] += clock.seconds(start, end)

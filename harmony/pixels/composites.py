@@ -1,4 +1,4 @@
-"""Composites without a network: placing, pasting, and the classic baselines. Images uint8 H x W x 3, masks bool."""
+"""Composites without a network: placing, pasting and the classic baselines. Images uint8 H x W x 3, masks bool."""
 
 from collections.abc import Sequence
 
@@ -9,7 +9,7 @@ from harmony.core.errors import UserError
 from harmony.pixels.images import resize
 from harmony.pixels.masks import bounding_box, feather
 
-EROSION = 3  # px that cv2.seamlessClone takes off its mask
+EROSION = 3  # px by which cv2.seamlessClone erodes its mask
 
 
 def copy_paste(background: np.ndarray, foreground: np.ndarray, mask: np.ndarray) -> np.ndarray:
@@ -17,21 +17,21 @@ def copy_paste(background: np.ndarray, foreground: np.ndarray, mask: np.ndarray)
     return np.where(mask[..., None], foreground, background)
 
 
-def paste_back(generated: np.ndarray, background: np.ndarray, hole: np.ndarray, radius: float = 0) -> np.ndarray:
-    """M_s generated + (1 - M_s) background, uint8; bit for bit the background outside ``hole``.
+def paste_back(output: np.ndarray, background: np.ndarray, hole: np.ndarray, radius: float = 0) -> np.ndarray:
+    """Paste ``output`` into the hole: M_s output + (1 - M_s) background, uint8, bit-exact outside ``hole``.
 
-    M_s is the hole, or with ``radius`` > 0 the hole feathered inwards over that many pixels.
+    M_s is the hole; with ``radius`` > 0 its rim is feathered inwards over that many pixels.
     """
-    soft = feather(hole, radius)[..., None]
-    return np.rint(soft * generated + (1 - soft) * background).astype(np.uint8)
+    alpha = feather(hole, radius)[..., None]
+    return np.rint(alpha * output + (1 - alpha) * background).astype(np.uint8)
 
 
 def reinhard(foreground: np.ndarray, mask: np.ndarray, background: np.ndarray) -> np.ndarray:
-    """Colour transfer: mean and deviation of the masked pixels become those of the background, per channel of CIE Lab.
+    """Color transfer: give the masked pixels the background's mean and standard deviation in each channel of CIE Lab.
 
-    The background is what lies outside ``mask`` (all of it where the mask is everything): under it there may be the
-    object itself. Reinhard 2001 (Color Transfer between Images), in Lab instead of l-alpha-beta. Pixels outside
-    ``mask`` are untouched.
+    The background's statistics are those outside ``mask``, because the object itself may lie under the mask; if the
+    mask covers everything, those of the whole background. Pixels outside ``mask`` do not change. Reinhard 2001 (Color
+    Transfer between Images), in Lab instead of l-alpha-beta.
     """
     if not mask.any():
         return foreground.copy()
@@ -51,7 +51,7 @@ def poisson(background: np.ndarray, foreground: np.ndarray, mask: np.ndarray) ->
     """Gradient-domain composite (Perez 2003, Poisson Image Editing), bit-exact outside ``mask``."""
     if not mask.any():
         return background.copy()
-    # The solver needs a rim of background all around, and erodes its mask: pad the canvas, then grow the mask.
+    # The solver needs a margin of background on all sides and erodes its mask: pad the images, then grow the mask.
     pad = EROSION + 2
     margins = (pad, pad, pad, pad)
     target = cv2.copyMakeBorder(background, *margins, cv2.BORDER_REPLICATE)
@@ -59,64 +59,66 @@ def poisson(background: np.ndarray, foreground: np.ndarray, mask: np.ndarray) ->
     region = cv2.copyMakeBorder(mask.astype(np.uint8) * 255, *margins, cv2.BORDER_CONSTANT, value=0)
     region = cv2.dilate(region, np.ones((3, 3), np.uint8), iterations=EROSION)
     x0, y0, x1, y1 = bounding_box(region > 0)
-    centre = (x0 + (x1 - x0) // 2, y0 + (y1 - y0) // 2)
-    solved = cv2.seamlessClone(source, target, region, centre, cv2.NORMAL_CLONE)[pad:-pad, pad:-pad]
-    return copy_paste(background, solved, mask)
+    center = (x0 + (x1 - x0) // 2, y0 + (y1 - y0) // 2)
+    blend = cv2.seamlessClone(source, target, region, center, cv2.NORMAL_CLONE)[pad:-pad, pad:-pad]
+    return copy_paste(background, blend, mask)
 
 
-def other_light(image: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    """The picture under another light: random exposure (0.5 to 2), white balance (0.7 to 1.4 a channel) and contrast.
+def change_light(image: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    """Put the picture under another light by a random exposure, white balance and contrast.
 
-    Gains act on linear light (gamma 2.2), the contrast is a gamma of 0.7 to 1.4. uint8 in, uint8 out.
+    Exposure 0.5 to 2, white balance 0.7 to 1.4 for each channel. Gains act on linear light (gamma 2.2), the contrast is
+    a gamma of 0.7 to 1.4. uint8 in, uint8 out.
     """
-    linear = (image.astype(np.float32) / 255) ** 2.2
+    radiance = (image.astype(np.float32) / 255) ** 2.2
     gains = np.exp(rng.uniform(np.log(0.5), np.log(2)) + rng.uniform(np.log(0.7), np.log(1.4), 3))
-    lit = np.clip(linear * gains.astype(np.float32), 0, 1) ** (np.exp(rng.uniform(np.log(0.7), np.log(1.4))) / 2.2)
-    return np.rint(255 * lit).astype(np.uint8)
+    values = np.clip(radiance * gains.astype(np.float32), 0, 1) ** (np.exp(rng.uniform(np.log(0.7), np.log(1.4))) / 2.2)
+    return np.rint(255 * values).astype(np.uint8)
 
 
-def carried(before: np.ndarray, after: np.ndarray, mask: np.ndarray, large: np.ndarray) -> np.ndarray:
-    """What ``before`` and ``after`` (uint8 R x R x 3) differ in inside ``mask``, done to ``large``, the same picture in
-    its full size: colours and light change, the detail that R x R cannot hold stays.
+def transfer_change(before: np.ndarray, after: np.ndarray, mask: np.ndarray, picture: np.ndarray) -> np.ndarray:
+    """Apply the change from ``before`` to ``after`` inside ``mask`` to ``picture``, the same picture at full size.
 
-    What lies outside the mask does not thin the change out at its rim. uint8 S x S x 3.
+    ``before`` and ``after`` are uint8 R x R x 3. Colors and light change; the detail that R x R pixels cannot show
+    stays. The change is weighted by the mask, so that it does not fade at the rim. Returns uint8 S x S x 3.
     """
     change = (after.astype(np.float32) - before) * mask[..., None]
-    height, width = large.shape[:2]
+    height, width = picture.shape[:2]
     weight = resize(mask.astype(np.float32), width, height)[..., None]
     change = resize(change, width, height) / np.maximum(weight, 0.1)
-    return np.rint(np.clip(large + change, 0, 255)).astype(np.uint8)
+    return np.rint(np.clip(picture + change, 0, 255)).astype(np.uint8)
 
 
 def place(
     foreground: np.ndarray, mask: np.ndarray, box: Sequence[float], width: int, height: int
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Put a cut-out on an empty canvas: it keeps its aspect, fills ``box`` as far as it can, centred, bottom aligned.
+    """Place a cut-out on an empty canvas: as large as fits into ``box``, centered, at the bottom, aspect kept.
 
-    ``box`` is (x0, y0, x1, y1) in pixels of the canvas; what leaves the canvas is cut off. Returns the canvas, uint8
-    ``height`` x ``width`` x 3, black outside the object, and its mask. Raises UserError if nothing of it is visible.
+    ``box`` is (x0, y0, x1, y1) in pixels of the canvas; parts outside the canvas are cut off. Returns the canvas (uint8
+    ``height`` x ``width`` x 3, black outside the object) and the object's mask. Raises UserError if no pixel of the
+    object is on the canvas.
     """
     x0, y0, x1, y1 = bounding_box(mask)
-    cut, alpha = foreground[y0:y1, x0:x1], mask[y0:y1, x0:x1].astype(np.float32)
+    patch, alpha = foreground[y0:y1, x0:x1], mask[y0:y1, x0:x1].astype(np.float32)
     if not (box[2] > box[0] and box[3] > box[1]):
         raise UserError(f"box {tuple(box)} has no area; give x0, y0, x1, y1 with x0 < x1 and y0 < y1")
     scale = min((box[2] - box[0]) / (x1 - x0), (box[3] - box[1]) / (y1 - y0))
     w, h = max(1, round(scale * (x1 - x0))), max(1, round(scale * (y1 - y0)))
-    # weighted by the mask, so that nothing of the foreground's own background bleeds into the rim
+    # weighted by the mask, so that the foreground's background does not bleed into the rim
     weight = resize(alpha, w, h)
-    colour = resize(cut * alpha[..., None], w, h) / np.maximum(weight, 1e-3)[..., None]
+    color = resize(patch * alpha[..., None], w, h) / np.maximum(weight, 1e-3)[..., None]
     left, top = round((box[0] + box[2] - w) / 2), round(box[3]) - h
-    there, here = zip(_overlap(top, h, height), _overlap(left, w, width), strict=True)
+    canvas_part, patch_part = zip(_overlap(top, h, height), _overlap(left, w, width), strict=True)
     canvas, canvas_mask = np.zeros((height, width, 3), np.uint8), np.zeros((height, width), bool)
-    canvas_mask[there] = weight[here] > 0.5
+    canvas_mask[canvas_part] = weight[patch_part] > 0.5
     if not canvas_mask.any():
-        shown = f"{width} x {height}"
-        raise UserError(f"box {tuple(box)} shows nothing of the object in a {shown} image; move or enlarge it")
-    canvas[there] = np.clip(np.rint(colour[here]), 0, 255)
+        size = f"{width} x {height}"
+        raise UserError(f"box {tuple(box)} shows nothing of the object in a {size} image; move or enlarge it")
+    canvas[canvas_part] = np.clip(np.rint(color[patch_part]), 0, 255)
     return canvas * canvas_mask[..., None], canvas_mask
 
 
 def _overlap(start: int, length: int, limit: int) -> tuple[slice, slice]:
-    """The common part of [start, start + length) and [0, limit): as a slice of the latter and of the former."""
+    """The overlap of [start, start + length) and [0, limit) as two slices: of the limit and of the interval."""
     low, high = min(max(start, 0), limit), min(max(start + length, 0), limit)
     return slice(low, high), slice(low - start, high - start)

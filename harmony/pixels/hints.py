@@ -1,7 +1,7 @@
-"""Condition operators: what a network sees of the instance.
+"""Hints: the pictures of the instance that a ControlNet is conditioned on.
 
-Each makes a hint, uint8 H x W x 3, of an image and its instance mask M. The operator and its parameters must be the
-same in training and at test time. What Paint by Example sees is cut from the photograph: see ``exemplars``.
+An operator turns an image and its instance mask M into a hint, uint8 H x W x 3. The operator and its parameters must be
+the same in training and at test time. For the exemplars of Paint by Example see ``exemplars``.
 """
 
 import math
@@ -11,7 +11,7 @@ import numpy as np
 import torch
 
 from harmony.core.errors import UserError
-from harmony.pixels.masks import scaled
+from harmony.pixels.masks import scale_length
 
 
 def instance_on_black(image: np.ndarray, mask: np.ndarray) -> np.ndarray:
@@ -20,27 +20,27 @@ def instance_on_black(image: np.ndarray, mask: np.ndarray) -> np.ndarray:
 
 
 def blur_hint(image: np.ndarray, mask: np.ndarray, sigma: float = 10, normalize: bool = True) -> np.ndarray:
-    """Colour (low frequency): Gaussian blur of the instance, 0 outside M.
+    """Color hint (low frequency): Gaussian blur of the instance, 0 outside M.
 
-    ``sigma`` is in pixels at a side of 512. ``normalize`` divides by the blurred mask, so that the rim is not darkened
-    by the black around it; False is the literal reading of Liu 2025 (and also cut off at M).
+    ``sigma`` is in pixels at a side of 512. ``normalize`` divides by the blurred mask, so that the black around
+    the instance does not darken the rim; False is the literal reading of Liu 2025 (also cut off at M).
     """
-    sigma_px = scaled(sigma, mask.shape)
+    sigma_px = scale_length(sigma, mask.shape)
     size = 2 * math.ceil(3 * sigma_px) + 1  # +-3 sigma: 61 taps at sigma 10
     weight = mask.astype(np.float32)
-    blurred = cv2.GaussianBlur(image * weight[..., None], (size, size), sigma_px)
+    color = cv2.GaussianBlur(image * weight[..., None], (size, size), sigma_px)
     if normalize:
-        blurred /= np.maximum(cv2.GaussianBlur(weight, (size, size), sigma_px), 1e-6)[..., None]
-    return np.clip(np.rint(blurred), 0, 255).astype(np.uint8) * mask[..., None]
+        color /= np.maximum(cv2.GaussianBlur(weight, (size, size), sigma_px), 1e-6)[..., None]
+    return np.clip(np.rint(color), 0, 255).astype(np.uint8) * mask[..., None]
 
 
 def edge_hint(
     image: np.ndarray, mask: np.ndarray, low: float = 100, high: float = 200, edge_source: str = "masked"
 ) -> np.ndarray:
-    """Structure (high frequency): OpenCV's Canny edges (aperture 3, L1 gradient) of the 8-bit grey, 0 or 255.
+    """Structure hint (high frequency): Canny edges of OpenCV (aperture 3, L1 gradient) of the gray image, 0 or 255.
 
-    ``masked`` takes the edges of the instance on black, silhouette included, so they may lie one pixel outside M;
-    ``full_times_mask`` those of the whole image, cut off at M.
+    ``masked``: edges of the instance on black, with the silhouette, so that they may lie one pixel outside M.
+    ``full_times_mask``: edges of the whole image, cut off at M.
     """
     match edge_source:
         case "masked":
@@ -53,7 +53,7 @@ def edge_hint(
 
 
 def canny(image: np.ndarray, low: float = 100, high: float = 200) -> np.ndarray:
-    """Canny edges of a uint8 RGB image, bool H x W. OpenCV's definition: other libraries blur first and differ."""
+    """Canny edges of a uint8 RGB image, bool H x W. Other libraries blur first and differ."""
     return cv2.Canny(cv2.cvtColor(image, cv2.COLOR_RGB2GRAY), low, high) > 0
 
 
@@ -66,14 +66,14 @@ HINTS = {"color": blur_hint, "structure": edge_hint, "raw": raw_hint}
 
 
 def hint(branch: str, image: np.ndarray, mask: np.ndarray, **params) -> np.ndarray:
-    """The hint of ``branch``, uint8; ``params`` go to its operator. Raises UserError for an unknown name."""
+    """The hint of ``branch``, uint8; ``params`` are its operator's. Raises UserError for an unknown branch."""
     if branch not in HINTS:
         raise UserError(f"branch '{branch}' is unknown; use one of {', '.join(HINTS)}")
     return HINTS[branch](image, mask, **params)
 
 
 def check_hint(tensor: torch.Tensor) -> torch.Tensor:
-    """``tensor`` itself if it is a hint, all values in [0, 1]. Raises UserError for anything else, NaN too."""
+    """Return ``tensor`` if all values are in [0, 1], the hint range. Raises UserError otherwise, also for NaN."""
     low, high = tensor.aminmax()
     if not (low >= 0 and high <= 1):
         raise UserError(f"a hint must lie in [0, 1] but spans [{low:.3g}, {high:.3g}]; make it with images.to_hint")

@@ -15,24 +15,24 @@ import torch
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 
 from harmony.core.errors import UserError
-from harmony.core.files import atomic
+from harmony.core.files import replace_file
 
 WRITERS = {
     ".png": {"format": "PNG"},
     ".jpg": {"format": "JPEG", "quality": 95, "subsampling": 0},
     ".jpeg": {"format": "JPEG", "quality": 95, "subsampling": 0},
 }
-CELL = 128  # pixels: the smallest legible cell of a grid
-CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)  # of 0..1, by which every CLIP image tower normalises
+CELL = 128  # px: smallest cell of a grid that one can read
+CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)  # of values in 0..1; every CLIP image tower normalizes by them
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
-TITLE = 14  # pixels: size of the title font
+TITLE = 14  # px: size of the title font
 
 
 # --- files
 
 
 def open_image(path: str | Path, what: str = "image") -> Image.Image:
-    """Decode ``path`` wholly, upright by its EXIF orientation. Raises UserError if it is missing or undecodable."""
+    """Read and decode the image ``path``, rotated by its EXIF orientation. Raises UserError if that fails."""
     try:
         with Image.open(path) as file:
             file.load()
@@ -45,26 +45,26 @@ def open_image(path: str | Path, what: str = "image") -> Image.Image:
 
 
 def read_image(path: str | Path) -> np.ndarray:
-    """Image file as uint8 H x W x 3 RGB, upright. Alpha is dropped, 16-bit grey is scaled to 8 bit.
+    """Image file as uint8 H x W x 3 RGB, upright. Alpha is dropped, 16-bit gray is scaled to 8 bit.
 
     Raises UserError for a file that is missing, truncated, not an image, or holds floating-point pixels.
     """
     image = open_image(path)
     if image.mode == "F":
         raise UserError(f"image {path} holds floating-point pixels; save it with 8 bits a channel")
-    if image.mode.startswith("I"):  # Pillow clips 16-bit grey at 255 instead of scaling it
+    if image.mode.startswith("I"):  # Pillow would clip 16-bit gray at 255
         image = Image.fromarray((np.clip(np.asarray(image), 0, 65535) / 257 + 0.5).astype(np.uint8))
     return np.array(image.convert("RGB"))
 
 
 def write_image(path: str | Path, image: np.ndarray, **options) -> None:
-    """Write uint8 H x W x 3, uint8 H x W or a bool mask (True = 255) as PNG or JPEG by suffix, whole or not at all."""
+    """Write uint8 H x W x 3, uint8 H x W or a bool mask (True = 255) as PNG or JPEG by suffix, atomically."""
     path = Path(path)
     if path.suffix.lower() not in WRITERS:
         raise UserError(f"{path} has suffix '{path.suffix}'; write images as {', '.join(WRITERS)}")
     pixels = image.astype(np.uint8) * 255 if image.dtype == bool else image
-    with atomic(path) as partial:
-        Image.fromarray(pixels).save(partial, **WRITERS[path.suffix.lower()] | options)
+    with replace_file(path) as temp_path:
+        Image.fromarray(pixels).save(temp_path, **WRITERS[path.suffix.lower()] | options)
 
 
 def sha256(path: str | Path) -> str:
@@ -81,14 +81,14 @@ def sha256(path: str | Path) -> str:
 
 @dataclass(frozen=True)
 class Crop:
-    """A square in image pixels: [x0, x0 + side) x [y0, y0 + side). It may overhang the image."""
+    """A square in image pixels: [x0, x0 + side) x [y0, y0 + side). It may extend beyond the image."""
 
     x0: int
     y0: int
     side: int
 
-    def inside(self, width: int, height: int) -> tuple[int, int, int, int]:
-        """The part that lies in a ``width`` x ``height`` image, as (x0, y0, x1, y1). Raises ValueError if none does."""
+    def clip(self, width: int, height: int) -> tuple[int, int, int, int]:
+        """Clip to a ``width`` x ``height`` image; returns (x0, y0, x1, y1). Raises ValueError if nothing is left."""
         x0, x1 = max(self.x0, 0), min(self.x0 + self.side, width)
         y0, y1 = max(self.y0, 0), min(self.y0 + self.side, height)
         if x0 >= x1 or y0 >= y1:
@@ -97,69 +97,69 @@ class Crop:
 
 
 def square_around(box: Sequence[float], width: int, height: int, context: float | None = None) -> Crop:
-    """The square that holds ``box`` = (x0, y0, x1, y1) as centred as possible while it stays in the image.
+    """The square around ``box`` = (x0, y0, x1, y1), centered on it as far as the square stays in the image.
 
-    Side: the image's short side, or with ``context`` c the box's longer side times c, at most the short side. A box
-    that is longer than the short side gets a square of its own longer side, which overhangs the image equally on both
-    sides. The part of the box that lies in the image is always inside. Raises UserError if no part of the box does.
+    Its side is the image's short side, or with ``context`` c the box's longer side times c, at most the short side. If
+    the box is longer than the short side, the square has the box's longer side and extends beyond the image equally on
+    both sides. It always contains the part of the box that lies in the image. Raises UserError if no part does.
     """
     x0, x1 = max(math.floor(box[0]), 0), min(math.ceil(box[2]), width)
     y0, y1 = max(math.floor(box[1]), 0), min(math.ceil(box[3]), height)
     if x0 >= x1 or y0 >= y1:
         raise UserError(f"box {tuple(box)} lies outside the {width} x {height} image; give x0, y0, x1, y1 in pixels")
-    longer, shorter_side = max(x1 - x0, y1 - y0), min(width, height)
-    wanted = shorter_side if context is None else min(math.ceil(context * longer), shorter_side)
-    side = max(wanted, longer)
+    box_side, image_side = max(x1 - x0, y1 - y0), min(width, height)
+    side = image_side if context is None else min(math.ceil(context * box_side), image_side)
+    side = max(side, box_side)
     return Crop(_start(x0, x1, side, width), _start(y0, y1, side, height), side)
 
 
 def _start(low: int, high: int, side: int, length: int) -> int:
-    """First pixel of an interval of ``side`` on an axis of ``length``, centred on [low, high) and then moved inside."""
+    """First pixel of an interval of ``side`` on an axis of ``length``, centered on [low, high), then moved inside."""
     if side >= length:
         return (length - side) // 2
     return min(max((low + high - side) // 2, 0), length - side)
 
 
 def crop_resize(array: np.ndarray, crop: Crop, side: int) -> np.ndarray:
-    """Cut ``crop`` out of an image (uint8) or a mask (bool) and resize it to ``side`` x ``side``, same type out.
+    """Cut ``crop`` out of an image (uint8) or a mask (bool) and resize it to ``side`` x ``side``; the type stays.
 
-    Images: area interpolation down, cubic up (cv2 saturates); overhang is filled by reflection, or by the rim's pixels
-    where it is as wide as the image itself. Masks: nearest; overhang is False.
+    Images: area interpolation to shrink, cubic to enlarge (cv2 saturates). Outside the image the crop is filled by
+    reflection, or by the rim's pixels where it extends as far as the image is wide. Masks: nearest, False outside.
     """
     height, width = array.shape[:2]
-    x0, y0, x1, y1 = crop.inside(width, height)
+    x0, y0, x1, y1 = crop.clip(width, height)
     part = array[y0:y1, x0:x1]
     margins = (y0 - crop.y0, crop.y0 + crop.side - y1, x0 - crop.x0, crop.x0 + crop.side - x1)
     if array.dtype == bool:
-        padded = cv2.copyMakeBorder(part.astype(np.uint8), *margins, cv2.BORDER_CONSTANT, value=0)
-        return cv2.resize(padded, (side, side), interpolation=cv2.INTER_NEAREST).astype(bool)
+        canvas = cv2.copyMakeBorder(part.astype(np.uint8), *margins, cv2.BORDER_CONSTANT, value=0)
+        return cv2.resize(canvas, (side, side), interpolation=cv2.INTER_NEAREST).astype(bool)
     reflects = max(margins[:2]) < y1 - y0 and max(margins[2:]) < x1 - x0
-    padded = cv2.copyMakeBorder(part, *margins, cv2.BORDER_REFLECT_101 if reflects else cv2.BORDER_REPLICATE)
-    return resize(padded, side, side)
+    canvas = cv2.copyMakeBorder(part, *margins, cv2.BORDER_REFLECT_101 if reflects else cv2.BORDER_REPLICATE)
+    return resize(canvas, side, side)
 
 
 def resize(image: np.ndarray, width: int, height: int) -> np.ndarray:
-    """Resize an image (or a float plane): area interpolation down, cubic up, untouched if the size is right already."""
+    """Resize an image (or a float plane): area interpolation to shrink, cubic to enlarge, else a copy."""
     if image.shape[:2] == (height, width):
         return image.copy()
-    down = height * width < image.shape[0] * image.shape[1]
-    return cv2.resize(image, (width, height), interpolation=cv2.INTER_AREA if down else cv2.INTER_CUBIC)
+    shrinks = height * width < image.shape[0] * image.shape[1]
+    return cv2.resize(image, (width, height), interpolation=cv2.INTER_AREA if shrinks else cv2.INTER_CUBIC)
 
 
 def paste_crop(image: np.ndarray, patch: np.ndarray, crop: Crop) -> np.ndarray:
-    """The inverse of crop_resize: a copy of ``image`` with ``patch`` (uint8, square) resized back into ``crop``."""
-    x0, y0, x1, y1 = crop.inside(image.shape[1], image.shape[0])
-    full = resize(patch, crop.side, crop.side)
-    out = image.copy()
-    out[y0:y1, x0:x1] = full[y0 - crop.y0 : y1 - crop.y0, x0 - crop.x0 : x1 - crop.x0]
-    return out
+    """The inverse of ``crop_resize``: a copy of ``image`` with ``patch`` (uint8, square) resized back into ``crop``."""
+    x0, y0, x1, y1 = crop.clip(image.shape[1], image.shape[0])
+    square = resize(patch, crop.side, crop.side)
+    result = image.copy()
+    result[y0:y1, x0:x1] = square[y0 - crop.y0 : y1 - crop.y0, x0 - crop.x0 : x1 - crop.x0]
+    return result
 
 
 # --- value ranges
 
 
 def _to_tensor(image: np.ndarray) -> torch.Tensor:
-    """uint8 (B x) H x W x 3 to float (B x) 3 x H x W, still 0..255."""
+    """uint8 (B x) H x W x 3 to float (B x) 3 x H x W, values 0..255."""
     return torch.from_numpy(np.ascontiguousarray(np.moveaxis(image, -1, -3))).float()
 
 
@@ -183,7 +183,7 @@ def from_model(tensor: torch.Tensor) -> np.ndarray:
 
 
 def to_clip(pictures: torch.Tensor) -> torch.Tensor:
-    """B x 3 x S x S in [0, 1] (hint range) to what a CLIP image tower of side S expects."""
+    """B x 3 x S x S in [0, 1] (hint range) to the input of a CLIP image tower of side S."""
     mean, std = (pictures.new_tensor(values).view(1, 3, 1, 1) for values in (CLIP_MEAN, CLIP_STD))
     return (pictures - mean) / std
 
@@ -194,10 +194,10 @@ def to_clip(pictures: torch.Tensor) -> torch.Tensor:
 def grid(
     rows: list[list[np.ndarray]], titles: list[str] | None = None, pad: int = 2, scale: int | None = None
 ) -> np.ndarray:
-    """Rows of uint8 images as one white-framed picture, titles above the columns; uint8 H x W x 3.
+    """Arrange rows of uint8 images in one picture with white frames and column titles; uint8 H x W x 3.
 
-    ``scale`` repeats each pixel; by default just enough that every cell is at least 128 px wide and high. Cells are as
-    large as the largest image; rows may have different lengths.
+    ``scale`` is how often each pixel is repeated; by default just often enough for cells of at least 128 px. Every cell
+    has the size of the largest image. Rows may have different lengths.
     """
     images = [image for row in rows for image in row]
     if not images:
@@ -207,23 +207,25 @@ def grid(
     cell_height = scale * max(image.shape[0] for image in images)
     cell_width = scale * max(image.shape[1] for image in images)
     columns = max(len(row) for row in rows)
-    top = TITLE + 6 if titles else 0
+    title_height = TITLE + 6 if titles else 0
     canvas = Image.new(
-        "RGB", (columns * (cell_width + pad) + pad, top + len(rows) * (cell_height + pad) + pad), "white"
+        "RGB", (columns * (cell_width + pad) + pad, title_height + len(rows) * (cell_height + pad) + pad), "white"
     )
     for i, row in enumerate(rows):
         for j, image in enumerate(row):
-            enlarged = image.repeat(scale, axis=0).repeat(scale, axis=1)
-            canvas.paste(Image.fromarray(enlarged), (pad + j * (cell_width + pad), top + pad + i * (cell_height + pad)))
+            cell = image.repeat(scale, axis=0).repeat(scale, axis=1)
+            canvas.paste(
+                Image.fromarray(cell), (pad + j * (cell_width + pad), title_height + pad + i * (cell_height + pad))
+            )
     for j, title in enumerate(titles or []):
-        _title(canvas, title, pad + j * (cell_width + pad), cell_width)
+        _draw_title(canvas, title, pad + j * (cell_width + pad), cell_width)
     return np.array(canvas)
 
 
-def _title(canvas: Image.Image, text: str, x: int, width: int) -> None:
-    """Write ``text`` centred above the column that starts at ``x``; too long a text is cut and ends in dots."""
+def _draw_title(canvas: Image.Image, text: str, x: int, width: int) -> None:
+    """Draw ``text`` centered above the column that starts at ``x``; a text that is too long is cut and ends in dots."""
     draw, font = ImageDraw.Draw(canvas), ImageFont.load_default(TITLE)
-    shown = text
-    while draw.textlength(shown, font=font) > width and len(shown) > 3:
-        shown = shown.removesuffix("...")[:-1] + "..."
-    draw.text((x + width / 2, 2), shown, fill="black", font=font, anchor="ma")
+    line = text
+    while draw.textlength(line, font=font) > width and len(line) > 3:
+        line = line.removesuffix("...")[:-1] + "..."
+    draw.text((x + width / 2, 2), line, fill="black", font=font, anchor="ma")

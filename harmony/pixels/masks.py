@@ -1,4 +1,4 @@
-"""Masks: True = instance or hole. M is the instance, M_e the hole that contains it."""
+"""Masks of instances and holes. M is the instance, M_e the hole that contains it, True inside."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -11,16 +11,16 @@ import torch.nn.functional as F
 from harmony.core.errors import UserError
 from harmony.pixels.images import open_image
 
-OBJECT = 122  # stored grey values above this are the object (masks re-coded by lossy tools are not exactly 0 and 255)
-REFERENCE_SIDE = 512  # lengths in pixels are given at this image side and scaled to the actual one
+OBJECT = 122  # gray values above this are the object (lossy tools do not keep exactly 0 and 255)
+REFERENCE_SIDE = 512  # lengths in pixels are given for this image side and scaled to the actual one
 TEST_RADIUS = 16  # px at 512: dilation of the hole at test time
 TRAIN_RADIUS = 32  # px at 512: largest dilation of the hole in training
 RULES = ("instance", "dilate", "train", "backbone")
 BACKBONE_MIX = {"instance": 0.15, "dilate": 0.3, "box": 0.2, "elsewhere": 0.15, "full": 0.2}
 
 
-def scaled(length: float, shape: Sequence[int]) -> float:
-    """A length given in pixels at a side of 512, in pixels of an image of ``shape`` (its longer side counts)."""
+def scale_length(length: float, shape: Sequence[int]) -> float:
+    """Scale a length in pixels at a side of 512 to an image of ``shape``, by its longer side."""
     return length / REFERENCE_SIDE * max(shape[:2])
 
 
@@ -28,16 +28,16 @@ def scaled(length: float, shape: Sequence[int]) -> float:
 
 
 def read_mask(path: str | Path, size: tuple[int, int], resize: bool = False, empty: bool = False) -> np.ndarray:
-    """Mask file as bool H x W of ``size`` = (width, height).
+    """Read a mask file as bool H x W of ``size`` = (width, height).
 
-    Open Images stores masks at a size of their own: ``resize`` brings them to ``size`` by nearest. Otherwise another
-    size is refused. Raises UserError for a mask that is missing, undecodable, of another size, or empty, unless it may
-    be ``empty`` (a shadow may fall outside of the picture).
+    ``resize``: a mask of another size is resized by nearest (Open Images stores masks in other sizes than the images);
+    otherwise it is an error. ``empty``: the mask may be empty (a shadow may fall outside the picture). Raises UserError
+    for a mask that is missing, undecodable, of the wrong size, or empty.
     """
     image = open_image(path, "mask")
     if image.size != size and not resize:
-        found, expected = (f"{w} x {h}" for w, h in (image.size, size))
-        raise UserError(f"mask {path} is {found} but its image is {expected}; save the mask at the image's size")
+        mask_size, image_size = (f"{w} x {h}" for w, h in (image.size, size))
+        raise UserError(f"mask {path} is {mask_size} but its image is {image_size}; save the mask at the image's size")
     values = np.asarray(image) if image.mode == "1" else np.asarray(image.convert("L")) > OBJECT
     if values.shape != (size[1], size[0]):
         values = resize_mask(values, *size)
@@ -50,12 +50,12 @@ def read_mask(path: str | Path, size: tuple[int, int], resize: bool = False, emp
 
 
 def resize_mask(mask: np.ndarray, width: int, height: int) -> np.ndarray:
-    """Bool mask to height x width by nearest."""
+    """Resize a bool mask to height x width by nearest."""
     return cv2.resize(mask.astype(np.uint8), (width, height), interpolation=cv2.INTER_NEAREST).astype(bool)
 
 
 def dilate(mask: np.ndarray, radius_px: int) -> np.ndarray:
-    """All pixels within ``radius_px`` (Euclidean) of ``mask``."""
+    """Dilate ``mask`` by ``radius_px`` pixels (Euclidean)."""
     if radius_px <= 0 or not mask.any():
         return mask.copy()
     # a distance transform costs the same for every radius; a structuring element of 65 x 65 does not
@@ -81,13 +81,13 @@ def box_mask(box: Sequence[float], w: int, h: int) -> np.ndarray:
 
 def feather(mask: np.ndarray, radius: float) -> np.ndarray:
     """Soft mask, float32 in [0, 1]: 0 outside ``mask``, rising from its rim inwards to 1 at depth ``radius`` px."""
-    if radius <= 0 or mask.all():  # without an outside there is no rim to measure from
+    if radius <= 0 or mask.all():  # a mask of the whole image has no rim
         return mask.astype(np.float32)
     depth = cv2.distanceTransform(mask.astype(np.uint8), cv2.DIST_L2, cv2.DIST_MASK_PRECISE)
     return np.clip(depth / (radius + 1), 0, 1)
 
 
-# --- the way to the latent grid
+# --- the latent grid
 
 
 def to_latent(mask: torch.Tensor, factor: int) -> torch.Tensor:
@@ -106,34 +106,34 @@ def coverage(mask: torch.Tensor, factor: int) -> torch.Tensor:
 def hole(
     mask: np.ndarray, rule: str, rng: np.random.Generator | None = None, radius: float = TEST_RADIUS
 ) -> np.ndarray:
-    """The hole M_e, bool H x W, for the instance mask M: what the model may repaint.
+    """The hole M_e, bool H x W, for the instance mask M: the pixels that the model may repaint.
 
     ``instance``  M itself (Liu 2025, eq. 9 and 10, read literally)
-    ``dilate``    M dilated by ``radius``, px at 512 (test default, no randomness)
+    ``dilate``    M dilated by ``radius`` px at 512 (the default for testing, not random)
     ``train``     M dilated by a random 0..32 px at 512 with probability 0.7, else the bounding box
-    ``backbone``  the mixture BACKBONE_MIX for training the inpainting backbone: also holes elsewhere, and the whole
-                  image, which turns the inpainting network into a text-to-image model
-    M_e contains M, except for the holes elsewhere of ``backbone``. The random rules need ``rng``.
+    ``backbone``  the mixture BACKBONE_MIX for training the inpainting backbone, with holes elsewhere and of the whole
+                  image, which make the inpainting network a text-to-image model too
+    M_e contains M, except for the ``backbone`` holes elsewhere. The random rules need ``rng``.
     """
     match rule:
         case "instance":
             return mask.copy()
         case "dilate":
-            return dilate(mask, round(scaled(radius, mask.shape)))
+            return dilate(mask, round(scale_length(radius, mask.shape)))
         case "train":
-            return _dilated_at_random(mask, rng) if rng.random() < 0.7 else _box(mask)
+            return _dilate_at_random(mask, rng) if rng.random() < 0.7 else _box_hole(mask)
         case "backbone":
             return _backbone_hole(mask, rng)
         case _:
             raise UserError(f"hole rule '{rule}' is unknown; use one of {', '.join(RULES)}")
 
 
-def _box(mask: np.ndarray) -> np.ndarray:
+def _box_hole(mask: np.ndarray) -> np.ndarray:
     return box_mask(bounding_box(mask), mask.shape[1], mask.shape[0])
 
 
-def _dilated_at_random(mask: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    return dilate(mask, round(scaled(rng.uniform(0, TRAIN_RADIUS), mask.shape)))
+def _dilate_at_random(mask: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    return dilate(mask, round(scale_length(rng.uniform(0, TRAIN_RADIUS), mask.shape)))
 
 
 def _backbone_hole(mask: np.ndarray, rng: np.random.Generator) -> np.ndarray:
@@ -141,23 +141,23 @@ def _backbone_hole(mask: np.ndarray, rng: np.random.Generator) -> np.ndarray:
         case "instance":
             return mask.copy()
         case "dilate":
-            return _dilated_at_random(mask, rng)
+            return _dilate_at_random(mask, rng)
         case "box":
-            return _box(mask)
+            return _box_hole(mask)
         case "elsewhere":
-            return _rectangle(mask.shape, rng) if rng.random() < 0.5 else _strokes(mask.shape, rng)
+            return _draw_rectangle(mask.shape, rng) if rng.random() < 0.5 else _draw_stroke(mask.shape, rng)
         case _:
             return np.ones_like(mask)
 
 
-def _rectangle(shape: tuple[int, int], rng: np.random.Generator) -> np.ndarray:
+def _draw_rectangle(shape: tuple[int, int], rng: np.random.Generator) -> np.ndarray:
     """A rectangle anywhere, its sides 15 % to 60 % of the image's."""
     h, w = (max(1, round(rng.uniform(0.15, 0.6) * length)) for length in shape)
     y, x = rng.integers(0, shape[0] - h + 1), rng.integers(0, shape[1] - w + 1)
     return box_mask((x, y, x + w, y + h), shape[1], shape[0])
 
 
-def _strokes(shape: tuple[int, int], rng: np.random.Generator) -> np.ndarray:
+def _draw_stroke(shape: tuple[int, int], rng: np.random.Generator) -> np.ndarray:
     """A free-form blob anywhere: one thick brush stroke through 3 to 6 random points."""
     points = (rng.random((rng.integers(3, 7), 2)) * (shape[1], shape[0])).astype(np.int32)
     thickness = max(1, round(rng.uniform(0.06, 0.2) * max(shape)))

@@ -1,8 +1,8 @@
-"""Inpainting by words and ControlNets: the nine-channel UNet with guidance and a weighted sum of residuals.
+"""Inpainting with prompts and ControlNets: the nine-channel UNet with guidance and a weighted sum of residuals.
 
-Liu 2025, eq. 7 with the names of its two branches put right: skip_i <- skip_i + sum_k lambda_k r_i^(k), the same for
-the middle block. A net whose weight is 0 is not run at all, so that all weights 0 is plain inpainting exactly. What
-does not change from step to step, a hint's embedding and the keys and values of the words, is computed once.
+Liu 2025, eq. 7 with the names of its two branches corrected: skip_i <- skip_i + sum_k lambda_k r_i^(k), the same for
+the middle block. A net of weight 0 does not run, so that with all weights 0 the result is exactly plain inpainting. The
+hints' embeddings and the keys and values of the text are the same in every step and are computed once.
 """
 
 import functools
@@ -16,8 +16,8 @@ import torch
 from harmony.core.errors import UserError
 from harmony.models.attention import cached_cross_attention, keys_and_values
 from harmony.models.backbone import Backbone
-from harmony.models.unet_halves import Encoded, Residuals, decode, encode, residuals, time_of
-from harmony.sampling.cuda_graphs import identity, recording_of, side_by_side
+from harmony.models.unet_halves import Activations, Residuals, decode, embed_time, encode, residuals
+from harmony.sampling.cuda_graphs import get_recording, identity, run_concurrently
 from harmony.sampling.ddim import level, sample, to_eps
 
 Control = tuple[torch.nn.Module, torch.Tensor, float]  # ControlNet, hint B x 3 x H x W in [0, 1], weight
@@ -26,14 +26,13 @@ SOLVERS = {"ddim": "DDIMScheduler", "dpmsolver++": "DPMSolverMultistepScheduler"
 
 @dataclass(frozen=True)
 class Schedule:
-    """How a batch is sampled: ``steps`` of a ``solver`` with ``guidance`` w; the rest makes it cheaper and near-exact.
+    """How a batch is sampled: ``steps`` of a ``solver`` with ``guidance`` w, and options that save time.
 
-    ``guided``: the share of the steps, from the noisiest on, that are guided. ``encoder_every``: the ControlNets and
-    the first half of the UNet run in every n-th step, and the steps between take over their activations (encoder
-    propagation; Li 2023, Faster Diffusion). ``graphs``: what a step computes is recorded as a CUDA graph, once
-    a shape, and replayed: the same numbers, without the launch of each kernel. ``compile``: both halves of the UNet and
-    the ControlNets are compiled, which takes minutes once and changes numbers by rounding alone. UserError for values
-    that mean nothing.
+    ``guided``: the share of the steps, from the noisiest on, that use guidance. ``encoder_every``: the ControlNets and
+    the first half of the UNet run in every n-th step, and the steps between reuse their activations (encoder
+    propagation; Li 2023, Faster Diffusion). ``graphs``: a step is recorded as a CUDA graph, once for each shape, and
+    replayed: the same numbers without launching each kernel. ``compile``: both halves of the UNet and the ControlNets
+    are compiled, which takes minutes once and changes numbers only by rounding. UserError for invalid values.
     """
 
     steps: int = 50
@@ -56,8 +55,8 @@ class Schedule:
                 raise UserError(f"{name}={getattr(self, name)}: give true or false")
 
 
-def embedded(controls: Sequence[Control]) -> list[Control]:
-    """The nets that have weight, each with what its hint encoder makes of the hint in the place of the hint."""
+def embed_hints(controls: Sequence[Control]) -> list[Control]:
+    """Replace the hint of each control by the hint encoder's output; leave out controls of weight 0."""
     return [
         (net, net.controlnet_cond_embedding(hint.to(net.conv_in.weight.dtype)), weight)
         for net, hint, weight in controls
@@ -65,117 +64,123 @@ def embedded(controls: Sequence[Control]) -> list[Control]:
     ]
 
 
-def added_by(
+def run_control(
     control: Control, z: torch.Tensor, t: torch.Tensor, text: torch.Tensor, run: Callable[..., Residuals] = residuals
 ) -> Residuals:
-    """The weighted residuals of one ``embedded`` net, which reads the channels of ``z`` that it was made for."""
+    """The weighted residuals of one control of ``embed_hints``; the net reads its input channels of ``z``."""
     net, embedding, weight = control
     dtype = net.conv_in.weight.dtype
     down, middle = run(net, z[:, : net.config.in_channels].to(dtype), t, text.to(dtype), embedding)
     return tuple((weight * r).to(z.dtype) for r in down), (weight * middle).to(z.dtype)
 
 
-def together(a: Residuals, b: Residuals) -> Residuals:
-    """The sum of two ControlNets' residuals."""
+def add_residuals(a: Residuals, b: Residuals) -> Residuals:
+    """Add the residuals of two ControlNets."""
     return tuple(x + y for x, y in zip(a[0], b[0], strict=True)), a[1] + b[1]
 
 
 def control_residuals(
     controls: Sequence[Control], z: torch.Tensor, t: torch.Tensor, text: torch.Tensor
 ) -> Residuals | None:
-    """Residuals of ``embedded`` nets, summed with their weights; None of none."""
-    found = [added_by(control, z, t, text) for control in controls]
-    return functools.reduce(together, found) if found else None
+    """The weighted sum of the residuals of controls of ``embed_hints``; None without controls."""
+    results = [run_control(control, z, t, text) for control in controls]
+    return functools.reduce(add_residuals, results) if results else None
 
 
 def predict(
-    unet: torch.nn.Module, z: torch.Tensor, known: torch.Tensor, t: torch.Tensor, text: torch.Tensor
+    unet: torch.nn.Module, z: torch.Tensor, condition: torch.Tensor, t: torch.Tensor, text: torch.Tensor
 ) -> torch.Tensor:
     """The UNet's output (eps, or v for a backbone that predicts it), B x C x h x w, of the latent's dtype.
 
-    ``known`` = [hole, masked latent] is B x (1 + C) x h x w.
+    ``condition`` = [hole, masked latent] is B x (1 + C) x h x w.
     """
     dtype = unet.conv_in.weight.dtype
-    return unet(torch.cat([z, known], 1).to(dtype), t, text.to(dtype), return_dict=False)[0].to(z.dtype)
+    return unet(torch.cat([z, condition], 1).to(dtype), t, text.to(dtype), return_dict=False)[0].to(z.dtype)
 
 
 class Network:
-    """UNet and ControlNets with what stays the same over the steps of a batch: what one step computes.
+    """UNet and ControlNets with the inputs that are constant over the steps of a batch; it computes one step.
 
-    ``known`` B x (1 + C) x h x w; ``text`` rows x T x D, the conditional half last; ``controls`` ``embedded`` for as
-    many rows. ``keys_and_values`` of the text are computed once.
+    ``condition`` B x (1 + C) x h x w; ``text`` rows x T x D, the conditional half last; ``controls`` from
+    ``embed_hints`` for as many rows. ``keys_and_values`` of the text are computed once.
     """
 
     def __init__(
-        self, unet: torch.nn.Module, known: torch.Tensor, text: torch.Tensor, controls: list[Control], compiled: bool
+        self,
+        unet: torch.nn.Module,
+        condition: torch.Tensor,
+        text: torch.Tensor,
+        controls: list[Control],
+        compiles: bool,
     ):
-        self.unet, self.known, self.text, self.controls = unet, known, text, controls
+        self.unet, self.condition, self.text, self.controls = unet, condition, text, controls
         self.keys_and_values = keys_and_values([unet, *(net for net, _, _ in controls)], text)
-        self.run = compiled_once if compiled else lambda function: function
-        self.first: dict[int, tuple[Encoded, Residuals | None]] = {}  # rows -> what lies before the second half
+        self.prepare = compile_once if compiles else lambda function: function
+        self.first_halves: dict[int, tuple[Activations, Residuals | None]] = {}  # rows -> output of the first half
 
     @property
     def constants(self) -> list[torch.Tensor]:
         embeddings = [embedding for _, embedding, _ in self.controls]
-        return [self.known, self.text, *embeddings, *(p.output.value for p in self.keys_and_values)]
+        return [self.condition, self.text, *embeddings, *(p.output.value for p in self.keys_and_values)]
 
     def copy_constants(self) -> None:
-        self.known, self.text = self.known.clone(), self.text.clone()
+        self.condition, self.text = self.condition.clone(), self.text.clone()
         self.controls = [(net, embedding.clone(), weight) for net, embedding, weight in self.controls]
         for p in self.keys_and_values:
             p.output.value = p.output.value.clone()
 
     def key(self) -> tuple:
-        """What a recording of this network depends on beside the values of its constants."""
+        """A key of all that a recording of this network depends on, except for the values of its constants."""
         nets = [(identity(net), weight) for net, _, weight in self.controls]
         shapes = [(tuple(x.shape), x.dtype) for x in self.constants]
-        return identity(self.unet), *nets, *shapes, self.run is compiled_once
+        return identity(self.unet), *nets, *shapes, self.prepare is compile_once
 
-    def whole(self, z: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
-        """All of the UNet, with the ControlNets, for ``t`` rows of latents ``z`` B x C x h x w."""
+    def run(self, z: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+        """Run UNet and ControlNets on latents ``z`` B x C x h x w, repeated to as many rows as ``t`` has."""
         dtype = self.unet.conv_in.weight.dtype
-        u = torch.cat([z, self.known], 1).repeat(len(t) // len(z), 1, 1, 1).to(dtype)
-        self.first[len(t)] = self.encoded(u, t, self.text[-len(t) :].to(dtype))
-        return self.decoded(*self.first[len(t)]).to(z.dtype)
+        u = torch.cat([z, self.condition], 1).repeat(len(t) // len(z), 1, 1, 1).to(dtype)
+        self.first_halves[len(t)] = self.encode(u, t, self.text[-len(t) :].to(dtype))
+        return self.decode(*self.first_halves[len(t)]).to(z.dtype)
 
-    def second_half(self, z: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
-        """The UNet's second half behind the ``first`` of an earlier step, at its own time."""
-        encoded, added = self.first[len(t)]
-        time = time_of(self.unet, t, encoded.middle.dtype)
-        return self.decoded(replace(encoded, time=time), added).to(z.dtype)
+    def run_second_half(self, z: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+        """Run the UNet's second half on the ``first_halves`` of an earlier step, with the current timesteps."""
+        activations, residuals = self.first_halves[len(t)]
+        time = embed_time(self.unet, t, activations.middle.dtype)
+        return self.decode(replace(activations, time=time), residuals).to(z.dtype)
 
-    def decoded(self, encoded: Encoded, added: Residuals | None) -> torch.Tensor:
-        text = self.text[-len(encoded.middle) :].to(encoded.middle.dtype)
-        return self.run(decode)(self.unet, encoded, text, added)
+    def decode(self, activations: Activations, residuals: Residuals | None) -> torch.Tensor:
+        """The output of the UNet's second half."""
+        text = self.text[-len(activations.middle) :].to(activations.middle.dtype)
+        return self.prepare(decode)(self.unet, activations, text, residuals)
 
-    def encoded(self, u: torch.Tensor, t: torch.Tensor, text: torch.Tensor) -> tuple[Encoded, Residuals | None]:
-        """All that lies before the UNet's second half."""
+    def encode(self, u: torch.Tensor, t: torch.Tensor, text: torch.Tensor) -> tuple[Activations, Residuals | None]:
+        """The UNet's first half, and the sum of the ControlNets' residuals."""
         controls = [(net, embedding[-len(u) :], weight) for net, embedding, weight in self.controls]
-        jobs = [functools.partial(added_by, control, u, t, text, self.run(residuals)) for control in controls]
-        jobs.insert(0, functools.partial(self.run(encode), self.unet, u, t, text))
-        encoded, *results = side_by_side(jobs, u.device)
-        return encoded, functools.reduce(together, results) if results else None
+        jobs = [functools.partial(run_control, control, u, t, text, self.prepare(residuals)) for control in controls]
+        jobs.insert(0, functools.partial(self.prepare(encode), self.unet, u, t, text))
+        activations, *results = run_concurrently(jobs, u.device)
+        return activations, functools.reduce(add_residuals, results) if results else None
 
 
 @functools.cache
-def compiled_once(function: Callable) -> Callable:
-    """``function`` of a network compiled, one graph a call; networks of one architecture share it."""
+def compile_once(function: Callable) -> Callable:
+    """Compile ``function`` of a network, one graph for each call; networks of one architecture share it."""
     return torch.compile(function, fullgraph=True, dynamic=False)
 
 
-class Guided:
-    """eps of (z_t, t) for one batch: classifier-free guidance e_u + w (e_c - e_u), both halves in one pass, ControlNets
-    on both; w = 1 runs one half.
+class GuidedModel:
+    """The eps model of one batch, a function of (z_t, t), with classifier-free guidance e_u + w (e_c - e_u).
 
-    Guidance of v is guidance of eps: for one z the two differ by an affine map. A call is a step of the sampler.
+    Both halves run in one pass, with the ControlNets on both; w = 1 runs only the conditional half. Guidance of v
+    equals guidance of eps, because for one z the two differ by an affine map. Each call is one step of the sampler.
     """
 
     def __init__(
         self,
         backbone: Backbone,
-        known: torch.Tensor,
+        condition: torch.Tensor,
         text: torch.Tensor,
-        empty: torch.Tensor,
+        empty_text: torch.Tensor,
         schedule: Schedule,
         controls: Sequence[Control] = (),
     ):
@@ -184,22 +189,23 @@ class Guided:
                 f"graphs=true records what a GPU does, and the backbone is on the {backbone.device.type}: leave it out"
             )
         self.backbone, self.schedule, self.calls, self.rows = backbone, schedule, 0, 0
-        rows = torch.cat([empty.expand_as(text), text]) if self.guides(0) else text
+        rows = torch.cat([empty_text.expand_as(text), text]) if self.is_guided(0) else text
         halves = len(rows) // len(text)
-        controls = [(net, e.repeat(halves, 1, 1, 1), weight) for net, e, weight in embedded(controls)]
-        self.network = Network(backbone.unet, known, rows, controls, schedule.compile)
-        self.recording = recording_of(self.network.key(), self.network) if schedule.graphs else None
+        controls = [(net, e.repeat(halves, 1, 1, 1), weight) for net, e, weight in embed_hints(controls)]
+        self.network = Network(backbone.unet, condition, rows, controls, schedule.compile)
+        self.recording = get_recording(self.network.key(), self.network) if schedule.graphs else None
 
-    def guides(self, call: int) -> bool:
+    def is_guided(self, call: int) -> bool:
+        """Whether guidance is used in this call."""
         return self.schedule.guidance != 1 and call < self.schedule.guided * self.schedule.steps
 
-    def ready(self) -> AbstractContextManager[None]:
-        """While it lasts, the networks know the keys and values of their text."""
+    def cache_text(self) -> AbstractContextManager[None]:
+        """Within this block the networks use the cached keys and values of their text."""
         network = self.recording.network if self.recording else self.network
         return cached_cross_attention(network.keys_and_values)
 
     def __call__(self, z: torch.Tensor, t: int) -> torch.Tensor:
-        guided, w = self.guides(self.calls), self.schedule.guidance
+        guided, w = self.is_guided(self.calls), self.schedule.guidance
         rows = len(z) * (1 + guided)
         output = self.output(z, torch.full((rows,), t, device=z.device, dtype=torch.long), rows)
         self.calls += 1
@@ -209,33 +215,32 @@ class Guided:
         return to_eps(self.backbone.prediction_type, output, z, level(self.backbone.alphas_cumprod, t).to(z.dtype))
 
     def output(self, z: torch.Tensor, t: torch.Tensor, rows: int) -> torch.Tensor:
-        """The UNet's output for ``rows`` rows, of which the last are conditional."""
-        fresh = self.calls % self.schedule.encoder_every == 0 or rows != self.rows
+        """The UNet's output for ``rows`` rows, the conditional ones last."""
+        is_whole = self.calls % self.schedule.encoder_every == 0 or rows != self.rows
         self.rows = rows
         if self.recording:
-            return self.recording(z, t, fresh)
-        return self.network.whole(z, t) if fresh else self.network.second_half(z, t)
+            return self.recording(z, t, is_whole)
+        return self.network.run(z, t) if is_whole else self.network.run_second_half(z, t)
 
 
 @torch.no_grad()
-def sampled(
+def sample_latents(
     backbone: Backbone,
     noise: torch.Tensor,
-    known: torch.Tensor,
+    condition: torch.Tensor,
     text: torch.Tensor,
-    empty: torch.Tensor,
+    empty_text: torch.Tensor,
     schedule: Schedule,
     controls: Sequence[Control] = (),
 ) -> torch.Tensor:
-    """Clean latent B x C x h x w from pure ``noise``; ``known`` is what the UNet sees beside it (see ``predict``)."""
-    eps = Guided(backbone, known, text, empty, schedule, controls)
-    with eps.ready():
+    """Sample a clean latent B x C x h x w from pure ``noise``; for ``condition`` see ``predict``."""
+    eps = GuidedModel(backbone, condition, text, empty_text, schedule, controls)
+    with eps.cache_text():
         if schedule.solver == "ddim":
             return sample(eps, noise, schedule.steps, backbone.alphas_cumprod, backbone.scheduler.config.steps_offset)
         solver = getattr(diffusers, SOLVERS[schedule.solver])
-        solver = solver.from_config(
-            backbone.scheduler.config, prediction_type="epsilon"
-        )  # which ``eps`` is, for any backbone
+        # the model returns eps for any backbone
+        solver = solver.from_config(backbone.scheduler.config, prediction_type="epsilon")
         solver.set_timesteps(schedule.steps)
         z = noise
         for t in solver.timesteps:
@@ -249,20 +254,20 @@ def inpaint(
     hole: torch.Tensor,
     masked: torch.Tensor,
     text: torch.Tensor,
-    empty: torch.Tensor,
+    empty_text: torch.Tensor,
     schedule: Schedule = Schedule(),
     controls: Sequence[Control] = (),
 ) -> torch.Tensor:
-    """Clean latent B x C x h x w from pure noise.
+    """Inpaint: sample a clean latent B x C x h x w from pure ``noise``.
 
-    ``hole`` B x 1 x h x w in {0, 1}, ``masked`` the scaled latent of the masked image, ``text`` B x T x D, ``empty``
-    1 x T x D. Channel order of Stable Diffusion inpainting: latent, mask, masked latent.
+    ``hole`` B x 1 x h x w in {0, 1}, ``masked`` the scaled latent of the masked image, ``text`` B x T x D,
+    ``empty_text`` 1 x T x D. Channel order of Stable Diffusion inpainting: latent, mask, masked latent.
     """
-    return sampled(backbone, noise, torch.cat([hole, masked], 1), text, empty, schedule, controls)
+    return sample_latents(backbone, noise, torch.cat([hole, masked], 1), text, empty_text, schedule, controls)
 
 
 @dataclass(frozen=True)
 class Settings(Schedule):
-    """How pictures are sampled: a schedule, and ``batch`` of them at a time."""
+    """How pictures are sampled: a schedule, and ``batch``, the pictures that are sampled at once."""
 
     batch: int = 16

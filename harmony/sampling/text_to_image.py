@@ -1,4 +1,4 @@
-"""Text to image: an inpainting UNet whose hole is the whole picture, or one without a mask."""
+"""Text to image: an inpainting UNet whose hole is the whole picture, or a UNet without a mask."""
 
 from collections.abc import Sequence
 
@@ -8,19 +8,22 @@ import torch
 from harmony.models.backbone import Backbone
 from harmony.pixels.images import from_model
 from harmony.sampling.ddim import noise_for
-from harmony.sampling.guidance import Settings, sampled
+from harmony.sampling.guidance import Settings, sample_latents
 
 
-def whole_picture(backbone: Backbone, count: int = 1) -> torch.Tensor:
-    """What an inpainting UNet knows when all is hole, count x (1 + C) x h x w; no channels for one without a mask."""
+def full_hole_condition(backbone: Backbone, count: int = 1) -> torch.Tensor:
+    """The condition of an inpainting UNet for a hole of the whole picture, count x (1 + C) x h x w.
+
+    A UNet without a mask gets no channels.
+    """
     side = backbone.resolution // backbone.factor
     if backbone.unet.config.in_channels == backbone.channels:
         return torch.zeros(count, 0, side, side, device=backbone.device)
-    grey = torch.zeros(1, 3, backbone.resolution, backbone.resolution, device=backbone.device)
-    known = torch.cat(
-        [torch.ones(1, 1, side, side, device=backbone.device), backbone.latent(backbone.moments(grey))], 1
+    gray = torch.zeros(1, 3, backbone.resolution, backbone.resolution, device=backbone.device)
+    condition = torch.cat(
+        [torch.ones(1, 1, side, side, device=backbone.device), backbone.latent(backbone.moments(gray))], 1
     )
-    return known.expand(count, -1, -1, -1)
+    return condition.expand(count, -1, -1, -1)
 
 
 @torch.no_grad()
@@ -30,5 +33,5 @@ def text_to_image(
     """Pictures uint8 R x R x 3 of text states B x T x D; the noise of each depends on its (seed, index)."""
     side = backbone.resolution // backbone.factor
     noise = noise_for(seeds, (backbone.channels, side, side), backbone.device)
-    z = sampled(backbone, noise, whole_picture(backbone, len(text)), text, backbone.prompt([""]), settings)
+    z = sample_latents(backbone, noise, full_hole_condition(backbone, len(text)), text, backbone.prompt([""]), settings)
     return list(from_model(backbone.decode(z)))

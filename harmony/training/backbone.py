@@ -19,7 +19,7 @@ from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
 from diffusers.training_utils import EMAModel
 from torch import nn
 
-from harmony.core.files import atomic_folder
+from harmony.core.files import replace_folder
 from harmony.data.latent_data import LatentData
 from harmony.data.pixel_data import PixelData
 from harmony.models.backbone import Backbone, backbone_path, write_model_index
@@ -49,7 +49,7 @@ SCHEDULE = {  # Stable Diffusion's, with the flags whose defaults in diffusers a
 
 def write_part(folder: Path, name: str, *parts) -> None:
     """Save ``parts`` (objects with save_pretrained) into ``folder / name``, atomically."""
-    with atomic_folder(folder / name) as partial:
+    with replace_folder(folder / name) as partial:
         for part in parts:
             part.save_pretrained(partial)
     write_model_index(folder)

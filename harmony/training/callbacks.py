@@ -14,7 +14,7 @@ from lightning.pytorch.callbacks import Callback
 from torch import Tensor
 
 from harmony.core.errors import UserError
-from harmony.core.files import atomic
+from harmony.core.files import replace_file
 from harmony.evaluation.eval_sets import load_reconstruct, sample_grid
 from harmony.methods.method import make_seeds
 from harmony.pixels.images import write_image
@@ -27,7 +27,7 @@ class AtomicCheckpoints(TorchCheckpointIO):
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any = None) -> None:
         try:
-            with atomic(path) as partial:
+            with replace_file(path) as partial:
                 torch.save(checkpoint, partial)
         except (OSError, RuntimeError) as error:
             raise UserError(
@@ -121,7 +121,7 @@ class MetricsCSV(Callback):
                 with open(self.path, newline="") as file:
                     rows = [row for row in csv.reader(file) if len(row) == 3 and row[0].isdigit()]
                 rows = [row for row in rows if int(row[0]) <= trainer.global_step]
-            with atomic(self.path) as partial:
+            with replace_file(self.path) as partial:
                 self.write(partial, [["step", "name", "value"], *rows], "w")
 
     def write(self, path: Path, rows: Iterable[Sequence], mode: str) -> None:

@@ -12,11 +12,11 @@ import torch.nn.functional as F
 from harmony.core.errors import UserError
 from harmony.data.latent_data import LatentData
 from harmony.methods.inpainting import Branch, Inpainting, load_branch
-from harmony.models.backbone import Backbone, placed, weights_hash
+from harmony.models.backbone import Backbone, move_module, weights_hash
 from harmony.models.controlnet import BRANCHES, export_controlnet, from_unet, zero_convolutions
-from harmony.models.unet_halves import Encoded, Residuals, decode, encode
+from harmony.models.unet_halves import Activations, Residuals, decode, encode
 from harmony.pixels.hints import check_hint
-from harmony.sampling.guidance import Settings, compiled_once, control_residuals, embedded, together
+from harmony.sampling.guidance import Settings, add_residuals, compile_once, control_residuals, embed_hints
 from harmony.training.objective import Objective, add_noise, compute_target
 from harmony.training.schedule import make_adamw, place_moments, set_memory_format
 from harmony.training.task import Task, refuse_other_weights
@@ -35,7 +35,7 @@ def compute_residuals(
     net: torch.nn.Module, pixels: torch.Tensor, u: torch.Tensor, t: torch.Tensor, text: torch.Tensor
 ) -> Residuals:
     """The residuals of a ControlNet for its hint ``pixels``, hint encoder included."""
-    return control_residuals(embedded([(net, pixels, 1.0)]), u, t, text)
+    return control_residuals(embed_hints([(net, pixels, 1.0)]), u, t, text)
 
 
 class Controls(Task):
@@ -172,7 +172,7 @@ class ControlTask(Controls):
         self.backbone.to(self.device)
         self.empty_text = self.backbone.prompt([""])
         if self.companion:
-            placed(self.companion.net, self.device)
+            move_module(self.companion.net, self.device)
 
     on_validation_start = on_fit_start
 
@@ -218,7 +218,7 @@ class ControlTask(Controls):
         t: torch.Tensor,
         text: torch.Tensor,
         target: torch.Tensor,
-        encoding: Encoded,
+        encoding: Activations,
         hint_off: bool = False,
         run: Run = run_eagerly,
     ) -> torch.Tensor:
@@ -230,7 +230,7 @@ class ControlTask(Controls):
         residuals = None if hint_off else run(compute_residuals)(self.net, pixels, u, t, text)
         if self.companion:
             others = self.compute_companion(batch, u, t, text, run)
-            residuals = others if residuals is None else together(residuals, others)
+            residuals = others if residuals is None else add_residuals(residuals, others)
         output = run(decode)(self.backbone.unet, encoding, text, residuals)
         kind, a = self.backbone.prediction_type, self.backbone.alphas_cumprod[t]
         weight = self.objective.compute_weight(a, batch["weight"], kind)
@@ -258,7 +258,7 @@ class ControlTask(Controls):
         The two halves of the UNet and the ControlNet are a graph each, instead of the whole step: the nets of a run
         share them, and the cost of compilation grows faster than the graph.
         """
-        return compiled_once if self.compiles else run_eagerly
+        return compile_once if self.compiles else run_eagerly
 
     def compute_errors(self, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
         """(weighted squared error B x C x h x w, timesteps B) of a batch."""

@@ -8,8 +8,8 @@ import torch
 import torch.nn.functional as F
 from scipy.optimize import minimize_scalar
 
-from harmony.metrics.classification import judged
-from harmony.models.judge import NATURAL, Judge, judge_net, save_judge, seen
+from harmony.metrics.classification import classification_metrics
+from harmony.models.judge import NATURAL_CLASS, Judge, judge_net, save_judge, stack_inputs
 from harmony.pixels.images import from_model, grid, write_image
 from harmony.training.schedule import make_adamw
 from harmony.training.task import Task
@@ -49,7 +49,7 @@ class JudgeTask(Task):
 
     def compute_logits(self, batch: dict[str, torch.Tensor]) -> torch.Tensor:
         """Logits 2B x 2 of B pairs."""
-        return self.net(seen(batch["image"].flatten(0, 1), batch["mask"].flatten(0, 1)))
+        return self.net(stack_inputs(batch["image"].flatten(0, 1), batch["mask"].flatten(0, 1)))
 
     def training_step(self, batch: dict[str, torch.Tensor], index: int) -> torch.Tensor:
         loss = F.cross_entropy(self.compute_logits(batch), batch["label"].flatten())
@@ -68,10 +68,10 @@ class JudgeTask(Task):
         splits = [tuple(map(torch.cat, zip(*batches, strict=True))) for batches in self.outputs.values()]
         temperature, figures = calibrate(*splits[0]), {}
         for split, (logits, labels) in zip(("validation", "test"), splits, strict=False):
-            natural = (logits / temperature).softmax(1)[:, NATURAL]
+            natural = (logits / temperature).softmax(1)[:, NATURAL_CLASS]
             figures |= {
                 f"{split}/{name}": value
-                for name, value in judged(natural.double().numpy(), labels.double().numpy()).items()
+                for name, value in classification_metrics(natural.double().numpy(), labels.double().numpy()).items()
             }
         self.log_dict(figures)
         if self.trainer.is_global_zero:

@@ -15,11 +15,11 @@ from harmony.models.backbone import Backbone, weights_hash
 from harmony.models.paint_by_example import (
     ExemplarEncoder,
     Painter,
+    build_encoder,
+    build_painting_unet,
     export_painter,
-    fresh_encoder,
-    known_by_example,
+    join_condition,
     load_tower,
-    painting_unet,
 )
 from harmony.pixels.hints import check_hint
 from harmony.sampling.guidance import Settings
@@ -71,9 +71,9 @@ class ExemplarTask(Task):
 
     def configure_model(self) -> None:
         if self.unet is None:
-            self.unet = set_memory_format(painting_unet(self.backbone.unrounded("unet")))
+            self.unet = set_memory_format(build_painting_unet(self.backbone.unrounded("unet")))
             width = self.unet.config.cross_attention_dim
-            self.encoder = fresh_encoder(self.tower, width, self.all_tokens).float()
+            self.encoder = build_encoder(self.tower, width, self.all_tokens).float()
             self.backbone = self.backbone.with_unet(self.unet)  # frees the original UNet
             del self.tower
             vars(self.backbone).pop("image_encoder", None)
@@ -134,7 +134,7 @@ class ExemplarTask(Task):
     def configure_optimizers(self) -> dict[str, Any]:
         groups = [
             {"params": list(self.unet.parameters()), "lr": self.lr},
-            {"params": list(self.encoder.trained()), "lr": self.encoder_lr or self.lr},
+            {"params": list(self.encoder.trainable_parameters()), "lr": self.encoder_lr or self.lr},
         ]
         rule = warm_up_from
         return make_adamw(groups, self.trainer, self.lr, self.weight_decay, self.warmup, self.decay, rule, self.offload)
@@ -151,7 +151,7 @@ class ExemplarTask(Task):
         z, condition, t = add_noise(batch, backbone.vae.config.scaling_factor, backbone.alphas_cumprod)
         hole, masked = condition[:, :1], condition[:, 1:]
         target = compute_target(backbone.prediction_type, z, batch["noise"], backbone.alphas_cumprod[t])
-        u = torch.cat([z, known_by_example(hole, masked)], 1)
+        u = torch.cat([z, join_condition(hole, masked)], 1)
         return F.mse_loss(self.unet(u, t, context, return_dict=False)[0].float(), target)
 
     def training_step(self, batch: Batch, index: int) -> torch.Tensor:

@@ -15,10 +15,10 @@ from harmony.methods.method import make_seeds
 from harmony.metrics.similarity import clip_t, embeddings
 from harmony.models.backbone import DIFFUSION, Backbone, scaled_latent
 from harmony.models.clip import clip_of
-from harmony.models.textual_inversion import Word, add_tokens, initial, save_word, text_states
+from harmony.models.textual_inversion import Word, add_tokens, initial_vectors, save_word, text_states
 from harmony.pixels.images import grid, write_image
 from harmony.sampling.guidance import Settings, predict
-from harmony.sampling.text_to_image import text_to_image, whole_picture
+from harmony.sampling.text_to_image import full_hole_condition, text_to_image
 from harmony.training.objective import compute_target
 from harmony.training.task import Task
 
@@ -74,13 +74,13 @@ class TextualInversionTask(Task):
             raise UserError(f"vectors={vectors}: give at least 1")
         self.backbone, self.token, self.init, self.lr, self.weight_decay = backbone, token, init, lr, weight_decay
         self.templates, self.settings, self.seed = TEMPLATES[property], Settings(steps, guidance), seed
-        self.vectors = torch.nn.Parameter(initial(backbone, init, vectors))
+        self.vectors = torch.nn.Parameter(initial_vectors(backbone, init, vectors))
         self.first_token = add_tokens(backbone, token, vectors)
         self.clip = clip_of(backbone)
 
     def on_fit_start(self) -> None:
         self.backbone.to(self.device)
-        data, self.condition = self.trainer.datamodule, whole_picture(self.backbone)
+        data, self.condition = self.trainer.datamodule, full_hole_condition(self.backbone)
         templates = [template for template in self.templates if self.is_read(template)]
         self.prompts = [[text] if text else templates for text in data.captions]
         if long_captions := [text for text in data.captions if text and not self.is_read(text)]:

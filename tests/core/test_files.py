@@ -8,7 +8,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from harmony.core.files import atomic, write_json, write_tensors
+from harmony.core.files import replace_file, write_json, write_tensors
 
 
 def test_tensors_of_any_layout_come_back(tmp_path):
@@ -31,7 +31,7 @@ def test_tensors_of_any_layout_come_back(tmp_path):
 
 def test_a_failure_leaves_what_was_there(tmp_path):
     write_json(tmp_path / "x", 1)
-    with pytest.raises(RuntimeError), atomic(tmp_path / "x") as partial:
+    with pytest.raises(RuntimeError), replace_file(tmp_path / "x") as partial:
         partial.write_text("half")
         raise RuntimeError
     assert [(path.name, path.read_text()) for path in tmp_path.iterdir()] == [("x", "1\n")]

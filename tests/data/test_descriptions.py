@@ -30,16 +30,16 @@ from transformers import (
 from harmony.core.errors import UserError
 from harmony.data.descriptions import (
     LIGHTS,
-    PLAIN,
+    PLAIN_LIGHT,
     Description,
     VisionLanguageModel,
     WordScorer,
-    alone,
-    measured,
-    parsed,
-    phrase,
+    color_words,
+    cut_object,
+    light_phrase,
+    parse_descriptions,
     read_descriptions,
-    surroundings,
+    remove_object,
 )
 from harmony.models.backbone import Backbone
 from harmony.models.clip import clip_of
@@ -64,7 +64,7 @@ MUG = Description("a mug", "warm light", "blue moonlight")
 )
 def test_descriptions_are_read_as_people_write_them(text, found):
     """Guards prompts=: one or several, whatever the spaces, a last semicolon, a colon in the object."""
-    assert parsed(text) == found
+    assert parse_descriptions(text) == found
 
 
 @pytest.mark.parametrize(
@@ -74,14 +74,14 @@ def test_descriptions_are_read_as_people_write_them(text, found):
 def test_other_forms_are_refused(text):
     """Guards prompts=: nothing, or a missing object, light or arrow, and the form is shown in one line."""
     with pytest.raises(UserError, match="OBJECT: its own light -> the light around it") as error:
-        parsed(text)
+        parse_descriptions(text)
     assert "\n" not in str(error.value)
 
 
 def test_one_bad_description_among_good_ones_is_named():
     """Guards prompts= with several: the part that is wrong is said, not the whole."""
     with pytest.raises(UserError, match="prompts='a car': write"):
-        parsed("a mug: warm -> blue; a car")
+        parse_descriptions("a mug: warm -> blue; a car")
 
 
 def write(folder: Path, data) -> Path:
@@ -151,7 +151,9 @@ def test_both_prompts_begin_with_the_object():
 
 def test_a_light_is_called_light_once():
     """Guards the phrases: moonlight and candlelight are lights already."""
-    assert phrase("warm", "sunset") == "warm sunset light" and phrase("blue", "moonlight") == "blue moonlight"
+    assert (
+        light_phrase("warm", "sunset") == "warm sunset light" and light_phrase("blue", "moonlight") == "blue moonlight"
+    )
 
 
 @pytest.fixture
@@ -165,7 +167,7 @@ def scene():
 def test_the_object_alone(scene):
     """Guards the view of the object: its box, its own pixels, and its mean where the photograph was."""
     image, mask = scene
-    view = alone(image, mask)
+    view = cut_object(image, mask)
     assert view.shape == (8, 12, 3) and np.array_equal(view[mask[6:14, 8:20]], image[mask])
     assert np.abs(view[0, 0] - image[mask].mean(0)).max() <= 0.5
 
@@ -174,8 +176,8 @@ def test_the_surroundings_alone(scene):
     """Guards the view of the photograph: bit for bit outside the object, and nothing of the object inside."""
     image, mask = scene
     other = np.where(mask[..., None], 255 - image, image)
-    view = surroundings(image, mask)
-    assert np.array_equal(view[~mask], image[~mask]) and np.array_equal(view, surroundings(other, mask))
+    view = remove_object(image, mask)
+    assert np.array_equal(view[~mask], image[~mask]) and np.array_equal(view, remove_object(other, mask))
     assert (view[mask] != image[mask]).any()
 
 
@@ -198,19 +200,19 @@ COLOURS = {
 def test_golden_words_of_plain_colours(name):
     """Guards the measurement: brightness, temperature and tone of colours that everybody calls the same."""
     colour, words = COLOURS[name]
-    assert measured(np.tile(np.uint8(colour), (5, 1))) == words
+    assert color_words(np.tile(np.uint8(colour), (5, 1))) == words
 
 
 def test_grass_is_green():
     """Guards the tone of green, whatever its temperature is said to be."""
-    assert {"green"} == measured(np.full((1, 3), (0, 128, 0), np.uint8)) & {"green", "yellow", "blue", "grey"}
+    assert {"green"} == color_words(np.full((1, 3), (0, 128, 0), np.uint8)) & {"green", "yellow", "blue", "grey"}
 
 
 def test_the_mean_is_measured():
     """Guards a mixture: black and white are grey together, one bright pixel among dark ones does not make it bright."""
     black, white = np.zeros((4, 3), np.uint8), np.full((4, 3), 255, np.uint8)
-    assert measured(np.concatenate([black, white])) == {"grey", "neutral"}
-    assert "dark" in measured(np.concatenate([black, white[:1]]))
+    assert color_words(np.concatenate([black, white])) == {"grey", "neutral"}
+    assert "dark" in color_words(np.concatenate([black, white[:1]]))
 
 
 # --- words that CLIP scores
@@ -239,29 +241,29 @@ def test_scored_words_are_words_of_the_lists(backbone, picture):
     for.
     """
     known = lambda word: len(backbone.encode(word)) == 1  # noqa: E731
-    phrases = {phrase(look, s) for s, looks in LIGHTS.items() for look in looks if known(look) and known(s)}
+    phrases = {light_phrase(look, s) for s, looks in LIGHTS.items() for look in looks if known(look) and known(s)}
     assert 3 < len(phrases) < sum(map(len, LIGHTS.values())), "the tiny backbone knows some of the words"
-    describe = scorer(backbone, known=known, count=len(phrases), sure=0.0)
+    describe = scorer(backbone, is_known=known, count=len(phrases), min_probability=0.0)
     found = describe(*picture)
     image, mask = picture
-    own = describe.ranked("a mug", alone(image, mask), image[mask])[0][0]
-    around = [light for light, _ in describe.ranked("a mug", surroundings(image, mask), image[~mask])]
+    own = describe.rank_phrases("a mug", cut_object(image, mask), image[mask])[0][0]
+    around = [light for light, _ in describe.rank_phrases("a mug", remove_object(image, mask), image[~mask])]
     assert set(around) == phrases and found == [Description("a mug", own, light) for light in around if light != own]
-    assert scorer(backbone, known=known, count=3, sure=0.0)(*picture) == found[:3]
+    assert scorer(backbone, is_known=known, count=3, min_probability=0.0)(*picture) == found[:3]
 
 
 def test_the_light_around_does_not_depend_on_the_object(backbone, picture):
     """Guards both views: another object in the same photograph is led to the same lights."""
     image, mask = picture
-    describe = scorer(backbone, sure=2.0)
+    describe = scorer(backbone, min_probability=2.0)
     other = np.where(mask[..., None], np.uint8([230, 40, 60]), image)
     assert [d.background for d in describe(image, mask)] == [d.background for d in describe(other, mask)]
 
 
 def test_an_unsure_light_is_called_plain(backbone, picture):
     """Guards the colour of the object itself: below ``sure`` nothing is said of its light."""
-    assert {d.foreground for d in scorer(backbone, sure=2.0)(*picture)} == {PLAIN}
-    assert {d.foreground for d in scorer(backbone, sure=0.0)(*picture)} != {PLAIN}
+    assert {d.foreground for d in scorer(backbone, min_probability=2.0)(*picture)} == {PLAIN_LIGHT}
+    assert {d.foreground for d in scorer(backbone, min_probability=0.0)(*picture)} != {PLAIN_LIGHT}
 
 
 def test_measured_colours_speak_for_their_words(backbone, picture):
@@ -272,7 +274,7 @@ def test_measured_colours_speak_for_their_words(backbone, picture):
     colours = {"grey": (128, 128, 128), "golden": (230, 170, 60)}
     shares = {}
     for name, colour in colours.items():
-        ranked = describe.ranked("a mug", picture[0], np.tile(np.uint8(colour), (4, 1)))
+        ranked = describe.rank_phrases("a mug", picture[0], np.tile(np.uint8(colour), (4, 1)))
         assert [share for _, share in ranked] == sorted((share for _, share in ranked), reverse=True)
         shares[name] = dict(ranked)
         assert sum(shares[name].values()) == pytest.approx(1, abs=1e-4) and len(ranked) == len(describe.lights)
@@ -286,7 +288,7 @@ def test_measured_colours_speak_for_their_words(backbone, picture):
 def test_a_backbone_that_knows_none_of_the_words(backbone):
     """Guards a tokenizer of another trade: said before any picture is looked at."""
     with pytest.raises(UserError, match="knows none of the words for light"):
-        scorer(backbone, known=lambda word: False)
+        scorer(backbone, is_known=lambda word: False)
 
 
 def test_an_object_that_leaves_no_surroundings(backbone, picture):
@@ -371,7 +373,7 @@ def test_a_model_is_asked_in_its_own_form(model_folder, scene, make, dtype):
     found = VisionLanguageModel(str(model_folder(make, dtype=dtype)))
     given, usual = [], found.model.generate
     found.model.generate = lambda **inputs: (given.append(inputs), usual(**inputs))[1]
-    answer = found.asked(scene[0], found.QUESTIONS["light"])
+    answer = found.ask(scene[0], found.QUESTIONS["light"])
     assert answer == " ".join(["golden"] * found.LENGTH)
     (prompt,) = found.processor.batch_decode(given[0]["input_ids"], skip_special_tokens=True)
     lead = "USER" if make is llava else "Question:"
@@ -393,17 +395,17 @@ def test_a_captioner_does_not_answer_with_the_question(tmp_path, scene):
     model.save_pretrained(tmp_path)
     BlipProcessor(see, BertTokenizer(str(tmp_path / "vocab.txt"))).save_pretrained(tmp_path)
     found = VisionLanguageModel(str(tmp_path))
-    assert set(found.asked(scene[0], "What light is in it?").split()) == {"golden"}
+    assert set(found.ask(scene[0], "What light is in it?").split()) == {"golden"}
 
 
 def test_a_model_sees_the_object_and_its_surroundings(model_folder, scene):
     """Guards what is asked of which view: the object and its light cut out, the other light without the object."""
     found = VisionLanguageModel(str(model_folder(llava)))
-    asked, usual = [], found.asked
-    found.asked = lambda image, question: (asked.append((image, question)), usual(image, question))[1]
+    asked, usual = [], found.ask
+    found.ask = lambda image, question: (asked.append((image, question)), usual(image, question))[1]
     (words,) = found(*scene)
     assert words == Description(*[" ".join(["golden"] * found.LENGTH)] * 3)
-    views = [alone(*scene), alone(*scene), surroundings(*scene)]
+    views = [cut_object(*scene), cut_object(*scene), remove_object(*scene)]
     assert all(np.array_equal(image, view) for (image, _), view in zip(asked, views, strict=True))
     assert [question for _, question in asked] == [found.QUESTIONS[name] for name in ("object", "light", "light")]
 

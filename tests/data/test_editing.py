@@ -9,7 +9,7 @@ import pytest
 
 from harmony.core.errors import UserError
 from harmony.data.sources import editing
-from harmony.data.sources.editing import CONCEPTS, START, Case, concept_scene, concepts, edits_of, read_cases
+from harmony.data.sources.editing import CONCEPTS, START, Case, concept_scene, concepts, edit_scene, read_cases
 from harmony.data.sources.studio.rendering import Frames
 from harmony.data.sources.studio.scenes import COLORS, LIGHTS, NOVEL, scene
 from harmony.data.sources.studio.shapes import KINDS
@@ -93,14 +93,14 @@ def test_the_bench_is_small():
 def test_an_edit_changes_one_thing():
     """Guards edits_of: the same every time, one field of the scene (a light swaps with its rival), never to itself."""
     for s in SCENES[:16]:
-        edits = edits_of(s)
-        assert edits == edits_of(scene(s.index)) and [*edits] == ["colour", "kind", "light"]
+        edits = edit_scene(s)
+        assert edits == edit_scene(scene(s.index)) and [*edits] == ["colour", "kind", "light"]
         for word, edited in edits.items():
             differ = {name for name, value in vars(s).items() if getattr(edited, name) != value}
             assert differ == ({"light": {"light", "relight"}, "kind": {"kind"}, "colour": {"color"}}[word])
         assert edits["light"].light == s.relight and edits["light"].relight == s.light
         assert edits["colour"].color in COLORS and edits["kind"].kind in KINDS
-    assert len({edits_of(s)["kind"].kind for s in SCENES[:16]}) > 4
+    assert len({edit_scene(s)["kind"].kind for s in SCENES[:16]}) > 4
 
 
 def test_a_concept_is_seen_from_eight_sides():

@@ -16,7 +16,7 @@ import torch
 
 from harmony.core.errors import UserError
 from harmony.data import latent_cache as latents
-from harmony.data.latent_cache import Cache, Latents, Recipe, describe, example, key
+from harmony.data.latent_cache import Cache, Latents, Recipe, cache_key, describe, example
 from harmony.data.latent_data import build
 from harmony.data.manifest import read_manifest, write_manifest
 from harmony.models.backbone import Backbone
@@ -196,12 +196,12 @@ def test_foreign_caches_are_refused_by_name(cache, backbone, manifest):
         "schema": fitting | {"schema": 0},
     }
     for name, description in others.items():
-        assert key(description) != key(fitting), name
+        assert cache_key(description) != cache_key(fitting), name
         with pytest.raises(UserError, match=f"{cache.name} is stale or foreign.*{name} ") as refused:
             Latents(cache, description)
         assert "\n" not in str(refused.value)
     changed = [replace(rows[0], sha256="0" * 64), *rows[1:]]
-    assert key(describe(backbone, RECIPE, changed)) != key(fitting), (
+    assert cache_key(describe(backbone, RECIPE, changed)) != cache_key(fitting), (
         "another image under the same name is another cache"
     )
 

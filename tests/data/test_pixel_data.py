@@ -7,7 +7,7 @@ import torch
 
 from harmony.data.manifest import read_manifest, write_manifest
 from harmony.data.pixel_data import PixelData, PixelPool
-from harmony.data.sources.pixels import rows_of
+from harmony.data.sources.pixels import read_rows
 from harmony.pixels.images import read_image, write_image
 
 
@@ -38,7 +38,7 @@ def test_photographs_have_their_share_of_a_batch(pixels):
 
 def test_held_out_pictures_are_of_the_test_split(pixels):
     """Guards the backbone's measurements: test rows only, renders and photographs apart, captions distinct."""
-    held = pixels.held_out()
+    held = pixels.test_pictures()
     assert {kind: len(x) for kind, x in held.items()} == {"renders": 5, "photos": 2}
     images, captions = pixels.retrieval()
     assert len(images) == len(captions) == len(set(captions)) <= 5
@@ -62,13 +62,13 @@ def test_photographs_are_cropped_at_random_and_renders_are_not(photos, small_man
     """Guards augmentation: crops of a photograph have the wanted share of its side and stay inside it."""
     from harmony.data.manifest import write_manifest
 
-    rows = rows_of(photos / "train", "train", tmp_path)
+    rows = read_rows(photos / "train", "train", tmp_path)
     write_manifest(tmp_path / "manifest.jsonl", rows, "photos")
     pool = PixelPool(tmp_path / "manifest.jsonl", "train", 8, share=(0.35, 0.9), seed=1)
     height, width = pool.pictures[0].shape[:2]
     crops = [pool.crop(0) for _ in range(50)]
     low, high = 0.35 * min(width, height), 0.9 * min(width, height)
-    assert all(low - 1 <= c.side <= high and c.inside(width, height)[2] - c.x0 == c.side for c in crops)
+    assert all(low - 1 <= c.side <= high and c.clip(width, height)[2] - c.x0 == c.side for c in crops)
     assert len({(c.x0, c.y0, c.side) for c in crops}) > 40
     again = PixelPool(tmp_path / "manifest.jsonl", "train", 8, share=(0.35, 0.9), seed=1)
     assert [again.crop(0) for _ in range(50)] == crops, "the crops depend on the seed"

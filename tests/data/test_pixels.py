@@ -9,19 +9,19 @@ from harmony.core.errors import UserError
 from harmony.data.manifest import read_manifest
 from harmony.data.pixel_data import is_render
 from harmony.data.sources import pixels
-from harmony.data.sources.pixels import prepare_backbone, rows_of
+from harmony.data.sources.pixels import prepare_backbone, read_rows
 
 ROOT = Path(__file__).resolve().parents[2]
 
 
 def test_rows_take_the_largest_instance_and_leave_out_what_is_broken(photos, tmp_path):
     """Guards the gathering: largest box within 2 % .. 80 %, undecodable pictures left out, boxes from the mask."""
-    rows = rows_of(photos / "train", "train", tmp_path)
+    rows = read_rows(photos / "train", "train", tmp_path)
     assert [row.id for row in rows] == ["a1", "a2"], "a1's 81 % box and a3's 1 % box are out of range, a4 is no picture"
     assert rows[0].mask.endswith("a1_0.png") and rows[0].box == (6.0, 4.0, 30.0, 20.0)
     assert rows[0].caption == "a photo of a cat" and (rows[0].width, rows[0].height) == (60, 40)
     assert all((tmp_path / row.image).exists() and (tmp_path / row.mask).exists() for row in rows)
-    assert [row.id for row in rows_of(photos / "train", "train", tmp_path, ["ccp"])] == ["a1"]
+    assert [row.id for row in read_rows(photos / "train", "train", tmp_path, ["ccp"])] == ["a1"]
 
 
 def test_photographs_of_unknown_source_may_not_train(photos, tmp_path):
@@ -29,12 +29,12 @@ def test_photographs_of_unknown_source_may_not_train(photos, tmp_path):
     shutil.copytree(photos / "train", tmp_path / "train")
     (tmp_path / "train" / "metadata" / "sources.csv").unlink()
     with pytest.raises(UserError, match="no metadata/sources.csv"):
-        rows_of(tmp_path / "train", "train", tmp_path, ["ccp"])
+        read_rows(tmp_path / "train", "train", tmp_path, ["ccp"])
 
 
 def test_a_studio_scene_gives_two_rows(studio_rows):
     """Guards the captions of relit pictures: the row of light B shows the relit file and names light B."""
-    rows = rows_of(ROOT / "datasets" / "studio" / "validation", "validation", ROOT)
+    rows = read_rows(ROOT / "datasets" / "studio" / "validation", "validation", ROOT)
     lit = {row.id: row for row in rows}
     assert len(rows) == 128 and all(is_render(row) for row in rows)
     for row in rows[:20:2]:

@@ -11,7 +11,7 @@ import pytest
 
 from harmony.core.errors import UserError
 from harmony.data.sources.studio import files, rendering
-from harmony.data.sources.studio.scenes import COLORS, GROUNDS, LIGHTS, held_out, scene
+from harmony.data.sources.studio.scenes import COLORS, GROUNDS, LIGHTS, is_test_combination, scene
 from harmony.data.sources.studio.shapes import KINDS
 from harmony.pixels.images import read_image, resize, write_image
 
@@ -41,11 +41,13 @@ def test_held_out_combinations_are_seen_in_the_test_split_alone(scenes):
     """Guards the generalisation test: no training picture, under either of its lights, shows a held-out combination."""
     for s in scenes + [scene(i) for i in range(5000, 5400)]:
         if s.split == "test":
-            assert held_out(s.kind, s.color, s.light), s
+            assert is_test_combination(s.kind, s.color, s.light), s
         else:
-            assert not held_out(s.kind, s.color, s.light) and not held_out(s.kind, s.color, s.relight), s
+            assert not is_test_combination(s.kind, s.color, s.light) and not is_test_combination(
+                s.kind, s.color, s.relight
+            ), s
         assert s.light != s.relight
-    kept = [held_out(k, c, v) for k in KINDS for c in COLORS for v in LIGHTS]
+    kept = [is_test_combination(k, c, v) for k in KINDS for c in COLORS for v in LIGHTS]
     assert 0.1 < sum(kept) / len(kept) < 0.2
 
 
@@ -156,7 +158,7 @@ def test_generate_goes_on(tmp_path, monkeypatch):
             return map(function, jobs)
 
     monkeypatch.setattr(files, "mitsuba", lambda: None)
-    monkeypatch.setattr(files, "render_to", render_to)
+    monkeypatch.setattr(files, "render_files", render_to)
     monkeypatch.setattr(files, "worker_pool", Here)
     with pytest.raises(KeyboardInterrupt):
         files.generate(tmp_path, 16, size=8)

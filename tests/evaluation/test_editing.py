@@ -14,7 +14,7 @@ from harmony.evaluation.editing import EditingStudy, load_items
 from harmony.evaluation.report import Report
 from harmony.evaluation.study import StudyRun
 from harmony.models.backbone import Backbone
-from harmony.models.textual_inversion import Word, initial, save_word
+from harmony.models.textual_inversion import Word, initial_vectors, save_word
 from harmony.sampling.guidance import Settings
 
 BENCH = Path(__file__).resolve().parents[2] / "datasets" / "editing"
@@ -26,7 +26,7 @@ def words(tmp_path_factory):
     """A word for each concept of the tiny backbone, none of them learnt."""
     folder, backbone = tmp_path_factory.mktemp("words"), Backbone("tiny")
     for name in concepts(BENCH):
-        save_word(Word(f"<{name}>", initial(backbone, "car", 1) + 0.1), folder / name)
+        save_word(Word(f"<{name}>", initial_vectors(backbone, "car", 1) + 0.1), folder / name)
     return folder
 
 
@@ -104,7 +104,7 @@ def test_items(random_backbone):
 def test_what_it_refuses(random_backbone, tmp_path):
     with pytest.raises(UserError, match="study.parts=nonsense: choose among reconstruction, edits, concepts"):
         study(random_backbone, tmp_path, None, parts=["nonsense"])
-    with pytest.raises(UserError, match="there is no learnt word in .*azure_house"):
+    with pytest.raises(UserError, match="there is no learned word in .*azure_house"):
         study(random_backbone, tmp_path, tmp_path).measure()
 
 

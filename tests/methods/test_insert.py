@@ -70,7 +70,7 @@ def test_outside_the_hole_nothing_changes(backbone, color, name):
     assert np.array_equal(result.image[~result.hole], background[~result.hole])
     assert np.array_equal(result.composite, np.where(mask[..., None], foreground, background))
     assert (result.hole & mask).sum() == mask.sum()  # M_e contains M
-    x0, y0, x1, y1 = result.crop.inside(width, height)
+    x0, y0, x1, y1 = result.crop.clip(width, height)
     rim = dilate(mask, int(np.ceil(result.crop.side / 32)))  # 16 px at 512
     assert np.array_equal(result.hole, rim & rectangle(width, height, x0, y0, x1, y1))
     assert (result.image != background)[mask].mean() > 0.5

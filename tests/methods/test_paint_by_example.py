@@ -12,18 +12,18 @@ from diffusers.pipelines.deprecated.paint_by_example.image_encoder import PaintB
 from harmony.methods.method import Composite, make_seeds
 from harmony.methods.paint_by_example import PaintByExample, paint
 from harmony.models.backbone import Backbone
-from harmony.models.paint_by_example import Painter, fresh_encoder, known_by_example, painting_unet
+from harmony.models.paint_by_example import Painter, build_encoder, build_painting_unet, join_condition
 from harmony.pixels.images import to_clip, to_hint, to_model
 from harmony.pixels.masks import to_latent
-from harmony.sampling.guidance import Guided, Schedule, Settings
+from harmony.sampling.guidance import GuidedModel, Schedule, Settings
 
 
 @pytest.fixture(scope="module")
 def painter(random_backbone):
     backbone = Backbone(str(random_backbone))
     torch.manual_seed(0)
-    encoder = fresh_encoder(backbone.image_encoder, backbone.unet.config.cross_attention_dim)
-    unet = painting_unet(backbone.unet).requires_grad_(False).eval()
+    encoder = build_encoder(backbone.image_encoder, backbone.unet.config.cross_attention_dim)
+    unet = build_painting_unet(backbone.unet).requires_grad_(False).eval()
     return Painter(backbone.with_unet(unet), encoder.requires_grad_(False).eval())
 
 
@@ -66,11 +66,11 @@ def test_guidance_is_linear(painter):
     """Guards guidance: w = 1 is the conditional output, 0 that of the vector, and in between it is linear."""
     backbone, encoder = painter.backbone, painter.encoder
     z, masked = torch.randn(2, 1, 4, 8, 8, generator=torch.Generator().manual_seed(0))
-    known = known_by_example(torch.ones(1, 1, 8, 8), masked)
+    known = join_condition(torch.ones(1, 1, 8, 8), masked)
     context = torch.randn(1, 1, 32, generator=torch.Generator().manual_seed(1))
 
     def eps(w, context=context):
-        return Guided(backbone, known, context, encoder.uncond_vector, Schedule(guidance=w))(z, 500)
+        return GuidedModel(backbone, known, context, encoder.uncond_vector, Schedule(guidance=w))(z, 500)
 
     assert torch.allclose(eps(0.0), eps(1.0, encoder.uncond_vector), atol=1e-6)
     assert torch.allclose(eps(3.0), eps(0.0) + 3 * (eps(1.0) - eps(0.0)), atol=1e-4)

@@ -24,7 +24,7 @@ from harmony.methods.prompt_editing import (
     reconstruct,
 )
 from harmony.models.backbone import Backbone
-from harmony.models.textual_inversion import Word, initial, learn
+from harmony.models.textual_inversion import Word, initial_vectors, learn
 from harmony.sampling.null_text import denoiser, replay
 from harmony.sampling.prompt_to_prompt import LocalBlend, PromptToPrompt, spans
 
@@ -272,7 +272,7 @@ def test_shares_become_steps(backbone, inversion, monkeypatch):
     monkeypatch.setattr(edit, "PromptToPrompt", control)
     for mode in (Mode(0.8, 0.5, 1.0, False), Mode(1.0, 0.0, 1.0, False)):
         perform(backbone, inversion, SOURCE, TARGET, mode)
-    assert made == [((3, 2), {"maps": 64}), ((4, 0), {"maps": 64})]
+    assert made == [((3, 2), {"map_tokens": 64}), ((4, 0), {"map_tokens": 64})]
 
 
 def test_a_local_edit_stays_where_its_words_look(backbone, inversion, monkeypatch):
@@ -351,7 +351,7 @@ def test_it_runs_at_true_size(model, tmp_path):
     for each of two steps, an edit, every processor put back. About 10 GB and some minutes on a CPU.
     """
     backbone = instantiate(compose("edit", ["image=x", "target=x", f"model={model}", "model.weights=random"]).model)
-    learn(backbone, Word("<toy>", initial(backbone, "car", 2)))
+    learn(backbone, Word("<toy>", initial_vectors(backbone, "car", 2)))
     image = np.random.default_rng(0).integers(0, 256, (512, 512, 3), np.uint8)
     prompts = "a red car on snow", "a red <toy> on snow"
     before = dict(backbone.unet.attn_processors)

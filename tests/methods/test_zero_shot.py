@@ -36,7 +36,7 @@ from harmony.methods.zero_shot import (
     run_together,
     sobel,
 )
-from harmony.models.attention import Layer, controlled
+from harmony.models.attention import Layer, control_attention
 from harmony.models.backbone import Backbone, weights_hash
 from harmony.models.textual_inversion import states_of
 from harmony.pixels.images import from_model, to_hint, to_model
@@ -183,9 +183,9 @@ def test_looks_are_the_mean_over_layers_and_heads(backbone):
             found.append((layer, probabilities.detach()))
             return super().__call__(probabilities, layer, step)
 
-    with controlled(backbone.unet, looks := Record(64)):
+    with control_attention(backbone.unet, looks := Record(64)):
         denoiser(backbone)(z, 501, text)
-    assert {layer.place for layer, _ in found} == {"down", "up"} and all(layer.cross for layer, _ in found)
+    assert {layer.place for layer, _ in found} == {"down", "up"} and all(layer.is_cross for layer, _ in found)
     expected = torch.stack([p.mean(1) for _, p in found]).mean(0)
     assert looks.mean.shape == (2, 64, 16) and torch.allclose(looks.mean, expected, atol=1e-6)
     assert torch.allclose(looks.mean.sum(-1), torch.ones(2, 64), atol=1e-5)
@@ -280,7 +280,7 @@ def test_where_words_should_look(backbone, refined):
     ((mask, heat),) = found.compared
     inside = F.avg_pool2d(found.masks, 4).flatten(1)
     assert torch.allclose(mask, torch.cat([inside, 1 - inside])) and set(inside.unique().tolist()) == {0, 1}
-    with torch.no_grad(), controlled(backbone.unet, looks := AttentionMean(64)):
+    with torch.no_grad(), control_attention(backbone.unet, looks := AttentionMean(64)):
         denoiser(backbone)(found.z.repeat(2, 1, 1, 1), 1, backbone.text(found.tokens))
     weights = found.where.float()
     weights[2:] /= weights[2:].sum(1, keepdim=True)

@@ -5,7 +5,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from harmony.models.attention import conditional, controlled, layers, map_side
+from harmony.models.attention import attention_layers, conditional_rows, control_attention, map_side
 from harmony.models.backbone import Backbone
 
 
@@ -44,39 +44,39 @@ def test_watching_changes_nothing(unet, inputs):
     the last bit where nothing was wanted.
     """
     plain, all_, none = run(unet, inputs), Watch(), Watch(lambda *_: False)
-    with controlled(unet, all_) as steps:
+    with control_attention(unet, all_) as steps:
         first, second = run(unet, inputs), run(unet, inputs)
-    assert torch.allclose(first, plain, atol=1e-5) and torch.equal(first, second) and steps.taken == 2
-    names = [layer.name for layer in layers(unet)]
+    assert torch.allclose(first, plain, atol=1e-5) and torch.equal(first, second) and steps.number == 2
+    names = [layer.name for layer in attention_layers(unet)]
     assert sorted(layer.name for layer, step, _ in all_.seen if step == 0) == sorted(names)
     assert {step for _, step, _ in all_.seen} == {0, 1}
-    cross = [(layer, shape) for layer, _, shape in all_.seen if layer.cross]
+    cross = [(layer, shape) for layer, _, shape in all_.seen if layer.is_cross]
     assert len(cross) * 2 == len(all_.seen) and all(shape[0] == 4 and shape[-1] == 16 for _, shape in cross)
-    assert {layer.place for layer in layers(unet)} == {"down", "mid", "up"}
-    with controlled(unet, none):
+    assert {layer.place for layer in attention_layers(unet)} == {"down", "mid", "up"}
+    with control_attention(unet, none):
         assert torch.equal(run(unet, inputs), plain)
     assert not none.seen
 
 
 def test_the_layers_and_steps_that_are_wanted(unet, inputs):
     """Guards the choice: by kind, by size and by step, and only then."""
-    few = Watch(lambda layer, tokens, step: layer.cross and tokens <= 16 and step < 1)
-    with controlled(unet, few):
+    few = Watch(lambda layer, tokens, step: layer.is_cross and tokens <= 16 and step < 1)
+    with control_attention(unet, few):
         run(unet, inputs)
         run(unet, inputs)
-    assert few.seen and all(layer.cross and step == 0 and shape[2] <= 16 for layer, step, shape in few.seen)
+    assert few.seen and all(layer.is_cross and step == 0 and shape[2] <= 16 for layer, step, shape in few.seen)
 
 
 def test_a_change_reaches_the_output_of_its_row_alone(unet, inputs):
     """Guards the layout: copying the source's probabilities into the target moves the target's row and no other."""
 
     def copied(p):
-        rows = conditional(p, 2).clone()
+        rows = conditional_rows(p, 2).clone()
         rows[1] = rows[0]
         return torch.cat([p[:2], rows])
 
     plain = run(unet, inputs)
-    with controlled(unet, Watch(change=copied)):
+    with control_attention(unet, Watch(change=copied)):
         changed = run(unet, inputs)
     assert torch.allclose(changed[:3], plain[:3], atol=1e-5) and not torch.allclose(changed[3], plain[3], atol=1e-3)
 
@@ -84,7 +84,7 @@ def test_a_change_reaches_the_output_of_its_row_alone(unet, inputs):
 def test_nothing_stays_behind(unet, inputs):
     """Guards the restore: after an exception inside, processors and hooks are those from before."""
     before, plain = unet.attn_processors, run(unet, inputs)
-    with pytest.raises(ZeroDivisionError), controlled(unet, Watch(change=lambda p: 1 / 0)):
+    with pytest.raises(ZeroDivisionError), control_attention(unet, Watch(change=lambda p: 1 / 0)):
         run(unet, inputs)
     after = unet.attn_processors
     assert all(after[name] is own for name, own in before.items()) and not unet._forward_hooks
@@ -93,9 +93,9 @@ def test_nothing_stays_behind(unet, inputs):
 
 def test_rows_with_and_without_guidance():
     batch = torch.arange(6)
-    assert conditional(batch, 3).tolist() == [3, 4, 5] and conditional(batch[:3], 3).tolist() == [0, 1, 2]
+    assert conditional_rows(batch, 3).tolist() == [3, 4, 5] and conditional_rows(batch[:3], 3).tolist() == [0, 1, 2]
     with pytest.raises(ValueError, match="neither with nor without guidance"):
-        conditional(batch, 4)
+        conditional_rows(batch, 4)
 
 
 def test_which_maps_say_where_words_look(unet):

@@ -13,7 +13,7 @@ from torch.nn.attention import SDPBackend, _cur_sdpa_kernel_backends
 
 from harmony.cli.compose import compose
 from harmony.core.errors import UserError
-from harmony.models.backbone import ASSETS, Backbone, backbone_path, preferred_attention, scaled_latent
+from harmony.models.backbone import ASSETS, Backbone, attention_preference, backbone_path, scaled_latent
 
 
 @pytest.fixture(scope="module")
@@ -78,8 +78,8 @@ def test_what_every_step_runs_is_rounded_and_nothing_else(random_backbone, backb
     half = Backbone(str(random_backbone), dtype="bfloat16")
     assert half.unet.dtype == half.text_encoder.dtype == torch.bfloat16
     assert half.vae.dtype == half.prompt(["a red mushroom"]).dtype == torch.float32
-    assert torch.equal(half.unrounded("unet").conv_in.weight, backbone.unet.conv_in.weight)
-    assert backbone.unrounded("unet") is backbone.unet
+    assert torch.equal(half.load_precise("unet").conv_in.weight, backbone.unet.conv_in.weight)
+    assert backbone.load_precise("unet") is backbone.unet
     assert Backbone(str(random_backbone), dtype="auto").dtype == (
         torch.bfloat16 if torch.cuda.is_available() else torch.float32
     )
@@ -95,7 +95,7 @@ def test_attention_runs_in_the_kernel_that_is_asked_for(random_backbone, monkeyp
         with pytest.raises(UserError, match=f"model.attention={name}: {line}"):
             Backbone(str(random_backbone), attention=name)
     monkeypatch.setattr("torch.cuda.is_available", lambda: True)
-    with preferred_attention:
+    with attention_preference:
         backbone = Backbone(str(random_backbone), attention="cudnn")
         backbone.with_unet(backbone.unet)
         kernels = _cur_sdpa_kernel_backends(with_priority=True)

@@ -9,7 +9,7 @@ from harmony.core.errors import UserError
 from harmony.models.backbone import Backbone
 from harmony.models.controlnet import controlnet_folder, export_controlnet, from_unet, load_controlnet, read_hint
 from harmony.models.unet_halves import decode, encode
-from harmony.sampling.guidance import control_residuals, embedded, predict
+from harmony.sampling.guidance import control_residuals, embed_hints, predict
 
 PARAMETERS = {"sigma": 10, "normalize": True}
 
@@ -24,7 +24,7 @@ def inputs(backbone):
     rng = torch.Generator().manual_seed(0)
     return {
         "z": torch.randn(2, 4, 8, 8, generator=rng),
-        "known": torch.randn(2, 5, 8, 8, generator=rng),
+        "condition": torch.randn(2, 5, 8, 8, generator=rng),
         "t": torch.tensor([1, 981]),
         "text": backbone.prompt(["a red mushroom", ""]),
     }
@@ -34,8 +34,8 @@ def inputs(backbone):
 @pytest.mark.parametrize("in_channels", [4, None])
 def test_a_fresh_controlnet_changes_nothing(backbone, inputs, in_channels):
     net, shown = from_unet(backbone.unet, backbone.factor, in_channels), torch.rand(2, 3, 32, 32)
-    u = torch.cat([inputs["z"], inputs["known"]], 1)
-    down, middle = control_residuals(embedded([(net, shown, 1.0)]), u, inputs["t"], inputs["text"])
+    u = torch.cat([inputs["z"], inputs["condition"]], 1)
+    down, middle = control_residuals(embed_hints([(net, shown, 1.0)]), u, inputs["t"], inputs["text"])
     assert all(not r.any() for r in (*down, middle))
     plain, first = predict(backbone.unet, **inputs), encode(backbone.unet, u, inputs["t"], inputs["text"])
     assert torch.equal(decode(backbone.unet, first, inputs["text"], (down, middle)), plain)

@@ -10,7 +10,7 @@ from safetensors.torch import save_file
 
 from harmony.core.errors import UserError
 from harmony.models.backbone import Backbone
-from harmony.models.textual_inversion import Word, add_tokens, initial, learn, read_word, save_word, text_states
+from harmony.models.textual_inversion import Word, add_tokens, initial_vectors, learn, read_word, save_word, text_states
 
 WIDTH = 32
 PLAIN = ["a red mushroom on snow", "a blue car on grass, warm sunset light", ""]  # prompts without the word
@@ -71,14 +71,14 @@ def test_a_word_begins_as_init(backbone):
     the other; what is not one token of the backbone is refused.
     """
     row = backbone.text_encoder.get_input_embeddings().weight[backbone.encode("mushroom")[0]].clone()
-    rows = initial(backbone, "mushroom", 3)
+    rows = initial_vectors(backbone, "mushroom", 3)
     assert rows.shape == (3, WIDTH) and all(torch.equal(vector, row) for vector in rows)
     before = backbone.prompt(["a red mushroom on snow"])
-    learn(backbone, Word("<mug>", initial(backbone, "mushroom", 1)))
+    learn(backbone, Word("<mug>", initial_vectors(backbone, "mushroom", 1)))
     assert torch.equal(backbone.prompt(["a red <mug> on snow"]), before)
     for several in ("red mushroom", "zebra", "", "<|endoftext|>"):
         with pytest.raises(UserError, match=r"init='.*' is \d tokens of backbone"):
-            initial(backbone, several, 1)
+            initial_vectors(backbone, several, 1)
 
 
 def test_case_does_not_matter(backbone):
@@ -98,7 +98,7 @@ def test_words_that_do_not_fit_are_refused(backbone):
         with pytest.raises(UserError, match="give one word in angle brackets"):
             learn(backbone, word(1, token))
     with pytest.raises(
-        UserError, match="<mug> has vectors of 16 numbers, backbone .* wants 32: it was learnt on another"
+        UserError, match="<mug> has vectors of 16 numbers, backbone .* needs 32: it was learned on another"
     ):
         learn(backbone, word(width=16))
     assert state(backbone) == before and torch.equal(backbone.prompt(PLAIN), spoken)
@@ -173,11 +173,11 @@ def test_files_that_hold_no_word_are_refused(tmp_path):
     two = {"<mug>": torch.zeros(1, 4), "<hat>": torch.zeros(1, 4)}
     for tensors in ({}, two, *({"<mug>": torch.zeros(shape)} for shape in ((1, 1, 4), (0, 4), ()))):
         save_file(tensors, file)
-        with pytest.raises(UserError, match="holds {.*}: a learnt word is one tensor"):
+        with pytest.raises(UserError, match="holds {.*}: a learned word is one tensor"):
             read_word(file)
     (tmp_path / "run" / "export").mkdir(parents=True)
     for nowhere in (tmp_path / "run", tmp_path / "missing"):
-        with pytest.raises(UserError, match=f"there is no learnt word in {nowhere}"):
+        with pytest.raises(UserError, match=f"there is no learned word in {nowhere}"):
             read_word(nowhere)
 
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from harmony.models import timing
-from harmony.models.timing import timed
+from harmony.models.timing import measure_time
 
 
 class Slow(torch.nn.Module):
@@ -20,13 +20,13 @@ class Slow(torch.nn.Module):
 def test_time_inside_modules_is_counted_by_name():
     """Guards the sums: several modules under one name, only while it lasts, hooks gone after an error too."""
     a, b, other, device = Slow(), Slow(), Slow(), torch.device("cpu")
-    with timed({"both": [a, b], "other": [other]}, device) as spent:
+    with measure_time({"both": [a, b], "other": [other]}, device) as spent:
         for module in (a, b, a, other):
             module(1)
     assert spent["both"] >= 0.06 and 0.02 <= spent["other"] < spent["both"]
     before = dict(spent)
     a(1)
-    with pytest.raises(ValueError, match="nothing"), timed({"a": [a]}, device):
+    with pytest.raises(ValueError, match="nothing"), measure_time({"a": [a]}, device):
         a(None)
     assert dict(spent) == before and not a._forward_hooks and not a._forward_pre_hooks
 
@@ -63,7 +63,7 @@ def test_a_gpu_is_not_waited_for_while_it_works(device):
     """Guards the clock of a GPU: events alone while modules run, and nothing at all while a graph is recorded."""
     steps, state = device
     a = Slow()
-    with timed({"a": [a]}, torch.device("cuda")) as spent:
+    with measure_time({"a": [a]}, torch.device("cuda")) as spent:
         a(1)
         a(1)
         assert steps == ["record"] * 4, "no wait while the block lasts"
@@ -80,7 +80,7 @@ def test_seconds_on_a_gpu_are_those_of_its_work():
     net = torch.nn.Linear(4096, 4096).cuda()
     x = torch.randn(4096, 4096, device="cuda")
     began = timing.now(x.device)
-    with timed({"net": [net]}, x.device) as spent:
+    with measure_time({"net": [net]}, x.device) as spent:
         for _ in range(20):
             net(x)
     assert 0 < spent["net"] <= timing.now(x.device) - began

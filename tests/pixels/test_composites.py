@@ -143,13 +143,13 @@ def test_place_is_cut_at_the_border_and_refuses_what_cannot_be_seen():
 def test_other_light_changes_all_but_the_content():
     """Guards the photometric change: black stays black, the order of greys stays, the picture is another."""
     ramp = np.repeat(np.arange(0, 256, 5, dtype=np.uint8)[None, :, None], 3, axis=2)
-    seen = [composites.other_light(ramp, np.random.default_rng(seed)) for seed in range(20)]
+    seen = [composites.change_light(ramp, np.random.default_rng(seed)) for seed in range(20)]
     for image in seen:
         assert image.dtype == np.uint8 and image.shape == ramp.shape and not image[:, 0].any()
         assert (np.diff(image.astype(int), axis=1) >= 0).all() and np.abs(image.astype(int) - ramp).max() > 5
     means = np.array([image.mean((0, 1)) for image in seen])
     assert means.mean(1).std() > 10 and (means[:, 0] - means[:, 2]).std() > 5, "exposure and white balance both vary"
-    assert np.array_equal(seen[3], composites.other_light(ramp, np.random.default_rng(3)))
+    assert np.array_equal(seen[3], composites.change_light(ramp, np.random.default_rng(3)))
 
 
 def test_a_change_is_carried_to_the_full_size():
@@ -159,10 +159,10 @@ def test_a_change_is_carried_to_the_full_size():
     large = rng.integers(60, 140, (64, 64, 3)).astype(np.uint8)
     before = np.full((16, 16, 3), 100, np.uint8)
     after = np.where(mask[..., None], np.uint8(140), before)
-    made = composites.carried(before, after, mask, large)
+    made = composites.transfer_change(before, after, mask, large)
     inside = np.kron(mask, np.ones((4, 4), bool))
     assert np.abs(made[inside].astype(int) - large[inside] - 40).max() <= 2
-    assert np.array_equal(composites.carried(before, before, mask, large), large)
+    assert np.array_equal(composites.transfer_change(before, before, mask, large), large)
     assert np.array_equal(made[:8, :8], large[:8, :8])
-    bright = composites.carried(before, after, mask, np.full_like(large, 250))
+    bright = composites.transfer_change(before, after, mask, np.full_like(large, 250))
     assert bright[inside].min() >= 254, "it is clipped, not wrapped"

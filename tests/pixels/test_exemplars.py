@@ -9,11 +9,11 @@ from harmony.pixels.exemplars import (
     bezier,
     control_points,
     cut_out,
+    draw_crop,
+    draw_hole,
+    draw_shape_mask,
     exemplar,
-    extended_box,
-    painted_mask,
-    shaped_mask,
-    square_crop,
+    extend_box,
 )
 from harmony.pixels.masks import box_mask, dilate
 
@@ -38,13 +38,13 @@ def boxes(count: int, width: int, height: int):
 
 def test_extended_box_moves_each_side_by_at_most_two_fifths_of_its_space():
     """Guards the extension: a side with 57 px to the border moves by 0 to 22 px, one at the border not at all."""
-    assert extended_box((57, 0, 100, 80), 160, 80, Largest()) == (57 - 22, 0, 124, 80)
+    assert extend_box((57, 0, 100, 80), 160, 80, Largest()) == (57 - 22, 0, 124, 80)
     for i, box in enumerate(boxes(200, 160, 120)):
-        x0, y0, x1, y1 = extended_box(box, 160, 120, rng(i))
+        x0, y0, x1, y1 = extend_box(box, 160, 120, rng(i))
         assert 0 <= x0 <= box[0] and 0 <= y0 <= box[1] and box[2] <= x1 <= 160 and box[3] <= y1 <= 120
         moved = np.array([box[0] - x0, box[1] - y0, x1 - box[2], y1 - box[3]])
         assert (moved <= 0.4 * np.array([box[0], box[1], 160 - box[2], 120 - box[3]])).all()
-    lefts = {extended_box((57, 0, 100, 80), 160, 80, rng(i))[0] for i in range(400)}
+    lefts = {extend_box((57, 0, 100, 80), 160, 80, rng(i))[0] for i in range(400)}
     assert lefts == set(range(35, 58))
 
 
@@ -63,11 +63,11 @@ def test_shapes_stay_near_the_extended_box():
     for i, box in enumerate(boxes(100, 512, 400)):
         if min(box[2] - box[0], box[3] - box[1]) < 40:
             continue
-        extended = extended_box(box, 512, 400, rng(i))
-        mask = shaped_mask(box, extended, 512, 400, rng(i))
+        extended = extend_box(box, 512, 400, rng(i))
+        mask = draw_shape_mask(box, extended, 512, 400, rng(i))
         assert not (mask & ~dilate(box_mask(extended, 512, 400), 8)).any(), "5 px along each axis: 7.1 over the corner"
         assert mask[(box[1] + box[3]) // 2, (box[0] + box[2]) // 2]
-    plain = shaped_mask((40, 40, 240, 140), (40, 40, 240, 140), 512, 400, rng(), jitter=0)
+    plain = draw_shape_mask((40, 40, 240, 140), (40, 40, 240, 140), 512, 400, rng(), jitter=0)
     box = box_mask((40, 40, 240, 140), 512, 400)
     assert (plain & box).sum() > 0.97 * box.sum() and not (plain & ~dilate(box, 1)).any()
 
@@ -76,15 +76,15 @@ def test_half_of_the_masks_are_shapes():
     """Guards the share of arbitrary shapes, and that the others are the extended box."""
     box, extended = (40, 40, 90, 90), (30, 30, 100, 100)
     whole = box_mask(extended, 128, 128)
-    masks = [painted_mask(box, extended, 128, 128, rng(i)) for i in range(400)]
+    masks = [draw_hole(box, extended, 128, 128, rng(i)) for i in range(400)]
     shaped = sum((mask != whole).any() for mask in masks)
     assert 160 < shaped < 240
-    assert all((painted_mask(box, extended, 128, 128, rng(i), shaped=0) == whole).all() for i in range(20))
+    assert all((draw_hole(box, extended, 128, 128, rng(i), shape_share=0) == whole).all() for i in range(20))
 
 
 def test_crop_of_a_wide_picture():
     """Guards the crop: the largest left edge is 160, and the shrink at most 60 % of the smallest margin there."""
-    crop = square_crop((200, 100, 400, 300), 640, 480, Largest())
+    crop = draw_crop((200, 100, 400, 300), 640, 480, Largest())
     shrink = int(0.6 * min(200 - 160, 160 + 480 - 400, 100, 180))
     assert (crop.x0, crop.y0, crop.side) == (160 + shrink, shrink, 480 - 2 * shrink)
 
@@ -95,7 +95,7 @@ def test_crop_of_a_wide_picture():
             self.calls += 1
             return 100 if self.calls == 1 else super().integers(low, high)
 
-    crop = square_crop((200, 100, 400, 300), 640, 480, Left())
+    crop = draw_crop((200, 100, 400, 300), 640, 480, Left())
     assert (crop.x0, crop.y0, crop.side) == (160, 60, 360)
 
 
@@ -105,7 +105,7 @@ def test_the_crop_holds_the_extended_box(size):
     width, height = size
     crops = 0
     for i, box in enumerate(boxes(200, width, height)):
-        crop = square_crop(box, width, height, rng(i))
+        crop = draw_crop(box, width, height, rng(i))
         if crop is None:  # longer than the short side, or at an end of the long one
             long = 0 if width > height else 1
             ends = box[long] == 0 or box[long + 2] == max(width, height)
@@ -114,9 +114,9 @@ def test_the_crop_holds_the_extended_box(size):
         crops += 1
         assert crop.x0 <= box[0] and crop.y0 <= box[1]
         assert box[2] <= crop.x0 + crop.side and box[3] <= crop.y0 + crop.side
-        assert crop.inside(width, height) == (crop.x0, crop.y0, crop.x0 + crop.side, crop.y0 + crop.side)
+        assert crop.clip(width, height) == (crop.x0, crop.y0, crop.x0 + crop.side, crop.y0 + crop.side)
     assert crops > 60
-    assert square_crop((3, 3, 9, 9), 64, 64, rng()) is None, "a square picture is not cropped"
+    assert draw_crop((3, 3, 9, 9), 64, 64, rng()) is None, "a square picture is not cropped"
 
 
 def test_the_exemplar_is_the_padded_box():

@@ -135,7 +135,7 @@ def test_square_always_holds_the_box(context):
         assert crop.x0 <= box[0] and crop.y0 <= box[1]
         assert crop.x0 + crop.side >= right and crop.y0 + crop.side >= bottom
         if crop.side <= min(width, height):
-            assert crop.inside(width, height) == (crop.x0, crop.y0, crop.x0 + crop.side, crop.y0 + crop.side)
+            assert crop.clip(width, height) == (crop.x0, crop.y0, crop.x0 + crop.side, crop.y0 + crop.side)
 
 
 def test_box_outside_is_refused():
@@ -151,7 +151,7 @@ def test_paste_crop_undoes_crop_resize(crop):
     patch = images.crop_resize(picture, crop, crop.side)
     assert np.array_equal(images.paste_crop(picture, patch, crop), picture)
     marked = images.paste_crop(picture, np.full_like(patch, 7), crop)
-    x0, y0, x1, y1 = crop.inside(30, 40)
+    x0, y0, x1, y1 = crop.clip(30, 40)
     outside = np.ones((40, 30), bool)
     outside[y0:y1, x0:x1] = False
     assert (marked[y0:y1, x0:x1] == 7).all() and np.array_equal(marked[outside], picture[outside])

@@ -5,7 +5,7 @@ import torch
 from diffusers import DDIMScheduler
 
 from harmony.core.errors import UserError
-from harmony.sampling.ddim import clean, noise_for, sample, step, timesteps
+from harmony.sampling.ddim import clean_latent, noise_for, sample, step, timesteps
 from harmony.training.backbone import SCHEDULE
 
 GOLDEN = {  # abar_t, computed independently in float64
@@ -45,7 +45,7 @@ def test_impossible_step_counts_are_refused(n, abar):
 
 def test_one_step_by_hand(abar):
     z, e = torch.tensor(0.7, dtype=torch.float64), torch.tensor(-0.3, dtype=torch.float64)
-    assert float(clean(z, e, abar[500])) == pytest.approx(1.817109, abs=1e-6)
+    assert float(clean_latent(z, e, abar[500])) == pytest.approx(1.817109, abs=1e-6)
     assert float(step(z, e, 500, 480, abar)) == pytest.approx(0.751046, abs=1e-6)
 
 

@@ -9,18 +9,18 @@ import pytest
 import torch
 
 from harmony.core.errors import UserError
-from harmony.models.attention import Known
+from harmony.models.attention import ConstantOutput
 from harmony.models.backbone import Backbone
 from harmony.sampling import cuda_graphs
 from harmony.sampling import guidance as inpaint_module
 from harmony.sampling.ddim import step, timesteps
 from harmony.sampling.guidance import (
     SOLVERS,
-    Guided,
+    GuidedModel,
     Schedule,
-    compiled_once,
+    compile_once,
     control_residuals,
-    embedded,
+    embed_hints,
     inpaint,
     predict,
 )
@@ -65,7 +65,9 @@ def count(scene):
 @torch.no_grad()
 def residuals(scene, *weights):
     controls = list(zip(scene.nets, scene.hints, weights, strict=True))
-    down, middle = control_residuals(embedded(controls), torch.cat([scene.noise, scene.known], 1), scene.t, scene.text)
+    down, middle = control_residuals(
+        embed_hints(controls), torch.cat([scene.noise, scene.known], 1), scene.t, scene.text
+    )
     return [*down, middle]
 
 
@@ -102,7 +104,7 @@ def test_channel_order_matters(scene):
 @torch.no_grad()
 def test_guidance(scene, count):
     def eps(w, text=scene.text):
-        return Guided(scene.backbone, scene.known, text, scene.empty, Schedule(guidance=w))(scene.noise, 481)
+        return GuidedModel(scene.backbone, scene.known, text, scene.empty, Schedule(guidance=w))(scene.noise, 481)
 
     conditional, unconditional = eps(1), eps(1, scene.empty.expand_as(scene.text))
     assert count["unet"] == [2, 2]  # w = 1 needs one half only
@@ -124,12 +126,12 @@ def test_a_backbone_that_predicts_v_gives_eps(scene, random_backbone):
     other.scheduler.register_to_config(prediction_type="sample")
     z, t = torch.randn(scene.known.shape[0], 4, *scene.known.shape[2:]), 300
     out, eps = (
-        Guided(backbone, scene.known, scene.text, scene.empty, Schedule(guidance=2.0))(z, t) for backbone in (e, v)
+        GuidedModel(backbone, scene.known, scene.text, scene.empty, Schedule(guidance=2.0))(z, t) for backbone in (e, v)
     )
     a = e.alphas_cumprod[t]
     torch.testing.assert_close(eps, a.sqrt() * out + (1 - a).sqrt() * z)
     with pytest.raises(UserError, match="predicts 'sample'"):
-        Guided(other, scene.known, scene.text, scene.empty, Schedule(guidance=2.0))(z, t)
+        GuidedModel(other, scene.known, scene.text, scene.empty, Schedule(guidance=2.0))(z, t)
 
 
 @torch.no_grad()
@@ -161,10 +163,10 @@ def test_the_networks_are_whole_again_after_an_error(scene, monkeypatch):
     def fails(*_):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(Guided, "output", fails)
+    monkeypatch.setattr(GuidedModel, "output", fails)
     with pytest.raises(KeyboardInterrupt):
         scene.run(1, 1)
-    assert not any(isinstance(m, Known) for net in (scene.backbone.unet, *scene.nets) for m in net.modules())
+    assert not any(isinstance(m, ConstantOutput) for net in (scene.backbone.unet, *scene.nets) for m in net.modules())
 
 
 def test_guidance_on_a_part_of_the_steps(scene, count):
@@ -203,7 +205,7 @@ def test_a_solver_is_that_of_diffusers(scene, solver):
         kind, options = getattr(diffusers, SOLVERS[solver]), {"prediction_type": "epsilon"}
     scheduler = kind.from_config(scene.backbone.scheduler.config, **options)
     scheduler.set_timesteps(6)
-    eps, z = Guided(scene.backbone, scene.known, scene.text, scene.empty, Schedule(6, 2.0)), scene.noise
+    eps, z = GuidedModel(scene.backbone, scene.known, scene.text, scene.empty, Schedule(6, 2.0)), scene.noise
     with torch.no_grad():
         for t in scheduler.timesteps:
             z = scheduler.step(eps(z, int(t)), t, z, return_dict=False)[0]
@@ -246,13 +248,13 @@ def recorded(monkeypatch):
     monkeypatch.setattr(cuda_graphs, "_recordings", OrderedDict())
     monkeypatch.setattr(Buffers, "recorded", [])
 
-    class Recorded(Guided):
+    class Recorded(GuidedModel):
         def __init__(self, backbone, known, text, empty, schedule, controls=()):
             super().__init__(backbone, known, text, empty, replace(schedule, graphs=False), controls)
             if schedule.graphs:
-                self.recording = cuda_graphs.recording_of(self.network.key(), self.network, Buffers)
+                self.recording = cuda_graphs.get_recording(self.network.key(), self.network, Buffers)
 
-    monkeypatch.setattr(inpaint_module, "Guided", Recorded)
+    monkeypatch.setattr(inpaint_module, "GuidedModel", Recorded)
     return Buffers.recorded
 
 
@@ -290,7 +292,7 @@ def test_a_recording_serves_other_schedules(scene, recorded):
     for more in ({}, {"guided": 0.5}, {"encoder_every": 2}, {"encoder_every": 2, "guided": 0.5}):
         plain = scene.run(0.7, 0.3, steps=4, **more)
         assert torch.equal(scene.run(0.7, 0.3, steps=4, graphs=True, **more), plain), more
-    assert sorted(recorded) == [("second_half", 2), ("second_half", 4), ("whole", 2), ("whole", 4)]
+    assert sorted(recorded) == [("run", 2), ("run", 4), ("run_second_half", 2), ("run_second_half", 4)]
 
 
 def test_few_recordings_are_kept(scene, recorded):
@@ -298,7 +300,7 @@ def test_few_recordings_are_kept(scene, recorded):
     for weight in (0.1, 0.2, 0.3, 0.4, 0.1, 0.5):
         scene.run(weight, graphs=True, steps=1)
     kept = list(cuda_graphs._recordings.values())
-    assert len(kept) == cuda_graphs.KEPT
+    assert len(kept) == cuda_graphs.MAX_RECORDINGS
     assert [r.network.controls[0][2] for r in kept] == [0.3, 0.4, 0.1, 0.5]
 
 
@@ -308,7 +310,7 @@ def test_compiled_halves_give_the_same_latents(scene):
     anew.
     """
     torch._dynamo.reset()
-    compiled_once.cache_clear()
+    compile_once.cache_clear()
     plain, compiled = scene.run(0.7, 0.3), scene.run(0.7, 0.3, compile=True)
     torch.testing.assert_close(compiled, plain, rtol=1e-3, atol=1e-4)
     graphs = torch._dynamo.utils.counters["stats"]["unique_graphs"]

@@ -5,8 +5,8 @@ import torch
 
 from harmony.models.backbone import Backbone
 from harmony.sampling.ddim import invert, sample, step, timesteps
-from harmony.sampling.null_text import Search, denoiser, enough, null_texts, rate, replay
-from harmony.sampling.text_to_image import whole_picture
+from harmony.sampling.null_text import Search, denoiser, null_texts, rate, replay, tolerance
+from harmony.sampling.text_to_image import full_hole_condition
 
 STEPS, W = 10, 7.5
 
@@ -31,7 +31,7 @@ def miss(latents: list[torch.Tensor], trajectory: list[torch.Tensor]) -> float:
 def test_golden_schedules():
     """Guards learning rate and early stop of the released code."""
     assert [round(rate(i), 4) for i in (0, 10, 49)] == [0.01, 0.009, 0.0051]
-    assert [enough(i) for i in (0, 10, 49)] == pytest.approx([1e-5, 2.1e-4, 9.9e-4])
+    assert [tolerance(i) for i in (0, 10, 49)] == pytest.approx([1e-5, 2.1e-4, 9.9e-4])
 
 
 def test_constant_eps_comes_back_exactly():
@@ -78,5 +78,5 @@ def test_without_guidance_nothing_moves(world):
 def test_what_a_backbone_knows_of_an_empty_picture(random_backbone):
     """Guards both kinds of UNet: all hole and mid-grey for inpainting; nothing for text to image."""
     backbone = Backbone(str(random_backbone))
-    known = whole_picture(backbone, 2)
+    known = full_hole_condition(backbone, 2)
     assert known.shape == (2, 5, 8, 8) and (known[:, 0] == 1).all() and known[:, 1:].abs().max() > 0

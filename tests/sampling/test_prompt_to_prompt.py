@@ -4,21 +4,21 @@ import pytest
 import torch
 
 from harmony.core.errors import UserError
-from harmony.models.attention import Layer, controlled
+from harmony.models.attention import Layer, control_attention
 from harmony.models.backbone import Backbone
 from harmony.sampling.ddim import sample
-from harmony.sampling.guidance import Guided, Schedule
+from harmony.sampling.guidance import GuidedModel, Schedule
 from harmony.sampling.prompt_to_prompt import (
     LocalBlend,
     PromptToPrompt,
     alignment,
-    edit_between,
+    build_edit,
+    edit_kind,
     edit_latents,
-    kind_of,
     replacement,
     spans,
 )
-from harmony.sampling.text_to_image import whole_picture
+from harmony.sampling.text_to_image import full_hole_condition
 
 IDS: dict[str, list[int]] = {"sculpture": [70, 71]}
 
@@ -44,7 +44,7 @@ def test_replacement_of_the_same_is_the_identity_and_loses_nothing():
     assert torch.equal(replacement(words, words, 10), torch.eye(10))
     shorter = [*spans("a cat on the mat", encode, 10).values()]
     assert torch.equal(replacement(words, shorter, 10).sum(1), torch.ones(10))
-    with pytest.raises(UserError, match="as many words: the source has 5, the target 4"):
+    with pytest.raises(UserError, match="equally many words: the source has 5, the target 4"):
         replacement(words, shorter[:-1], 10)
 
 
@@ -59,7 +59,7 @@ def test_golden_refinement():
 def test_refinement_takes_columns_of_the_source():
     """Guards refinement: aligned columns are the source's, new ones the target's own; a factor comes last."""
     source, own = torch.rand(2, 2, 4, 10, generator=torch.Generator().manual_seed(0)).softmax(-1)
-    edit = edit_between("a cat on the mat", "a big cat on the mat", encode, 10, {"cat": 2.0})
+    edit = build_edit("a cat on the mat", "a big cat on the mat", encode, 10, {"cat": 2.0})
     made = edit(source, own)
     assert torch.equal(made[..., 2], own[..., 2]) and torch.equal(made[..., 3], 2 * source[..., 2])
     assert torch.equal(made[..., 4], source[..., 3])
@@ -69,17 +69,17 @@ def test_replaced_attention_still_sums_to_one():
     """Guards the mass: after Replace it is a distribution over the keys, after Reweight it need not be."""
     source, own = torch.rand(2, 2, 4, 10, generator=torch.Generator().manual_seed(0)).softmax(-1)
     prompts = "a cat on the mat", "a sculpture on the mat"
-    made = edit_between(*prompts, encode, 10)(source, own)
+    made = build_edit(*prompts, encode, 10)(source, own)
     assert torch.allclose(made.sum(-1), torch.ones(2, 4), atol=1e-6)
-    heavier = edit_between(*prompts, encode, 10, {"sculpture": 3.0})(source, own)
+    heavier = build_edit(*prompts, encode, 10, {"sculpture": 3.0})(source, own)
     assert torch.allclose(heavier[..., 2:4], 3 * made[..., 2:4]) and (heavier.sum(-1) > 1).all()
 
 
 def test_the_edit_is_inferred_from_the_prompts():
-    assert kind_of("a cat", "a dog") == "replace" and kind_of("a cat", "a cat") == "reweight"
-    assert kind_of("a cat", "a big cat") == "refine"
+    assert edit_kind("a cat", "a dog") == "replace" and edit_kind("a cat", "a cat") == "reweight"
+    assert edit_kind("a cat", "a big cat") == "refine"
     own = torch.rand(1, 4, 10)
-    same = edit_between("a cat", "a cat", encode, 10)
+    same = build_edit("a cat", "a cat", encode, 10)
     assert torch.equal(same(own, torch.zeros_like(own)), own), "nothing changes between identical prompts"
 
 
@@ -88,7 +88,7 @@ def test_prompts_that_cannot_be_edited():
     with pytest.raises(UserError, match="has 9 tokens, the model reads 8"):
         spans("a b c d e f g h i", encode, 10)
     with pytest.raises(UserError, match="reweight.dog: the target 'a cat' has no such word"):
-        edit_between("a cat", "a cat", encode, 10, {"dog": 2.0})
+        build_edit("a cat", "a cat", encode, 10, {"dog": 2.0})
 
 
 STEPS, SOURCE, TARGET = 4, "a red mushroom on snow", "a red car on snow"
@@ -105,23 +105,23 @@ def edited(backbone, control=None, prompts=(SOURCE, TARGET), w: float = 3.0) -> 
     noise = torch.randn(1, 4, side, side, generator=torch.Generator().manual_seed(1)).repeat(len(prompts), 1, 1, 1)
     known = torch.zeros(len(prompts), 5, side, side)
     known[:, 0] = 1
-    eps = Guided(backbone, known, backbone.prompt(list(prompts)), backbone.prompt([""]), Schedule(guidance=w))
+    eps = GuidedModel(backbone, known, backbone.prompt(list(prompts)), backbone.prompt([""]), Schedule(guidance=w))
     with torch.no_grad():
         if control is None:
             return sample(eps, noise, STEPS, backbone.alphas_cumprod)
-        with controlled(backbone.unet, control):
+        with control_attention(backbone.unet, control):
             return sample(eps, noise, STEPS, backbone.alphas_cumprod)
 
 
 def edit_of(backbone, source=SOURCE, target=TARGET, **more):
     tokens = lambda word: backbone.tokenizer(word, add_special_tokens=False).input_ids  # noqa: E731
-    return edit_between(source, target, tokens, backbone.tokenizer.model_max_length, **more)
+    return build_edit(source, target, tokens, backbone.tokenizer.model_max_length, **more)
 
 
 @pytest.mark.parametrize("w", [1.0, 3.0])
 def test_identical_prompts_stay_identical(backbone, w):
     """Guards the null edit: whatever is injected, the edited branch is the source branch exactly."""
-    control = PromptToPrompt([edit_of(backbone, target=SOURCE)], cross=3, own=2)
+    control = PromptToPrompt([edit_of(backbone, target=SOURCE)], cross_steps=3, self_steps=2)
     source, target = edited(backbone, control, (SOURCE, SOURCE), w)
     assert torch.equal(source, target)
 
@@ -140,10 +140,10 @@ def test_the_control_is_asked_in_its_steps_alone(backbone):
         calls = []
 
         def __call__(self, probabilities, layer, step):
-            self.calls.append((layer.cross, step, probabilities.shape[2]))
+            self.calls.append((layer.is_cross, step, probabilities.shape[2]))
             return super().__call__(probabilities, layer, step)
 
-    edited(backbone, Counting([edit_of(backbone)], cross=3, own=1, tokens=16))
+    edited(backbone, Counting([edit_of(backbone)], cross_steps=3, self_steps=1, max_tokens=16))
     assert {step for cross, step, _ in Counting.calls if cross} == {0, 1, 2}
     assert {(step, n <= 16) for cross, step, n in Counting.calls if not cross} == {(0, True)}
 
@@ -155,10 +155,13 @@ def test_the_source_row_is_not_touched(backbone):
         def __call__(self, probabilities, layer, step):
             return probabilities
 
-    strong = PromptToPrompt([edit_of(backbone, factors={"car": 5.0})], STEPS, STEPS, maps=64)
-    plain, changed = edited(backbone, Watching([edit_of(backbone)], STEPS, STEPS, maps=64)), edited(backbone, strong)
+    strong = PromptToPrompt([edit_of(backbone, factors={"car": 5.0})], STEPS, STEPS, map_tokens=64)
+    plain, changed = (
+        edited(backbone, Watching([edit_of(backbone)], STEPS, STEPS, map_tokens=64)),
+        edited(backbone, strong),
+    )
     assert torch.equal(plain[0], changed[0]) and not torch.allclose(plain[1], changed[1], atol=1e-3)
-    assert strong.seen.shape == (2, 64, backbone.tokenizer.model_max_length)
+    assert strong.map_sum.shape == (2, 64, backbone.tokenizer.model_max_length)
 
 
 def test_injected_attention_brings_the_edit_nearer_to_the_source(backbone):
@@ -171,10 +174,10 @@ def test_injected_attention_brings_the_edit_nearer_to_the_source(backbone):
 
 def test_maps_of_rounded_attention_are_summed_whole():
     """Guards a network in bfloat16, in which a sum of 256 equal numbers no longer grows."""
-    control, probabilities = PromptToPrompt([], 0, 0, maps=4), torch.full((1, 1, 4, 3), 0.5, dtype=torch.bfloat16)
+    control, probabilities = PromptToPrompt([], 0, 0, map_tokens=4), torch.full((1, 1, 4, 3), 0.5, dtype=torch.bfloat16)
     for step in range(1000):
         control(probabilities, Layer("attn2", "down", True), step)
-    assert torch.equal(control.seen, torch.full((1, 4, 3), 500.0))
+    assert torch.equal(control.map_sum, torch.full((1, 4, 3), 500.0))
 
 
 def test_the_mask_is_where_the_words_look():
@@ -203,13 +206,13 @@ def test_a_local_edit(backbone):
     texts, null = backbone.prompt([SOURCE, TARGET]), backbone.prompt([""])
     side = backbone.unet.config.sample_size
     z = torch.randn(1, 4, side, side, generator=torch.Generator().manual_seed(1))
-    control = PromptToPrompt([edit_of(backbone)], cross=3, own=2, maps=64)
+    control = PromptToPrompt([edit_of(backbone)], cross_steps=3, self_steps=2, map_tokens=64)
     nothing = torch.zeros(2, backbone.tokenizer.model_max_length)
     source, target = edit_latents(backbone, z, [texts] * STEPS, [null] * STEPS, 3.0, control, LocalBlend(nothing, 0))
     assert torch.equal(source, target), "no word looks anywhere: all is kept"
     before = backbone.unet.attn_processors
     plain = edit_latents(backbone, z, [texts] * STEPS, [null] * STEPS, 3.0, PromptToPrompt([edit_of(backbone)], 0, 0))
-    eps = Guided(backbone, whole_picture(backbone, 2), texts, null, Schedule(guidance=3.0))
+    eps = GuidedModel(backbone, full_hole_condition(backbone, 2), texts, null, Schedule(guidance=3.0))
     with torch.no_grad():
         expected = sample(eps, z.repeat(2, 1, 1, 1), STEPS, backbone.alphas_cumprod)
     assert torch.allclose(plain, expected, atol=1e-5)

@@ -7,7 +7,7 @@ from diffusers import UNet2DConditionModel
 
 from harmony.models.backbone import Backbone
 from harmony.sampling.guidance import Settings
-from harmony.sampling.text_to_image import text_to_image, whole_picture
+from harmony.sampling.text_to_image import full_hole_condition, text_to_image
 
 PROMPTS = ["a red mushroom on snow", "a blue car on grass", "a red car on snow"]
 SETTINGS = Settings(steps=3, guidance=3.0)
@@ -47,7 +47,7 @@ def test_a_backbone_without_a_mask(backbone):
     torch.manual_seed(0)
     config = {**backbone.unet.config, "in_channels": backbone.channels}
     plain = backbone.with_unet(UNet2DConditionModel.from_config(config).requires_grad_(False).eval())
-    assert whole_picture(plain).shape == (1, 0, 8, 8) and whole_picture(plain, 3).shape == (3, 0, 8, 8)
+    assert full_hole_condition(plain).shape == (1, 0, 8, 8) and full_hole_condition(plain, 3).shape == (3, 0, 8, 8)
     asked = []
     plain.unet.conv_in.register_forward_pre_hook(lambda module, args: asked.append(args[0].shape))
     first, second = pictures(plain, PROMPTS[:1] * 2, [0, 1])

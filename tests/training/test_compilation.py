@@ -30,7 +30,7 @@ def test_a_run_says_that_it_compiles_and_how_long_that_took_last_time(
 ):
     """Guards the two lines, the memory beside inductor's cache, and that another batch size knows nothing of it."""
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "cache"))
-    monkeypatch.setattr(control, "compiled_once", lambda function: function)
+    monkeypatch.setattr(control, "compile_once", lambda function: function)
 
     def lines(size: int) -> list[str]:
         fit(ControlTask(Backbone(str(random_backbone)), compile=True), latent_data(batch_size=size), tmp_path, 2)
@@ -64,7 +64,7 @@ def test_what_is_compiled_in_bfloat16_is_the_step(random_backbone, latent_data, 
 
     backend = aot_autograd(fw_compiler=keep("forward"), bw_compiler=keep("backward"), inference_compiler=keep("frozen"))
     run = partial(torch.compile, fullgraph=True, dynamic=False, backend=backend)
-    monkeypatch.setattr(control, "compiled_once", run)
+    monkeypatch.setattr(control, "compile_once", run)
     for kind, branch in ((JointTask, ["color", "structure"]), (ControlTask, "color")):
 
         class Watched(kind):

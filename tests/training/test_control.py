@@ -303,7 +303,7 @@ def test_a_compiled_step_is_three_graphs_that_nets_share(backbone, data, kind, m
         graphs.append(graph)
         return graph.forward
 
-    monkeypatch.setattr(control, "compiled_once", capture)
+    monkeypatch.setattr(control, "compile_once", capture)
     compiled, plain = start_of(kind, backbone, compile=True), start_of(kind, backbone)
     for _ in range(2):
         assert torch.equal(loss_of(compiled, hinted(data)), loss_of(plain, hinted(data)))

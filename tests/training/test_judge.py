@@ -8,10 +8,10 @@ import pytest
 import torch
 
 from harmony.core.errors import UserError
-from harmony.data.judge_data import VISIBLE, Composites, JudgeData, under_other_light
+from harmony.data.judge_data import MIN_DIFFERENCE, Composites, JudgeData, change_light_visibly
 from harmony.evaluation.judges import JudgeStudy
 from harmony.evaluation.study import StudyRun
-from harmony.metrics.classification import calibration_error, judged
+from harmony.metrics.classification import calibration_error, classification_metrics
 from harmony.models.backbone import Backbone
 from harmony.models.judge import load_judge
 from harmony.training.judge import JudgeTask, calibrate
@@ -45,8 +45,8 @@ def test_another_light_can_be_seen():
     mask = np.zeros((16, 16), bool)
     mask[4:12, 4:12] = True
     for _ in range(50):
-        lit = under_other_light(image, mask, rng)
-        assert np.abs(lit[mask].astype(float) - image[mask]).mean() >= VISIBLE
+        lit = change_light_visibly(image, mask, rng)
+        assert np.abs(lit[mask].astype(float) - image[mask]).mean() >= MIN_DIFFERENCE
 
 
 def test_photographs_are_repeated_to_their_share(manifest):
@@ -54,9 +54,9 @@ def test_photographs_are_repeated_to_their_share(manifest):
     composites = Composites(manifest, "train", 16, "centre", seed=0)
     assert composites.order == list(range(12))
     few = Composites.__new__(Composites)
-    few.render = [True] * 9 + [False] * 3
+    few.has_relit = [True] * 9 + [False] * 3
     few.order = few.repeat(0.5)
-    shares = [few.render[i] for i in few.order]
+    shares = [few.has_relit[i] for i in few.order]
     assert shares.count(True) == 9 == shares.count(False) and set(few.order) == set(range(12))
     with pytest.raises(UserError, match="data.photos=1: give a share"):
         few.repeat(1)
@@ -65,7 +65,7 @@ def test_photographs_are_repeated_to_their_share(manifest):
 def test_figures_with_known_answers():
     """Guards auc, accuracy, ece and temperature: by hand, and on logits that are too sure by a factor of 3."""
     natural, labels = np.array([0.9, 0.8, 0.3, 0.1]), np.array([1.0, 0, 1, 0])
-    found = judged(natural, labels)
+    found = classification_metrics(natural, labels)
     assert found["auc"] == pytest.approx(0.75) and found["accuracy"] == pytest.approx(0.5)
     assert calibration_error(np.full(4, 0.75), np.array([1, 1, 1, 0])) == pytest.approx(0)
     assert calibration_error(np.full(4, 0.95), np.array([1, 1, 0, 0])) == pytest.approx(0.45)

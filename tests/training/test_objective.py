@@ -4,7 +4,7 @@ import pytest
 import torch
 from diffusers import DDIMScheduler
 
-from harmony.sampling.ddim import clean, to_eps
+from harmony.sampling.ddim import clean_latent, to_eps
 from harmony.training.backbone import SCHEDULE
 from harmony.training.objective import Objective, add_noise, compute_target
 
@@ -64,7 +64,7 @@ def test_the_target_of_v_and_its_weight():
     assert compute_target("epsilon", z, eps, a) is eps
     off, nothing = v + 0.1 * wrong, torch.zeros(5, 1, 6, 6)
     guess = to_eps("v_prediction", off, z, b)
-    clean_error = (clean(z, guess, b) - clean(z, eps, b)) ** 2
+    clean_error = (clean_latent(z, guess, b) - clean_latent(z, eps, b)) ** 2
     weighted = Objective(weighting="x0").compute_weight(a, nothing, "v_prediction") * (off - v) ** 2
     torch.testing.assert_close(weighted, clean_error, rtol=2e-2, atol=1e-5)
     assert torch.equal(Objective().compute_weight(a, nothing, "v_prediction"), torch.ones(5, 1, 6, 6))
@@ -88,8 +88,8 @@ def test_the_noised_latent_by_its_definition():
     for i, (abar, step) in enumerate(zip((0.673793, float(ABAR[900])), t, strict=True)):
         assert float(ABAR[step]) == pytest.approx(abar, abs=1e-6)
         mean, logvar = b["moments"][i].chunk(2)
-        clean = 0.5 * (mean + (logvar / 2).exp() * b["encode"][i])
-        assert torch.allclose(z[i], abar**0.5 * clean + (1 - abar) ** 0.5 * b["noise"][i], atol=1e-5)
+        latent = 0.5 * (mean + (logvar / 2).exp() * b["encode"][i])
+        assert torch.allclose(z[i], abar**0.5 * latent + (1 - abar) ** 0.5 * b["noise"][i], atol=1e-5)
         mean, logvar = b["masked_moments"][i].chunk(2)
         assert torch.equal(known[i, :1], b["hole"][i])
         assert torch.allclose(known[i, 1:], 0.5 * (mean + (logvar / 2).exp() * b["encode_masked"][i]), atol=1e-6)

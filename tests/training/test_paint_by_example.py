@@ -16,7 +16,7 @@ from harmony.data.manifest import read_manifest
 from harmony.evaluation.eval_sets import load_reconstruct, paste_outputs
 from harmony.methods.paint_by_example import PaintByExample
 from harmony.models.backbone import Backbone
-from harmony.models.paint_by_example import Painter, known_by_example
+from harmony.models.paint_by_example import Painter, join_condition
 from harmony.sampling.guidance import Settings
 from harmony.training.paint_by_example import ExemplarTask
 
@@ -176,11 +176,11 @@ def test_it_runs_at_true_size(small_manifest, tmp_path):
     z, masked = (item[name].float().chunk(2, 1)[0] for name in ("moments", "masked_moments"))
     context = task.encoder(item["hint_exemplar"] / 255)
     hole = item["hole"].float()
-    u = torch.cat([torch.randn_like(z), known_by_example(hole, masked)], 1)
+    u = torch.cat([torch.randn_like(z), join_condition(hole, masked)], 1)
     made = task.unet(u, torch.tensor([500]), context, return_dict=False)[0]
     made.square().mean().backward()
     assert made.shape == (1, 4, 64, 64) and context.shape == (1, 1, 768)
-    trained = [*task.unet.parameters(), *task.encoder.trained()]
+    trained = [*task.unet.parameters(), *task.encoder.trainable_parameters()]
     assert sum(p.numel() for p in trained) == 923_306_500
     assert task.unet.conv_in.weight.grad is not None and task.encoder.proj_out.weight.grad.any()
     assert all(p.grad is None for p in task.encoder.model.parameters())

@@ -1,13 +1,13 @@
-"""Renders for editing by words: scenes with one word of their caption changed, and objects that no word names.
+"""Renders for prompt editing: scenes with one word of their caption changed, and objects that no word describes.
 
 A case is a picture with its caption, the same caption with another color, kind or light, and the render of that other
-scene: a truth that photographs cannot give. A concept is an object in a color that no training picture has
-(``scenes.NOVEL``), with some views to learn it from and some to judge by.
+scene as the truth, which photographs cannot provide. A concept is an object in a color that no training picture has
+(``scenes.NOVEL``), with some views for learning and some for evaluation.
 
-    edits.jsonl                     a header with the schema's version, then a line a case
-    images/<id>.jpg                 the source; images/<id>_<word>.jpg the truth, images/<id>_<word>.png what may change
-    concepts/<name>/<n>.jpg         to learn from, held_out/<name>/<n>.jpg to judge by; <name> = <color>_<kind>
-    .../<name>/captions.json        what else they show, {} in place of the word
+    edits.jsonl                     a header with the schema version, then one line for each case
+    images/<id>.jpg                 the source; images/<id>_<word>.jpg the truth, images/<id>_<word>.png the mask
+    concepts/<name>/<n>.jpg         views for learning; held_out/<name>/<n>.jpg for evaluation; <name> = <color>_<kind>
+    .../<name>/captions.json        their captions, {} in place of the word
 """
 
 import json
@@ -27,8 +27,8 @@ from harmony.data.sources.studio.scenes import COLORS, GROUNDS, Scene, scene
 from harmony.data.sources.studio.shapes import KINDS
 
 SCHEMA = 1
-WORDS = ("colour", "kind", "light")  # as they stand in files
-START = 1_000_000  # index of the first scene that may be a case: far from those of any dataset
+WORDS = ("colour", "kind", "light")  # as written in files
+START = 1_000_000  # index of the first scene of a case, far from the indices of all datasets
 CONCEPTS = (
     ("teal", "mug"),
     ("pink", "car"),
@@ -39,16 +39,16 @@ CONCEPTS = (
     ("maroon", "chair"),
     ("mint", "boat"),
 )
-EXAMPLES, TESTS = 5, 3  # views of a concept to learn from, and to judge by
+EXAMPLES, TESTS = 5, 3  # views of a concept for learning, and for evaluation
 DAYLIGHT = ("noon", "overcast", "sunset")  # the lights of a concept's views
-SIDE, SAMPLES = 64, 64  # pixels; samples a pixel
+SIDE, SAMPLES = 64, 64  # pixels; samples per pixel
 
 
 @dataclass(frozen=True)
 class Case:
-    """One edit. ``word`` says what changes, one of ``WORDS``; paths are relative to the folder of ``edits.jsonl``.
+    """One edit. ``word`` is the kind of change, one of ``WORDS``; paths are relative to the folder of ``edits.jsonl``.
 
-    ``mask`` is white where the object is, or will be; None where everything may change.
+    ``mask`` is white where the object is before or after the edit; None if everything may change.
     """
 
     id: str
@@ -60,8 +60,8 @@ class Case:
     mask: str | None
 
 
-def edits_of(s: Scene) -> dict[str, Scene]:
-    """The scene with another color, kind or light, each of which is a word or two of its caption."""
+def edit_scene(s: Scene) -> dict[str, Scene]:
+    """Edit a scene: with another color, kind or light, each of which is a word or two of its caption."""
     rng = np.random.default_rng([s.seed, s.index, 2])
 
     def other(names: Iterable[str], name: str) -> str:
@@ -75,7 +75,7 @@ def edits_of(s: Scene) -> dict[str, Scene]:
 
 
 def concept_scene(color: str, kind: str, n: int) -> Scene:
-    """View ``n`` of a concept: matte, alone, on a ground and under a daylight of its own."""
+    """View ``n`` of a concept: matte, without other objects, with its own ground and daylight."""
     s = scene(START + CONCEPTS.index((color, kind)) * (EXAMPLES + TESTS) + n, seed=1)
     light = DAYLIGHT[n % len(DAYLIGHT)]
     ground = GROUNDS[(n + len(kind)) % len(GROUNDS)]
@@ -86,7 +86,7 @@ def render_case(job: tuple[Scene, Path]) -> list[Case]:
     """Render one scene and its three edits."""
     s, root = job
     frames, cases = render(s, SIDE, SAMPLES, plate=False), []
-    for word, edit in edits_of(s).items():
+    for word, edit in edit_scene(s).items():
         name, mask = f"images/{s.id}_{word}", None
         if word == "light":
             save(root / f"{name}.jpg", frames.relit)
@@ -131,13 +131,13 @@ def generate(root: Path, count: int, workers: int | None = None) -> Path:
 
 
 def read_cases(file: Path) -> list[Case]:
-    """The cases of an ``edits.jsonl``. UserError where there is none, or one of another schema."""
+    """Read the cases of an ``edits.jsonl``. UserError if it is missing, damaged or of another schema."""
     try:
-        head, *lines = (json.loads(line) for line in Path(file).read_text().splitlines())
-        if head["schema"] != SCHEMA:
-            raise UserError(f"{file} has schema {head['schema']}, this version reads {SCHEMA}: render it again")
-        if head["count"] != len(lines):
-            raise UserError(f"{file} has {len(lines)} of its {head['count']} edits: render it again")
+        header, *lines = (json.loads(line) for line in Path(file).read_text().splitlines())
+        if header["schema"] != SCHEMA:
+            raise UserError(f"{file} has schema {header['schema']}, this version reads {SCHEMA}: render it again")
+        if header["count"] != len(lines):
+            raise UserError(f"{file} has {len(lines)} of its {header['count']} edits: render it again")
         return [Case(**line) for line in lines]
     except FileNotFoundError:
         raise UserError(f"{file} does not exist: use dataset=editing") from None
@@ -146,7 +146,7 @@ def read_cases(file: Path) -> list[Case]:
 
 
 def concepts(root: Path) -> dict[str, tuple[list[Path], list[Path]]]:
-    """Name of each concept -> its pictures to learn from, and those to judge by."""
+    """Map the name of each concept to its pictures for learning, and those for evaluation."""
     return {
         folder.name: (sorted(folder.glob("*.jpg")), sorted((root / "held_out" / folder.name).glob("*.jpg")))
         for folder in sorted((root / "concepts").iterdir())

@@ -10,7 +10,7 @@ SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff")
 
 
 def locate(recipe: dict) -> Path:
-    """``recipe.dir`` in the current folder, else among what is bundled. UserError where there is none."""
+    """Find ``recipe.dir`` in the current folder, else beside the package (a clone). UserError if it does not exist."""
     if recipe["dir"] is None:
         raise UserError(f"dataset.dir is not set; give the folder of dataset {recipe['name']}: dataset.dir=PATH")
     places = [Path(recipe["dir"]), bundled(recipe["dir"])]
@@ -21,12 +21,12 @@ def locate(recipe: dict) -> Path:
 
 
 def image_files(folder: Path) -> list[Path]:
-    """The picture files that lie in ``folder`` itself, by name."""
+    """The picture files of ``folder``, without its subfolders, sorted by name."""
     return sorted(path for path in folder.iterdir() if path.suffix.lower() in SUFFIXES)
 
 
-def pictures_in(folder: Path) -> list[Path]:
-    """The picture files of a folder by name, without looking into folders. UserError where there are none."""
+def list_pictures(folder: Path) -> list[Path]:
+    """List the picture files of a folder, sorted by name. UserError if there are none."""
     if not folder.is_dir():
         raise UserError(f"{folder}: no such folder; give one with three to five pictures")
     files = image_files(folder)
@@ -36,7 +36,7 @@ def pictures_in(folder: Path) -> list[Path]:
 
 
 def folder_captions(folder: Path) -> dict[str, list[str]]:
-    """``captions.json`` of the folder: {name: caption} or {name: [caption, ...]}; empty where there is none."""
+    """Captions of a folder from ``captions.json``, {name: caption or [caption, ...]}; empty if there is no file."""
     path = folder / "captions.json"
     if not path.is_file():
         return {}

@@ -1,8 +1,8 @@
-"""A user's own photographs and masks, as the same ``Selection`` as Open Images.
+"""A user's photographs and masks as a ``Selection``, like those of Open Images.
 
 ``<dir>/images/<name>.<jpg|png|...>`` with ``<dir>/masks/<name>.png`` (white = object) and optionally
-``<dir>/captions.json`` ({name: caption}). Splits are drawn from the hash of the name, so that a new image moves no
-other; folders ``<dir>/<split>/images`` and ``<dir>/<split>/masks`` set them instead.
+``<dir>/captions.json`` ({name: caption}). The split of an image is drawn from the hash of its name, so that new
+images do not change the splits of others; folders ``<dir>/<split>/images`` and ``<dir>/<split>/masks`` set the splits.
 """
 
 import hashlib
@@ -23,9 +23,9 @@ SCHEMA = dict.fromkeys(COLUMNS, pl.String) | dict.fromkeys(("x0", "y0", "x1", "y
 
 
 def select_folder(root: Path, splits: Sequence[str], rules: Rules) -> Selection:
-    """Every image of the folder with its mask, or the reason why not. Areas are judged later, on the masks themselves.
+    """Select all images of the folder that have a usable mask; the others get a reason. Areas are checked later.
 
-    Raises UserError where there is no ``images`` folder, or no image in it.
+    Raises UserError if there is no ``images`` folder, or no image in it.
     """
     rows = [row for split, folder in split_folders(root, splits) for row in folder_rows(root, folder, split)]
     if not rows:
@@ -35,7 +35,7 @@ def select_folder(root: Path, splits: Sequence[str], rules: Rules) -> Selection:
 
 
 def split_folders(root: Path, splits: Sequence[str]) -> Iterator[tuple[str | None, Path]]:
-    """(split, folder) for each split folder; (None, root) where the hash of the name decides."""
+    """Yield (split, folder) for each split folder, or (None, root) if the names decide the splits."""
     if (root / "images").is_dir():
         yield None, root
         return
@@ -46,7 +46,7 @@ def split_folders(root: Path, splits: Sequence[str]) -> Iterator[tuple[str | Non
 
 
 def folder_rows(root: Path, folder: Path, split: str | None) -> Iterator[tuple]:
-    """One row of ``COLUMNS`` an image file."""
+    """Yield a row of ``COLUMNS`` for each image file."""
     for image in image_files(folder / "images"):
         mask = folder / "masks" / f"{image.stem}.png"
         reason, box = mask_box(image, mask)
@@ -55,25 +55,25 @@ def folder_rows(root: Path, folder: Path, split: str | None) -> Iterator[tuple]:
 
 
 def mask_box(image: Path, mask: Path) -> tuple[str, tuple[float | None, ...]]:
-    """(``kept`` or a reason, box of the mask in fractions of the image)."""
-    nothing = (None,) * 4
+    """Return (``kept`` or a reason, box of the mask in fractions of the image)."""
+    no_box = (None,) * 4
     if not mask.is_file():
-        return "mask file missing", nothing
+        return "mask file missing", no_box
     try:
         size = open_image(image).size
     except UserError:
-        return "image undecodable", nothing
+        return "image undecodable", no_box
     try:
         if open_image(mask, "mask").size != size:
-            return "mask shape differs", nothing
+            return "mask shape differs", no_box
         x0, y0, x1, y1 = bounding_box(read_mask(mask, size))
     except UserError as error:
-        return ("mask empty" if "empty" in str(error) else "mask undecodable"), nothing
+        return ("mask empty" if "empty" in str(error) else "mask undecodable"), no_box
     return KEPT, (x0 / size[0], y0 / size[1], x1 / size[0], y1 / size[1])
 
 
 def draw_split(name: str) -> str:
-    """A split by the hash of the name, in the proportions of ``SHARES``."""
+    """Draw a split by the hash of the name, in the proportions of ``SHARES``."""
     draw = int.from_bytes(hashlib.sha256(name.encode()).digest()[:8], "big") / 2**64
     for split, share in SHARES.items():
         if (draw := draw - share) < 0:
@@ -82,12 +82,12 @@ def draw_split(name: str) -> str:
 
 
 def select_recipe(recipe: dict, work: Path) -> Selection:
-    """The selection of a recipe; ``work`` is not needed."""
+    """Select the images of a recipe; ``work`` is not used."""
     return select_folder(locate(recipe), recipe["splits"], Rules(**recipe["select"]))
 
 
 def read_captions(root: Path, split: str) -> dict[str, list[str]]:
-    """Captions by people: {name: [caption, ...]}, those of the split's folder or of the whole folder."""
+    """Read captions by people, {name: [caption, ...]}, from the split's folder or from the root."""
     return folder_captions(root if (root / "images").is_dir() else root / split)
 
 

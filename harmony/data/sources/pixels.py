@@ -1,7 +1,6 @@
-"""The pixels that a backbone is trained on: studio renders under both of their lights, and photographs whose license
-allows it.
+"""The training pixels of a backbone: studio renders under both lights, and photographs whose license permits it.
 
-Here a photograph is kept for its largest instance, whatever else it shows: a VAE needs pixels, not single instances.
+A photograph is kept with its largest instance, even if it shows others: a VAE needs pixels, not single instances.
 """
 
 import os
@@ -18,11 +17,11 @@ from harmony.data.sources.studio.files import TRUTHS, generate
 from harmony.pixels.images import read_image, sha256
 from harmony.pixels.masks import bounding_box, read_mask
 
-AREA = (0.02, 0.8)  # share of the photograph that an instance may cover, as everywhere in the project
+AREA = (0.02, 0.8)  # share of the photograph that an instance may cover, as in all datasets
 
 
 def largest_instances(split: Split) -> dict[str, tuple[str, str]]:
-    """Image id -> (mask file in the split, label) of the largest box within AREA."""
+    """Map image ids to (mask file in the split, label) of the largest box within AREA."""
     area = (pl.col("BoxXMax") - pl.col("BoxXMin")) * (pl.col("BoxYMax") - pl.col("BoxYMin"))
     table = split.masks(pl.Float64).filter(~pl.col("damaged")).collect().with_columns(area=area)
     table = table.filter(pl.col("area").is_between(*AREA)).sort("area", descending=True).unique("ImageID", keep="first")
@@ -31,8 +30,8 @@ def largest_instances(split: Split) -> dict[str, tuple[str, str]]:
     return {image: (mask, names.get(label, label)) for image, mask, label in columns.iter_rows()}
 
 
-def permitted_images(split: Split, sources: Iterable[str]) -> set[str]:
-    """The ids of the photographs that come from ``sources``. UserError where the split does not say."""
+def find_permitted_images(split: Split, sources: Iterable[str]) -> set[str]:
+    """The ids of the photographs from ``sources``. UserError if the split has no sources."""
     if (table := split.sources()) is None:
         raise UserError(
             f"{split.folder}: no metadata/sources.csv, so no photograph may train; add it, or set dataset.sources=null"
@@ -40,15 +39,15 @@ def permitted_images(split: Split, sources: Iterable[str]) -> set[str]:
     return set(table.filter(pl.col("source").is_in(list(sources))).collect()["ImageID"])
 
 
-def rows_of(folder: Path, split: str, relative_to: Path, sources: Iterable[str] | None = None) -> list[Row]:
-    """Rows of one split folder in Open Images layout; unreadable pictures and masks are left out.
+def read_rows(folder: Path, split: str, relative_to: Path, sources: Iterable[str] | None = None) -> list[Row]:
+    """Read the rows of one split folder in Open Images layout; unreadable pictures and masks are left out.
 
-    A studio scene gives two rows: under its light A and, with the matching caption, under its light B; the ``relit``
-    picture of either is the other.
+    A studio scene gives two rows, under its light A and under its light B, with matching captions; each is the
+    ``relit`` picture of the other.
     """
     files = Split(folder)
     instances, captions = largest_instances(files), files.captions()
-    ids = set(instances) if sources is None else set(instances) & permitted_images(files, sources)
+    ids = set(instances) if sources is None else set(instances) & find_permitted_images(files, sources)
     extras = {"source": "studio"} if files.metadata("scenes.csv") else {}
     rows = []
     for id_ in sorted(ids):
@@ -65,28 +64,28 @@ def rows_of(folder: Path, split: str, relative_to: Path, sources: Iterable[str] 
         pictures = [(id_, path, texts[0])] + ([(f"{id_}b", relit, texts[1])] if relit.exists() else [])
         for i, (name, picture, caption) in enumerate(pictures):
             paths = [os.path.relpath(p, relative_to) for p in (picture, folder / mask_file)]
-            other = {"relit": os.path.relpath(pictures[1 - i][1], relative_to)} if len(pictures) == 2 else {}
-            facts = (box, label, caption, split, width, height, sha256(picture), extras | other)
+            relit_extras = {"relit": os.path.relpath(pictures[1 - i][1], relative_to)} if len(pictures) == 2 else {}
+            facts = (box, label, caption, split, width, height, sha256(picture), extras | relit_extras)
             rows.append(Row(name, *paths, *facts))
     return rows
 
 
 def prepare_backbone(recipe: dict, work: Path) -> Path:
-    """Render what is missing and write ``manifest.jsonl`` of the backbone's training set into ``work / name``.
+    """Render missing scenes and write ``manifest.jsonl`` of the backbone's training set into ``work / name``.
 
     Recipe: ``name``, ``dir`` (the bundled studio set), ``count`` (further studio scenes at the backbone's size, train
     split), ``size`` in pixels, ``photos`` (a folder in Open Images layout, or null) and ``sources`` (which of its
-    photographs may train weights that are shipped; its test split only measures and may hold any).
+    photographs may train weights that are shipped; the test split is only for evaluation and may hold any).
     """
     folder = work / recipe["name"]
     renders = generate(folder / "studio", recipe["count"], recipe["size"], start=512, splits=("train",), plate=False)
     rows: list[Row] = []
     for split in SPLITS:
-        rows += rows_of(Path(recipe["dir"]) / split, split, folder)
+        rows += read_rows(Path(recipe["dir"]) / split, split, folder)
         if (renders / split).is_dir():
-            rows += rows_of(renders / split, split, folder)
+            rows += read_rows(renders / split, split, folder)
         if recipe["photos"]:
             sources = None if split == "test" else recipe["sources"]
-            rows += rows_of(Path(recipe["photos"]) / split, split, folder, sources)
+            rows += read_rows(Path(recipe["photos"]) / split, split, folder, sources)
     write_manifest(folder / "manifest.jsonl", rows, recipe["name"])
     return folder / "manifest.jsonl"

@@ -1,4 +1,4 @@
-"""Which photographs of a dataset are kept, and for what reason each of the others is not."""
+"""The selection of a dataset's photographs: those that are kept, and the reason of each rejection."""
 
 import hashlib
 import json
@@ -37,7 +37,7 @@ REASONS = (
     # files
     "image file missing",
     "mask file missing",
-    # pixels, which are looked at after the import
+    # pixels, checked after the import
     "image undecodable",
     "mask undecodable",
     "mask empty",
@@ -51,7 +51,7 @@ COLUMNS = ("split", "id", "reason", "label", "x0", "y0", "x1", "y1", "image", "m
 
 @dataclass(frozen=True)
 class Rules:
-    """A recipe's node ``select``. Areas are fractions of the image; a list that is None excludes nothing."""
+    """A recipe's node ``select``. Areas are fractions of the image; a list that is None rejects nothing."""
 
     min_area: float = 0.02
     max_area: float = 0.8
@@ -78,8 +78,8 @@ class Rules:
 class Selection:
     """A table of all images with the reason of each, and the number of damaged rows in each CSV (``skipped``).
 
-    ``table`` has the columns ``COLUMNS``, a row an image, paths relative to ``root``. ``x0, y0, x1, y1`` is the box in
-    fractions of the image. Label, box and mask are null unless there is exactly one.
+    ``table`` has the columns ``COLUMNS``, one row for each image, paths relative to ``root``. ``x0, y0, x1, y1`` is the
+    box in fractions of the image. Label, box and mask are null unless there is exactly one.
     """
 
     root: Path
@@ -92,14 +92,16 @@ class Selection:
         return count_reasons(self.table)
 
     def digest(self) -> str:
-        """Hash of rules and decisions, the same wherever the folder lies."""
+        """A hash of rules and results, independent of the folder's place."""
         rules = json.dumps(asdict(self.rules), default=list, sort_keys=True)
         return hashlib.sha256(rules.encode() + self.table.write_csv().encode()).hexdigest()
 
 
 class Source(NamedTuple):
-    """Photographs with masks in one layout. ``select``: (recipe, work folder) -> its selection; ``captions``: (root of
-    the selection, split) -> captions by people, {id: [caption, ...]}.
+    """A source of photographs with masks in one layout.
+
+    ``select``: (recipe, work folder) -> its selection. ``captions``: (root of the selection, split) -> captions by
+    people, {id: [caption, ...]}.
     """
 
     select: Callable[[dict, Path], Selection]
@@ -116,7 +118,7 @@ def count_reasons(table: pl.DataFrame) -> dict[str, dict[str, int]]:
 
 
 def format_counts(counts: dict[str, dict[str, int]]) -> str:
-    """The counts as a small table: a row a reason, a column a split."""
+    """Format the counts as a small table: a row for each reason, a column for each split."""
     reasons = [r for r in (KEPT, *REASONS) if any(r in c for c in counts.values())]
     rows = [("", *counts)] + [(r, *(str(c.get(r, 0)) for c in counts.values())) for r in reasons]
     rows.append(("all", *(str(sum(c.values())) for c in counts.values())))
@@ -124,10 +126,10 @@ def format_counts(counts: dict[str, dict[str, int]]) -> str:
 
 
 def check_files(table: pl.DataFrame, root: Path) -> pl.DataFrame:
-    """Reject kept images whose image or mask file is not on the disk."""
+    """Reject kept images whose image or mask file does not exist."""
     reasons = {}
-    kept = table.filter(pl.col("reason") == KEPT)
-    for split, id_, image, mask in kept.select("split", "id", "image", "mask").iter_rows():
+    kept_rows = table.filter(pl.col("reason") == KEPT)
+    for split, id_, image, mask in kept_rows.select("split", "id", "image", "mask").iter_rows():
         if not os.path.isfile(root / image):
             reasons[f"{split}/{id_}"] = "image file missing"
         elif not os.path.isfile(root / mask):
@@ -136,13 +138,13 @@ def check_files(table: pl.DataFrame, root: Path) -> pl.DataFrame:
 
 
 def reject(table: pl.DataFrame, reasons: dict[str, str]) -> pl.DataFrame:
-    """The table with a new reason for each ``<split>/<id>`` in ``reasons``."""
+    """Set a new reason for each ``<split>/<id>`` in ``reasons``."""
     key = pl.concat_str("split", "id", separator="/")
     return table.with_columns(reason=key.replace_strict(reasons, default=pl.col("reason"), return_dtype=pl.String))
 
 
 def read_ids(rules: Rules) -> set[str] | None:
-    """The ids of ``rules.image_ids``: a list, or the path of a text file with one id a line."""
+    """Read the ids of ``rules.image_ids``: a list, or the path of a text file with one id per line."""
     ids = rules.image_ids
     if isinstance(ids, str):
         try:
@@ -155,8 +157,7 @@ def read_ids(rules: Rules) -> set[str] | None:
 def write_selection(selection: Selection, folder: Path, table: pl.DataFrame | None = None) -> tuple[Path, Path]:
     """Write ``selection.csv`` (every image with its reason) and ``selection.json`` (counts, skipped rows, rules).
 
-    ``table`` stands in for the selection's own table once pixels have been looked at. Both files are written
-    atomically.
+    ``table`` replaces the selection's own table after the pixels have been checked. Both files are written atomically.
     """
     table = selection.table if table is None else table
     summary = {"counts": count_reasons(table), "skipped_rows": selection.skipped, "rules": asdict(selection.rules)}

@@ -10,8 +10,8 @@ def browse(recipe: dict, port: int, address: str | None) -> None:
     fo = load_fiftyone()
     name = recipe["name"] if recipe["dir"] is None else dataset_name(recipe["name"], locate(recipe))
     if not fo.dataset_exists(name):
-        known = ", ".join(fo.list_datasets()) or "none yet"
-        raise UserError(f"FiftyOne has no dataset {name} (it has: {known}); run harmony.prepare first")
+        names = ", ".join(fo.list_datasets()) or "none yet"
+        raise UserError(f"FiftyOne has no dataset {name} (it has: {names}); run harmony.prepare first")
     dataset = fo.load_dataset(name)
     print(f"{name}: {dataset.count_sample_tags()}; saved views: {', '.join(dataset.list_saved_views())}", flush=True)
     session = fo.launch_app(dataset, remote=True, port=port, address=address)

@@ -1,14 +1,14 @@
 """A dataset's selection in a persistent FiftyOne dataset in MongoDB. The only file that imports ``fiftyone``.
 
-Never in a training process: simultaneous imports kill each other's database.
+Training processes must not import it: simultaneous imports kill each other's database.
 
 Fields of a sample
     harmony_id        <split>/<id>, unique                 tags   split, and ``kept`` or ``rejected``
-    rejected_because  one of selection.REASONS, or None    source where the photograph comes from
-    instance          the detection; its mask is a file, cut to the box as FiftyOne wants it
-    mask_stored       the whole mask, as it came           row    hash of the selection's row: a change re-imports
+    rejected_because  one of selection.REASONS, or None    source of the photograph
+    instance          the detection; its mask is a file, cut to the box as FiftyOne needs it
+    mask_stored       the original mask                    row    hash of the selection's row, to find changes
     mask_file         the whole mask at the image's size
-    sha256, mask_box, mask_area, looked_at                 pixel facts, and the files and rules that they hold for
+    sha256, mask_box, mask_area, looked_at                 pixel facts, and the files and rules that they belong to
     caption, caption_model
 """
 
@@ -18,34 +18,39 @@ import os
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import ModuleType
+from typing import TYPE_CHECKING
 
 import cv2
 import numpy as np
 
 from harmony.core.errors import UserError
-from harmony.core.files import atomic
+from harmony.core.files import replace_file
 from harmony.data.sources.open_images.batches import batches
 from harmony.data.sources.selection import KEPT, Selection
 from harmony.pixels.masks import OBJECT
 
+if TYPE_CHECKING:
+    from fiftyone import Dataset, Sample
 
-def load_fiftyone():  # noqa: ANN201  the module itself
-    """The library, once its database answers. Raises UserError where it does not."""
+
+def load_fiftyone() -> ModuleType:
+    """Load the library and connect to its database. Raises UserError if that fails."""
     os.environ.setdefault("FIFTYONE_DO_NOT_TRACK", "1")
-    os.environ.setdefault("FIFTYONE_DATABASE_VALIDATION", "false")  # no note about old servers at each start
+    os.environ.setdefault("FIFTYONE_DATABASE_VALIDATION", "false")  # no message about old servers at each start
     os.environ.setdefault("FIFTYONE_SHOW_PROGRESS_BARS", "false")
-    mend = "python -m harmony.doctor tells what is missing"
+    remedy = "python -m harmony.doctor tells what is missing"
     try:
         import fiftyone
         from fiftyone.core.service import ServiceException
     except ImportError as error:
-        raise UserError(f"FiftyOne cannot be imported ({error}); {mend}") from None
+        raise UserError(f"FiftyOne cannot be imported ({error}); {remedy}") from None
     try:
         fiftyone.list_datasets()
     except (ServiceException, ConnectionError, RuntimeError, OSError) as error:
         reason = " ".join(str(error).split())[:200] or type(error).__name__
         raise UserError(
-            f"FiftyOne's database did not start ({reason}) in {fiftyone.config.database_dir}; {mend}"
+            f"FiftyOne's database did not start ({reason}) in {fiftyone.config.database_dir}; {remedy}"
         ) from None
     return fiftyone
 
@@ -58,7 +63,7 @@ def open_images_downloader() -> Callable:
 
 
 def dataset_name(name: str, root: Path) -> str:
-    """The FiftyOne name of dataset ``name`` in ``root``: itself, or with a hash where it belongs to another folder."""
+    """The FiftyOne name of dataset ``name`` in ``root``: ``name``, or with a hash if it belongs to another folder."""
     fo = load_fiftyone()
     if not fo.dataset_exists(name):
         return name
@@ -66,8 +71,8 @@ def dataset_name(name: str, root: Path) -> str:
     return name if owner in (None, str(root)) else f"{name}-{hashlib.sha256(str(root).encode()).hexdigest()[:8]}"
 
 
-def open_dataset(name: str, root: Path):  # noqa: ANN201  fiftyone.Dataset
-    """The persistent dataset; a new one gets its fields and its unique index."""
+def open_dataset(name: str, root: Path) -> "Dataset":
+    """Open or create the persistent dataset, with its fields and its unique index."""
     fo = load_fiftyone()
     name = dataset_name(name, root)
     dataset = fo.load_dataset(name) if fo.dataset_exists(name) else fo.Dataset(name, persistent=True)
@@ -78,8 +83,8 @@ def open_dataset(name: str, root: Path):  # noqa: ANN201  fiftyone.Dataset
     return dataset
 
 
-def declare_fields(dataset) -> None:
-    """Declare every field once, so that FiftyOne need not search batches for new ones."""
+def declare_fields(dataset: "Dataset") -> None:
+    """Declare all fields, so that FiftyOne need not search batches for new ones."""
     import fiftyone as fo
 
     texts = ("harmony_id", "rejected_because", "source", "mask_stored", "mask_file", "row", "sha256", "looked_at")
@@ -94,11 +99,11 @@ def declare_fields(dataset) -> None:
         dataset.create_index("harmony_id", unique=True)
 
 
-def import_dataset(name: str, selection: Selection, work: Path):  # noqa: ANN201  fiftyone.Dataset
-    """Bring the dataset's samples in line with the selection: kept ones with their mask, rejected ones without.
+def import_dataset(name: str, selection: Selection, work: Path) -> "Dataset":
+    """Import the selection into the dataset: kept samples with their mask, rejected ones without.
 
-    Only what differs is touched: a sample with an unchanged row keeps all its facts. Rejected images without a file
-    (not downloaded) are left out. No sample is doubled, however often this is killed.
+    Only differences are written: a sample with an unchanged row keeps all its facts. Rejected images without a file
+    (not downloaded) are left out. No sample is added twice, however often this is killed.
     """
     dataset = open_dataset(name, selection.root)
     digest = selection.digest()
@@ -110,30 +115,32 @@ def import_dataset(name: str, selection: Selection, work: Path):  # noqa: ANN201
     return dataset
 
 
-def synchronize(dataset, selection: Selection, work: Path) -> None:
-    """Delete samples that differ from the selection, add those that are missing."""
-    new = {row["key"]: row for row in selection_rows(selection)}
+def synchronize(dataset: "Dataset", selection: Selection, work: Path) -> None:
+    """Delete samples that differ from the selection, and add missing ones."""
+    rows = {row["key"]: row for row in selection_rows(selection)}
     samples = zip(*dataset.values(["id", "harmony_id", "row"]), strict=True)
-    stale = [id_ for id_, key, row in samples if key not in new or new[key]["row"] != row]
-    if stale:
-        print(f"{dataset.name}: {len(stale)} samples no longer agree with the selection and are replaced", flush=True)
-        dataset.delete_samples(stale)
-    missing = set(new) - set(dataset.values("harmony_id"))
-    add_rows(dataset, [new[key] for key in new if key in missing], work)
+    stale_ids = [id_ for id_, key, row in samples if key not in rows or rows[key]["row"] != row]
+    if stale_ids:
+        print(
+            f"{dataset.name}: {len(stale_ids)} samples no longer agree with the selection and are replaced", flush=True
+        )
+        dataset.delete_samples(stale_ids)
+    missing_keys = set(rows) - set(dataset.values("harmony_id"))
+    add_rows(dataset, [rows[key] for key in rows if key in missing_keys], work)
 
 
-def restore_masks(dataset, work: Path) -> None:
-    """Cut the masks again that are no longer in the work folder."""
+def restore_masks(dataset: "Dataset", work: Path) -> None:
+    """Cut again the masks that are missing in the work folder."""
     fields = {"id": "id", "key": "harmony_id", "mask": "mask_stored", "box": "instance.bounding_box"}
     paths = dataset.match_tags("kept").values([*fields.values(), "instance.mask_path"])
-    gone = [dict(zip(fields, v, strict=False)) for v in zip(*paths, strict=True) if v[-1] and not os.path.isfile(v[-1])]
-    masks = {row["id"]: cut_instance(row["key"], row["mask"], row["box"], work) for row in gone}
+    rows = [dict(zip(fields, v, strict=False)) for v in zip(*paths, strict=True) if v[-1] and not os.path.isfile(v[-1])]
+    masks = {row["id"]: cut_instance(row["key"], row["mask"], row["box"], work) for row in rows}
     if masks:
         dataset.set_values("instance.mask_path", masks, key_field="id")
 
 
 def selection_rows(selection: Selection) -> Iterator[dict]:
-    """The selection's rows that have a picture to show, with absolute paths, their key and their hash."""
+    """Yield the selection's rows that have an image file, with absolute paths, key and hash."""
     for row in selection.table.iter_rows(named=True):
         row["row"] = hashlib.sha256(json.dumps(list(row.values())).encode()).hexdigest()[:16]
         row["key"] = f"{row['split']}/{row['id']}"
@@ -143,10 +150,10 @@ def selection_rows(selection: Selection) -> Iterator[dict]:
             yield row
 
 
-def add_rows(dataset, rows: list[dict], work: Path) -> None:
-    """Add samples in batches, while threads cut their masks."""
+def add_rows(dataset: "Dataset", rows: list[dict], work: Path) -> None:
+    """Add samples in batches while threads cut their masks."""
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        masks = pool.map(lambda row: cut_row(row, work), rows)  # goes on while batches are written
+        masks = pool.map(lambda row: cut_row(row, work), rows)  # runs while batches are written
         for batch in batches(rows, f"import into FiftyOne dataset {dataset.name}"):
             samples = [make_sample(row, mask) for row, mask in zip(batch, masks, strict=False)]
             dataset.add_samples(samples, expand_schema=False, validate=False, progress=False)
@@ -158,12 +165,12 @@ def box_xywh(row: dict) -> list[float]:
 
 
 def cut_row(row: dict, work: Path) -> str | None:
-    """``cut_instance`` of a kept row of the selection; None for a rejected one."""
+    """Call ``cut_instance`` for a kept row of the selection; None for a rejected one."""
     return cut_instance(row["key"], row["mask"], box_xywh(row), work) if row["reason"] == KEPT else None
 
 
 def cut_instance(key: str, mask_path: str, box: list[float], work: Path) -> str | None:
-    """Write the mask cut to its box, as FiftyOne wants it; None for one that cannot be cut (its reason comes later)."""
+    """Write the mask cut to its box, as FiftyOne needs it; None if it cannot be cut (its reason comes later)."""
     mask = cv2.imread(mask_path, cv2.IMREAD_GRAYSCALE)
     if mask is None:
         return None
@@ -175,24 +182,24 @@ def cut_instance(key: str, mask_path: str, box: list[float], work: Path) -> str 
     path = work / "instances" / f"{key}.png"
     bits = (part > OBJECT).astype(np.uint8) * 255
     png = cv2.imencode(".png", bits, [cv2.IMWRITE_PNG_BILEVEL, 1])[1]  # 1 bit a pixel, several times as fast as 8
-    with atomic(path) as partial:
-        partial.write_bytes(png)
+    with replace_file(path) as temp_path:
+        temp_path.write_bytes(png)
     return str(path)
 
 
-def make_sample(row: dict, mask_path: str | None):  # noqa: ANN201  fiftyone.Sample
-    """One sample, kept or rejected."""
+def make_sample(row: dict, mask_path: str | None) -> "Sample":
+    """Build one sample, kept or rejected."""
     import fiftyone as fo
 
-    kept = row["reason"] == KEPT
+    is_kept = row["reason"] == KEPT
     instance = None
     if row["x0"] is not None:
         instance = fo.Detection(label=row["label"], bounding_box=box_xywh(row), mask_path=mask_path)
     return fo.Sample(
         filepath=row["image"],
-        tags=[row["split"], "kept" if kept else "rejected"],
+        tags=[row["split"], "kept" if is_kept else "rejected"],
         harmony_id=row["key"],
-        rejected_because=None if kept else row["reason"],
+        rejected_because=None if is_kept else row["reason"],
         instance=instance,
         mask_stored=row["mask"],
         source=row["source"],
@@ -200,8 +207,8 @@ def make_sample(row: dict, mask_path: str | None):  # noqa: ANN201  fiftyone.Sam
     )
 
 
-def save_views(dataset) -> None:
-    """Saved views ``kept``, ``rejected`` and one a reason; those of reasons that no longer occur are removed."""
+def save_views(dataset: "Dataset") -> None:
+    """Save the views ``kept``, ``rejected`` and one for each reason; remove views of reasons that no longer occur."""
     from fiftyone import ViewField as F
 
     reasons = [r for r in dataset.distinct("rejected_because") if r is not None]
@@ -214,7 +221,7 @@ def save_views(dataset) -> None:
         dataset.save_view(name, view, overwrite=True)
 
 
-def rejections(dataset) -> dict[str, str]:
+def rejections(dataset: "Dataset") -> dict[str, str]:
     """{<split>/<id>: reason} of the rejected samples."""
     view = dataset.match_tags("rejected")
     return dict(zip(*view.values(["harmony_id", "rejected_because"]), strict=True))

@@ -1,14 +1,14 @@
-"""Open Images V7 layout: where the files of a split lie and how its tables are read.
+"""Open Images V7 layout: the files of a split, and readers of its tables.
 
     data/<ImageID>.jpg                                  the photographs
     labels/detections.csv, labels/segmentations.csv     boxes and masks, boxes in fractions of the image
     labels/masks/<HEX>/<MaskPath>                       mask files, HEX = first digit of the image's id, upper case
     metadata/classes.csv                                MID and name, without header
-    metadata/{image_ids,sources}.csv                    where present: all images, and where each comes from
-    metadata/human_captions.json                        where present: {id: [caption, ...]}
+    metadata/{image_ids,sources}.csv                    optional: all images, and the source of each
+    metadata/human_captions.json                        optional: {id: [caption, ...]}
 
-Metadata may lie one folder up, common to all splits; captions may not. Which photographs are kept is decided elsewhere:
-``select.py`` keeps those with a single instance, ``pixels.py`` the largest instance of each.
+Metadata may also be in the folder above, for all splits; captions may not. ``select.py`` selects the photographs with a
+single instance, ``pixels.py`` the largest instance of each photograph.
 """
 
 import json
@@ -27,12 +27,12 @@ FULL_HEADER = {
 }
 IMAGE, MASK = "data/{}.jpg", "labels/masks/{}/{}"
 CORNERS = ("XMin", "XMax", "YMin", "YMax")
-FLAGS = ("IsTruncated", "IsGroupOf", "IsDepiction", "IsInside")  # 0, 1, or -1 for "not known"
+FLAGS = ("IsTruncated", "IsGroupOf", "IsDepiction", "IsInside")  # 0, 1, or -1 for "unknown"
 
 
 @dataclass(frozen=True)
 class Split:
-    """The files of one split; ``folder`` bears its name."""
+    """The files of one split in ``folder``, whose name is that of the split."""
 
     folder: Path
 
@@ -52,28 +52,28 @@ class Split:
         return scan(self.folder / "labels" / "segmentations.csv", columns)
 
     def image_ids(self) -> pl.LazyFrame | None:
-        """ImageID of every image, annotated or not: the first column of ``image_ids.csv``, whatever else it holds."""
+        """ImageID of every image, annotated or not: the first column of ``image_ids.csv``."""
         if (path := self.metadata("image_ids.csv")) is None:
             return None
         ids = pl.scan_csv(path, infer_schema=False, truncate_ragged_lines=True)
         return ids.select(pl.first().alias("ImageID")).unique()
 
     def sources(self) -> pl.LazyFrame | None:
-        """ImageID and ``source`` of every image; None where the dataset does not say."""
+        """ImageID and ``source`` of every image; None if the dataset has no sources."""
         if (path := self.metadata("sources.csv")) is None:
             return None
         require_columns(path, ("ImageID", "Source"), "ImageID,Source,Repository,OriginalPath,Licence")
         return pl.scan_csv(path, infer_schema=False).select("ImageID", source="Source").unique("ImageID")
 
     def class_names(self) -> dict[str, str]:
-        """Machine id to readable name; empty where there is no ``classes.csv``."""
+        """Machine id to readable name; empty if there is no ``classes.csv``."""
         if (path := self.metadata("classes.csv")) is None:
             return {}
         with open(path, encoding="utf-8") as file:
             return dict(line.rstrip("\n").split(",", 1) for line in file if "," in line)
 
     def captions(self) -> dict[str, list[str]]:
-        """Captions by people, {id: [caption, ...]}; empty where there are none.
+        """Captions by people, {id: [caption, ...]}; empty if there are none.
 
         For the studio set the second caption describes the same object under the other light.
         """
@@ -84,10 +84,10 @@ class Split:
             captions = json.loads(path.read_text(encoding="utf-8"))
         except json.JSONDecodeError as error:
             raise UserError(f"{path}: not valid JSON ({error}); mend it or remove it") from None
-        well_formed = isinstance(captions, dict) and all(
+        is_valid = isinstance(captions, dict) and all(
             isinstance(texts, list) and texts and all(isinstance(t, str) for t in texts) for texts in captions.values()
         )
-        if not well_formed:
+        if not is_valid:
             raise UserError(f'{path}: expected {{"<id>": ["<caption>", ...], ...}} with at least one caption an id')
         return captions
 
@@ -98,7 +98,7 @@ class Split:
 
 
 def find_splits(root: Path, names: Sequence[str]) -> list[Split]:
-    """The splits ``root/<name>``. UserError for one that is missing."""
+    """Find the splits ``root/<name>``. UserError if one is missing."""
     for name in names:
         if not (root / name).is_dir():
             raise UserError(f"{root / name}: no such split; set dataset.dir to a folder that holds {', '.join(names)}")
@@ -106,19 +106,19 @@ def find_splits(root: Path, names: Sequence[str]) -> list[Split]:
 
 
 def image_path() -> pl.Expr:
-    """Where the photograph of a row's ``ImageID`` lies in its split."""
+    """The path of the photograph of a row's ``ImageID`` in its split."""
     return pl.format(IMAGE, "ImageID").alias("image")
 
 
 def mask_path() -> pl.Expr:
-    """Where the mask file of a row's ``ImageID`` and ``MaskPath`` lies in its split."""
+    """The path of the mask file of a row's ``ImageID`` and ``MaskPath`` in its split."""
     return pl.format(MASK, pl.col("ImageID").str.head(1).str.to_uppercase(), "MaskPath").alias("mask")
 
 
 def scan(path: Path, columns: dict[str, type[pl.DataType]]) -> pl.LazyFrame:
-    """The required columns of an annotation CSV, lazily; ``damaged`` marks rows with a missing or unreadable value.
+    """Scan the required columns of an annotation CSV; ``damaged`` marks rows with a missing or unreadable value.
 
-    A line that was cut short (an interrupted download) lacks its last fields and is marked so too.
+    An incomplete line (of an interrupted download) lacks its last fields and is marked too.
     """
     require_columns(path, columns, FULL_HEADER[path.name])
     rows = pl.scan_csv(
@@ -140,5 +140,5 @@ def require_columns(path: Path, columns: Sequence[str], header: str) -> None:
             names = file.readline().strip().split(",")
     except FileNotFoundError:
         raise UserError(f"{path}: file missing; an Open Images split needs it with the header {header}") from None
-    if missing := [c for c in columns if c not in names]:
-        raise UserError(f"{path}: column {', '.join(missing)} missing; the expected header is {header}")
+    if missing_columns := [c for c in columns if c not in names]:
+        raise UserError(f"{path}: column {', '.join(missing_columns)} missing; the expected header is {header}")

@@ -1,8 +1,9 @@
-"""What only the pixels tell of an image and its mask: whether they decode, their size, hash, box and area."""
+"""Facts from the pixels of an image and its mask: whether they decode, their size, hash, box and area."""
 
 import os
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from harmony.core.errors import UserError
 from harmony.data.sources.open_images.batches import batches
@@ -11,37 +12,40 @@ from harmony.data.sources.selection import REASONS, Rules
 from harmony.pixels.images import open_image, sha256, write_image
 from harmony.pixels.masks import bounding_box, read_mask
 
+if TYPE_CHECKING:
+    from harmony.data.sources.open_images.database import Dataset
+
 ASPECT_TOLERANCE = 0.02  # Open Images rounds the sizes of masks and photographs independently
 
 
-def look_at_pixels(dataset, rules: Rules, work: Path) -> None:
-    """Decode every kept image and mask that is new or has changed; store the facts, or reject with the reason."""
-    fo, pending = load_fiftyone(), changed_samples(dataset, rules)
+def look_at_pixels(dataset: "Dataset", rules: Rules, work: Path) -> None:
+    """Decode every kept image and mask that is new or has changed; store the facts, or reject with a reason."""
+    fo, samples = load_fiftyone(), find_changed_samples(dataset, rules)
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        for batch in batches(pending, "look at the pixels"):
+        for batch in batches(samples, "look at the pixels"):
             facts = list(pool.map(lambda sample: pixel_facts(sample, rules, work), batch))
-            by_id = {sample["id"]: each for sample, each in zip(batch, facts, strict=True)}
+            results = {sample["id"]: fact for sample, fact in zip(batch, facts, strict=True)}
             split_of = {sample["id"]: sample["key"].split("/")[0] for sample in batch}
-            good = {i: f for i, f in by_id.items() if "reason" not in f}
-            before = {sample["id"]: sample["sha256"] for sample in batch}
-            other = {i: None for i, f in good.items() if before[i] not in (None, f["sha256"])}
-            dataset.set_values("caption_model", other, key_field="id")  # the caption was that of another picture
-            bad = {i: f["reason"] for i, f in by_id.items() if "reason" in f}
-            size = {i: fo.ImageMetadata(width=f["width"], height=f["height"]) for i, f in good.items()}
-            dataset.set_values("metadata", size, key_field="id")
+            facts_by_id = {i: f for i, f in results.items() if "reason" not in f}
+            hashes = {sample["id"]: sample["sha256"] for sample in batch}
+            resets = {i: None for i, f in facts_by_id.items() if hashes[i] not in (None, f["sha256"])}
+            dataset.set_values("caption_model", resets, key_field="id")  # the caption belongs to the old picture
+            reasons = {i: f["reason"] for i, f in results.items() if "reason" in f}
+            sizes = {i: fo.ImageMetadata(width=f["width"], height=f["height"]) for i, f in facts_by_id.items()}
+            dataset.set_values("metadata", sizes, key_field="id")
             for field in ("sha256", "mask_file", "mask_box", "mask_area"):
-                dataset.set_values(field, {i: f[field] for i, f in good.items()}, key_field="id")
-            dataset.set_values("rejected_because", {i: bad.get(i) for i in by_id}, key_field="id")
-            tags = {i: [split_of[i], "rejected" if i in bad else "kept"] for i in by_id}
+                dataset.set_values(field, {i: f[field] for i, f in facts_by_id.items()}, key_field="id")
+            dataset.set_values("rejected_because", {i: reasons.get(i) for i in results}, key_field="id")
+            tags = {i: [split_of[i], "rejected" if i in reasons else "kept"] for i in results}
             dataset.set_values("tags", tags, key_field="id")
             # last, because it marks the sample as complete
             dataset.set_values("looked_at", {s["id"]: s["stamp"] for s in batch}, key_field="id")
 
 
-def changed_samples(dataset, rules: Rules) -> list[dict]:
-    """Samples kept by the selection whose files or area limits differ from those of ``looked_at``."""
-    F, by_pixels = load_fiftyone().ViewField, REASONS[REASONS.index("image undecodable") :]
-    view = dataset.match(~F("rejected_because").exists() | F("rejected_because").is_in(by_pixels))
+def find_changed_samples(dataset: "Dataset", rules: Rules) -> list[dict]:
+    """The samples that the selection keeps and whose files or area limits differ from ``looked_at``."""
+    F, pixel_reasons = load_fiftyone().ViewField, REASONS[REASONS.index("image undecodable") :]
+    view = dataset.match(~F("rejected_because").exists() | F("rejected_because").is_in(pixel_reasons))
     names = {"id": "id", "key": "harmony_id", "image": "filepath", "mask": "mask_stored", "looked_at": "looked_at"}
     names |= {"mask_file": "mask_file", "sha256": "sha256"}
     rows = [dict(zip(names, values, strict=True)) for values in zip(*view.values(list(names.values())), strict=True)]
@@ -51,7 +55,7 @@ def changed_samples(dataset, rules: Rules) -> list[dict]:
 
 
 def stamp(rules: Rules, *paths: str) -> str:
-    """Area limits, sizes and times of files as one text, which changes when one of them does."""
+    """A text of area limits, sizes and times of files, which changes when one of them changes."""
     stats = (os.stat(p) if os.path.exists(p) else None for p in paths)
     files = ("-" if s is None else f"{s.st_size}.{s.st_mtime_ns}" for s in stats)
     return f"{rules.min_area}-{rules.max_area} {' '.join(files)}"
@@ -60,7 +64,7 @@ def stamp(rules: Rules, *paths: str) -> str:
 def pixel_facts(sample: dict, rules: Rules, work: Path) -> dict:
     """Size, hash, box and area (fraction of the image) of one instance, or ``{"reason": ...}``.
 
-    A mask of another size but the same shape is brought to the image's size and kept in the work folder.
+    A mask of another size but the same aspect is resized to the image's size and kept in the work folder.
     """
     try:
         width, height = open_image(sample["image"]).size

@@ -1,7 +1,7 @@
-"""From photographs with masks to a manifest, through a persistent FiftyOne dataset.
+"""Preparation of photographs with masks: to a manifest, through a persistent FiftyOne dataset.
 
-select -> (download) -> import -> look at the pixels -> caption -> export. Each step first asks the dataset what is done
-already, so that the same command goes on after a kill at any point.
+select -> (download) -> import -> look at the pixels -> caption -> export. Each step first checks what is already done,
+so that the same command resumes after a kill at any point.
 """
 
 import json
@@ -23,7 +23,7 @@ from harmony.data.sources.open_images.rows import export_rows
 from harmony.data.sources.selection import KEPT, Source, count_reasons, format_counts, reject, write_selection
 
 CAPTION_BATCH = 16  # images captioned at once
-CAPTIONS = 128  # a shard: the most that a kill can lose of each process
+CAPTIONS = 128  # captions in a shard, the most that a killed process loses
 
 
 def prepare_dataset(
@@ -35,9 +35,9 @@ def prepare_dataset(
 ) -> Path:
     """Prepare the dataset that ``recipe`` (datasets/*/recipe.yaml) describes; returns ``work/<name>/manifest.jsonl``.
 
-    ``captioner`` is the backbone's (``<backbone>/captioner``), used unless the recipe names another BLIP folder or hub
-    id, and loaded only if some image needs it. All processes of ``trainer`` caption (see ``shards.predictor``), the
-    first does everything else. Raises UserError for bad input, and when no image is kept.
+    ``captioner`` is the backbone's (``<backbone>/captioner``). The recipe may name another BLIP folder or hub id. It is
+    loaded only if an image needs a caption. All processes of ``trainer`` write captions (see ``shards.predictor``); the
+    first does everything else. Raises UserError for bad input, and if no image is kept.
     """
     if recipe["captions"]["captioner"] != "backbone":
         captioner = recipe["captions"]["captioner"]
@@ -47,10 +47,10 @@ def prepare_dataset(
 
 
 class Preparation(Shards):
-    """Captions in shards. The first process, which alone imports FiftyOne, does what comes before and after them.
+    """The preparation: captions in shards, with the other steps before and after them in the first process.
 
-    The shards lie in ``captions/`` until all captions are in the database. Those that a stopped preparation left there
-    are used, if captioner and photograph are the same.
+    Only the first process imports FiftyOne. The shards are in ``captions/`` until all captions are in the database.
+    Shards of a stopped preparation are used if captioner and photograph are the same.
     """
 
     def __init__(self, recipe: dict, folder: Path, source: Source, captioner: str | Path | None):
@@ -59,21 +59,21 @@ class Preparation(Shards):
         self.place = folder / "captions"
 
     def plan(self) -> tuple[str | None, list[list[str]]]:
-        """Select, import, look at the pixels: (captioner's name, [sample id, path, sha256] of what lacks a caption)."""
+        """Select, import, look at the pixels; returns (captioner's name, [id, path, sha256] without a caption)."""
         self.import_selection()
         root, splits = self.selection.root, self.recipe["splits"]
         by_split = {split: self.source.captions(root, split) for split in splits}
         self.texts = {f"{split}/{id_}": texts for split in splits for id_, texts in by_split[split].items()}
         texts = self.texts if self.recipe["captions"]["given"] else {}
-        name, todo = find_uncaptioned(self.dataset, texts, self.captioner)
-        captions = self.read_shards(name, {id_: digest for id_, _, digest in todo})
+        name, rows = find_uncaptioned(self.dataset, texts, self.captioner)
+        captions = self.read_shards(name, {id_: digest for id_, _, digest in rows})
         set_captions(self.dataset, captions, name)
         shutil.rmtree(self.place, ignore_errors=True)
         self.place.mkdir(parents=True)
-        return name, [row for row in todo if row[0] not in captions]
+        return name, [row for row in rows if row[0] not in captions]
 
     def import_selection(self) -> None:
-        """Select, import and look at the pixels; write the selection, and print how many images have which reason."""
+        """Select, import and look at the pixels; write the selection and print the number of images for each reason."""
         selection, folder = self.source.select(self.recipe, self.folder), self.folder
         write_selection(selection, folder)
         for path, number in selection.skipped.items():
@@ -89,7 +89,7 @@ class Preparation(Shards):
         self.dataset, self.selection = dataset, selection
 
     def read_shards(self, captioner: str | None, digests: dict[str, str]) -> dict[str, str]:
-        """Captions in shards of a stopped preparation, by sample id; only those of ``captioner`` and these pictures."""
+        """Read captions by sample id from shards of a stopped preparation, if captioner and picture are the same."""
         captions = {}
         for file in self.place.glob("*.json"):
             shard = json.loads(file.read_text())
@@ -105,7 +105,7 @@ class Preparation(Shards):
     @cached_property
     def parts(self) -> list[list[list[str]]]:
         """The planned photographs of each shard."""
-        rows = self.planned[1]
+        rows = self.plan_result[1]
         return [rows[i : i + CAPTIONS] for i in range(0, len(rows), CAPTIONS)]
 
     @property
@@ -113,18 +113,18 @@ class Preparation(Shards):
         return [len(part) for part in self.parts]
 
     def file(self, n: int) -> Path:
-        """Where shard ``n`` lies."""
+        """The file of shard ``n``."""
         return self.place / f"{n:05d}.json"
 
     def is_made(self, n: int) -> bool:
-        return False  # ``plan`` lists only what is missing
+        return False  # ``plan`` lists only missing captions
 
     def make(self, n: int) -> None:
         batch = [(id_, Path(path)) for id_, path, _ in self.parts[n]]
         digests = {id_: digest for id_, _, digest in self.parts[n]}
         texts = caption_images(batch, *self.model, CAPTION_BATCH, str(self.device))
         captions = {id_: (digests[id_], text) for id_, text in texts}
-        write_json(self.file(n), {"captioner": self.planned[0], "captions": captions})
+        write_json(self.file(n), {"captioner": self.plan_result[0], "captions": captions})
 
     def finish(self) -> None:
         """Write the captions into the database, and the manifest."""

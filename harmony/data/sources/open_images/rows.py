@@ -2,15 +2,19 @@
 
 import os
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from harmony.core.row import Row
 from harmony.data.sources.studio.files import TRUTHS
 
+if TYPE_CHECKING:
+    from harmony.data.sources.open_images.database import Dataset
 
-def export_rows(dataset, base: Path, captions: dict[str, list[str]]) -> list[Row]:
+
+def export_rows(dataset: "Dataset", base: Path, captions: dict[str, list[str]]) -> list[Row]:
     """The kept samples as rows, paths relative to ``base``; ``captions`` by people as {<split>/<id>: [caption, ...]}.
 
-    What a study needs beyond the row stands in ``extras``.
+    ``extras`` holds what a study needs beyond the row.
     """
     fields = ("harmony_id", "filepath", "mask_file", "mask_box", "instance.label", "caption", "caption_model")
     fields += ("metadata.width", "metadata.height", "sha256")

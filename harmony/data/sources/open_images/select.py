@@ -1,7 +1,7 @@
-"""Photographs of an Open Images folder with exactly one usable instance: one streaming pass over the tables.
+"""Selection of Open Images photographs with exactly one usable instance, in one streaming pass over the tables.
 
-Selection comes before anything is downloaded, decoded or imported. Memory grows with the number of images, never with
-the number of annotation rows. Every image gets one reason, the first of ``REASONS`` that applies, or ``kept``.
+The selection comes before any download, decoding or import. Memory grows with the number of images, not with the number
+of annotation rows. Every image gets one reason, the first of ``REASONS`` that applies, or ``kept``.
 """
 
 from collections.abc import Sequence
@@ -17,50 +17,51 @@ from harmony.data.sources.selection import KEPT, Rules, Selection, check_files, 
 def select(root: Path, splits: Sequence[str], rules: Rules, files: bool = True) -> Selection:
     """Select the single-instance images of ``root/<split>`` for each split.
 
-    ``files=False`` does not look for the files, as before a download, when none is there yet.
+    ``files=False`` does not check the files, for a selection before the download.
     Raises UserError for a missing split, CSV or column.
     """
-    tables, skipped = [], {}
+    tables, damage_counts = [], {}
     for split in find_splits(root, splits):
-        table, damaged = select_split(split, rules)
+        table, counts = select_split(split, rules)
         tables.append(check_files(table, root) if files else table)
-        skipped |= damaged
-    return Selection(root, pl.concat(tables), rules, skipped)
+        damage_counts |= counts
+    return Selection(root, pl.concat(tables), rules, damage_counts)
 
 
 def select_split(split: Split, rules: Rules) -> tuple[pl.DataFrame, dict[str, int]]:
-    """The annotation and recipe rules for one split: (table with ``COLUMNS``, damaged rows per CSV)."""
+    """Apply the annotation and recipe rules to one split: (table with ``COLUMNS``, damaged rows per CSV)."""
     images = join_annotations(split)
-    damaged = {
+    damage_counts = {
         f"{split.name}/labels/{name}": n
         for name, column in (("detections.csv", "damaged_boxes"), ("segmentations.csv", "damaged_masks"))
         if (n := int(images[column].sum()))
     }
-    images = images.filter(pl.col("ImageID").is_not_null())  # a line cut before its id is counted above, and no image
+    images = images.filter(pl.col("ImageID").is_not_null())  # a line without an id is counted above and is no image
     images = images.with_columns(reason=first_reason(rules, class_ids(split, rules.classes), read_ids(rules)))
     images = limit_samples(images.sort("ImageID"), rules.max_samples)
-    single = pl.col("boxes") == 1
+    has_one_box = pl.col("boxes") == 1
     table = images.select(
         split=pl.lit(split.name),
         id="ImageID",
         reason="reason",
-        label=pl.when(single).then(pl.col("label").replace(split.class_names())),
-        x0=pl.when(single).then("XMin"),
-        y0=pl.when(single).then("YMin"),
-        x1=pl.when(single).then("XMax"),
-        y1=pl.when(single).then("YMax"),
+        label=pl.when(has_one_box).then(pl.col("label").replace(split.class_names())),
+        x0=pl.when(has_one_box).then("XMin"),
+        y0=pl.when(has_one_box).then("YMin"),
+        x1=pl.when(has_one_box).then("XMax"),
+        y1=pl.when(has_one_box).then("YMax"),
         image=pl.format("{}/{}", pl.lit(split.name), image_path()),
         mask=pl.when(pl.col("masks") == 1).then(pl.format("{}/{}", pl.lit(split.name), mask_path())),
         source="source",
     )
-    return table, damaged
+    return table, damage_counts
 
 
 def join_annotations(split: Split) -> pl.DataFrame:
-    """One row an image: its boxes and masks counted, and the first of each. The only pass over the tables, streamed.
+    """Join the tables to one row for each image: numbers of boxes and masks, and the first of each.
 
-    A mask belongs to a box by (ImageID, LabelName, corners). Where an image has one box and one mask, as every kept
-    image has, (ImageID, LabelName) alone decides, so rounding of the corners cannot lose a pair.
+    This is the only pass over the tables, and it is streamed. A mask belongs to a box by (ImageID, LabelName, corners).
+    If an image has one box and one mask, as every kept image, (ImageID, LabelName) is enough, so that rounding of the
+    corners cannot lose a pair.
     """
     boxes = (
         split.boxes()
@@ -95,11 +96,11 @@ def join_annotations(split: Split) -> pl.DataFrame:
 
 
 def first_reason(rules: Rules, classes: set[str] | None, ids: set[str] | None) -> pl.Expr:
-    """The first rule that an image breaks, or ``kept``. Flags of -1 mean "not known" and reject nothing."""
+    """The first rule that an image violates, or ``kept``. Flags of -1 mean "unknown" and reject nothing."""
     boxes, masks = pl.col("boxes"), pl.col("masks")
     area = (pl.col("XMax") - pl.col("XMin")) * (pl.col("YMax") - pl.col("YMin"))
-    never = pl.lit(False)
-    from_sources = pl.col("source").is_in(list(rules.sources or ())).fill_null(False)
+    no_image = pl.lit(False)
+    has_source = pl.col("source").is_in(list(rules.sources or ())).fill_null(False)
     conditions = {
         "damaged row": pl.col("damaged_boxes") + pl.col("damaged_masks") > 0,
         "no instance": (boxes == 0) & (masks == 0),
@@ -108,38 +109,38 @@ def first_reason(rules: Rules, classes: set[str] | None, ids: set[str] | None) -
         "several masks": masks > 1,
         "mask without box": boxes == 0,
         "mask of another class": pl.col("label") != pl.col("mask_label"),
-        "group": never if rules.allow_group else pl.col("IsGroupOf") > 0,
-        "depiction": never if rules.allow_depiction else pl.col("IsDepiction") > 0,
-        "truncated": never if rules.allow_truncated else pl.col("IsTruncated") > 0,
-        "inside view": never if rules.allow_inside else pl.col("IsInside") > 0,
+        "group": no_image if rules.allow_group else pl.col("IsGroupOf") > 0,
+        "depiction": no_image if rules.allow_depiction else pl.col("IsDepiction") > 0,
+        "truncated": no_image if rules.allow_truncated else pl.col("IsTruncated") > 0,
+        "inside view": no_image if rules.allow_inside else pl.col("IsInside") > 0,
         "too small": area < rules.min_area,
         "too large": area > rules.max_area,
-        "class not wanted": never if classes is None else ~pl.col("label").is_in(list(classes)),
-        "source not wanted": never if rules.sources is None else ~from_sources,
-        "id not listed": never if ids is None else ~pl.col("ImageID").is_in(list(ids)),
+        "class not wanted": no_image if classes is None else ~pl.col("label").is_in(list(classes)),
+        "source not wanted": no_image if rules.sources is None else ~has_source,
+        "id not listed": no_image if ids is None else ~pl.col("ImageID").is_in(list(ids)),
     }
-    broken = [pl.when(condition).then(pl.lit(reason)) for reason, condition in conditions.items()]
-    return pl.coalesce(*broken, pl.lit(KEPT))
+    reasons = [pl.when(condition).then(pl.lit(reason)) for reason, condition in conditions.items()]
+    return pl.coalesce(*reasons, pl.lit(KEPT))
 
 
 def limit_samples(images: pl.DataFrame, limit: int | None) -> pl.DataFrame:
-    """Keep the first ``limit`` images in the order of their ids, a random draw since Open Images ids are random."""
+    """Keep the first ``limit`` images by id, a random draw because Open Images ids are random."""
     if limit is None:
         return images
     is_kept = pl.col("reason") == KEPT
-    over = is_kept & (is_kept.cum_sum() > limit)
-    return images.with_columns(reason=pl.when(over).then(pl.lit("over max_samples")).otherwise("reason"))
+    exceeds = is_kept & (is_kept.cum_sum() > limit)
+    return images.with_columns(reason=pl.when(exceeds).then(pl.lit("over max_samples")).otherwise("reason"))
 
 
 def class_ids(split: Split, classes: Sequence[str] | None) -> set[str] | None:
-    """Machine ids of classes, which have names or machine ids. UserError for a name that the dataset does not have."""
+    """Convert class names or machine ids to machine ids. UserError for a class that the dataset does not have."""
     if classes is None:
         return None
     by_name = {name.lower(): mid for mid, name in split.class_names().items()}
-    known = set(by_name.values())
-    if unknown := [c for c in classes if c.lower() not in by_name and c not in known]:
+    ids = set(by_name.values())
+    if unknown_classes := [c for c in classes if c.lower() not in by_name and c not in ids]:
         raise UserError(
-            f"dataset.select.classes: {split.folder} has no class {', '.join(unknown)}; "
+            f"dataset.select.classes: {split.folder} has no class {', '.join(unknown_classes)}; "
             f"it has {', '.join(sorted(by_name)[:12])}, ... (metadata/classes.csv)"
         )
     return {by_name.get(c.lower(), c) for c in classes}

@@ -11,7 +11,7 @@ from harmony.data.sources.studio.files import generate
 
 
 def select_recipe(recipe: dict, work: Path) -> Selection:
-    """The selection of a recipe. With ``count`` it renders first; without a folder it downloads Open Images first."""
+    """Select the images of a recipe; render first with ``count``, download Open Images first without a folder."""
     rules, splits = Rules(**recipe["select"]), recipe["splits"]
     if recipe.get("count"):
         renders = generate(work / f"renders-{recipe['count']}", recipe["count"])
@@ -22,7 +22,7 @@ def select_recipe(recipe: dict, work: Path) -> Selection:
 
 
 def read_captions(root: Path, split: str) -> dict[str, list[str]]:
-    """Captions by people: {id: [caption, ...]}."""
+    """Read captions by people, {id: [caption, ...]}."""
     return Split(root / split).captions()
 
 

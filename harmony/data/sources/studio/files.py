@@ -1,4 +1,4 @@
-"""Files of the studio dataset: renders, and tables in Open Images V7 layout that describe them."""
+"""Files of the studio dataset: renders, and their tables in Open Images V7 layout."""
 
 import csv
 import hashlib
@@ -17,7 +17,7 @@ from harmony.data.sources.studio.scenes import Scene, scene
 from harmony.data.sources.studio.shapes import KINDS
 from harmony.pixels.masks import bounding_box
 
-TRUTHS = {"plate": "plates/{}.jpg", "relit": "relit/{}.jpg", "shadow": "shadows/{}.png"}  # beside the photographs
+TRUTHS = {"plate": "plates/{}.jpg", "relit": "relit/{}.jpg", "shadow": "shadows/{}.png"}  # beside ``data/``
 
 
 def mid(kind: str) -> str:
@@ -26,22 +26,24 @@ def mid(kind: str) -> str:
 
 
 def box_id(s: Scene) -> str:
+    """The box id of a scene's object."""
     return hashlib.sha256(f"box {s.id}".encode()).hexdigest()[:8]
 
 
 def mask_name(s: Scene) -> str:
+    """The name of a scene's mask file, as in Open Images."""
     return f"{s.id}_{mid(s.kind).replace('/', '')}_{box_id(s)}.png"
 
 
 def scene_files(s: Scene, root: Path) -> dict[str, Path]:
-    """Where the frames of a scene lie. ``image`` is written last: when it is there, the scene is complete."""
+    """The files of a scene's frames. ``image`` is written last: if it exists, the scene is complete."""
     folder = root / s.split
     truths = {name: folder / pattern.format(s.id) for name, pattern in TRUTHS.items()}
     mask = folder / MASK.format(s.id[0].upper(), mask_name(s))
     return truths | {"mask": mask, "image": folder / IMAGE.format(s.id)}
 
 
-def render_to(job: tuple[Scene, Path, int, int, bool]) -> Scene:
+def render_files(job: tuple[Scene, Path, int, int, bool]) -> Scene:
     """Render one scene into the dataset folder."""
     s, root, size, samples, plate = job
     frames = render(s, size, samples, plate)
@@ -53,6 +55,7 @@ def render_to(job: tuple[Scene, Path, int, int, bool]) -> Scene:
 
 
 def write_table(path: Path, header: Iterable[str] | None, rows: Iterable[Iterable]) -> None:
+    """Write a CSV file atomically."""
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
     if header:
@@ -72,9 +75,9 @@ def write_labels(scenes: list[Scene], root: Path) -> None:
             continue
         x0, y0, x1, y1 = bounding_box(mask)
         height, width = mask.shape
-        cut = int(x0 == 0 or y0 == 0 or x1 == width or y1 == height)
+        is_truncated = int(x0 == 0 or y0 == 0 or x1 == width or y1 == height)
         box = [f"{v:.6f}" for v in (x0 / width, x1 / width, y0 / height, y1 / height)]
-        detections.append([s.id, "xclick", mid(s.kind), 1, *box, 0, cut, 0, 0, 0])
+        detections.append([s.id, "xclick", mid(s.kind), 1, *box, 0, is_truncated, 0, 0, 0])
         segmentations.append(
             [mask_name(s), s.id, mid(s.kind), box_id(s), box[0], box[1], box[2], box[3], "0.00000", ""]
         )
@@ -111,13 +114,13 @@ def generate(
     """
     root = Path(root)
     scenes = [s for s in (scene(i, seed) for i in range(start, start + count)) if s.split in splits]
-    todo = [s for s in scenes if not scene_files(s, root)["image"].exists()]
-    if todo:
+    missing_scenes = [s for s in scenes if not scene_files(s, root)["image"].exists()]
+    if missing_scenes:
         mitsuba()
-        jobs = [(s, root, size, samples, plate) for s in todo]
-        progress = Progress("studio", len(todo), "scenes")
+        jobs = [(s, root, size, samples, plate) for s in missing_scenes]
+        progress = Progress("studio", len(missing_scenes), "scenes")
         with worker_pool(workers or os.cpu_count()) as pool:
-            for _ in pool.imap_unordered(render_to, jobs, chunksize=4):
+            for _ in pool.imap_unordered(render_files, jobs, chunksize=4):
                 progress.advance(1, every=50)
     for split in splits:
         if members := [s for s in scenes if s.split == split]:

@@ -1,6 +1,7 @@
-"""What a scene of the studio shows: a pure function of seed and index."""
+"""The scenes of the studio, each a pure function of seed and index."""
 
 import hashlib
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import numpy as np
@@ -17,7 +18,7 @@ COLORS = {
     "white": (0.82, 0.82, 0.82),
     "black": (0.025, 0.025, 0.028),
 }
-NOVEL = {  # colors that no scene of the dataset has, for objects whose word is to be learned
+NOVEL = {  # colors that no scene of the dataset has, for objects whose word is learned
     "teal": (0.02, 0.32, 0.30),
     "pink": (0.85, 0.28, 0.42),
     "brown": (0.22, 0.09, 0.03),
@@ -38,7 +39,7 @@ BACKDROPS = ("sky", "hills", "wall")
 
 @dataclass(frozen=True)
 class Light:
-    """Sun elevation in degrees, its irradiance and the sky's radiance (linear RGB, scene units)."""
+    """A light: its words, the sun's elevation in degrees and irradiance, the sky's radiance (linear RGB)."""
 
     words: str
     elevation: float
@@ -57,7 +58,7 @@ LIGHTS = {
 
 @dataclass(frozen=True)
 class Scene:
-    """Everything that decides a render. Angles in degrees, lengths in scene units (an object is about 1.5 high)."""
+    """Everything that determines a render. Angles in degrees, lengths in scene units (an object is about 1.5 high)."""
 
     seed: int
     index: int
@@ -82,39 +83,40 @@ class Scene:
         return hashlib.sha256(f"studio {self.seed} {self.index}".encode()).hexdigest()[:16]
 
     def caption(self, light: str | None = None) -> str:
+        """The caption under the scene's light, or under another ``light``."""
         return f"a {self.color} {self.kind} on {self.ground}, {LIGHTS[light or self.light].words}"
 
 
 def split_of(index: int) -> str:
-    """11 : 2 : 3 of every sixteen scenes are train, validation and test."""
+    """The split of a scene: of every sixteen, 11 are train, 2 validation and 3 test."""
     return "train" if index % 16 < 11 else "validation" if index % 16 < 13 else "test"
 
 
-def held_out(kind: str, color: str, light: str) -> bool:
-    """Whether this combination is for the test split alone: one in seven, evenly over kinds, colors and lights."""
+def is_test_combination(kind: str, color: str, light: str) -> bool:
+    """Whether this combination occurs only in the test split: one in seven, evenly over kinds, colors and lights."""
     return (list(KINDS).index(kind) + 3 * list(COLORS).index(color) + 2 * list(LIGHTS).index(light)) % 7 == 0
 
 
 def scene(index: int, seed: int = 0) -> Scene:
-    """The scene of this index, the same on every machine, whatever was rendered before."""
+    """The scene of this index, the same on every machine and in every order."""
     rng = np.random.default_rng([seed, index])
     split = split_of(index)
 
-    def pick(names):
+    def pick(names: Iterable[str]) -> str:
         return str(rng.choice(list(names)))
 
     while True:
         kind, color, light, relight = pick(KINDS), pick(COLORS), pick(LIGHTS), pick(LIGHTS)
-        test_only = held_out(kind, color, light)
-        train_too = not test_only and not held_out(kind, color, relight)
-        if relight != light and (test_only if split == "test" else train_too):
+        is_test = is_test_combination(kind, color, light)
+        is_training = not is_test and not is_test_combination(kind, color, relight)
+        if relight != light and (is_test if split == "test" else is_training):
             break
     others = []
     if rng.random() < 1 / 3:
         for _ in range(rng.integers(1, 3)):
-            around, away = rng.uniform(0.15, 0.85) * np.pi, rng.uniform(2.0, 4.0)
+            angle, distance = rng.uniform(0.15, 0.85) * np.pi, rng.uniform(2.0, 4.0)
             others.append(
-                (pick(KINDS), pick(COLORS), away * np.cos(around), away * np.sin(around), rng.uniform(0, 360))
+                (pick(KINDS), pick(COLORS), distance * np.cos(angle), distance * np.sin(angle), rng.uniform(0, 360))
             )
     azimuth = rng.uniform(-25, 25)
     return Scene(
