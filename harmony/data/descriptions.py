@@ -189,7 +189,7 @@ def split_words(text: str) -> list[str]:
 
 
 class VisionLanguageModel:
-    """Words from a vision-language model of transformers (BLIP-2, LLaVA and their like), hub id or folder.
+    """Words from a vision-language model of transformers (BLIP-2, LLaVA or similar), by hub id or folder.
 
     It answers questions about the cut-out object and about the background, in a few words each.
     """

@@ -1,4 +1,4 @@
-"""``manifest.jsonl``: a header line, then one ``Row`` a line. All that training knows of a dataset.
+"""``manifest.jsonl``: a header line, then one ``Row`` per line. All that training knows of a dataset.
 
 Paths are relative to the manifest's folder. Rows are ordered by (split, id) and are the same in every run of the same
 preparation, so that equal data have an equal ``manifest_hash``.

@@ -45,7 +45,7 @@ class PixelData(lightning.LightningDataModule):
         render = torch.tensor([pool.is_render(i) for i in range(len(pool))])
         total = max(1, int((~render).sum()))
         weight = torch.where(render, (1 - h.photos) / max(1, int(render.sum())), h.photos / total)
-        count = max(len(pool), h.batch_size)  # at least one batch an epoch
+        count = max(len(pool), h.batch_size)  # at least one batch per epoch
         sampler = WeightedRandomSampler(weight, count, generator=torch.Generator().manual_seed(h.seed))
         return DataLoader(pool, h.batch_size, sampler=sampler, num_workers=h.workers, drop_last=True)
 

@@ -91,7 +91,7 @@ def test_the_bench_is_small():
 
 
 def test_an_edit_changes_one_thing():
-    """Guards edits_of: the same every time, one field of the scene (a light swaps with its rival), never to itself."""
+    """Guards ``edit_scene``: the same every time, one field of the scene (both lights swap), never to itself."""
     for s in SCENES[:16]:
         edits = edit_scene(s)
         assert edits == edit_scene(scene(s.index)) and [*edits] == ["colour", "kind", "light"]

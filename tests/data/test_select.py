@@ -32,7 +32,7 @@ def test_real_photographs_with_one_instance_and_one_mask(shared_data, split, ima
     counts = selection.counts()[split]
     assert sum(counts.values()) == images == selection.table["id"].n_unique()
     assert images - sum(counts.get(reason, 0) for reason in ANNOTATION_REASONS) == single
-    assert selection.skipped == {}
+    assert selection.damage_counts == {}
 
 
 def test_every_image_gets_the_first_reason_that_applies(tmp_path, make_folder):
@@ -148,7 +148,7 @@ def test_a_cut_last_line_is_counted_and_its_image_not_trusted(tmp_path, make_fol
     lines = path.read_text().splitlines(keepends=True)
     path.write_text("".join(lines[:-1]) + lines[-1][:cut])
     selection = select(tmp_path, ["train"], Rules())
-    assert selection.skipped == {f"train/labels/{name}": 1}
+    assert selection.damage_counts == {f"train/labels/{name}": 1}
     found = dict(selection.table.select("id", "reason").iter_rows())
     assert found["a0000001"] == KEPT
     if cut > 12:

@@ -153,7 +153,7 @@ def test_other_light_changes_all_but_the_content():
 
 
 def test_a_change_is_carried_to_the_full_size():
-    """Guards ``carried``: detail stays, the rim changes by as much as the inside, nothing where nothing did."""
+    """Guards ``transfer_change``: detail stays, the rim changes by as much as the inside, nothing where nothing did."""
     rng, mask = np.random.default_rng(0), np.zeros((16, 16), bool)
     mask[4:12, 4:12] = True
     large = rng.integers(60, 140, (64, 64, 3)).astype(np.uint8)

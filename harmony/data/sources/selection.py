@@ -76,7 +76,7 @@ class Rules:
 
 @dataclass(frozen=True)
 class Selection:
-    """A table of all images with the reason of each, and the number of damaged rows in each CSV (``skipped``).
+    """A table of all images with the reason of each, and the number of damaged rows in each CSV (``damage_counts``).
 
     ``table`` has the columns ``COLUMNS``, one row for each image, paths relative to ``root``. ``x0, y0, x1, y1`` is the
     box in fractions of the image. Label, box and mask are null unless there is exactly one.
@@ -85,7 +85,7 @@ class Selection:
     root: Path
     table: pl.DataFrame
     rules: Rules
-    skipped: dict[str, int] = field(default_factory=dict)
+    damage_counts: dict[str, int] = field(default_factory=dict)
 
     def counts(self) -> dict[str, dict[str, int]]:
         """Images per split and reason, ``kept`` first, then in the order of ``REASONS``."""
@@ -160,7 +160,11 @@ def write_selection(selection: Selection, folder: Path, table: pl.DataFrame | No
     ``table`` replaces the selection's own table after the pixels have been checked. Both files are written atomically.
     """
     table = selection.table if table is None else table
-    summary = {"counts": count_reasons(table), "skipped_rows": selection.skipped, "rules": asdict(selection.rules)}
+    summary = {
+        "counts": count_reasons(table),
+        "skipped_rows": selection.damage_counts,
+        "rules": asdict(selection.rules),
+    }
     paths = folder / "selection.csv", folder / "selection.json"
     for path, text in zip(paths, (table.write_csv(), json.dumps(summary, indent=2, default=list) + "\n"), strict=True):
         write_text(path, text)

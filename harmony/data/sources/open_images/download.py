@@ -30,7 +30,7 @@ def download(splits: Iterable[str], rules: Rules, work: Path, examples: int) -> 
         table = selection.table.filter(pl.col("split") == split)
         rejected_rows = table.filter(pl.col("reason") != KEPT).group_by("reason", maintain_order=True).head(examples)
         fetch(root, split, [*table.filter(pl.col("reason") == KEPT)["id"], *rejected_rows["id"]], work)
-    return Selection(root, check_files(selection.table, root), rules, selection.skipped)
+    return Selection(root, check_files(selection.table, root), rules, selection.damage_counts)
 
 
 def fetch(root: Path, split: str, ids: list[str], work: Path) -> None:

@@ -76,7 +76,7 @@ class Preparation(Shards):
         """Select, import and look at the pixels; write the selection and print the number of images for each reason."""
         selection, folder = self.source.select(self.recipe, self.folder), self.folder
         write_selection(selection, folder)
-        for path, number in selection.skipped.items():
+        for path, number in selection.damage_counts.items():
             print(f"{path}: {number} damaged rows skipped (a value is missing or unreadable, or the line is cut)")
         dataset = import_dataset(self.recipe["name"], selection, folder)
         look_at_pixels(dataset, selection.rules, folder)
