@@ -89,7 +89,7 @@ def cut(
     hole = dilate(mask, math.ceil(scale_length(radius, (crop.side,))))  # in pixels of the photograph
     if region is not None:
         hole |= region
-    hole &= box_mask(crop.inside(width, height), width, height)
+    hole &= box_mask(crop.clip(width, height), width, height)
     places = {"crop": crop, "size": (width, height), "naive_composite": instance}
     square = Composite(square_background, instance, square_mask, crop_resize(hole, crop, side), **places, **fields)
     return Insertion(square, background, composite, hole, crop)

@@ -89,9 +89,9 @@ def load(backbone: Backbone, painter: str, **sampling) -> PaintByExample:
     UserError for a painter of another resolution than ``backbone``.
     """
     key = ("painter", str(painter))
-    if key not in backbone.loaded:
-        backbone.loaded[key] = load_painter(painter, backbone)
-    net = backbone.loaded[key]
+    if key not in backbone.attachments:
+        backbone.attachments[key] = load_painter(painter, backbone)
+    net = backbone.attachments[key]
     if net.backbone.resolution != backbone.resolution:
         sizes = f"{net.backbone.resolution} px, backbone {backbone.name} at {backbone.resolution}"
         raise UserError(f"painter={painter} works at {sizes}: give model.path={painter}")

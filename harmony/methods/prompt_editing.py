@@ -257,7 +257,7 @@ def edit_picture(backbone: Backbone, inversion: Inversion, plan: Plan, w: float,
     """
     mode, steps, side = plan.mode, len(inversion.nulls), backbone.resolution // backbone.factor
     control = PromptToPrompt(
-        [plan.edit], int(mode.cross * steps), int(mode.own * steps), maps=map_side(backbone.unet, side) ** 2
+        [plan.edit], int(mode.cross * steps), int(mode.own * steps), map_tokens=map_side(backbone.unet, side) ** 2
     )
     blend = LocalBlend(plan.columns, int(START * steps), threshold) if mode.local else None
     text = backbone.prompt(list(plan.prompts))
@@ -265,10 +265,10 @@ def edit_picture(backbone: Backbone, inversion: Inversion, plan: Plan, w: float,
     masks = None
     if blend is not None:
         tensors = F.interpolate(
-            blend.masks(control.seen, side, side)[:, None].float(), backbone.resolution, mode="nearest"
+            blend.masks(control.map_sum, side, side)[:, None].float(), backbone.resolution, mode="nearest"
         )
         masks = [mask.numpy() > 0 for mask in tensors[:, 0].cpu()]
-    maps = [split_maps(*item) for item in zip(control.seen, plan.prompts, plan.places, strict=True)]
+    maps = [split_maps(*item) for item in zip(control.map_sum, plan.prompts, plan.places, strict=True)]
     return EditResult(list(from_model(backbone.decode(z))), masks, maps)
 
 

@@ -205,7 +205,7 @@ class CopyAttention:
         self.prompts, self.self_attention = prompts, self_attention
 
     def wants(self, layer: Layer, tokens: int, step: int) -> bool:
-        return layer.cross or self.self_attention
+        return layer.is_cross or self.self_attention
 
     def __call__(self, probabilities: torch.Tensor, layer: Layer, step: int) -> torch.Tensor:
         source = conditional_rows(probabilities, self.prompts)[: self.prompts // 2]

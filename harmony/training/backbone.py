@@ -190,7 +190,7 @@ class VAETask(BackboneTask):
     @torch.no_grad()
     def measure(self, data: PixelData) -> None:
         pictures = {}
-        for kind, images in data.held_out().items():
+        for kind, images in data.test_pictures().items():
             x = images.to(self.device)
             y = torch.cat([self.net.decode(self.net.encode(b).latent_dist.mean).sample for b in x.split(64)])
             self.log(f"validation/psnr_{kind}", psnr(x, y).mean(), prog_bar=True)

@@ -132,7 +132,7 @@ class ControlTask(Controls):
     def configure_model(self) -> None:
         if self.net is None:
             self.net = set_memory_format(
-                from_unet(self.backbone.unrounded("unet"), self.backbone.factor, self.in_channels)
+                from_unet(self.backbone.load_precise("unet"), self.backbone.factor, self.in_channels)
             )
             for net in (self.net, self.backbone.unet) if self.checkpointing else ():
                 net.enable_gradient_checkpointing()

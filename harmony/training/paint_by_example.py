@@ -71,7 +71,7 @@ class ExemplarTask(Task):
 
     def configure_model(self) -> None:
         if self.unet is None:
-            self.unet = set_memory_format(build_painting_unet(self.backbone.unrounded("unet")))
+            self.unet = set_memory_format(build_painting_unet(self.backbone.load_precise("unet")))
             width = self.unet.config.cross_attention_dim
             self.encoder = build_encoder(self.tower, width, self.all_tokens).float()
             self.backbone = self.backbone.with_unet(self.unet)  # frees the original UNet
