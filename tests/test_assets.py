@@ -17,8 +17,9 @@ from harmony.methods.method import make_seeds
 from harmony.methods.paint_by_example import load as load_paint_by_example
 from harmony.metrics.classification import classification_metrics
 from harmony.metrics.fidelity import aggregate
-from harmony.models.backbone import ASSETS, Backbone
+from harmony.models.backbone import Backbone
 from harmony.models.judge import load_judge
+from harmony.models.shipped import ASSETS
 from harmony.pixels.composites import copy_paste
 from harmony.pixels.images import from_model, to_model
 from harmony.sampling.guidance import Settings

@@ -202,7 +202,7 @@ MISTAKES = {
     ("square=100,50,90",): "square=100,50,90: give x0,y0,side of a square inside the 150 x 110 photograph",
     ("steps=0",): "steps=0: choose between 1 and 999",
     ("guidance=abc",): "guidance=abc: give a number",
-    ("words=[NOSUCH]",): "there is no learned word in NOSUCH",
+    ("words=[NOSUCH]",): "there is no learned word NOSUCH",
     (f"target={' '.join(['car'] * 15)}",): "has 15 tokens, the model reads 14: shorten it",
     ("output=p.png",): "p.png (File exists): choose another folder",
     ("reweight={cat: 2}",): "reweight.cat: the target 'a red car on snow' has no such word",

@@ -23,9 +23,10 @@ from safetensors.torch import load_file
 from harmony import export
 from harmony.cli.compose import compose
 from harmony.core.errors import UserError
-from harmony.models.backbone import ASSETS, Backbone
+from harmony.models.backbone import Backbone
 from harmony.models.controlnet import export_controlnet, load_controlnet, read_hint
 from harmony.models.paint_by_example import build_encoder, build_painting_unet, export_painter, load_painter
+from harmony.models.shipped import ASSETS
 from harmony.pixels.images import read_image, write_image
 from harmony.pixels.masks import hole
 from harmony.sampling.guidance import Schedule, inpaint

@@ -192,7 +192,7 @@ def test_zero_shot(desk, command):
         (["prompts=a: b -> c", "region=m.png"], "region= goes with methods that paint anew"),
         (["prompts=a: b -> c", "solver=unipc"], "this method does not sample by a schedule: leave out solver="),
         (["prompts=a: b -> c", "rounds=0"], "rounds=0: must be at least 1"),
-        (["prompts=a: b -> c", "evaluator=nowhere"], "there is no judge in nowhere"),
+        (["prompts=a: b -> c", "evaluator=nowhere"], "there is no judge nowhere"),
         (["prompts=a: b -> c", "zero_shot.refine=abc"], "refine=abc: give a whole number of 0 or more"),
         (["prompts=a: b -> c", "zero_shot.edges=-1"], "edges=-1: give a number of 0 or more"),
         (["describer=nowhere"], "describer=nowhere: no vision-language model"),

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 
 from harmony.core.errors import UserError
-from harmony.core.hub import fetch_folder
+from harmony.models.shipped import CAPTIONER, fetch_weights
 from harmony.pixels.images import read_image, sha256, write_image
 
 BLIP = "Salesforce/blip-image-captioning-large"  # for backbones without a captioner, as Stable Diffusion
@@ -41,7 +41,7 @@ def load_captioner(folder: str | Path, device: str = "cpu") -> tuple[torch.nn.Mo
     from transformers import BlipForConditionalGeneration, BlipProcessor
 
     try:
-        folder = folder if Path(folder).is_dir() else fetch_folder(str(folder))
+        folder = fetch_weights(CAPTIONER, folder)
         model = BlipForConditionalGeneration.from_pretrained(folder, use_safetensors=True).eval().to(device)
         return model, BlipProcessor.from_pretrained(folder)
     except (OSError, ValueError, UserError) as error:

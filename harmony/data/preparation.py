@@ -17,7 +17,7 @@ from harmony.core.signals import end_with, ignore_ctrl_c_in_children
 from harmony.data.captions import BLIP
 from harmony.data.shards import predictor
 from harmony.data.sources.files import locate
-from harmony.models.backbone import backbone_path
+from harmony.models.shipped import backbone_path
 
 
 class Layout(NamedTuple):

@@ -22,6 +22,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from harmony.core.errors import UserError
 from harmony.core.files import write_json
 from harmony.core.hub import fetch_folder
+from harmony.models.shipped import ASSETS, backbone_path
 
 if TYPE_CHECKING:
     from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
@@ -34,7 +35,6 @@ if TYPE_CHECKING:
         ProcessorMixin,
     )
 
-ASSETS = Path(__file__).resolve().parents[1] / "assets"
 GEOMETRY = (
     ASSETS / "geometry"
 )  # configurations of the true sizes, without weights, as diffusers and transformers read them
@@ -58,14 +58,6 @@ STEP_PARTS = ("unet", "text_encoder")  # the parts that run in every step of tra
 ATTENTION = {"native": None, "cudnn": SDPBackend.CUDNN_ATTENTION, "flash": SDPBackend.FLASH_ATTENTION}
 attention_preference = ExitStack()  # holds the kernel preference of this process
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
-
-
-def backbone_path(name: str | os.PathLike) -> str:
-    """The folder of a shipped backbone (``tiny``), else the name itself: a folder or a hub id."""
-    folder = ASSETS / str(name)
-    if os.sep not in str(name) and (folder / "model_index.json").exists():
-        return str(folder)
-    return str(name)
 
 
 def load_part(path: str, part: str, weights: str = "hub", dtype: torch.dtype = torch.float32) -> Any:

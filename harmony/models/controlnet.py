@@ -16,8 +16,8 @@ from safetensors import SafetensorError
 
 from harmony.core.errors import UserError
 from harmony.core.files import replace_folder, write_json
-from harmony.core.hub import fetch_folder
-from harmony.models.backbone import ASSETS, Backbone
+from harmony.models.backbone import Backbone
+from harmony.models.shipped import CONTROLNET, fetch_weights, find_weights
 from harmony.pixels.hints import HINTS
 from harmony.pixels.images import sha256
 
@@ -56,44 +56,16 @@ def zero_convolutions(net: ControlNetModel) -> list[torch.nn.Parameter]:
     return [*net.controlnet_down_blocks.parameters(), *net.controlnet_mid_block.parameters()]
 
 
-def controlnet_folder(path: str | os.PathLike) -> Path | None:
-    """Find the diffusers folder of ``path``: a shipped name (``color``), a run folder, or a diffusers folder.
-
-    None if ``path`` may be a hub id, owner/name. UserError for a folder without a ControlNet.
-    """
-    asset_folder = ASSETS / path
-    folder = (
-        asset_folder
-        if asset_folder.parent == ASSETS and asset_folder.name != ".." and asset_folder.is_dir()
-        else Path(path)
-    )
-    for candidate in (folder / "export" / "controlnet", folder / "export", folder / "controlnet", folder):
-        if (candidate / "config.json").exists():
-            return candidate
-    exports = sorted(path.parent for path in folder.glob("export/*/controlnet"))
-    if exports:
-        raise UserError(f"{path} trained several ControlNets: choose one of {', '.join(map(str, exports))}")
-    if (folder / "checkpoints").is_dir():
-        raise UserError(f"{path} is a run that has not ended: export it first, python -m harmony.export {path}")
-    if folder.exists():
-        raise UserError(f"{path} holds no ControlNet (config.json): give a run folder or a diffusers folder")
-    if str(path).count("/") != 1:
-        raise UserError(f"there is no ControlNet {path}: give a run folder, diffusers folder or hub id (owner/name)")
-    return None
-
-
 def net_hash(path: str | os.PathLike) -> str:
     """sha256 of a ControlNet's weight files; the id of a ControlNet on the hub."""
-    folder = controlnet_folder(path)
+    folder = find_weights(CONTROLNET, path)
     return "+".join(sha256(file) for file in sorted(folder.glob("*.safetensors"))) if folder else str(path)
 
 
 def load_controlnet(path: str | os.PathLike, dtype: torch.dtype = torch.float32) -> ControlNetModel:
-    """Load a frozen ControlNet from a path of ``controlnet_folder`` or a hub id. Never unpickles."""
+    """Load a frozen ControlNet from whatever ``fetch_weights`` knows. Never unpickles."""
     try:
-        source = str(
-            controlnet_folder(path) or fetch_folder(str(path), remedy="give a run folder or a diffusers folder")
-        )
+        source = fetch_weights(CONTROLNET, path)
         net = ControlNetModel.from_pretrained(source, torch_dtype=dtype, use_safetensors=True)
     except (OSError, ValueError, SafetensorError) as error:
         raise UserError(f"cannot load a ControlNet from {path}: {str(error).splitlines()[0]}") from error
@@ -102,7 +74,7 @@ def load_controlnet(path: str | os.PathLike, dtype: torch.dtype = torch.float32)
 
 def read_hint(path: str | os.PathLike) -> dict:
     """Read ``hint.json`` beside the weights: branch, operator parameters, backbone; empty if there is no such file."""
-    folder = controlnet_folder(path)
+    folder = find_weights(CONTROLNET, path)
     if folder is None or not (folder / "hint.json").exists():
         return {}
     try:

@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 
 from harmony.core.errors import UserError
 from harmony.core.files import write_json, write_tensors
-from harmony.models.backbone import ASSETS
+from harmony.models.shipped import JUDGE, find_weights
 from harmony.pixels.images import resize, sha256, to_model
 
 WEIGHTS, FACTS = "judge.safetensors", "judge.json"
@@ -65,22 +65,14 @@ def save_judge(judge: Judge, folder: Path, **facts) -> Path:
     return folder
 
 
-def judge_folder(path: str | Path) -> Path:
-    """Find the folder of a judge: ``path``, its export, or a shipped name. UserError if there is none."""
-    for folder in (Path(path) / "export", Path(path), ASSETS / str(path)):
-        if (folder / WEIGHTS).is_file() and (folder / FACTS).is_file():
-            return folder
-    raise UserError(f"there is no judge in {path}: give a run of experiment=judge")
-
-
 def judge_hash(name: str | None) -> str:
     """sha256 of a judge's weights; the name of an evaluator without weights."""
-    return str(name) if name in (None, "statistic") else sha256(judge_folder(name) / WEIGHTS)
+    return str(name) if name in (None, "statistic") else sha256(find_weights(JUDGE, name) / WEIGHTS)
 
 
 def load_judge(path: str | Path, device: torch.device | str = "cpu") -> Judge:
     """Load a frozen judge from a run, a folder or a shipped name. UserError for files that cannot be read."""
-    folder = judge_folder(path)
+    folder = find_weights(JUDGE, path)
     try:
         facts = json.loads((folder / FACTS).read_text())
         net = judge_net(facts["arch"], facts["options"])

@@ -19,8 +19,8 @@ from transformers import CLIPVisionConfig, CLIPVisionModel
 
 from harmony.core.errors import UserError
 from harmony.core.files import replace_folder, write_json, write_tensors
-from harmony.core.hub import fetch_folder
-from harmony.models.backbone import ASSETS, Backbone, load_part, weights_hash
+from harmony.models.backbone import Backbone, load_part, weights_hash
+from harmony.models.shipped import CLIP_TOWER, PAINTER, fetch_weights, find_weights
 from harmony.pixels.images import sha256, to_clip
 
 WEIGHTS = "model.safetensors"
@@ -110,7 +110,7 @@ def build_encoder(tower: CLIPVisionModel, width: int, all_tokens: bool = False) 
 def load_tower(path: str) -> CLIPVisionModel:
     """Load a frozen CLIP vision tower from a folder or hub id. UserError if there is none; never unpickles."""
     try:
-        source = path if Path(path).is_dir() else fetch_folder(path)
+        source = fetch_weights(CLIP_TOWER, path)
         return CLIPVisionModel.from_pretrained(source, use_safetensors=True).requires_grad_(False).eval()
     except (OSError, ValueError, UserError) as error:
         raise UserError(f"module.tower={path} is no CLIP vision tower: {str(error).splitlines()[0]}") from error
@@ -157,31 +157,13 @@ class Painter:
     encoder: ExemplarEncoder
 
 
-def painter_folder(path: str | os.PathLike) -> Path | None:
-    """Find the folder of ``path``: a shipped name, a run folder, or itself; None if it may be a hub id."""
-    asset_folder = ASSETS / path
-    folder = (
-        asset_folder
-        if asset_folder.parent == ASSETS and asset_folder.name != ".." and asset_folder.is_dir()
-        else Path(path)
-    )
-    for candidate in (folder / "export" / "paint_by_example", folder / "paint_by_example", folder):
-        if (candidate / "image_encoder" / "config.json").exists():
-            return candidate
-    if folder.exists():
-        raise UserError(f"{path} holds no Paint by Example (image_encoder/, unet/): give a run or a diffusers folder")
-    if str(path).count("/") != 1:
-        raise UserError(f"there is no Paint by Example {path}: give a run folder, diffusers folder or hub id")
-    return None
-
-
 def load_painter(path: str | os.PathLike, backbone: Backbone) -> Painter:
     """Load a frozen Paint by Example from a run, a shipped name, a diffusers folder or a hub id. Never unpickles.
 
     A folder with a VAE (released weights) is its own backbone; otherwise VAE and schedule are those of ``backbone``, on
     which it was trained.
     """
-    folder = painter_folder(path)
+    folder = find_weights(PAINTER, path)
     source = str(folder or path)
     has_backbone = folder is None or (folder / "vae").is_dir()
     unet = load_part(source, "unet", dtype=backbone.dtype)
@@ -204,7 +186,7 @@ def load_painter(path: str | os.PathLike, backbone: Backbone) -> Painter:
 
 def painter_hash(path: str | os.PathLike) -> str:
     """sha256 over the weight files of a Paint by Example; the id of one on the hub."""
-    folder = painter_folder(path)
+    folder = find_weights(PAINTER, path)
     return "+".join(sha256(file) for file in sorted(folder.glob("*/*.safetensors"))) if folder else str(path)
 
 

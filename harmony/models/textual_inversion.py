@@ -16,7 +16,8 @@ from safetensors.torch import load_file
 
 from harmony.core.errors import UserError
 from harmony.core.files import write_tensors
-from harmony.models.backbone import ASSETS, Backbone
+from harmony.models.backbone import Backbone
+from harmony.models.shipped import WORD, find_weights
 
 WEIGHTS = "learned_embeds.safetensors"  # diffusers' name for the file
 
@@ -39,11 +40,7 @@ def word_file(path: str | os.PathLike) -> Path:
 
     UserError if there is none.
     """
-    path = Path(path)
-    for candidate in (path / "export" / WEIGHTS, path / WEIGHTS, path, ASSETS / path / WEIGHTS):
-        if candidate.is_file():
-            return candidate
-    raise UserError(f"there is no learned word in {path}: give a run of experiment=textual_inversion, or its {WEIGHTS}")
+    return Path(path) if Path(path).is_file() else find_weights(WORD, path) / WEIGHTS
 
 
 def read_word(path: str | os.PathLike) -> Word:

@@ -22,7 +22,8 @@ from torch import nn
 from harmony.core.files import replace_folder
 from harmony.data.latent_data import LatentData
 from harmony.data.pixel_data import PixelData
-from harmony.models.backbone import Backbone, backbone_path, write_model_index
+from harmony.models.backbone import Backbone, write_model_index
+from harmony.models.shipped import backbone_path
 from harmony.models.steady_norms import steady_norms
 from harmony.pixels.images import CLIP_MEAN, CLIP_STD, from_model, grid, to_clip, write_image
 from harmony.training.muon import Muon

@@ -17,7 +17,7 @@ from huggingface_hub.repocard import metadata_load
 from huggingface_hub.utils import validate_repo_id
 from yaml import YAMLError
 
-from harmony.models.backbone import ASSETS, backbone_path
+from harmony.models.shipped import ASSETS, backbone_path
 from harmony.training.run_folder import RunFolder, select
 
 TEMPLATES = ASSETS / "cards"

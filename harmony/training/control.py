@@ -92,7 +92,7 @@ class ControlTask(Controls):
     ``zero_lr``: learning rate of the zero convolutions and of the hint encoder's last layer, which start at 0 and slow
     everything else down; None: ``lr``. ``decay``: linear decay to 0 at the end instead of a constant rate.
     ``prompt_dropout``: share of samples with the empty prompt.
-    ``companion``: a trained ControlNet (see ``controlnet_folder``) that runs beside this one, frozen, in ``share`` of
+    ``companion``: a trained ControlNet (see ``models.shipped``) that runs beside this one, frozen, in ``share`` of
     the samples; the batch needs its hint too. Liu 2025 trains each net alone, so that what both hints show (the outline
     of the object, for example) reaches the UNet twice: see ``experiments/structure_long.yaml``.
     ``compile``: compile both halves of the UNet and the ControlNet to one graph each. ``checkpointing``: recompute

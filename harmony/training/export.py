@@ -19,8 +19,9 @@ from safetensors.torch import load_file, save_file
 from harmony.core.errors import UserError
 from harmony.core.files import write_text
 from harmony.models.backbone import ship
-from harmony.models.controlnet import BRANCHES, controlnet_folder, export_controlnet, from_unet, read_hint
-from harmony.models.paint_by_example import backbone_facts, export_painter, load_painter, painter_folder
+from harmony.models.controlnet import BRANCHES, export_controlnet, from_unet, read_hint
+from harmony.models.paint_by_example import backbone_facts, export_painter, load_painter
+from harmony.models.shipped import CONTROLNET, PAINTER, find_weights
 from harmony.training.cards import render_backbone_card, render_controlnet_card, render_painter_card
 from harmony.training.run_folder import RunFolder
 
@@ -112,7 +113,7 @@ def restore_controlnet(run: RunFolder, output: Path) -> Path:
 
 def copy_controlnet(run: RunFolder, path: Path, output: Path) -> Path:
     """Copy the ControlNet at ``path`` in the run to ``output/controlnet``."""
-    source, target = controlnet_folder(path), output / "controlnet"
+    source, target = find_weights(CONTROLNET, path), output / "controlnet"
     target.mkdir()
     for name in FILES:
         file = run.find_file(source.relative_to(run.path) / name)
@@ -167,7 +168,7 @@ def write_painter(run: RunFolder, output: Path, license: str | None, half: bool,
     with make_scratch(output) as folder:
         if not run.has_ended:
             raise UserError(f"{run.path} has not ended: continue it with the command of its training")
-        run.check_all(painter_folder(run.path))
+        run.check_all(find_weights(PAINTER, run.path))
         painter = load_painter(run.path, run.load_backbone())
         networks = export_painter(painter.backbone.unet, painter.encoder, folder, painter.backbone, half, tower)
         all_tokens, grid = painter.encoder.all_tokens, has_grid(run, output)

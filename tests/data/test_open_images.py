@@ -18,7 +18,7 @@ from harmony.data.sources.open_images import batches, captions, database, pixel_
 from harmony.data.sources.open_images.database import dataset_name
 from harmony.data.sources.open_images.download import forget_interrupted, write_id_file
 from harmony.data.sources.open_images.source import OPEN_IMAGES
-from harmony.models.backbone import ASSETS
+from harmony.models.shipped import ASSETS
 from harmony.pixels.images import read_image, sha256, write_image
 from harmony.pixels.masks import bounding_box, read_mask
 

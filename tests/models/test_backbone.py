@@ -13,7 +13,8 @@ from torch.nn.attention import SDPBackend, _cur_sdpa_kernel_backends
 
 from harmony.cli.compose import compose
 from harmony.core.errors import UserError
-from harmony.models.backbone import ASSETS, Backbone, attention_preference, backbone_path, scaled_latent
+from harmony.models.backbone import Backbone, attention_preference, scaled_latent
+from harmony.models.shipped import ASSETS, backbone_path
 
 
 @pytest.fixture(scope="module")
@@ -119,11 +120,11 @@ def test_what_is_missing_is_said(backbone, tmp_path):
 
 def test_names(random_backbone, monkeypatch):
     assert Backbone(str(random_backbone)).name == str(random_backbone)
-    monkeypatch.setattr("harmony.models.backbone.ASSETS", random_backbone.parent)
+    for module in ("shipped", "backbone"):
+        monkeypatch.setattr(f"harmony.models.{module}.ASSETS", random_backbone.parent)
     assert backbone_path(random_backbone.name) == str(random_backbone)
-    assert (
-        Backbone(random_backbone.name).name == random_backbone.name
-    )  # a shipped backbone goes by its name, never by a machine's path
+    # a shipped backbone goes by its name, never by a machine's path
+    assert Backbone(random_backbone.name).name == random_backbone.name
     assert ASSETS.name == "assets"
 
 

@@ -7,7 +7,8 @@ import torch
 
 from harmony.core.errors import UserError
 from harmony.models.backbone import Backbone
-from harmony.models.controlnet import controlnet_folder, export_controlnet, from_unet, load_controlnet, read_hint
+from harmony.models.controlnet import export_controlnet, from_unet, load_controlnet, read_hint
+from harmony.models.shipped import CONTROLNET, find_weights
 from harmony.models.unet_halves import decode, encode
 from harmony.sampling.guidance import control_residuals, embed_hints, predict
 
@@ -85,7 +86,7 @@ def test_export_and_load(backbone, awake, tmp_path):
     net = awake(backbone)
     folder = export_controlnet(net, tmp_path / "run" / "export", "color", PARAMETERS, backbone)
     for path in (tmp_path / "run", tmp_path / "run" / "export", folder):
-        assert controlnet_folder(path) == folder
+        assert find_weights(CONTROLNET, path) == folder
         loaded = load_controlnet(path)
         assert not loaded.training and not any(p.requires_grad for p in loaded.parameters())
         assert all(torch.equal(v, net.state_dict()[k]) for k, v in loaded.state_dict().items())

@@ -57,7 +57,7 @@ def test_files_bring_the_judge_back(judge, picture, tmp_path):
 
 def test_what_is_refused(judge, tmp_path):
     """Guards foreign files: no judge, a damaged one, one of another shape, an architecture that nobody knows."""
-    with pytest.raises(UserError, match="there is no judge in .*nowhere: give a run of experiment=judge"):
+    with pytest.raises(UserError, match="there is no judge .*nowhere: give a run of experiment=judge"):
         load_judge(tmp_path / "nowhere")
     with pytest.raises(UserError, match="arch=resnet_of_dreams: timm has no such model"):
         judge_net("resnet_of_dreams")
