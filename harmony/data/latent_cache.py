@@ -308,7 +308,7 @@ def read_index(folder: Path) -> dict:
             f"no complete latent cache in {folder}: run the same command again without interrupting it"
         ) from None
     except json.JSONDecodeError:
-        raise UserError(f"{folder}/index.json is damaged: run harmony.fit again, which builds it again") from None
+        raise UserError(f"{folder}/index.json is damaged: run harmony.fit again to rebuild it") from None
 
 
 class Latents(torch.utils.data.Dataset):
