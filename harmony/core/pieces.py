@@ -5,7 +5,7 @@ most one piece a process, and the same command goes on, with the same number of 
 """
 
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TypeVar
 
@@ -29,17 +29,17 @@ def make_pieces(
     decimals: int = 1,
     every: int = 1,
     detail: Callable[[Piece], str] = lambda piece: "",
+    through: Callable[[Callable, list], Iterable] = map,
 ) -> None:
     """Make this process's share of the pieces that are not done, with a line of progress after each.
 
     ``sizes``: piece -> its number of items, which the rate counts in ``unit``. Process ``rank`` of ``world`` takes each
     ``world``-th piece, whatever is done, so that processes need not talk to each other. ``every``: see ``Progress``;
-    ``detail`` stands before its numbers.
+    ``detail`` stands before its numbers. ``through`` applies ``make``: a pool's ``imap``, for pieces of equal size.
     """
     missing = [piece for piece in list(sizes)[rank::world] if not is_done(piece)]
     progress = Progress(what, sum(sizes[piece] for piece in missing), unit, say, per, decimals)
-    for piece in missing:
-        make(piece)
+    for piece, _ in zip(missing, through(make, missing), strict=True):
         progress.advance(sizes[piece], detail(piece), every)
 
 

@@ -7,10 +7,8 @@ shard, and the same command resumes, also with another number of processes.
 import warnings
 from collections.abc import Callable
 from functools import partial
-from itertools import chain
 
 import lightning
-import torch
 from lightning.pytorch.plugins.environments import LightningEnvironment
 from lightning.pytorch.strategies.launchers import _SubprocessScriptLauncher
 from lightning.pytorch.utilities.exceptions import SIGTERMException
@@ -18,7 +16,8 @@ from lightning.pytorch.utilities.seed import isolate_rng
 from torch.utils.data import DataLoader
 
 from harmony.core.errors import UserError
-from harmony.core.progress import Progress, tell
+from harmony.core.pieces import make_pieces
+from harmony.core.progress import tell
 
 QUIET_OPTIONS = {
     "logger": False,
@@ -43,7 +42,6 @@ class Shards(lightning.LightningModule):
     """Work in shards 0, 1, 2, ...; each process makes its share of the missing ones."""
 
     prepare_data_per_node = False
-    allow_zero_length_dataloader_with_multiple_devices = True
 
     def __init__(self, what: str, say: Callable[[str], None] = tell):
         super().__init__()
@@ -81,26 +79,20 @@ class Shards(lightning.LightningModule):
         self.plan_result, failure = trainer.strategy.broadcast((self.plan_result, self.failure))
         if failure is not None:
             raise UserError(failure) if trainer.is_global_zero else SystemExit(2)
-        rank, world, sizes = trainer.global_rank, trainer.world_size, self.sizes
-        missing_shards = [n for n in range(rank, len(sizes), world) if not self.is_made(n)]  # each rank checks some
-        shards = sorted(chain.from_iterable(gather(missing_shards, world)))[rank::world]
-        self.progress = Progress(self.what, sum(sizes[n] for n in shards), "items", self.say, decimals=0)
-        return DataLoader(shards, batch_size=None)
+        return DataLoader([None], batch_size=None)  # one step a process, which makes its share
 
-    def predict_step(self, n: int, index: int) -> None:
+    def predict_step(self, batch: None, index: int) -> None:
+        sizes, trainer = self.sizes, self.trainer
+        make_pieces(
+            self.what, dict(enumerate(sizes)), self.is_made, self.make_one, rank=trainer.global_rank,
+            world=trainer.world_size, say=self.say, decimals=0, detail=lambda n: f"shard {n + 1}/{len(sizes)}",
+        )  # fmt: skip
+
+    def make_one(self, n: int) -> None:
+        """``make``, and stop after it when told to: Lightning checks this only in training."""
         self.make(n)
-        self.progress.advance(self.sizes[n], f"shard {n + 1}/{len(self.sizes)}")
-        if self.trainer.received_sigterm:  # Lightning checks this only in training
+        if self.trainer.received_sigterm:
             raise SIGTERMException
-
-
-def gather(values: list[int], world: int) -> list[list[int]]:
-    """Gather the ``values`` of every process."""
-    if world == 1:
-        return [values]
-    lists: list = [None] * world
-    torch.distributed.all_gather_object(lists, values)
-    return lists
 
 
 def make_shards(work: Shards, trainer: lightning.Trainer) -> None:

@@ -48,7 +48,7 @@ from harmony.sampling.text_to_image import text_to_image
 
 PARTS = ("reconstruction", "edits", "concepts")
 ALONE = Mode(0, 0, 1, False)  # the target prompt from the same noise and null texts, attention its own
-MODE_OF = {"colour": "replace", "kind": "replace", "light": "style"}  # what a user would ask for each word
+MODE_OF = {"color": "replace", "kind": "replace", "light": "style"}  # what a user would ask for each word
 DRAWS = 4  # pictures of each view that a word is judged by
 ROWS = 6  # pictures on the figure
 

@@ -11,7 +11,8 @@ import numpy as np
 
 from harmony.core.errors import UserError
 from harmony.core.files import write_json, write_text
-from harmony.core.progress import Progress, tell
+from harmony.core.pieces import make_pieces
+from harmony.core.progress import tell
 from harmony.data.captions import caption_images
 from harmony.methods.inputs import Inputs, compare_baselines, draw_sheet, read_inputs
 from harmony.methods.insert import Insertion, Result, insert
@@ -122,11 +123,13 @@ class Inserter:
         names = [name for name, request in requests.items() if not self.is_done(request)]
         if len(names) < len(requests):
             self.say(f"{len(requests) - len(names)} of {len(requests)} composites are there already")
-        failures, progress = set(), Progress("composites", len(names), "done", self.say, decimals=2)
-        for i in range(0, len(names), batch):
-            part = names[i : i + batch]
-            failures |= self.run_batch({name: requests[name] for name in part})
-            progress.advance(len(part), part[-1])
+        failures: set[str] = set()
+        batches = {tuple(names[i : i + batch]): len(names[i : i + batch]) for i in range(0, len(names), batch)}
+
+        def make(batch: tuple[str, ...]) -> None:
+            failures.update(self.run_batch({name: requests[name] for name in batch}))
+
+        make_pieces("composites", batches, lambda batch: False, make, "done", say=self.say, decimals=2, detail=max)
         results = [request for name, request in requests.items() if name not in failures]
         if not results:
             raise UserError(f"none of the {len(requests)} composites could be harmonized: see the lines above")

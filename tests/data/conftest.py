@@ -97,3 +97,25 @@ def photos(tmp_path_factory):
         (folder / "metadata" / "sources.csv").write_text("\n".join(["ImageID,Source", *sources]) + "\n")
         (folder / "metadata" / "classes.csv").write_text("/m/cat,Cat\n")
     return root
+
+
+@pytest.fixture
+def render_here(monkeypatch):
+    """The pool of renderers works in this process, and needs no Mitsuba."""
+    from harmony.data.sources.studio import files
+
+    class Pool:
+        def __init__(self, workers):
+            pass
+
+        def __enter__(self):
+            return self
+
+        def __exit__(self, *error):
+            pass
+
+        def imap_unordered(self, function, jobs, chunksize):
+            return map(function, jobs)
+
+    monkeypatch.setattr(files, "mitsuba", lambda: None)
+    monkeypatch.setattr(files, "worker_pool", Pool)

@@ -32,13 +32,13 @@ def test_the_bundled_cases(cases):
     """Guards the bench: 48 scenes of the test split, each with another color, kind and light, and nothing else."""
     assert len(cases) == 144 and len({(case.id, case.word) for case in cases}) == 144
     assert [case.id for case in cases[::3]] == [s.id for s in SCENES[:48]]
-    assert [case.word for case in cases] == ["colour", "kind", "light"] * 48
+    assert [case.word for case in cases] == ["color", "kind", "light"] * 48
     for case in cases:
         (article, color, kind, *ground), light = (part.split() for part in case.source.split(","))
         (article_, color_, kind_, *ground_), light_ = (part.split() for part in case.target.split(","))
         assert (article, ground) == (article_, ground_) and {color, color_} <= {*COLORS} and {kind, kind_} <= {*KINDS}
         assert {" ".join(light), " ".join(light_)} <= {known.words for known in LIGHTS.values()}
-        changed = {"colour": color != color_, "kind": kind != kind_, "light": light != light_}
+        changed = {"color": color != color_, "kind": kind != kind_, "light": light != light_}
         assert changed == {word: word == case.word for word in changed}, case
 
 
@@ -94,12 +94,12 @@ def test_an_edit_changes_one_thing():
     """Guards ``edit_scene``: the same every time, one field of the scene (both lights swap), never to itself."""
     for s in SCENES[:16]:
         edits = edit_scene(s)
-        assert edits == edit_scene(scene(s.index)) and [*edits] == ["colour", "kind", "light"]
+        assert edits == edit_scene(scene(s.index)) and [*edits] == ["color", "kind", "light"]
         for word, edited in edits.items():
             differ = {name for name, value in vars(s).items() if getattr(edited, name) != value}
-            assert differ == ({"light": {"light", "relight"}, "kind": {"kind"}, "colour": {"color"}}[word])
+            assert differ == ({"light": {"light", "relight"}, "kind": {"kind"}, "color": {"color"}}[word])
         assert edits["light"].light == s.relight and edits["light"].relight == s.light
-        assert edits["colour"].color in COLORS and edits["kind"].kind in KINDS
+        assert edits["color"].color in COLORS and edits["kind"].kind in KINDS
     assert len({edit_scene(s)["kind"].kind for s in SCENES[:16]}) > 4
 
 
@@ -122,52 +122,36 @@ def test_a_case_agrees_with_the_bundled_one(cases, tmp_path, monkeypatch):
     pytest.importorskip("mitsuba", reason="needs the extra: pip install -e '.[studio]'")
     monkeypatch.setattr(editing, "SIDE", 32)
     monkeypatch.setattr(editing, "SAMPLES", 16)
-    made = editing.render_case((SCENES[0], tmp_path))
-    assert made == cases[:3]
-    for case in made:
+    editing.render_case(SCENES[0], tmp_path)
+    assert editing.scene_cases(SCENES[0]) == cases[:3]
+    for case in cases[:3]:
         for name in (case.image, case.truth):
             assert psnr(resize(read_image(BUNDLED / name), 32, 32), read_image(tmp_path / name)) > 25, name
         if case.mask:
             mask, bundled = (read_image(root / case.mask)[..., 0] > 0 for root in (tmp_path, BUNDLED))
             assert (mask & bundled[::2, ::2]).sum() / (mask | bundled[::2, ::2]).sum() > 0.8
-    editing.render_concept(("teal", "mug", 6, tmp_path))
+    editing.render_concept(("teal", "mug", 6), tmp_path)
     bundled = read_image(BUNDLED / "held_out" / "teal_mug" / "6.jpg")
     assert psnr(resize(bundled, 32, 32), read_image(tmp_path / "held_out" / "teal_mug" / "6.jpg")) > 25
 
 
-class Here:
-    """A pool that works in this process."""
-
-    def __init__(self, workers):
-        pass
-
-    def __enter__(self):
-        return self
-
-    def __exit__(self, *error):
-        pass
-
-    def imap(self, function, jobs):
-        return map(function, jobs)
-
-    def map(self, function, jobs):
-        return [function(job) for job in jobs]
-
-
-def test_generate_writes_what_is_read(tmp_path, monkeypatch):
-    """Guards the layout: cases, pictures and concepts are found again; what is there is not rendered anew."""
-    rendered = []
+def test_generate_writes_what_is_read(tmp_path, monkeypatch, render_here):
+    """Guards the layout: cases, pictures and concepts are found again; a stopped rendering goes on where it was."""
+    rendered, interrupted = [], []
 
     def render(s, side, samples, plate):
+        if len(rendered) == 7 and not interrupted:
+            interrupted.append(True)
+            raise KeyboardInterrupt
         rendered.append(s)
         pixels = np.full((side, side, 3), 9 * len(rendered) % 256, np.uint8)
         mask = np.zeros((side, side), bool)
         mask[:, len(rendered) % side] = True
         return Frames(pixels, 255 - pixels, mask)
 
-    monkeypatch.setattr(editing, "mitsuba", lambda: None)
     monkeypatch.setattr(editing, "render", render)
-    monkeypatch.setattr(editing, "worker_pool", Here)
+    with pytest.raises(KeyboardInterrupt):
+        editing.generate(tmp_path, 2)
     assert editing.generate(tmp_path, 2) == tmp_path
     made = read_cases(tmp_path / "edits.jsonl")
     assert [case.id for case in made] == [s.id for s in SCENES[:2] for _ in range(3)]

@@ -126,12 +126,11 @@ def test_a_render_agrees_with_the_bundled_picture(index):
     assert not (frames.mask & frames.shadow).any()
 
 
-def test_generate_goes_on(tmp_path, monkeypatch):
+def test_generate_goes_on(tmp_path, monkeypatch, render_here):
     """Guards resumption: finished scenes are not rendered again, and the tables list all of them."""
     rendered = []
 
-    def render_to(job):
-        s, root, size, _, _ = job
+    def render_to(s, root, size, samples, plate):
         rendered.append(s.index)
         for path in files.scene_files(s, root).values():
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -140,26 +139,8 @@ def test_generate_goes_on(tmp_path, monkeypatch):
             write_image(path, pixels if path.suffix == ".jpg" else pixels[..., 0])
         if len(rendered) == 5:
             raise KeyboardInterrupt
-        return s
 
-    class Here:
-        """A pool that works in this process."""
-
-        def __init__(self, workers):
-            pass
-
-        def __enter__(self):
-            return self
-
-        def __exit__(self, *error):
-            pass
-
-        def imap_unordered(self, function, jobs, chunksize):
-            return map(function, jobs)
-
-    monkeypatch.setattr(files, "mitsuba", lambda: None)
     monkeypatch.setattr(files, "render_files", render_to)
-    monkeypatch.setattr(files, "worker_pool", Here)
     with pytest.raises(KeyboardInterrupt):
         files.generate(tmp_path, 16, size=8)
     files.generate(tmp_path, 16, size=8)

@@ -48,7 +48,7 @@ def test_all_rows_and_figures(words, tmp_path, monkeypatch):
     with open(tmp_path / "table.csv", newline="") as file:
         rows = {row["method"]: row for row in csv.DictReader(file)}
     assert len(rows) == 14 and facts["count"] == 1 and all(path.exists() for path in drawn) and len(drawn) == 2
-    assert float(rows["source as it is"]["colour/bg_mse"]) == 0 == figures["source as it is/kind/bg_mse"]
+    assert float(rows["source as it is"]["color/bg_mse"]) == 0 == figures["source as it is/kind/bg_mse"]
     assert rows["source as it is"]["light/psnr"] and "light/bg_mse" not in text.replace("kind/bg_mse", "")
     assert {"concept/clip_i", "concept/clip_t"} <= {name for name, v in rows["learned word"].items() if v}
     assert all(np.isfinite(value) for value in figures.values())
@@ -59,9 +59,9 @@ def test_the_truth_itself_is_the_best_edit(random_backbone, tmp_path):
     made = study(random_backbone, tmp_path, None, parts=["edits"])
     truths = [truth for item in made.items for truth in item.truths]
     (row,) = made.edit_figures({"edits/truth": np.stack(truths)}).values()
-    assert all(row[f"{word}/psnr"] == np.inf for word in ("colour", "kind", "light"))
-    assert all(row[f"{word}/clip_i"] == pytest.approx(100, abs=1e-3) for word in ("colour", "kind", "light"))
-    assert row["colour/fpsnr"] == np.inf and 0 < row["colour/bg_mse"] < 50  # shadows and reflections differ
+    assert all(row[f"{word}/psnr"] == np.inf for word in ("color", "kind", "light"))
+    assert all(row[f"{word}/clip_i"] == pytest.approx(100, abs=1e-3) for word in ("color", "kind", "light"))
+    assert row["color/fpsnr"] == np.inf and 0 < row["color/bg_mse"] < 50  # shadows and reflections differ
 
 
 def test_what_is_made_is_not_made_again(random_backbone, tmp_path, monkeypatch):

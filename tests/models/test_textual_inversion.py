@@ -177,7 +177,7 @@ def test_files_that_hold_no_word_are_refused(tmp_path):
             read_word(file)
     (tmp_path / "run" / "export").mkdir(parents=True)
     for nowhere in (tmp_path / "run", tmp_path / "missing"):
-        with pytest.raises(UserError, match=f"(is|holds) no learned word.*(run|missing)"):
+        with pytest.raises(UserError, match="(is|holds) no learned word.*(run|missing)"):
             read_word(nowhere)
 
 

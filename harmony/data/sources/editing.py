@@ -11,23 +11,23 @@ scene as the truth, which photographs cannot provide. A concept is an object in 
 """
 
 import json
-import os
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, replace
+from functools import partial
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
 
 from harmony.core.errors import UserError
 from harmony.core.files import write_text
-from harmony.core.progress import Progress
-from harmony.core.signals import worker_pool
-from harmony.data.sources.studio.rendering import mitsuba, render, save
+from harmony.data.sources.studio.files import render_scenes
+from harmony.data.sources.studio.rendering import render, save
 from harmony.data.sources.studio.scenes import COLORS, GROUNDS, Scene, scene
 from harmony.data.sources.studio.shapes import KINDS
 
 SCHEMA = 1
-WORDS = ("colour", "kind", "light")  # as written in files
+WORDS = ("color", "kind", "light")
 START = 1_000_000  # index of the first scene of a case, far from the indices of all datasets
 CONCEPTS = (
     ("teal", "mug"),
@@ -68,7 +68,7 @@ def edit_scene(s: Scene) -> dict[str, Scene]:
         return str(rng.choice([n for n in names if n != name]))
 
     return {
-        "colour": replace(s, color=other(COLORS, s.color)),
+        "color": replace(s, color=other(COLORS, s.color)),
         "kind": replace(s, kind=other(KINDS, s.kind)),
         "light": replace(s, light=s.relight, relight=s.light),
     }
@@ -82,49 +82,56 @@ def concept_scene(color: str, kind: str, n: int) -> Scene:
     return replace(s, kind=kind, color=color, finish="matte", light=light, ground=ground, others=())
 
 
-def render_case(job: tuple[Scene, Path]) -> list[Case]:
-    """Render one scene and its three edits."""
-    s, root = job
-    frames, cases = render(s, SIDE, SAMPLES, plate=False), []
+def scene_cases(s: Scene) -> list[Case]:
+    """The cases of one scene: its three edits."""
+    cases = []
     for word, edit in edit_scene(s).items():
-        name, mask = f"images/{s.id}_{word}", None
-        if word == "light":
-            save(root / f"{name}.jpg", frames.relit)
-        else:
-            truth, mask = render(edit, SIDE, SAMPLES, plate=False), f"{name}.png"
-            save(root / f"{name}.jpg", truth.image)
-            save(root / mask, frames.mask | truth.mask)
+        name = f"images/{s.id}_{word}"
+        mask = None if word == "light" else f"{name}.png"
         cases.append(Case(s.id, word, s.caption(), edit.caption(), f"images/{s.id}.jpg", f"{name}.jpg", mask))
-    save(root / f"images/{s.id}.jpg", frames.image)
     return cases
 
 
-def render_concept(job: tuple[str, str, int, Path]) -> None:
-    """Render one view of a concept."""
-    color, kind, n, root = job
-    folder = "concepts" if n < EXAMPLES else "held_out"
-    picture = render(concept_scene(color, kind, n), SIDE, SAMPLES, plate=False).image
-    save(root / folder / f"{color}_{kind}" / f"{n}.jpg", picture)
+def render_case(s: Scene, root: Path) -> None:
+    """Render one scene and its three edits; the scene's own picture is written last."""
+    frames, edits = render(s, SIDE, SAMPLES, plate=False), edit_scene(s)
+    for case in scene_cases(s):
+        if case.mask is None:
+            save(root / case.truth, frames.relit)
+        else:
+            truth = render(edits[case.word], SIDE, SAMPLES, plate=False)
+            save(root / case.truth, truth.image)
+            save(root / case.mask, frames.mask | truth.mask)
+    save(root / f"images/{s.id}.jpg", frames.image)
+
+
+def view_file(root: Path, color: str, kind: str, n: int) -> Path:
+    """The picture of view ``n`` of a concept."""
+    return root / ("concepts" if n < EXAMPLES else "held_out") / f"{color}_{kind}" / f"{n}.jpg"
+
+
+def render_concept(view: tuple[str, str, int], root: Path) -> None:
+    """Render one view of a concept: its color, its kind and its number."""
+    save(view_file(root, *view), render(concept_scene(*view), SIDE, SAMPLES, plate=False).image)
 
 
 def generate(root: Path, count: int, workers: int | None = None) -> Path:
     """Render ``count`` scenes of the test split with their edits, and all concepts, into ``root``; returns it."""
     if (root / "edits.jsonl").exists():
         return root
-    mitsuba()
     tests = (s for s in (scene(START + i) for i in range(16 * count)) if s.split == "test")
-    jobs = [(s, root) for s, _ in zip(tests, range(count), strict=False)]
-    views = [(*concept, n, root) for concept in CONCEPTS for n in range(EXAMPLES + TESTS)]
-    cases, progress = [], Progress("editing", count, "scenes")
-    with worker_pool(workers or os.cpu_count()) as pool:
-        for edits in pool.imap(render_case, jobs):
-            cases += edits
-            progress.advance(1, every=8)
-        pool.map(render_concept, views)
+    scenes = list(islice(tests, count))
+    views = [(*concept, n) for concept in CONCEPTS for n in range(EXAMPLES + TESTS)]
+    is_rendered = {s: (root / f"images/{s.id}.jpg").exists() for s in scenes}
+    render_scenes("editing", scenes, is_rendered.get, partial(render_case, root=root), 8, workers)
+    is_rendered = {view: view_file(root, *view).exists() for view in views}
+    render_scenes("concepts", views, is_rendered.get, partial(render_concept, root=root), 16, workers)
     for color, kind in CONCEPTS:
-        for folder, numbers in (("concepts", range(EXAMPLES)), ("held_out", range(EXAMPLES, EXAMPLES + TESTS))):
+        for numbers in (range(EXAMPLES), range(EXAMPLES, EXAMPLES + TESTS)):
             captions = {n: concept_scene(color, kind, n).caption().replace(f"{color} {kind}", "{}") for n in numbers}
-            write_text(root / folder / f"{color}_{kind}" / "captions.json", json.dumps(captions, indent=0) + "\n")
+            folder = view_file(root, color, kind, numbers[0]).parent
+            write_text(folder / "captions.json", json.dumps(captions, indent=0) + "\n")
+    cases = [case for s in scenes for case in scene_cases(s)]
     lines = [{"schema": SCHEMA, "count": len(cases)}, *map(asdict, cases)]
     write_text(root / "edits.jsonl", "".join(f"{json.dumps(line)}\n" for line in lines))
     return root

@@ -5,11 +5,12 @@ import hashlib
 import io
 import json
 import os
-from collections.abc import Iterable
+from collections.abc import Callable, Hashable, Iterable
+from functools import partial
 from pathlib import Path
 
 from harmony.core.files import write_text
-from harmony.core.progress import Progress
+from harmony.core.pieces import make_pieces
 from harmony.core.signals import worker_pool
 from harmony.data.sources.open_images.layout import FULL_HEADER, IMAGE, MASK
 from harmony.data.sources.studio.rendering import mitsuba, render, save
@@ -43,15 +44,13 @@ def scene_files(s: Scene, root: Path) -> dict[str, Path]:
     return truths | {"mask": mask, "image": folder / IMAGE.format(s.id)}
 
 
-def render_files(job: tuple[Scene, Path, int, int, bool]) -> Scene:
-    """Render one scene into the dataset folder."""
-    s, root, size, samples, plate = job
+def render_files(s: Scene, root: Path, size: int, samples: int, plate: bool) -> None:
+    """Render one scene into the dataset folder ``root``; its photograph is written last."""
     frames = render(s, size, samples, plate)
     for name, path in scene_files(s, root).items():
         picture = getattr(frames, name)
         if picture is not None:
             save(path, picture)
-    return s
 
 
 def write_table(path: Path, header: Iterable[str] | None, rows: Iterable[Iterable]) -> None:
@@ -96,6 +95,26 @@ def write_labels(scenes: list[Scene], root: Path) -> None:
     write_text(folder / "metadata" / "human_captions.json", json.dumps(captions, indent=0) + "\n")
 
 
+def render_scenes(
+    what: str,
+    scenes: Iterable[Hashable],
+    is_done: Callable[[Hashable], bool],
+    render: Callable[[Hashable], None],
+    every: int,
+    workers: int | None = None,
+) -> None:
+    """``render`` the scenes that are not done, in ``workers`` processes (None: one for each core).
+
+    A scene is whatever ``render`` takes.
+    """
+    missing = dict.fromkeys((s for s in scenes if not is_done(s)), 1)
+    if missing:
+        mitsuba()
+        with worker_pool(workers or os.cpu_count()) as pool:
+            through = partial(pool.imap_unordered, chunksize=4)
+            make_pieces(what, missing, lambda s: False, render, "scenes", every=every, through=through)
+
+
 def generate(
     root: Path,
     count: int,
@@ -114,14 +133,8 @@ def generate(
     """
     root = Path(root)
     scenes = [s for s in (scene(i, seed) for i in range(start, start + count)) if s.split in splits]
-    missing_scenes = [s for s in scenes if not scene_files(s, root)["image"].exists()]
-    if missing_scenes:
-        mitsuba()
-        jobs = [(s, root, size, samples, plate) for s in missing_scenes]
-        progress = Progress("studio", len(missing_scenes), "scenes")
-        with worker_pool(workers or os.cpu_count()) as pool:
-            for _ in pool.imap_unordered(render_files, jobs, chunksize=4):
-                progress.advance(1, every=50)
+    render_one = partial(render_files, root=root, size=size, samples=samples, plate=plate)
+    render_scenes("studio", scenes, lambda s: scene_files(s, root)["image"].exists(), render_one, 50, workers)
     for split in splits:
         if members := [s for s in scenes if s.split == split]:
             write_labels(members, root)
