@@ -63,7 +63,8 @@ def main(cfg: DictConfig) -> None:
     # what does not fit is refused before the inversion
     planned = plan_edit(backbone, cfg.source, cfg.target, mode, *words)
     local = "local" if mode.local else "in the whole picture"
-    print(f"{name}, {local}: {cfg.source!r} -> {cfg.target!r}; cross {mode.cross:g}, own {mode.own:g}; {LIMITS}")
+    shares = f"cross-attention {mode.cross_attention_steps:g}, self-attention {mode.self_attention_steps:g}"
+    print(f"{name}, {local}: {cfg.source!r} -> {cfg.target!r}; {shares}; {LIMITS}")
     store, options = Path(cfg.paths.work) / "inversions", (cfg.source, cfg.steps, cfg.guidance, cfg.inner)
     inversion = load_or_invert(store, backbone, square, *options, tell)
     edited = edit_picture(backbone, inversion, planned, cfg.guidance, cfg.threshold)

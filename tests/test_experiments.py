@@ -79,7 +79,7 @@ def test_the_runs_of_liu_2025(name):
     cfg, plain = composed(f"{name}_paper", *words), composed(name)
     assert composed(name, "trainer=ddp8").module == plain.module
     assert cfg.trainer.devices * cfg.data.batch_size == 64 and cfg.trainer.precision == "bf16-mixed"
-    assert (cfg.module.lr, cfg.module.zero_lr, cfg.module.warmup, cfg.module.decay) == (1e-6, None, 10_000, False)
+    assert (cfg.module.lr, cfg.module.zero_init_lr, cfg.module.warmup, cfg.module.decay) == (1e-6, None, 10_000, False)
     untouched = OmegaConf.load(CONFIGS / "task" / "control.yaml")
     assert cfg.module.objective == untouched.module.objective and cfg.evaluate.steps == untouched.evaluate.steps
     assert cfg.module.prompt_dropout == untouched.module.prompt_dropout and cfg.guidance == untouched.guidance

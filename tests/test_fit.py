@@ -320,7 +320,13 @@ def type_in(monkeypatch, overrides: list[str]) -> int:
 
 def test_nan_stops_with_one_line(command, tmp_path, monkeypatch, capsys):
     """Guards the NaN guard from the outside: exit code 2, one line, the checkpoint it names loads and is finite."""
-    more = ["module.lr=1e30", "module.zero_lr=1e30", "evaluate=null", "callbacks.samples=null", "trainer.max_steps=40"]
+    more = [
+        "module.lr=1e30",
+        "module.zero_init_lr=1e30",
+        "evaluate=null",
+        "callbacks.samples=null",
+        "trainer.max_steps=40",
+    ]
     assert type_in(monkeypatch, command(tmp_path / "runs", *more)) == 2
     err = capsys.readouterr().err
     line = next(line for line in err.splitlines() if line.startswith("harmony: error:"))

@@ -158,7 +158,7 @@ class EditingStudy(Study):
     def mode(self, case: Case) -> Mode:
         """What a user would ask for, local edits with the study's share of self-attention."""
         mode = MODES[MODE_OF[case.word]]
-        return replace(mode, own=self.self_attention_steps) if mode.local else mode
+        return replace(mode, self_attention_steps=self.self_attention_steps) if mode.local else mode
 
     def edits(self, items: Sequence[Item], inversions: Sequence[Inversion]) -> dict[str, list[np.ndarray]]:
         """Row -> the edited pictures, all cases of an item one after the other."""

@@ -13,7 +13,8 @@ from harmony.pixels.images import Crop, grid, paste_crop, read_image, resize, sq
 from harmony.sampling.ddim import timesteps
 from harmony.sampling.prompt_to_prompt import strip_punctuation
 
-NUMBERS = {"guidance": float, "threshold": float, "cross": float, "own": float, "steps": int, "inner": int}
+SHARES = ("cross_attention_steps", "self_attention_steps")  # null = those of the mode
+NUMBERS = {"guidance": float, "threshold": float, "steps": int, "inner": int} | dict.fromkeys(SHARES, float)
 SWITCHES = ("local", "paste")
 
 
@@ -55,9 +56,9 @@ def read_edit(cfg: DictConfig) -> EditInput:
     if cfg.mode is not None and cfg.mode not in MODES:
         raise UserError(f"mode={cfg.mode}: choose one of {', '.join(MODES)}")
     for name, kind in NUMBERS.items():
-        if type(cfg[name]) not in (int, kind, *([type(None)] if name in ("cross", "own") else ())):
+        if type(cfg[name]) not in (int, kind, *([type(None)] if name in SHARES else ())):
             raise UserError(f"{name}={cfg[name]}: give {'a whole number' if kind is int else 'a number'}")
-    for name in ("cross", "own", "threshold"):
+    for name in (*SHARES, "threshold"):
         if cfg[name] is not None and not 0 <= cfg[name] <= 1:
             raise UserError(f"{name}={cfg[name]}: give a share between 0 and 1")
     for name in SWITCHES:
@@ -85,7 +86,7 @@ def choose_mode(cfg: DictConfig, factors: dict[str, float]) -> tuple[str, Mode]:
     """The name of the mode and its numbers; numbers of the command line override those of the mode."""
     prompt_mode = find_mode(cfg.source, cfg.target)
     name = cfg.mode or prompt_mode
-    numbers = {key: cfg[key] for key in ("cross", "own", "local") if cfg[key] is not None}
+    numbers = {key: cfg[key] for key in (*SHARES, "local") if cfg[key] is not None}
     if prompt_mode == "reweight" and not factors:
         raise UserError("source= and target= are the same words: change one, or give reweight={word: factor}")
     if name == "replace" and prompt_mode == "insert":

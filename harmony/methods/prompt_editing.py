@@ -143,12 +143,13 @@ def reconstruct(
 class Mode:
     """How strongly the source guides an edit.
 
-    ``cross``, ``own``: shares of the steps in which cross- and self-attention are the source's. ``factor``: multiplies
-    the attention of new words. ``local``: whether the edit is restricted to where the changed words look.
+    ``cross_attention_steps``, ``self_attention_steps``: shares of the steps in which cross- and self-attention are the
+    source's. ``factor``: multiplies the attention of new words. ``local``: the edit is restricted to where the changed
+    words look.
     """
 
-    cross: float
-    own: float
+    cross_attention_steps: float
+    self_attention_steps: float
     factor: float
     local: bool
 
@@ -257,7 +258,10 @@ def edit_picture(backbone: Backbone, inversion: Inversion, plan: Plan, w: float,
     """
     mode, steps, side = plan.mode, len(inversion.nulls), backbone.resolution // backbone.factor
     control = PromptToPrompt(
-        [plan.edit], int(mode.cross * steps), int(mode.own * steps), map_tokens=map_side(backbone.unet, side) ** 2
+        [plan.edit],
+        int(mode.cross_attention_steps * steps),
+        int(mode.self_attention_steps * steps),
+        map_tokens=map_side(backbone.unet, side) ** 2,
     )
     blend = LocalBlend(plan.columns, int(START * steps), threshold) if mode.local else None
     text = backbone.prompt(list(plan.prompts))

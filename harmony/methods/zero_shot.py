@@ -34,7 +34,14 @@ from harmony.sampling.prompt_to_prompt import edit_latents, spans
 
 DEFAULT_OBJECT = "an object,"  # where no captioner names it
 PIVOT = 10.0  # weight of the distance to the trajectory in the loss of the null texts, beside the edges
-NUMBERS = {"refine": int, "lr": float, "hold": float, "null_lr": float, "edges": float, "deep_share": float}
+NUMBERS = {
+    "refine": int,
+    "lr": float,
+    "prompt_l2": float,
+    "null_lr": float,
+    "edges": float,
+    "edge_detector_weight": float,
+}
 
 
 @dataclass(frozen=True)
@@ -42,24 +49,24 @@ class Parts:
     """Settings of a round; all defaults but ``detail`` are those of the released code of Chen 2023.
 
     ``refine``: iterations of the words' refinement in each step (0 = off), with learning rate ``lr`` and weight
-    ``hold`` of the penalty on their changes. ``null_lr``: learning rate of the null texts. ``edges``: weight of the
-    edges in their loss (0 = off: nothing is decoded). ``deep``: a differentiable edge detector B x 3 x H x W in [0, 1]
-    -> maps; ``deep_share``: its weight. ``own``: copy self-attention too. ``detail``: add the difference between the
-    pictures of the two prompts to the composite, which keeps detail that the autoencoder loses; otherwise (Chen 2023)
-    return the picture of the background's prompt.
+    ``prompt_l2`` of the penalty on their changes. ``null_lr``: learning rate of the null texts. ``edges``: weight of
+    the edges in their loss (0 = off: nothing is decoded). ``edge_detector``: a differentiable edge detector B x 3 x H
+    x W in [0, 1] -> maps, which counts with ``edge_detector_weight``. ``self_attention``: copy self-attention too.
+    ``detail``: add the difference between the pictures of the two prompts to the composite, which keeps detail that
+    the autoencoder loses; otherwise (Chen 2023) return the picture of the background's prompt.
     """
 
     steps: int = 50
     guidance: float = 2.5
     refine: int = 2
     lr: float = 5e-4
-    hold: float = 1000.0
+    prompt_l2: float = 1000.0
     null_lr: float = 0.1
     edges: float = 1.0
-    own: bool = True
+    self_attention: bool = True
     detail: bool = True
-    deep: torch.nn.Module | None = None
-    deep_share: float = 0.1
+    edge_detector: torch.nn.Module | None = None
+    edge_detector_weight: float = 0.1
 
     def __post_init__(self):
         for name, kind in NUMBERS.items():
@@ -166,7 +173,7 @@ def refine_texts(
             heat = (attention.mean * weights[:, None]).sum(2)
             loss = (
                 attention_loss(torch.cat([mask, 1 - mask]), heat).view(2, -1).sum(0)
-                + parts.hold * words.compute_penalty()
+                + parts.prompt_l2 * words.compute_penalty()
             )
             optimizer.zero_grad()
             loss.sum().backward()
@@ -190,8 +197,10 @@ def sobel(x: torch.Tensor) -> torch.Tensor:
 def edge_loss(x: torch.Tensor, y: torch.Tensor, masks: torch.Tensor, parts: Parts) -> torch.Tensor:
     """Mean squared difference of the edges of two batches in [0, 1] inside ``masks``, B (Chen 2023, L_Edge)."""
     loss = distance(sobel(x) * masks, sobel(y) * masks)
-    if parts.deep is not None:
-        loss = loss + parts.deep_share * distance(parts.deep(x) * masks, parts.deep(y) * masks)
+    if parts.edge_detector is not None:
+        loss = loss + parts.edge_detector_weight * distance(
+            parts.edge_detector(x) * masks, parts.edge_detector(y) * masks
+        )
     return loss
 
 
@@ -248,7 +257,7 @@ def harmonize_once(
     search = Search(lambda i, n: 1 + 5 * i // n, lambda i: parts.null_lr, compute_loss, lambda i: -1.0)
     count = len(composites)
     nulls = null_texts(eps, trajectory, [t[:count] for t in texts], empty_text, parts.guidance, abar, offset, search)
-    control = CopyAttention(2 * count, parts.own)
+    control = CopyAttention(2 * count, parts.self_attention)
     nulls = [null.repeat(2, 1, 1) for null in nulls]
     noise = trajectory[-1].repeat(2, 1, 1, 1)
     outputs = backbone.decode(edit_latents(backbone, noise, texts, nulls, parts.guidance, control)).float()
@@ -420,7 +429,7 @@ class ZeroShot(Method):
     def fingerprint(self) -> str:
         weights = {part: self.backbone.hash(part) for part in DIFFUSION}
         facts = {name: value for name, value in vars(self.parts).items() if name != "deep"}
-        deep = self.parts.deep and weights_hash(self.parts.deep)
+        deep = self.parts.edge_detector and weights_hash(self.parts.edge_detector)
         evaluator = self.evaluator.fingerprint if self.count > 1 and self.evaluator else None
         kind = str(self.backbone.dtype)
         return fingerprint("zero_shot", weights, kind, facts, deep, self.describer_name, self.count, evaluator)

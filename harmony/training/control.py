@@ -89,8 +89,8 @@ class ControlTask(Controls):
     gradient must pass through its decoder to the residuals. Defaults are those of Liu 2025 (AdamW, lr 1e-6, warm-up
     10,000, lambda 1).
 
-    ``zero_lr``: learning rate of the zero convolutions and of the hint encoder's last layer, which start at 0 and slow
-    everything else down; None: ``lr``. ``decay``: linear decay to 0 at the end instead of a constant rate.
+    ``zero_init_lr``: learning rate of the zero convolutions and of the hint encoder's last layer, which start at 0 and
+    slow everything else down; None: ``lr``. ``decay``: linear decay to 0 at the end instead of a constant rate.
     ``prompt_dropout``: share of samples with the empty prompt.
     ``companion``: a trained ControlNet (see ``models.shipped``) that runs beside this one, frozen, in ``share`` of
     the samples; the batch needs its hint too. Liu 2025 trains each net alone, so that what both hints show (the outline
@@ -104,7 +104,7 @@ class ControlTask(Controls):
         backbone: Backbone,
         branch: str = "color",
         lr: float = 1e-6,
-        zero_lr: float | None = None,
+        zero_init_lr: float | None = None,
         warmup: int = 10_000,
         decay: bool = False,
         weight_decay: float = 0.01,
@@ -122,7 +122,7 @@ class ControlTask(Controls):
         if branch not in BRANCHES:
             raise UserError(f"module.branch={branch}: choose one of {', '.join(BRANCHES)}")
         self.backbone, self.branch = backbone, branch
-        self.lr, self.zero_lr, self.warmup, self.decay = lr, zero_lr, warmup, decay
+        self.lr, self.zero_init_lr, self.warmup, self.decay = lr, zero_init_lr, warmup, decay
         self.weight_decay, self.prompt_dropout, self.in_channels = weight_decay, prompt_dropout, in_channels
         self.objective = Objective(**(objective or {}))
         self.companion = companion and load_branch(companion, backbone)  # no submodule
@@ -189,7 +189,7 @@ class ControlTask(Controls):
         zero_layers = [*zero_convolutions(self.net), *self.net.controlnet_cond_embedding.conv_out.parameters()]
         zero_ids = {id(p) for p in zero_layers}
         trunk = [p for p in self.net.parameters() if id(p) not in zero_ids]
-        return [{"params": trunk, "lr": self.lr}, {"params": zero_layers, "lr": self.zero_lr or self.lr}]
+        return [{"params": trunk, "lr": self.lr}, {"params": zero_layers, "lr": self.zero_init_lr or self.lr}]
 
     def make_optimizer(self, groups: list[dict[str, Any]], trainer: lightning.Trainer) -> dict[str, Any]:
         return make_adamw(groups, trainer, self.lr, self.weight_decay, self.warmup, self.decay, offload=self.offload)

@@ -29,7 +29,7 @@ from harmony.sampling.null_text import denoiser, replay
 from harmony.sampling.prompt_to_prompt import LocalBlend, PromptToPrompt, spans
 
 SOURCE, TARGET, STEPS, W = "a red mushroom on snow", "a red car on snow", 4, 7.5
-EVERYWHERE = Mode(cross=0.8, own=0.5, factor=1.0, local=False)
+EVERYWHERE = Mode(cross_attention_steps=0.8, self_attention_steps=0.5, factor=1.0, local=False)
 
 
 @pytest.fixture(scope="module")

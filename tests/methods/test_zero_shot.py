@@ -238,7 +238,7 @@ def test_refinement_changes_descriptors_alone(backbone, refined):
     """Guards what is refined: the text encoder's input is that of the bare prompts but for the descriptors, which
     all move; states before them are bit for bit the bare ones.
     """
-    found = refined(Parts(steps=3, refine=2, lr=0.05, hold=0.0))
+    found = refined(Parts(steps=3, refine=2, lr=0.05, prompt_l2=0.0))
     plain = embeddings(backbone)(found.tokens)
     assert len(found.texts) == 3 and len(found.rows) == 3 * (2 + 1), "each improvement, and what is kept of each step"
     assert torch.equal(found.rows[0], plain), "the words begin as they are"
@@ -256,7 +256,7 @@ def test_the_backgrounds_words_are_one(backbone, refined):
     """Guards the pooling: in the backgrounds' states all descriptors are their weighted sum, those of the foregrounds
     and whatever else stay; the weights are a simplex that has moved.
     """
-    found = refined(Parts(steps=2, refine=2, lr=0.05, hold=0.0))
+    found = refined(Parts(steps=2, refine=2, lr=0.05, prompt_l2=0.0))
     weights, words = found.words.weights, found.words
     assert torch.allclose(weights.sum(1), torch.ones(2)) and (weights >= 0).all()
     assert (weights[~found.where[2:]] == 0).all()
@@ -289,7 +289,7 @@ def test_where_words_should_look(backbone, refined):
 
 def test_refinement_makes_words_look_where_they_should(refined):
     """Guards the purpose of the refinement: within the steps, the loss of where the words look falls."""
-    compared = refined(Parts(steps=2, refine=5, lr=5e-3, hold=0.0)).compared
+    compared = refined(Parts(steps=2, refine=5, lr=5e-3, prompt_l2=0.0)).compared
     losses = [attention_loss(*pair).sum().item() for pair in compared]
     assert len(losses) == 10 and losses[4] < losses[0] and losses[9] < losses[5]
 
@@ -297,7 +297,7 @@ def test_refinement_makes_words_look_where_they_should(refined):
 def test_words_that_are_held_stay(refined):
     """Guards the hold: with a huge weight they never go further than Adam's first step, without it they do."""
     lr = 1e-2
-    held, free = (refined(Parts(steps=2, refine=4, lr=lr, hold=hold)) for hold in (1e9, 0.0))
+    held, free = (refined(Parts(steps=2, refine=4, lr=lr, prompt_l2=hold)) for hold in (1e9, 0.0))
     far = [found.words.change.detach().abs().max().item() for found in (held, free)]
     assert far[0] <= lr and far[1] > 3 * lr
     plain = free.rows[0]
@@ -347,7 +347,7 @@ def test_a_deep_detector_adds_its_share(scene, second, deep):
     """Guards the deep edges: their squared differences inside the mask come on top, by their share."""
     x, y = to_hint(np.stack([scene[0], second[0]])).split(1)
     mask = torch.from_numpy(scene[1])[None, None].float()
-    more = edge_loss(x, y, mask, Parts(deep=deep, deep_share=0.3)) - edge_loss(x, y, mask, Parts())
+    more = edge_loss(x, y, mask, Parts(edge_detector=deep, edge_detector_weight=0.3)) - edge_loss(x, y, mask, Parts())
     assert more.item() == pytest.approx(0.3 * ((deep(x) - deep(y)) * mask).square().mean().item(), rel=1e-4)
 
 
@@ -359,12 +359,12 @@ def test_a_deep_detector_carries_gradient(backbone, scene, deep, watched):
         denoiser(backbone), z, 501, empty, denoiser(backbone)(z, 501, text), 2.5, 500, backbone.alphas_cumprod
     )
     made = backbone.decode(reached) / 2 + 0.5
-    with_, without = (edge_loss(made, to_hint(scene[0])[None], mask, Parts(deep=d)) for d in (deep, None))
+    with_, without = (edge_loss(made, to_hint(scene[0])[None], mask, Parts(edge_detector=d)) for d in (deep, None))
     (gradient,) = torch.autograd.grad((with_ - without).sum(), empty)
     assert gradient.abs().max() > 0
     found = []
     for detector in (None, deep):
-        once(backbone, scene, parts=Parts(steps=2, refine=0, deep=detector))
+        once(backbone, scene, parts=Parts(steps=2, refine=0, edge_detector=detector))
         found.append(watched.nulls[-1])
     assert not torch.equal(*found)
 
@@ -465,8 +465,10 @@ def test_the_same_words_are_plain_guided_sampling(backbone, scene, watched, monk
 
 
 def test_self_attention_may_be_left_alone(backbone, scene):
-    """Guards own=: it changes what other words lead to."""
-    assert apart(once(backbone, scene, WORDS, BARE), once(backbone, scene, WORDS, replace(BARE, own=False))) > 2
+    """Guards self_attention=: it changes what other words lead to."""
+    assert (
+        apart(once(backbone, scene, WORDS, BARE), once(backbone, scene, WORDS, replace(BARE, self_attention=False))) > 2
+    )
 
 
 def test_detail_adds_what_the_words_change(backbone, scene):

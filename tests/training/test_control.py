@@ -65,7 +65,7 @@ def test_gradients_arrive_in_order(backbone, data):
 
     Every other gradient exists and is exactly 0, so that DDP finds no unused parameter.
     """
-    task = fresh(backbone, zero_lr=1e-2, lr=1e-2)
+    task = fresh(backbone, zero_init_lr=1e-2, lr=1e-2)
     optimiser = torch.optim.AdamW(task.net.parameters(), lr=1e-2)
     moving = []
     for step in range(3):
@@ -170,7 +170,7 @@ def test_optimiser_groups_and_rates(backbone, data, tmp_path):
             self.seen.append([group["lr"] for group in optimizer.param_groups])
 
     rates = Rates()
-    task = ControlTask(backbone, lr=1e-4, zero_lr=4e-4, warmup=4, weight_decay=0.02)
+    task = ControlTask(backbone, lr=1e-4, zero_init_lr=4e-4, warmup=4, weight_decay=0.02)
     run = trainer(tmp_path, 6, rates)
     run.fit(task, data)
     assert [slow for slow, _ in rates.seen] == pytest.approx([0.25e-4, 0.5e-4, 0.75e-4, 1e-4, 1e-4, 1e-4])
@@ -209,7 +209,7 @@ def test_figures_are_of_the_step_that_is_logged(backbone, data, tmp_path):
 
 def test_joint_training_is_two_separate_ones(backbone, latent_data, tmp_path):
     """Guards the joint run: after three steps each net is, within rounding, that of a run of its own."""
-    branches, options = ["color", "structure"], {"lr": 1e-3, "zero_lr": 4e-3, "warmup": 2, "prompt_dropout": 0.5}
+    branches, options = ["color", "structure"], {"lr": 1e-3, "zero_init_lr": 4e-3, "warmup": 2, "prompt_dropout": 0.5}
 
     def trained(task, branch, name):
         torch.manual_seed(0)
