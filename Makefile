@@ -33,7 +33,7 @@ small: install  ## train the small backbone (256 px) into work/backbone/small, f
 	for part in vae clip captioner inpaint; do \
 	  $(RUN) -m harmony.fit experiment=backbone_small_$$part dataset.photos=$(PHOTOS) || exit; done
 
-fit: install  ## train the colour ControlNet on the bundled dataset and the tiny backbone, then print the table
+fit: install  ## train the color ControlNet on the bundled dataset and the tiny backbone, then print the table
 	$(RUN) -m harmony.fit experiment=color
 
 CONCEPTS := $(notdir $(wildcard datasets/editing/concepts/*))
@@ -58,7 +58,7 @@ $(STUDIES:%=work/paper/%.done): work/paper/%.done: $(TRAININGS:%=work/paper/%)
 	$(RUN) -m harmony.evaluate experiment=$* $(NETS)
 	touch $@
 
-# structure is trained beside the colour ControlNet of this study, not beside the shipped one
+# structure is trained beside the color ControlNet of this study, not beside the shipped one
 work/paper/structure_long.fitted: private BESIDE := module.companion=work/paper/color_long
 work/paper/structure_long.fitted: work/paper/color_long
 

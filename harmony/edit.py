@@ -2,7 +2,7 @@
 
   image=I.jpg source="a cat on a sofa" target="a dog on a sofa"            another word: replace
   image=I.jpg source="a cat on a sofa" target="a black cat on a sofa"      further words: insert
-  image=I.jpg source="a cat on a sofa" target="a <toy> on a sofa" words=RUN   a word learnt by textual inversion
+  image=I.jpg source="a cat on a sofa" target="a <toy> on a sofa" words=RUN   a word learned by textual inversion
   image=I.jpg source="a street" target="a street, watercolour" mode=style  the whole picture
   image=I.jpg source=S target=S reweight="{snowy: 3}"                      the same words, one of them stronger
 

@@ -74,8 +74,8 @@ def test_the_vae_keeps_renders(backbone, items):
 
 
 def test_the_controlnets_do_their_work(backbone, items):
-    """The cards say 55 % less colour difference on 96 renders with colour, and more of the edges with structure, alone
-    and beside colour; and nothing changes outside the holes.
+    """The cards say 55 % less color difference on 96 renders with color, and more of the edges with structure, alone
+    and beside color; and nothing changes outside the holes.
     """
     seeds, found = make_seeds(0, range(len(items))), {}
     for names in ([], ["color"], ["structure"], ["color", "structure"]):
@@ -99,7 +99,7 @@ def test_the_judge_tells_another_light(items):
 
 
 def test_paint_by_example_does_its_work(backbone, items):
-    """The card says half the colour difference of painting without an exemplar, and that it looks like the truth."""
+    """The card says half the color difference of painting without an exemplar, and that it looks like the truth."""
     seeds, found = make_seeds(0, range(len(items))), {}
     for guidance in (0.0, 3.0):
         method = load_paint_by_example(backbone, "paint_by_example", steps=20, guidance=guidance)

@@ -27,7 +27,7 @@ STUDIES = {name: path for name, path in experiments("evaluate", CONFIGS).items()
 
 @pytest.fixture(scope="module")
 def controlnets(random_backbone, awake, tmp_path_factory):
-    """Overrides that give every study the ControlNets it names, none of which has learnt anything."""
+    """Overrides that give every study the ControlNets it names, none of which has learned anything."""
     folder, backbone = tmp_path_factory.mktemp("controlnets"), Backbone(str(random_backbone))
     branches = {"color": "color", "color_relight": "color", "structure": "structure", "raw": "raw"}
     for seed, (name, branch) in enumerate(branches.items()):

@@ -3,7 +3,7 @@ and no values, and an operation on tensors of two devices raises as it does on a
 
 What a computation reads of its own values cannot be faked, so the mode below answers: every number is 0, every
 condition false. Arrays for NumPy are zeros, and only what lies on the host in a type that NumPy has can become one.
-Gradients ask for a CUDA context: ``backward`` does nothing here, and the optimisers that follow find nothing to do.
+Gradients ask for a CUDA context: ``backward`` does nothing here, and the optimizers that follow find nothing to do.
 Not faked: what needs the number of true entries (solvers other than DDIM look their step up that way), beam search,
 CUDA graphs and streams, files.
 """

@@ -143,7 +143,7 @@ def test_every_method_harmonizes(trained, typed):
 
 @pytest.mark.parametrize("inner", [0, 1])
 def test_a_photograph_is_edited(trained, typed, inner):
-    """Guards inversion, its file, attention maps and masks, with a word that was learnt on this path."""
+    """Guards inversion, its file, attention maps and masks, with a word that was learned on this path."""
     command, backbone = typed
     learnt = trained("textual_inversion", *GPU) / "export"
     prompts = ["source=a red mushroom on snow", "target=a <mug> mushroom on snow", f"words={learnt}"]

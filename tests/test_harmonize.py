@@ -113,7 +113,7 @@ def test_cut_out_in_a_box(desk, command):
 
 @pytest.fixture(scope="module")
 def painter(random_backbone, tmp_path_factory):
-    """A Paint by Example that has learnt nothing."""
+    """A Paint by Example that has learned nothing."""
     torch.manual_seed(0)
     backbone, folder = Backbone(str(random_backbone)), tmp_path_factory.mktemp("painter")
     encoder = build_encoder(backbone.image_encoder, backbone.unet.config.cross_attention_dim)

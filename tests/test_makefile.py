@@ -27,7 +27,7 @@ def checkout(tmp_path):
 
 
 def test_structure_is_trained_beside_the_colour_of_this_study(checkout):
-    """Guards the order: every training is exported, structure begins behind colour's export, studies come last."""
+    """Guards the order: every training is exported, structure begins behind color's export, studies come last."""
     lines = planned(checkout)
     kinds = [line.split("-m harmony.")[1].split()[0] for line in lines]
     assert kinds == ["fit", "export"] * 5 + ["evaluate"] * 6

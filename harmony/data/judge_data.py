@@ -38,7 +38,7 @@ class JudgeData(lightning.LightningDataModule):
         h = self.hparams
         for split in ("train", "validation", "test"):
             if split not in self.sets:
-                crop, photos = ("jitter", h.photos) if split == "train" else ("centre", None)
+                crop, photos = ("jitter", h.photos) if split == "train" else ("center", None)
                 self.sets[split] = Composites(Path(h.manifest), split, h.side, crop, h.seed, photos)
 
     def train_dataloader(self) -> DataLoader:

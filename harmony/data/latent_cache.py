@@ -51,11 +51,11 @@ class Codec(Protocol):
 class Recipe:
     """How a row becomes training items.
 
-    ``crop``: ``centre`` (the deterministic square around the instance), ``jitter`` (a random square that contains the
+    ``crop``: ``center`` (the deterministic square around the instance), ``jitter`` (a random square that contains the
     instance, mirrored half of the time) or ``extended`` (Paint by Example's, around the extended box). ``hole``: a rule
     of ``masks.hole``, or for ``extended`` crops ``shape`` (half of the time of arbitrary shape) or ``box`` (always the
     extended box). ``variants``: items for each row, with different crops and holes. ``hints``: branch -> parameters of
-    its operator; for ``exemplar`` the ``size`` S at which it is stored. Variant 0 of ``centre`` + ``dilate`` is the
+    its operator; for ``exemplar`` the ``size`` S at which it is stored. Variant 0 of ``center`` + ``dilate`` is the
     test protocol.
 
     ``mismatch``: share of items whose hints show the instance under another light than the picture's: the render under
@@ -63,7 +63,7 @@ class Recipe:
     the picture's light.
     """
 
-    crop: str = "centre"
+    crop: str = "center"
     hole: str = "dilate"
     variants: int = 1
     hints: dict[str, dict] = field(default_factory=dict)

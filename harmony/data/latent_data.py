@@ -121,7 +121,7 @@ class LatentData(lightning.LightningDataModule):
         self.recipes = {
             "train": Recipe(crop, hole, variants, hints or {}, seed, mismatch),
             "validation": Recipe(
-                "centre", "backbone" if hole == "backbone" else "dilate", 1, hints or {}, seed, mismatch
+                "center", "backbone" if hole == "backbone" else "dilate", 1, hints or {}, seed, mismatch
             ),
         }
         self.sets: dict[str, Draws] = {}

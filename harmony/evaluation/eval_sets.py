@@ -90,7 +90,7 @@ def composite_of(e: Example, row: Row, **changes) -> Composite:
 
 
 def load_reconstruct(manifest: Path, split: str, resolution: int, limit: int | None = None) -> EvalSet:
-    """Reconstruction by the test protocol (centre crop, dilated hole) of up to ``limit`` rows of the split."""
+    """Reconstruction by the test protocol (center crop, dilated hole) of up to ``limit`` rows of the split."""
     rows = subsample(read_manifest(manifest, split)[1], limit)
     root = Path(manifest).parent
     examples = [example(row, root, SHOWN_TO, resolution) for row in rows]

@@ -44,7 +44,7 @@ class JudgeStudy(Study):
             return Report()
         judges = {row: load_evaluator(at, run.backbone.device) for row, at in self.evaluators.items()}
         side = run.backbone.resolution
-        composites = Composites(run.manifest, run.split, side, "centre", run.seed)
+        composites = Composites(run.manifest, run.split, side, "center", run.seed)
         items = [composites[i, i] for i in subsample(list(range(len(composites))), run.limit)]
         pairs = [([from_model(x) for x in item["image"]], item["mask"][0, 0].numpy() > 0) for item in items]
         labels, table, scores = np.tile([0.0, 1.0], len(pairs)), {}, {}

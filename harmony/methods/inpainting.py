@@ -12,7 +12,7 @@ from harmony.methods.method import CAPTION, Composite, Method, Seed, fingerprint
 from harmony.models.backbone import DIFFUSION, Backbone, move_module, weights_hash
 from harmony.models.controlnet import load_controlnet, net_hash, read_hint
 from harmony.models.timing import blocks
-from harmony.pixels.hints import hint
+from harmony.pixels.hints import HINTS, hint
 from harmony.pixels.images import from_model, to_hint, to_model
 from harmony.pixels.masks import to_latent
 from harmony.sampling.ddim import noise_for
@@ -56,8 +56,8 @@ def read_branch(path: str, backbone: Backbone, operator: str | None) -> Branch:
     """Load a ControlNet, check that it fits the backbone, and find its operator."""
     net, facts = move_module(load_controlnet(path, backbone.dtype), backbone.device), read_hint(path)
     name = facts.get("branch", operator)
-    if name not in OPERATORS:
-        raise UserError(f"{path} does not say which hint it needs (hint.json): add branch={'|'.join(OPERATORS)}")
+    if name not in HINTS:
+        raise UserError(f"{path} does not say which hint it needs (hint.json): add branch={'|'.join(HINTS)}")
     for key in ("block_out_channels", "cross_attention_dim", "layers_per_block"):
         theirs, ours = net.config[key], backbone.unet.config[key]
         if list(np.atleast_1d(theirs)) != list(np.atleast_1d(ours)):
@@ -67,8 +67,6 @@ def read_branch(path: str, backbone: Backbone, operator: str | None) -> Branch:
             )
     return Branch(name, net, 1.0, facts.get("parameters"), net_hash(path))
 
-
-OPERATORS = ("color", "structure", "raw")
 
 # (items of the batch, noise, hole B x 1 x h x w, scaled masked latent) -> clean latents B x C x h x w
 Draw = Callable[[slice, torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]

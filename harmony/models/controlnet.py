@@ -23,7 +23,6 @@ from harmony.pixels.images import sha256
 
 HINT_CHANNELS = (16, 32, 96, 256)  # widths of the hint encoder's layers; each layer after the first halves the side
 SILU_GAIN = 1.68  # 1 / the root mean square of SiLU of a unit normal
-BRANCHES = ("color", "structure", "raw")
 
 
 def from_unet(unet: UNet2DConditionModel, factor: int, in_channels: int | None = 4) -> ControlNetModel:
@@ -87,8 +86,8 @@ def read_hint(path: str | os.PathLike) -> dict:
 
 def check_parameters(branch: str, parameters: dict) -> None:
     """Raise ValueError unless ``branch`` exists and ``parameters`` are plain values that its operator takes."""
-    if branch not in BRANCHES:
-        raise ValueError(f"branch {branch!r} is none of {', '.join(BRANCHES)}")
+    if branch not in HINTS:
+        raise ValueError(f"branch {branch!r} is none of {', '.join(HINTS)}")
     names = set(inspect.signature(HINTS[branch]).parameters) - {"image", "mask"}
     for name, value in parameters.items():
         if name not in names or not isinstance(value, str | int | float):

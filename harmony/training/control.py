@@ -13,9 +13,9 @@ from harmony.core.errors import UserError
 from harmony.data.latent_data import LatentData
 from harmony.methods.inpainting import Branch, Inpainting, load_branch
 from harmony.models.backbone import Backbone, move_module, weights_hash
-from harmony.models.controlnet import BRANCHES, export_controlnet, from_unet, zero_convolutions
+from harmony.models.controlnet import export_controlnet, from_unet, zero_convolutions
 from harmony.models.unet_halves import Activations, Residuals, decode, encode
-from harmony.pixels.hints import check_hint
+from harmony.pixels.hints import HINTS, check_hint
 from harmony.sampling.guidance import Settings, add_residuals, compile_once, control_residuals, embed_hints
 from harmony.training.objective import Objective, add_noise, compute_target
 from harmony.training.schedule import make_adamw, place_moments, set_memory_format
@@ -119,8 +119,8 @@ class ControlTask(Controls):
     ):
         super().__init__()
         self.compiles, self.checkpointing, self.offload = compile, checkpointing, offload
-        if branch not in BRANCHES:
-            raise UserError(f"module.branch={branch}: choose one of {', '.join(BRANCHES)}")
+        if branch not in HINTS:
+            raise UserError(f"module.branch={branch}: choose one of {', '.join(HINTS)}")
         self.backbone, self.branch = backbone, branch
         self.lr, self.zero_init_lr, self.warmup, self.decay = lr, zero_init_lr, warmup, decay
         self.weight_decay, self.prompt_dropout, self.in_channels = weight_decay, prompt_dropout, in_channels

@@ -19,9 +19,10 @@ from safetensors.torch import load_file, save_file
 from harmony.core.errors import UserError
 from harmony.core.files import write_text
 from harmony.models.backbone import ship
-from harmony.models.controlnet import BRANCHES, export_controlnet, from_unet, read_hint
+from harmony.models.controlnet import export_controlnet, from_unet, read_hint
 from harmony.models.paint_by_example import backbone_facts, export_painter, load_painter
 from harmony.models.shipped import CONTROLNET, PAINTER, find_weights
+from harmony.pixels.hints import HINTS
 from harmony.training.cards import render_backbone_card, render_controlnet_card, render_painter_card
 from harmony.training.run_folder import RunFolder
 
@@ -83,8 +84,8 @@ def read_branch(run: RunFolder) -> str:
     if run.task == "JointTask":
         raise UserError(f"{run.path} trains several ControlNets and has not ended: its end writes each into export/")
     branch = run.read_option("module.branch")
-    if branch not in BRANCHES:
-        raise UserError(f"{run.path}/config.yaml: module.branch is {branch}, not one of {', '.join(BRANCHES)}")
+    if branch not in HINTS:
+        raise UserError(f"{run.path}/config.yaml: module.branch is {branch}, not one of {', '.join(HINTS)}")
     return branch
 
 

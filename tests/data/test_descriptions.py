@@ -1,4 +1,4 @@
-"""Words for both lights: what people write, what files hold, what colours and CLIP say, what a model answers."""
+"""Words for both lights: what people write, what files hold, what colors and CLIP say, what a model answers."""
 
 import json
 from pathlib import Path
@@ -198,7 +198,7 @@ COLOURS = {
 
 @pytest.mark.parametrize("name", COLOURS)
 def test_golden_words_of_plain_colours(name):
-    """Guards the measurement: brightness, temperature and tone of colours that everybody calls the same."""
+    """Guards the measurement: brightness, temperature and tone of colors that everybody calls the same."""
     colour, words = COLOURS[name]
     assert color_words(np.tile(np.uint8(colour), (5, 1))) == words
 
@@ -261,7 +261,7 @@ def test_the_light_around_does_not_depend_on_the_object(backbone, picture):
 
 
 def test_an_unsure_light_is_called_plain(backbone, picture):
-    """Guards the colour of the object itself: below ``sure`` nothing is said of its light."""
+    """Guards the color of the object itself: below ``sure`` nothing is said of its light."""
     assert {d.foreground for d in scorer(backbone, min_probability=2.0)(*picture)} == {PLAIN_LIGHT}
     assert {d.foreground for d in scorer(backbone, min_probability=0.0)(*picture)} != {PLAIN_LIGHT}
 

@@ -190,7 +190,7 @@ def test_foreign_caches_are_refused_by_name(cache, backbone, manifest):
         "rows": describe(backbone, RECIPE, rows[1:]),
         "hints": describe(backbone, replace(RECIPE, hints=other_hints), rows),
         "hole": describe(backbone, replace(RECIPE, hole="dilate"), rows),
-        "crop": describe(backbone, replace(RECIPE, crop="centre"), rows),
+        "crop": describe(backbone, replace(RECIPE, crop="center"), rows),
         "seed": describe(backbone, replace(RECIPE, seed=9), rows),
         "vae": fitting | {"vae": "f00"},
         "schema": fitting | {"schema": 0},

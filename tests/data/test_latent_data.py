@@ -79,7 +79,7 @@ def test_validation_is_the_same_every_time(data):
         torch.equal(a["noise"], b["noise"]) and torch.equal(a["time"], b["time"])
         for a, b in zip(first, second, strict=True)
     )
-    assert data.recipes["validation"].crop == "centre" and data.recipes["validation"].hole == "dilate"
+    assert data.recipes["validation"].crop == "center" and data.recipes["validation"].hole == "dilate"
 
 
 def test_examples_are_held_out_rows(data):

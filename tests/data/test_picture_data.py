@@ -41,7 +41,7 @@ def pictures(concept, random_backbone):
 
 
 def test_pictures_are_squares_and_upright(pictures):
-    """Guards what is learnt from: the central square or the whole, squashed; EXIF orientation applied; by name."""
+    """Guards what is learned from: the central square or the whole, squashed; EXIF orientation applied; by name."""
     data = pictures()
     assert [file.name for file in data.files] == ["0.png", "1.png", "2.png"]
     middles = [WIDE[:, 8:40], TALL[9:41], WIDE[:, 8:40]]

@@ -85,7 +85,7 @@ def test_bundled_files_are_whole(split):
         s = scene(int(row["index"]))
         assert (s.id, s.split) == (id_, split) and captions[id_] == [s.caption(), s.caption(s.relight)]
         for caption, light in zip(captions[id_], (row["light"], row["relight"]), strict=True):
-            assert caption == f"a {row['colour']} {row['kind']} on {row['ground']}, {LIGHTS[light].words}"
+            assert caption == f"a {row['color']} {row['kind']} on {row['ground']}, {LIGHTS[light].words}"
         images = [read_image(folder / sub / f"{id_}.jpg") for sub in ("data", "plates", "relit")]
         assert {image.shape for image in images} == {(128, 128, 3)}
         mask = cv2.imread(

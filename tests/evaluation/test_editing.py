@@ -23,7 +23,7 @@ OPTIONS = {"parts": ["reconstruction", "edits", "concepts"], "inner": 1, "self_a
 
 @pytest.fixture(scope="module")
 def words(tmp_path_factory):
-    """A word for each concept of the tiny backbone, none of them learnt."""
+    """A word for each concept of the tiny backbone, none of them learned."""
     folder, backbone = tmp_path_factory.mktemp("words"), Backbone("tiny")
     for name in concepts(BENCH):
         save_word(Word(f"<{name}>", initial_vectors(backbone, "car", 1) + 0.1), folder / name)

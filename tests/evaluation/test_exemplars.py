@@ -13,7 +13,7 @@ from harmony.methods.method import Composite
 
 
 class MeanColour:
-    """Stands for a CLIP tower: the mean colour of a picture, centred."""
+    """Stands for a CLIP tower: the mean color of a picture, centered."""
 
     size, protocol, name = 16, "mean-colour", "mean-colour"
 
@@ -25,7 +25,7 @@ class MeanColour:
 
 
 def pictures(colours: list[tuple]) -> EvalSet:
-    """Grey pictures of 32 px with one coloured object each."""
+    """Grey pictures of 32 px with one colored object each."""
     mask = np.zeros((32, 32), bool)
     mask[8:24, 6:20] = True
     mask[8, 6] = False

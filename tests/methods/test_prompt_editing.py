@@ -50,7 +50,7 @@ def inversion(backbone, image):
 
 @pytest.fixture
 def toy(random_backbone):
-    """``toy(number)``: a backbone of its own that has learnt <toy>, two vectors full of this number."""
+    """``toy(number)``: a backbone of its own that has learned <toy>, two vectors full of this number."""
     return lambda number: learn(Backbone(str(random_backbone)), Word("<toy>", torch.full((2, 32), float(number))))
 
 
@@ -174,7 +174,7 @@ def test_an_inversion_is_computed_once(keep, tmp_path):
 
 
 def test_whatever_it_depends_on_makes_another_inversion(keep, image, toy, tmp_path):
-    """Guards the key: pixels, prompt, steps, w, inner, and the vectors of a learnt word."""
+    """Guards the key: pixels, prompt, steps, w, inner, and the vectors of a learned word."""
     pixel = image.copy()
     pixel[0, 0, 0] ^= 1
     others = [{"image": pixel}, {"prompt": TARGET}, {"steps": 3}, {"w": 2.0}, {"inner": 1}]

@@ -73,7 +73,7 @@ def test_what_is_refused(judge, tmp_path):
 
 
 def test_the_statistic(picture):
-    """Guards the judge without a network: 1 for equal colours, a half at a distance of 20, less the further away."""
+    """Guards the judge without a network: 1 for equal colors, a half at a distance of 20, less the further away."""
     _, mask = picture
     grey = np.full((40, 40, 3), 119, np.uint8)  # L = 50
     assert statistic(grey, mask) == pytest.approx(1, abs=1e-3)

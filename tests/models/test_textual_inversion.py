@@ -88,7 +88,7 @@ def test_case_does_not_matter(backbone):
 
 
 def test_words_that_do_not_fit_are_refused(backbone):
-    """Guards the vocabulary: refused are a token of it, learnt or not, one that other words may hold, another width."""
+    """Guards the vocabulary: refused are its tokens, learned or not, ones that other words may hold, other widths."""
     learn(backbone, word(2, "<hat>"))
     before, spoken = state(backbone), backbone.prompt(PLAIN)
     for token, count in (("<|endoftext|>", 1), ("<hat>", 1), ("<HAT>", 2)):

@@ -8,9 +8,9 @@ from harmony.core.errors import UserError
 from harmony.pixels import composites, masks
 
 
-def disc(side=96, radius=24, centre=(48, 48)):
+def disc(side=96, radius=24, center=(48, 48)):
     y, x = np.mgrid[0:side, 0:side]
-    return (x - centre[0]) ** 2 + (y - centre[1]) ** 2 <= radius**2
+    return (x - center[0]) ** 2 + (y - center[1]) ** 2 <= radius**2
 
 
 def noise(seed, height=96, width=96):
@@ -63,8 +63,8 @@ def test_reinhard_of_one_flat_colour_is_the_background_mean():
 
 CORNERS = {
     "inside": disc(),
-    "corner": disc(centre=(0, 0)),
-    "edge": disc(centre=(95, 40), radius=31),
+    "corner": disc(center=(0, 0)),
+    "edge": disc(center=(95, 40), radius=31),
     "whole": np.ones((96, 96), bool),
     "pixel": disc(radius=0),
     "line": disc() & (np.arange(96) == 48),
@@ -105,7 +105,7 @@ def test_poisson_of_nothing_is_the_background():
 
 
 def test_place_at_its_own_size_only_moves():
-    mask = disc(radius=10, centre=(20, 30))
+    mask = disc(radius=10, center=(20, 30))
     canvas, moved = composites.place(noise(0), mask, (50, 60, 71, 81), 120, 90)
     assert canvas.shape == (90, 120, 3) and moved.shape == (90, 120)
     assert masks.bounding_box(moved) == (50, 60, 71, 81)
@@ -113,7 +113,7 @@ def test_place_at_its_own_size_only_moves():
 
 
 @pytest.mark.parametrize("scale", [0.5, 2])
-def test_place_keeps_aspect_centred_and_bottom_aligned(scale):
+def test_place_keeps_aspect_centered_and_bottom_aligned(scale):
     mask = masks.box_mask((10, 10, 50, 30), 96, 96)  # 40 x 20
     w, h = 40 * scale, 20 * scale
     _, moved = composites.place(noise(0), mask, (20, 10, 20 + w, 10 + 3 * h), 160, 160)
@@ -141,7 +141,7 @@ def test_place_is_cut_at_the_border_and_refuses_what_cannot_be_seen():
 
 
 def test_other_light_changes_all_but_the_content():
-    """Guards the photometric change: black stays black, the order of greys stays, the picture is another."""
+    """Guards the photometric change: black stays black, the order of grays stays, the picture is another."""
     ramp = np.repeat(np.arange(0, 256, 5, dtype=np.uint8)[None, :, None], 3, axis=2)
     seen = [composites.change_light(ramp, np.random.default_rng(seed)) for seed in range(20)]
     for image in seen:

@@ -59,7 +59,7 @@ def test_curves_of_a_box():
 
 
 def test_shapes_stay_near_the_extended_box():
-    """Guards the shapes: inside the extended box grown by the jitter, with the centre; the box itself without both."""
+    """Guards the shapes: inside the extended box grown by the jitter, with the center; the box itself without both."""
     for i, box in enumerate(boxes(100, 512, 400)):
         if min(box[2] - box[0], box[3] - box[1]) < 40:
             continue

@@ -43,7 +43,7 @@ def test_masked_image_and_instance_recombine():
     assert np.array_equal(recombined, x)
 
 
-# --- colour
+# --- color
 
 
 @pytest.mark.parametrize("sigma", [4, 10, 32])

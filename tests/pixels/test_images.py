@@ -117,7 +117,7 @@ def test_sha256(tmp_path):
 
 
 def test_square_golden_values():
-    assert images.square_around((200, 100, 400, 300), 640, 480) == Crop(60, 0, 480)  # centre 300
+    assert images.square_around((200, 100, 400, 300), 640, 480) == Crop(60, 0, 480)  # center 300
     assert images.square_around((0, 0, 40, 40), 640, 480) == Crop(0, 0, 480)  # pushed inside
     assert images.square_around((10.2, 0, 599.5, 50), 640, 480) == Crop(10, -55, 590)  # overhangs equally
     assert images.square_around((100, 100, 200, 150), 640, 480, context=2) == Crop(50, 25, 200)

@@ -9,9 +9,9 @@ from harmony.core.errors import UserError
 from harmony.pixels import masks
 
 
-def disc(side=128, radius=20, centre=None):
+def disc(side=128, radius=20, center=None):
     y, x = np.mgrid[0:side, 0:side]
-    cx, cy = centre or (side // 2, side // 2)
+    cx, cy = center or (side // 2, side // 2)
     return (x - cx) ** 2 + (y - cy) ** 2 <= radius**2
 
 

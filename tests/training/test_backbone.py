@@ -149,7 +149,7 @@ def test_the_average_is_what_is_written(manifest, tmp_path):
 
 
 def test_a_stopped_training_goes_on(manifest, tmp_path):
-    """Guards resumption: step, weights, optimiser and average come back; nothing is written before the end."""
+    """Guards resumption: step, weights, optimizer and average come back; nothing is written before the end."""
 
     class Stop(lightning.Callback):
         def on_train_batch_end(self, trainer, module, outputs, batch, index):

@@ -158,7 +158,7 @@ def test_hints_of_another_range_are_refused(backbone, data):
 
 
 def test_optimiser_groups_and_rates(backbone, data, tmp_path):
-    """Guards the optimiser: AdamW, each parameter in one group, warm-up from the first step, its own rate where
+    """Guards the optimizer: AdamW, each parameter in one group, warm-up from the first step, its own rate where
     asked.
     """
 
@@ -382,7 +382,7 @@ class Reads(TorchDispatchMode):
 
 @pytest.mark.parametrize("kind", [ControlTask, JointTask])
 def test_a_step_never_waits_for_the_device(backbone, latent_data, tmp_path, kind):
-    """Guards the rate on a GPU: from batch to optimiser step, and in the callbacks of every run, nothing is read back
+    """Guards the rate on a GPU: from batch to optimizer step, and in the callbacks of every run, nothing is read back
     in steps that no logger reports.
     """
     branches = ["color", "structure"] if kind is JointTask else "color"
@@ -410,7 +410,7 @@ def test_a_step_never_waits_for_the_device(backbone, latent_data, tmp_path, kind
 
 
 def test_the_update_is_one_kernel_unless_gradients_are_clipped(backbone, data, tmp_path):
-    """Guards the optimiser: fused, and a run that clips in mixed precision begins instead of ending in a traceback."""
+    """Guards the optimizer: fused, and a run that clips in mixed precision begins instead of ending in a traceback."""
     for options, fused in (({}, True), ({"gradient_clip_val": 1.0, "precision": "bf16-mixed"}, False)):
         run = trainer(tmp_path, 1, **options)
         run.fit(ControlTask(backbone), data)

@@ -51,7 +51,7 @@ def test_another_light_can_be_seen():
 
 def test_photographs_are_repeated_to_their_share(manifest):
     """Guards ``photos``: by repetition the pictures without a second light reach it, and none is lost."""
-    composites = Composites(manifest, "train", 16, "centre", seed=0)
+    composites = Composites(manifest, "train", 16, "center", seed=0)
     assert composites.order == list(range(12))
     few = Composites.__new__(Composites)
     few.has_relit = [True] * 9 + [False] * 3

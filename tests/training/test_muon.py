@@ -56,7 +56,7 @@ def test_a_convolution_is_the_matrix_of_its_patches():
 
 
 def test_a_closure_and_a_saved_state_work():
-    """Guards what Lightning asks of an optimiser: the closure makes the gradient, the state goes on elsewhere."""
+    """Guards what Lightning asks of an optimizer: the closure makes the gradient, the state goes on elsewhere."""
     torch.manual_seed(0)
     target = torch.randn(6, 6)
 

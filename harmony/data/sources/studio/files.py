@@ -88,7 +88,7 @@ def write_labels(scenes: list[Scene], root: Path) -> None:
     write_table(folder / "metadata" / "classes.csv", None, [(mid(k), k.capitalize()) for k in sorted(KINDS)])
     write_table(folder / "metadata" / "segmentation_classes.csv", None, [(mid(k),) for k in sorted(KINDS)])
     write_table(folder / "metadata" / "image_ids.csv", ["ImageID"], [(s.id,) for s in scenes])
-    columns = "ImageID index kind colour finish ground light relight"
+    columns = "ImageID index kind color finish ground light relight"
     write_table(folder / "metadata" / "scenes.csv", columns.split(), table)
     hierarchy = {"LabelName": "Entity", "Subcategory": [{"LabelName": k.capitalize()} for k in sorted(KINDS)]}
     write_text(folder / "metadata" / "hierarchy.json", json.dumps(hierarchy) + "\n")
