@@ -19,6 +19,7 @@ import polars as pl
 import torch
 
 from harmony.benchmarks.measure import Rates, measure_peak_memory
+from harmony.core.progress import tell
 from harmony.data.sources.open_images.database import import_dataset, load_fiftyone
 from harmony.data.sources.open_images.layout import FULL_HEADER, Split
 from harmony.data.sources.open_images.select import select, select_split
@@ -77,7 +78,7 @@ def generate_masks(boxes: pl.DataFrame, share: float, rng: np.random.Generator) 
 
 
 def write_annotations(
-    folder: Path, boxes: int = BOXES, masks: int = MASKS, seed: int = 0, say: Callable[[str], None] = print
+    folder: Path, boxes: int = BOXES, masks: int = MASKS, seed: int = 0, say: Callable[[str], None] = tell
 ) -> Path:
     """Write ``labels/{detections,segmentations}.csv`` with about so many rows; returns the split's folder."""
     labels, rng = folder / "labels", np.random.default_rng(seed)
@@ -119,7 +120,7 @@ def count_by_pandas(folder: Path) -> int:
     return int((is_plain & (area >= rules.min_area) & (area <= rules.max_area)).sum())
 
 
-def write_photographs(folder: Path, count: int, say: Callable[[str], None] = print) -> Path:
+def write_photographs(folder: Path, count: int, say: Callable[[str], None] = tell) -> Path:
     """Write a train split of ``count`` photographs, each with one box and one mask; returns the dataset's folder.
 
     The files are hard links to ``SHAPE_COUNT`` different pictures and masks.
@@ -222,7 +223,7 @@ def generate_once(folder: Path, write: Callable[[Path], Path]) -> Path:
 
 
 def bench_selection(
-    folder: Path, boxes: int, masks: int, blocks: int, say: Callable[[str], None] = print
+    folder: Path, boxes: int, masks: int, blocks: int, say: Callable[[str], None] = tell
 ) -> dict[str, float]:
     """Millions of box rows a CPU second, ours and pandas, with the peak memory of both.
 
@@ -245,7 +246,7 @@ def bench_selection(
 
 
 def bench_import(
-    folder: Path, samples: int, reference_samples: int, blocks: int, say: Callable[[str], None] = print
+    folder: Path, samples: int, reference_samples: int, blocks: int, say: Callable[[str], None] = tell
 ) -> dict[str, float]:
     """Samples with masks imported into FiftyOne a second of wall time, ours and FiftyOne's importer.
 

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
+from harmony.core.progress import tell
 from harmony.models.timing import now
 
 SIDES = {"cpu": 2048, "cuda": 8192}  # of the matrices whose products give the device's peak rate
@@ -52,7 +53,7 @@ def alternate(
     device: torch.device,
     steps: int,
     blocks: int,
-    say: Callable[[str], None] = print,
+    say: Callable[[str], None] = tell,
 ) -> Rates:
     """Rates of both over ``blocks`` pairs of blocks of ``steps`` calls, after a few calls for compilation and caches.
 

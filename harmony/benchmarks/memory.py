@@ -14,6 +14,7 @@ from torch.overrides import TorchFunctionMode
 
 from harmony.benchmarks.measure import measure_peak_memory
 from harmony.benchmarks.train import Load, make_batch, make_our_step, prepare_task, to_device
+from harmony.core.progress import tell
 from harmony.models.backbone import Backbone
 
 BATCHES = (1, 2, 4, 8, 16, 32, 64)
@@ -110,7 +111,7 @@ def measure_step_peak(backbone: Backbone, batch: int, options: dict[str, bool]) 
     return measure_peak_memory(backbone.device)
 
 
-def measure_memory(backbone: Backbone, say: Callable[[str], None] = print) -> dict[str, dict[int, float]]:
+def measure_memory(backbone: Backbone, say: Callable[[str], None] = tell) -> dict[str, dict[int, float]]:
     """Peak GiB of training steps on the GPU, like ``count_memory``; sizes that do not fit are left out."""
     columns: dict[str, dict[int, float]] = {name: {} for name in OPTIONS}
     for name, options in OPTIONS.items():
@@ -135,7 +136,7 @@ def format_table(columns: dict[str, dict[int, float]]) -> str:
     return "\n".join(lines)
 
 
-def bench_memory(backbone: Backbone, say: Callable[[str], None] = print) -> dict[str, float]:
+def bench_memory(backbone: Backbone, say: Callable[[str], None] = tell) -> dict[str, float]:
     """GiB by name (``counted_plain_8`` and so on); passes the table to ``say``."""
     columns = {f"counted, {name}": column for name, column in count_memory(backbone).items()}
     if backbone.device.type == "cuda":

@@ -13,6 +13,7 @@ import torch
 from diffusers import DDIMScheduler, StableDiffusionControlNetInpaintPipeline
 
 from harmony.benchmarks.measure import alternate, count_tflop, measure_matmul_rate
+from harmony.core.progress import tell
 from harmony.methods.inpainting import Branch, Inpainting, draw_hints
 from harmony.methods.method import Composite, make_seeds
 from harmony.models.backbone import Backbone, move_module
@@ -109,7 +110,7 @@ def bench_sample(
     guidance: float,
     blocks: int,
     modes: Sequence[str] | None = None,
-    say: Callable[[str], None] = print,
+    say: Callable[[str], None] = tell,
 ) -> dict[str, dict[str, float]]:
     """Figures of ``sample`` (exact) and of ``sample_NAME`` for each NAME in ``modes``; rates in pictures a second.
 

@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 
 from harmony.benchmarks.measure import alternate, count_tflop, measure_matmul_rate, measure_peak_memory
+from harmony.core.progress import tell
 from harmony.models.backbone import Backbone
 from harmony.training.control import ControlTask, JointTask
 from harmony.training.schedule import HostAdamW
@@ -155,7 +156,7 @@ def prepare_task(backbone: Backbone, branches: tuple[str, ...], load: Load) -> C
 
 
 def bench_train(
-    backbone: Backbone, load: Load, branches: tuple[str, ...] = ("color",), say: Callable[[str], None] = print
+    backbone: Backbone, load: Load, branches: tuple[str, ...] = ("color",), say: Callable[[str], None] = tell
 ) -> dict[str, float]:
     """Training rates in images a second, ours and the reference.
 

@@ -312,13 +312,15 @@ def read_index(folder: Path) -> dict:
 
 
 class Latents(torch.utils.data.Dataset):
-    """The items of one cache. UserError for a cache whose description is not ``description`` (None: any).
+    """The items of one cache, with the hints of ``branches`` (None: all), which alone are read.
+
+    UserError for a cache whose description is not ``description`` (None: any).
 
     Item: ``moments``, ``masked_moments`` float32 2C x h x w, ``hole``, ``weight`` float32 1 x h x w, ``hint_<branch>``
     float32 3 x H x W in [0, 1] (exemplars 3 x S x S), ``row`` and ``index`` int. Item i belongs to row i // variants.
     """
 
-    def __init__(self, folder: Path, description: dict | None = None):
+    def __init__(self, folder: Path, description: dict | None = None, branches: Sequence[str] | None = None):
         self.folder = Path(folder)
         index = read_index(self.folder)
         if description is not None and index["key"] != cache_key(description):
@@ -332,6 +334,7 @@ class Latents(torch.utils.data.Dataset):
         self.variants = index["description"]["variants"]
         self.files = list(index["sizes"])
         self.starts = np.cumsum([0, *index["sizes"].values()])
+        self.branches = branches
         self.slices: dict[int, dict] = {}
 
     def __len__(self) -> int:
@@ -341,8 +344,13 @@ class Latents(torch.utils.data.Dataset):
         """The memory-mapped slices of shard ``n``, opened once in each process."""
         if n not in self.slices:
             file = safe_open(self.folder / self.files[n], "pt")
-            self.slices[n] = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118
+            self.slices[n] = {name: file.get_slice(name) for name in file.keys() if self.reads(name)}  # noqa: SIM118
         return self.slices[n]
+
+    def reads(self, name: str) -> bool:
+        """Whether the tensor ``name`` belongs to an item."""
+        branch = name.removeprefix("hint_")
+        return branch == name or self.branches is None or branch in self.branches
 
     def __getitem__(self, i: int) -> dict:
         n = int(np.searchsorted(self.starts, i, side="right")) - 1

@@ -28,11 +28,8 @@ class Draws(torch.utils.data.Dataset):
     (``exemplars.augment``), also by (seed, position).
     """
 
-    def __init__(
-        self, latents: Latents, tokens: torch.Tensor, branches: Sequence[str], seed: int, augment: bool = False
-    ):
+    def __init__(self, latents: Latents, tokens: torch.Tensor, seed: int, augment: bool = False):
         self.latents, self.tokens, self.seed, self.augment = latents, tokens, seed, augment
-        self.hints = {f"hint_{branch}" for branch in branches}
 
     def __len__(self) -> int:
         return len(self.latents)
@@ -40,7 +37,6 @@ class Draws(torch.utils.data.Dataset):
     def __getitem__(self, key: tuple[int, int]) -> dict:
         position, i = key
         item = self.latents[i]
-        item = {k: v for k, v in item.items() if not k.startswith("hint_") or k in self.hints}
         rng = generator(self.seed, position)
         c, h, w = item["moments"].shape
         item["noise"], item["encode"], item["encode_masked"] = torch.randn(3, c // 2, h, w, generator=rng)
@@ -135,9 +131,9 @@ class LatentData(lightning.LightningDataModule):
         for split, recipe in self.recipes.items():
             rows = read_manifest(self.manifest, split)[1]
             description = describe(self.backbone, recipe, rows)
-            latents = Latents(self.cache / f"{split}-{cache_key(description)}", description)
+            latents = Latents(self.cache / f"{split}-{cache_key(description)}", description, self.branches)
             tokens = self.backbone.tokens([row.caption for row in rows])
-            self.sets[split] = Draws(latents, tokens, self.branches, self.seed, self.augment and split == "train")
+            self.sets[split] = Draws(latents, tokens, self.seed, self.augment and split == "train")
 
     def train_dataloader(self) -> DataLoader:
         draws = self.sets["train"]

@@ -16,6 +16,7 @@ import numpy as np
 import torch
 
 from harmony.core.errors import UserError
+from harmony.core.progress import tell
 from harmony.core.row import Row
 from harmony.evaluation.eval_sets import EXEMPLAR, EvalSet, paste_outputs, subsample
 from harmony.evaluation.figures import distances
@@ -42,7 +43,7 @@ def load_exemplars(
     root: Path,
     clip: Clip,
     limit: int | None = None,
-    say: Callable[[str], None] = print,
+    say: Callable[[str], None] = tell,
 ) -> EvalSet:
     """``pair_exemplars`` of the photographs of ``rows``, which ``items`` show."""
     crops = [object_of(row, root) for row in rows]
@@ -56,7 +57,7 @@ def pair_exemplars(
     objects: Sequence[str],
     clip: Clip,
     limit: int | None = None,
-    say: Callable[[str], None] = print,
+    say: Callable[[str], None] = tell,
 ) -> EvalSet:
     """Up to ``limit`` pictures of ``items`` whose label occurs in another one, and the most similar object there.
 

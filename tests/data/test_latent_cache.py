@@ -89,6 +89,13 @@ def test_items_equal_a_direct_computation(cache, backbone, manifest):
     assert (moments[:, :4].std() > 0) and torch.isfinite(moments).all()
 
 
+def test_only_the_hints_of_a_training_are_read(cache):
+    """Guards the loader's time: what a training does not use never leaves the file."""
+    few, every = (Latents(cache, branches=branches)[3] for branches in (["color"], None))
+    assert set(every) - set(few) == {"hint_structure"} and torch.equal(few["hint_color"], every["hint_color"])
+    assert not any(name.startswith("hint_") for name in Latents(cache, branches=[])[0])
+
+
 def test_examples_depend_on_row_and_variant_alone(backbone, manifest):
     """Guards determinism: an item is the same whatever was made before it; the hole holds the instance."""
     rows = read_manifest(manifest, "train")[1]
