@@ -20,7 +20,7 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from harmony.core.errors import UserError
-from harmony.core.files import write_json
+from harmony.core.files import replace_folder, write_json
 from harmony.core.hub import fetch_folder
 from harmony.models.shipped import ASSETS, backbone_path
 
@@ -393,19 +393,18 @@ def ship(source: Path, target: Path, dtype: torch.dtype = torch.float16) -> dict
 
     The text encoder keeps its CLIP projection, which pipelines ignore and CLIP scores need.
     """
-    import shutil
-
     target.mkdir(parents=True, exist_ok=True)
-    sizes = {}
-    for part in ("vae", "unet", "text_tower", "image_encoder", "captioner", "tokenizer", "scheduler", "processor"):
-        folder = FOLDERS.get(part, part)
+    folders, sizes = {part: (part,) for part in ("vae", "unet", "image_encoder", "tokenizer", "scheduler")}, {}
+    folders |= {"text_encoder": ("text_tower",), "captioner": ("captioner", "processor")}
+    for folder, parts in folders.items():
         if not (source / folder).is_dir():
             continue
-        model = load_part(str(source), part)
-        if part not in WEIGHTLESS_PARTS:
-            shutil.rmtree(target / folder, ignore_errors=True)
-            model = torch.nn.Module.to(model, dtype)  # diffusers' own ``to`` warns about modules to keep in float32
-        model.save_pretrained(target / folder)
+        with replace_folder(target / folder) as partial:
+            for part in parts:
+                model = load_part(str(source), part)
+                if part not in WEIGHTLESS_PARTS:  # diffusers' own ``to`` warns about modules to keep in float32
+                    model = torch.nn.Module.to(model, dtype)
+                model.save_pretrained(partial)
         sizes[folder] = sum(file.stat().st_size for file in (target / folder).iterdir())
     write_model_index(target)
     return sizes

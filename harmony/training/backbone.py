@@ -19,7 +19,7 @@ from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
 from diffusers.training_utils import EMAModel
 from torch import nn
 
-from harmony.core.files import replace_folder
+from harmony.core.files import replace_folder, write_text
 from harmony.data.latent_data import LatentData
 from harmony.data.pixel_data import PixelData
 from harmony.models.backbone import Backbone, write_model_index
@@ -112,12 +112,6 @@ class BackboneTask(Task):
     def validation_step(self, batch: Any, index: int) -> None:
         """Nothing: ``measure`` runs at the end of the validation epoch."""
 
-    def write_grid(self, name: str, image: np.ndarray) -> None:
-        """Write a grid into the run folder."""
-        folder = Path(self.trainer.default_root_dir) / "grids"
-        folder.mkdir(parents=True, exist_ok=True)
-        write_image(folder / f"{name}_{self.global_step:06d}.png", image)
-
     def build(self) -> nn.Module:
         """Build the network to train."""
         raise NotImplementedError
@@ -197,7 +191,7 @@ class VAETask(BackboneTask):
             self.log(f"validation/psnr_{kind}", psnr(x, y).mean(), prog_bar=True)
             pictures[kind] = [[from_model(a), from_model(b)] for a, b in zip(x[:6], y[:6], strict=True)]
         rows = [sum(pair, []) for pair in zip(*pictures.values(), strict=False)]
-        self.write_grid("vae", grid(rows, ["truth", "decoded"] * len(pictures), scale=2))
+        write_image(self.grid_file("vae"), grid(rows, ["truth", "decoded"] * len(pictures), scale=2))
 
     @torch.no_grad()
     def save(self) -> None:
@@ -274,7 +268,7 @@ class CLIPTask(BackboneTask):
         is_right = matches == torch.arange(len(captions), device=self.device)
         self.log("validation/retrieval", is_right.float().mean(), prog_bar=True)
         pairs = [[from_model(images[i]), from_model(images[j])] for i, j in enumerate(matches[:8].tolist())]
-        self.write_grid("clip", grid(pairs, ["picture", "of the caption chosen"], scale=2))
+        write_image(self.grid_file("clip"), grid(pairs, ["picture", "of the caption chosen"], scale=2))
 
     def save(self) -> None:
         from transformers import CLIPTextModelWithProjection, CLIPVisionModelWithProjection
@@ -362,9 +356,7 @@ class CaptionerTask(BackboneTask):
         self.net.train()
         triples = zip(outputs, captions, checks, strict=True)
         lines = [f"{'ok ' if is_right else '-- '}{b!r} said {a!r}" for a, b, is_right in triples]
-        folder = Path(self.trainer.default_root_dir) / "grids"
-        folder.mkdir(parents=True, exist_ok=True)
-        (folder / f"captions_{self.global_step:06d}.txt").write_text("\n".join(lines) + "\n")
+        write_text(self.grid_file("captions", ".txt"), "\n".join(lines) + "\n")
 
     def save(self) -> None:
         write_part(self.folder, "captioner", self.net, self.processor)
@@ -452,7 +444,7 @@ class InpaintTask(BackboneTask):
             for row, x in zip(rows, backbone.decode(latents), strict=True):
                 row.append(from_model(x))
         titles = ["truth", "text w=1", "w=2", "w=3", "hole", "fill w=1", "w=2", "w=3"]
-        self.write_grid("inpaint", grid(rows, titles, scale=2))
+        write_image(self.grid_file("inpaint"), grid(rows, titles, scale=2))
         self.net.train()
 
     def save(self) -> None:

@@ -85,10 +85,8 @@ class JudgeTask(Task):
         indices = range(0, len(composites), max(1, len(composites) // PAIR_COUNT))[:PAIR_COUNT]
         pairs = [composites[i, i]["image"] for i in indices]
         titles = [f"{natural[2 * i]:.2f} / {natural[2 * i + 1]:.2f}" for i in indices]
-        folder = Path(self.trainer.default_root_dir) / "grids"
-        folder.mkdir(parents=True, exist_ok=True)
         rows = [[from_model(pair[label]) for pair in pairs] for label in (0, 1)]
-        write_image(folder / f"samples_{self.global_step:06d}.png", grid(rows, titles))
+        write_image(self.grid_file("samples"), grid(rows, titles))
 
     @torch.no_grad()
     def export(self, folder: Path) -> None:

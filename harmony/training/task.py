@@ -35,6 +35,12 @@ class Task(lightning.LightningModule):
     def export(self, folder: Path) -> None:
         """Write the trained networks into ``folder``; trainings of backbone parts have written theirs already."""
 
+    def grid_file(self, name: str, suffix: str = ".png") -> Path:
+        """The file of a picture of the present step, in ``grids`` of the run folder."""
+        folder = Path(self.trainer.default_root_dir) / "grids"
+        folder.mkdir(parents=True, exist_ok=True)
+        return folder / f"{name}_{self.global_step:06d}{suffix}"
+
     @property
     def home(self) -> torch.device:
         """The device of the networks that the task works with."""

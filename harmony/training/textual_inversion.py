@@ -146,9 +146,7 @@ class TextualInversionTask(Task):
     def draw(self, previews: dict[str, list[np.ndarray]]) -> None:
         """Write a grid: the concept above, the previews of ``init`` below it, and those of the word at the bottom."""
         rows = [self.trainer.datamodule.pictures, previews["baseline/"], previews[""]]
-        folder = Path(self.trainer.default_root_dir) / "grids"
-        folder.mkdir(parents=True, exist_ok=True)
-        path, picture = folder / f"samples_{self.global_step:06d}.png", grid(rows)
+        path, picture = self.grid_file("samples"), grid(rows)
         write_image(path, picture)
         for logger in self.trainer.loggers:
             if hasattr(logger, "log_image"):
