@@ -25,29 +25,12 @@ TEXTS = (  # options that are text whatever it holds
     "dir", "background", "foreground", "composite", "mask", "region", "reference", "painter", "controlnet", "structure",
     "output", "model.path", "prompt", "prompts", "describer", "evaluator", "clip",
 )  # fmt: skip
-NUMBERS = {"steps": int, "seed": int, "batch": int, "rounds": int, "feather": float, "lambda_l": float}
-NUMBERS |= {"lambda_h": float}
 
 
 def overrides(words: list[str]) -> list[str]:
     """The command line for Hydra: paths and prompts are text, and ``box=1,2,3,4`` is a list rather than a sweep."""
     boxed = [f"box=[{w[4:]}]" if w.startswith("box=") and "," in w and "[" not in w else w for w in words]
     return [literal(word, TEXTS) for word in boxed]
-
-
-def check_numbers(cfg: DictConfig) -> None:
-    """UserError for a number that is none, or too small."""
-    for name, kind in NUMBERS.items():
-        if type(cfg[name]) not in (int, kind):
-            raise UserError(f"{name}={cfg[name]}: give {'a whole number' if kind is int else 'a number'}")
-    if type(cfg.guidance) not in (int, float, type(None)):
-        raise UserError(f"guidance={cfg.guidance}: give a number")
-    for name in ("rounds", "batch"):
-        if cfg[name] < 1:
-            raise UserError(f"{name}={cfg[name]}: must be at least 1")
-    from harmony.sampling.ddim import timesteps
-
-    timesteps(cfg.steps)  # refuses a number of steps that there cannot be
 
 
 def folder_of(cfg: DictConfig) -> Path:
@@ -67,7 +50,6 @@ def main(cfg: DictConfig) -> None:
     from harmony.methods.runs import Inserter, Request
     from harmony.pixels.images import write_image
 
-    check_numbers(cfg)
     options = {name: OmegaConf.to_container(cfg)[name] for name in (*PICTURES, "prompts")}
     if cfg.dir is not None and (pictures := [name for name in PICTURES if cfg[name] is not None]):
         raise UserError(f"dir= brings pictures of its own: leave out {', '.join(pictures)}")

@@ -5,7 +5,8 @@ import functools
 import os
 import re
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import suppress
 from pathlib import Path
 
 import hydra
@@ -16,13 +17,14 @@ from hydra.errors import (
     InstantiationException,
 )
 from hydra.types import RunMode
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from harmony.cli.compose import CONFIGS, one_line, register
+from harmony.cli.compose import CONFIGS, compose, one_line, register
 from harmony.cli.explain import check_experiment, explain, refuse_logger, refuse_missing, refuse_parallel_sweep
 from harmony.cli.help import help_text
 from harmony.cli.run_folder import rank
+from harmony.cli.values import check_values, flatten
 from harmony.core.errors import UserError
 from harmony.core.signals import Interrupt, obey
 
@@ -79,6 +81,7 @@ def run(
             if choices.get("experiment"):
                 check_experiment(name, choices, config_dir)
             refuse_missing(cfg)
+            check_options(cfg, name, choices, config_dir)
             refuse_logger(cfg)
             task(cfg)
         except Exception as error:
@@ -100,6 +103,17 @@ def run(
     except (UserError, KeyboardInterrupt) as error:
         failure = error
     return report(failure)
+
+
+def check_options(cfg: DictConfig, name: str, choices: Mapping[str, str | None], config_dir: Path) -> None:
+    """UserError for an option whose value is of another kind than its default, or out of range."""
+    base = compose(name, [f"{group}={option}" for group, option in choices.items() if option], config_dir)
+    defaults = dict(flatten(OmegaConf.to_container(base, resolve=False)))
+    for key, value in defaults.items():
+        if isinstance(value, str) and "${" in value:
+            with suppress(OmegaConfBaseException):  # it refers to what has no default
+                defaults[key] = OmegaConf.select(base, key)
+    check_values(OmegaConf.to_container(cfg, resolve=True), defaults)
 
 
 def show(text: str) -> None:
