@@ -2,16 +2,20 @@
 
 import os
 import time
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import lightning
 import torch
 from hydra.utils import instantiate
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from omegaconf import DictConfig, OmegaConf
 
 from harmony.cli.command import entry, literal
 from harmony.cli.provenance import provenance
 from harmony.cli.run_folder import rank, run_folder
+from harmony.core.errors import UserError
 from harmony.core.files import write_json
 from harmony.core.progress import tell
 from harmony.data.manifest import manifest_hash
@@ -38,16 +42,25 @@ def settle_precision(cfg: DictConfig) -> dict[str, str]:
     return facts | {"frozen_networks": cfg.model.dtype} if frozen else facts
 
 
+def build_trainer(cfg: DictConfig, **options: Any) -> lightning.Trainer:
+    """The Trainer of the configuration. UserError for what Lightning refuses, such as a GPU that is not there."""
+    try:
+        return instantiate(cfg.trainer, _partial_=True, _convert_="all")(**options)
+    except (MisconfigurationException, ValueError) as error:
+        raise UserError(f"Lightning refuses the options of trainer: {str(error).splitlines()[0]}") from error
+
+
 def train(cfg: DictConfig, folder: Path) -> tuple[lightning.Trainer, Task]:
     """Build data, module and trainer from the configuration and fit, going on from the last checkpoint."""
     lightning.seed_everything(cfg.seed, workers=True, verbose=False)
     data, task = (instantiate(node, _convert_="all") for node in (cfg.data, cfg.module))
     task.check(data)
     if hasattr(data, "prepare"):
-        data.prepare(first := predictor(instantiate(cfg.trainer, _partial_=True, _convert_="all")))
+        data.prepare(first := predictor(partial(build_trainer, cfg)))
     logger = instantiate(cfg.logger)
     callbacks = list_callbacks(instantiate(cfg.callbacks, _convert_="all"))
-    trainer = instantiate(cfg.trainer, _partial_=True, _convert_="all")(
+    trainer = build_trainer(
+        cfg,
         default_root_dir=str(folder),
         logger=logger,
         callbacks=callbacks,

@@ -197,6 +197,7 @@ MISTAKES = {
     ("target=",): "target not given; add target=...",
     ("mode=remove",): "mode=remove: give one of replace, insert, style, reweight, or null",
     ("mode=replace", "target=a red car"): "mode=replace needs equally many words: the source has 5, the target 3",
+    (f"target={SOURCE.upper()}",): "are the same words: change one, or give reweight=",
     (f"target={SOURCE}",): "are the same words: change one, or give reweight=",
     ("look_at=car,cat",): "look_at=cat: neither the source nor the target has this word",
     ("square=100,50,90",): "square=100,50,90: give x0,y0,side of a square inside the 150 x 110 photograph",

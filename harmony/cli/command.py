@@ -21,10 +21,18 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from harmony.cli.compose import CONFIGS, compose, one_line, register
-from harmony.cli.explain import check_experiment, explain, refuse_logger, refuse_missing, refuse_parallel_sweep
+from harmony.cli.explain import (
+    check_experiment,
+    default_groups,
+    explain,
+    group_options,
+    refuse_logger,
+    refuse_missing,
+    refuse_parallel_sweep,
+)
 from harmony.cli.help import help_text
 from harmony.cli.run_folder import rank
-from harmony.cli.values import check_values, flatten
+from harmony.cli.values import check_groups, check_values, flatten
 from harmony.core.errors import UserError
 from harmony.core.signals import Interrupt, obey
 
@@ -44,12 +52,14 @@ class _Leave(BaseException):
 
 
 def literal(override: str, keys: Iterable[str]) -> str:
-    """``key=value`` with the value of a text key quoted, so that commas, brackets and spaces in it mean themselves."""
+    """``key=value`` with the value of a text key quoted: commas, brackets, spaces, ``${`` mean themselves."""
     key, _, value = override.partition("=")
     quoted = len(value) > 1 and value[0] == value[-1] and value[0] in "'\""
-    if key.lstrip("+") not in keys or value == "null" or quoted:
+    if key.lstrip("+") not in keys or value == "null":
         return override
-    escaped = re.sub(r"(\\*)('|$)", lambda m: 2 * m[1] + ("\\'" if m[2] else ""), value)
+    if quoted:
+        return override.replace("${", "\\${")
+    escaped = re.sub(r"(\\*)('|$)", lambda m: 2 * m[1] + ("\\'" if m[2] else ""), value.replace("${", "\\${"))
     return f"{key}='{escaped}'"
 
 
@@ -102,18 +112,29 @@ def run(
         failure = UserError(explain(error, name, words, config_dir))
     except (UserError, KeyboardInterrupt) as error:
         failure = error
+    except ValueError as error:  # Hydra: an option of a group that is a number
+        if "Config group override" not in str(error):
+            raise
+        failure = UserError(one_line(error))
     return report(failure)
 
 
 def check_options(cfg: DictConfig, name: str, choices: Mapping[str, str | None], config_dir: Path) -> None:
     """UserError for an option whose value is of another kind than its default, or out of range."""
+    for group, option in default_groups(name, config_dir).items():
+        if option is not None and choices.get(group) is None:
+            raise UserError(f"{group}= needs one of {', '.join(group_options(group, name, config_dir))}")
     base = compose(name, [f"{group}={option}" for group, option in choices.items() if option], config_dir)
     defaults = dict(flatten(OmegaConf.to_container(base, resolve=False)))
+    check_groups(OmegaConf.to_container(cfg, resolve=False), defaults)
     for key, value in defaults.items():
         if isinstance(value, str) and "${" in value:
             with suppress(OmegaConfBaseException):  # it refers to what has no default
                 defaults[key] = OmegaConf.select(base, key)
-    check_values(OmegaConf.to_container(cfg, resolve=True), defaults)
+    try:
+        check_values(OmegaConf.to_container(cfg, resolve=True), defaults)
+    except OmegaConfBaseException as error:
+        raise UserError(one_line(error)) from None
 
 
 def show(text: str) -> None:

@@ -152,9 +152,11 @@ OPTIONS: dict[str, Rule] = {
     "seed": Whole(0, 2**32 - 1),
     "steps": Whole(1, 999),
     "guidance": Number(none=True),
+    "method.guidance": Number(),
     "lambda_l": Number(),
     "lambda_h": Number(),
-    "branch": Either((Text(), Items(Text())), none=True),
+    "branch": Text(none=True),
+    **dict.fromkeys(("data.branch", "module.branch"), Either((Text(), Items(Text())), none=True)),
     "solver": Choice(("ddim", "dpmsolver++", "unipc")),
     "guided": SHARE,
     "encoder_every": COUNT,
@@ -221,6 +223,7 @@ OPTIONS: dict[str, Rule] = {
     # training
     **dict.fromkeys(("module.lr", "weight_decay", "encoder_lr"), POSITIVE),
     "zero_init_lr": Number(0, none=True),
+    "companion": Text(none=True),
     "warmup": Whole(0),
     "prompt_dropout": SHARE,
     "module.share": SHARE,
@@ -248,6 +251,7 @@ OPTIONS: dict[str, Rule] = {
     "trainer.limit_train_batches": Either((Whole(0), Number(0, 1)), none=True),
     "trainer.limit_val_batches": Either((Whole(0), Number(0, 1)), none=True),
     "trainer.precision": Text(none=True),
+    "trainer.max_time": Text(none=True),
     "trainer.deterministic": Either((Switch(), Choice(("warn",))), none=True),
     "trainer.fast_dev_run": Either((Switch(), Whole(0))),
     # studies
@@ -302,6 +306,15 @@ def flatten(node: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
         yield f"{prefix}{key}", value
         if isinstance(value, dict):
             yield from flatten(value, f"{prefix}{key}.")
+
+
+def check_groups(values: Mapping[str, Any], defaults: Mapping[str, Any]) -> None:
+    """UserError for a value in the place of several options, as in ``module=true``."""
+    for key, value in flatten(values):
+        default = defaults.get(key)
+        if isinstance(default, dict) and default and not isinstance(value, dict) and value is not None:
+            option = next(name for name in default if name[0] != "_")
+            raise UserError(f"{key}={value}: it holds options of its own, give one of them: {key}.{option}=...")
 
 
 def check_values(values: Mapping[str, Any], defaults: Mapping[str, Any]) -> None:

@@ -132,7 +132,12 @@ class LatentData(lightning.LightningDataModule):
             rows = read_manifest(self.manifest, split)[1]
             description = describe(self.backbone, recipe, rows)
             latents = Latents(self.cache / f"{split}-{cache_key(description)}", description, self.branches)
-            tokens = self.backbone.tokens([row.caption for row in rows])
+            captions = [row.caption for row in rows]
+            if count := sum(map(bool, self.backbone.unread_ends(captions))):
+                tell(
+                    f"{split}: {count} of {len(rows)} captions are too long, the text encoder does not read their ends"
+                )
+            tokens = self.backbone.tokens(captions)
             self.sets[split] = Draws(latents, tokens, self.seed, self.augment and split == "train")
 
     def train_dataloader(self) -> DataLoader:

@@ -177,8 +177,8 @@ class Changes:
 
 
 def compare_prompts(source: str, target: str) -> Changes:
-    """The words in which two prompts differ."""
-    a, b = source.split(), target.split()
+    """The words in which two prompts differ, capitals aside."""
+    a, b = source.lower().split(), target.lower().split()
     if len(a) == len(b):
         positions = [n for n, (x, y) in enumerate(zip(a, b, strict=True)) if x != y]
         return Changes(positions, positions)

@@ -105,6 +105,8 @@ class Inserter:
         if prompt is None:
             prompt = self.caption(request.folder / "composite.png")
         self.say(f"prompt {prompt!r}")
+        if end := self.backbone.unread_ends([prompt])[0]:
+            self.say(f"the prompt is too long for the text encoder, its end is not read: {end!r}")
         return replace(insertion, square=replace(insertion.square, caption=prompt))
 
     def write(self, request: Request, inputs: Inputs, result: Result) -> dict[str, Path]:

@@ -10,6 +10,7 @@ import json
 import os
 import re
 import warnings
+from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -353,6 +354,12 @@ class Backbone:
     def encode(self, text: str) -> list[int]:
         """The token ids of a few words, without the tokens of beginning and end."""
         return self.tokenizer(self.spell_out(text), add_special_tokens=False).input_ids
+
+    def unread_ends(self, prompts: Sequence[str]) -> list[str]:
+        """What the text encoder does not read of each prompt, since it is too long; empty where all is read."""
+        length = self.tokenizer.model_max_length - 2  # beginning and end
+        ids = self.tokenizer([self.spell_out(prompt) for prompt in prompts], add_special_tokens=False).input_ids
+        return self.tokenizer.batch_decode([tokens[length:] for tokens in ids])
 
     def spell_out(self, text: str) -> str:
         """Replace each learned word of ``text``, in any case, by its tokens."""

@@ -36,8 +36,8 @@ def spans(prompt: str, encode: Callable[[str], Sequence[int]], length: int) -> d
 
 
 def strip_punctuation(word: str) -> str:
-    """Remove the punctuation around a word."""
-    return word.strip(",.;:!?\"'") or word
+    """A word in small letters, without the punctuation around it."""
+    return word.lower().strip(",.;:!?\"'") or word
 
 
 def replacement(source: Sequence[Span], target: Sequence[Span], length: int) -> torch.Tensor:
@@ -113,8 +113,11 @@ class Edit:
 
 
 def edit_kind(source: str, target: str) -> str:
-    """The kind of an edit: ``reweight`` for equal prompts, ``replace`` for equally many words, else ``refine``."""
-    a, b = source.split(), target.split()
+    """The kind of an edit: ``reweight`` for equal prompts, ``replace`` for equally many words, else ``refine``.
+
+    Capitals make no difference: CLIP's tokens are those of small letters.
+    """
+    a, b = source.lower().split(), target.lower().split()
     if a == b:
         return "reweight"
     return "replace" if len(a) == len(b) else "refine"

@@ -13,7 +13,7 @@ from lightning.pytorch.utilities.exceptions import SIGTERMException
 from omegaconf import OmegaConf
 
 from harmony.cli import run_folder as run_folder_module
-from harmony.cli.command import entry
+from harmony.cli.command import entry, literal
 from harmony.cli.compose import CONFIGS, compose
 from harmony.cli.explain import check_experiment, parameters, refuse_missing
 from harmony.cli.provenance import provenance
@@ -343,7 +343,7 @@ def test_other_ranks_follow_rank_zero(cfg, monkeypatch):
 
 TOY = """
 from pathlib import Path
-from harmony.cli.command import entry
+from harmony.cli.command import entry, literal
 from harmony.cli.run_folder import rank, run_folder
 
 @entry("fit", config_dir=Path(__file__).parent / "configs")
@@ -406,3 +406,10 @@ def test_missing_keys_are_named_once():
     with pytest.raises(UserError, match=r"^module.deep.dir and token not given; add module.deep.dir=... token=...$"):
         refuse_missing(cfg)
     refuse_missing(OmegaConf.create({"token": "a", "module": {"token": "${token}"}}))
+
+
+@pytest.mark.parametrize("value", ["a ${color} car", "'${oc.env:HOME}'", "${a", "100 % {x}"])
+def test_text_is_no_configuration(command, value):
+    """Guards prompts and paths: ``${...}`` in them is text, whoever quoted it."""
+    code, (cfg,), _, err = command(literal(f"name={value}", ["name"]))
+    assert code == 0 and cfg.name == value.strip("'"), err

@@ -204,3 +204,13 @@ def test_weights_are_loaded_without_doubling(tmp_path):
         taken, size = map(float, done.stdout.split())
         print(f"{dtype}: {taken:.2f} GiB for weights of {size:.2f}")
         assert 0.9 * size < taken < size + 1.25
+
+
+def test_the_end_that_is_not_read_is_known():
+    """Guards long prompts: what the text encoder drops, and nothing for a prompt that fits."""
+    backbone = Backbone("tiny")
+    short, long = "a red car on snow", "a red car on snow, " + "very " * 40 + "warm light"
+    nothing, end = backbone.unread_ends([short, long])
+    assert nothing == "" and end.endswith("warm light") and end in long
+    cut = long.removesuffix(end)
+    assert torch.equal(backbone.tokens([cut]), backbone.tokens([long])), "the model reads just the rest"
