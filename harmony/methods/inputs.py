@@ -134,19 +134,17 @@ def read_lights(prompts: Any, name: str) -> tuple[Description, ...]:
 # --- folders
 
 
-def list_composites(folder: Path) -> list[tuple[str, dict]]:
+def list_composites(folder: Path) -> tuple[list[tuple[str, dict]], list[str]]:
     """(id, options) of each composite of a folder, from ``index.csv`` or from ``composite/`` and ``mask/``.
 
+    Second, what is left out because something of it is missing; a line names it.
     A row of ``index.csv`` has ``composite`` and ``mask``, or ``background``, ``foreground``, ``foreground_mask`` and
     ``bbox`` (x0 y0 x1 y1 in pixels of the background); paths are relative to the folder.
     """
     if not folder.is_dir():
         raise UserError(f"dir={folder}: there is no such folder; give one that exists")
     if not (folder / "index.csv").exists():
-        pairs = [(p, q) for p in sorted(folder.glob("composite/*")) for q in folder.glob(f"mask/{p.stem}.*")]
-        if not pairs:
-            raise UserError(f"{folder} has neither index.csv nor composite/NAME with mask/NAME: nothing to harmonize")
-        return check_ids(folder, [(p.stem, {"composite": str(p), "mask": str(q)}) for p, q in pairs])
+        return pair_files(folder)
     items, incomplete_ids = [], []
     with open(folder / "index.csv", newline="", encoding="utf-8") as file:
         for i, row in enumerate(csv.DictReader(file)):
@@ -163,7 +161,31 @@ def list_composites(folder: Path) -> list[tuple[str, dict]]:
     if incomplete_ids:
         parts = "neither a composite with its mask nor a foreground with mask and box"
         print(f"{len(incomplete_ids)} rows name {parts}: {incomplete_ids}")
-    return check_ids(folder, items)
+    return check_ids(folder, items), incomplete_ids
+
+
+def pair_files(folder: Path) -> tuple[list[tuple[str, dict]], list[str]]:
+    """(id, options) of each picture in ``composite/`` with the mask of its name, and the pictures without one."""
+    masks, items, lonely_names = group_files(folder / "mask"), [], []
+    for name, files in group_files(folder / "composite").items():
+        if len(files) == len(masks.get(name, ())) == 1:
+            items.append((name, {"composite": str(files[0]), "mask": str(masks[name][0])}))
+        else:
+            lonely_names += [file.name for file in files]
+    if not items:
+        raise UserError(f"{folder} has neither index.csv nor composite/NAME with mask/NAME: nothing to harmonize")
+    if lonely_names:
+        print(f"{len(lonely_names)} left out, not exactly one composite and one mask of the name: {lonely_names}")
+    return items, lonely_names
+
+
+def group_files(folder: Path) -> dict[str, list[Path]]:
+    """Name without suffix -> the files of a folder, hidden ones apart; names are compared letter by letter."""
+    groups: dict[str, list[Path]] = {}
+    for path in sorted(folder.iterdir()) if folder.is_dir() else ():
+        if not path.name.startswith("."):
+            groups.setdefault(path.stem, []).append(path)
+    return groups
 
 
 def check_ids(folder: Path, items: list[tuple[str, dict]]) -> list[tuple[str, dict]]:
