@@ -129,6 +129,13 @@ def bounding_box(mask: np.ndarray) -> tuple[int, int, int, int]:
     return int(columns[0]), int(rows[0]), int(columns[-1]) + 1, int(rows[-1]) + 1
 
 
+def inscribed_radius(mask: np.ndarray) -> float:
+    """The radius in pixels of the largest disc that ``mask`` holds: half of how thick the object is."""
+    x0, y0, x1, y1 = bounding_box(mask)
+    part = np.pad(mask[y0:y1, x0:x1], 1).astype(np.uint8)  # beyond the picture there is no object
+    return float(cv2.distanceTransform(part, cv2.DIST_L2, cv2.DIST_MASK_PRECISE).max())
+
+
 def box_mask(box: Sequence[float], w: int, h: int) -> np.ndarray:
     """Bool h x w, True on every pixel that (x0, y0, x1, y1) touches."""
     mask = np.zeros((h, w), dtype=bool)

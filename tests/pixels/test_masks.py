@@ -141,6 +141,14 @@ def test_box_and_its_mask_are_inverse():
         masks.bounding_box(np.zeros((4, 4), bool))
 
 
+def test_the_inscribed_radius_is_half_of_the_thickness():
+    assert masks.inscribed_radius(masks.box_mask((5, 10, 95, 50), 100, 60)) == 20
+    assert abs(masks.inscribed_radius(disc(128, 20)) - 20.5) < 0.6
+    assert masks.inscribed_radius(np.ones((30, 50), bool)) == 15, "beyond the picture there is no object"
+    ring = disc(128, 50) & ~disc(128, 44)
+    assert 3 <= masks.inscribed_radius(ring) <= 4
+
+
 def test_feather_stays_inside():
     soft = masks.feather(disc(), 8)
     assert (soft[~disc()] == 0).all() and (soft[disc()] > 0).all() and soft[64, 64] == 1
