@@ -428,7 +428,7 @@ class ZeroShot(Method):
     @functools.cached_property
     def fingerprint(self) -> str:
         weights = {part: self.backbone.hash(part) for part in DIFFUSION}
-        facts = {name: value for name, value in vars(self.parts).items() if name != "deep"}
+        facts = {name: value for name, value in vars(self.parts).items() if name != "edge_detector"}
         deep = self.parts.edge_detector and weights_hash(self.parts.edge_detector)
         evaluator = self.evaluator.fingerprint if self.count > 1 and self.evaluator else None
         kind = str(self.backbone.dtype)
@@ -511,8 +511,8 @@ def load(
         if name not in names:
             raise UserError(f"{name} is not a setting of a zero-shot round: choose among {', '.join(names)}")
     settings = Parts(steps, guidance, **(parts or {}))
-    if settings.deep is not None:
-        settings.deep.requires_grad_(False).eval().to(backbone.device)
+    if settings.edge_detector is not None:
+        settings.edge_detector.requires_grad_(False).eval().to(backbone.device)
     word_describer = None
     if describer == "words":
         word_describer = make_word_scorer(backbone, clip)
