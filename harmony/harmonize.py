@@ -1,6 +1,6 @@
 """``python -m harmony.harmonize``: put one object into one photograph so that it belongs there.
 
-Pixels outside the hole (the mask and a small rim) stay as they are, bit for bit.
+Pixels outside the hole (the mask and a small rim) stay as they are, bit for bit, in the photograph's color profile.
   background=B.jpg foreground=F.jpg mask=M.png             all of one size
   background=B.jpg foreground=F.png box=x0,y0,x1,y1        a cut-out with alpha, placed in a box
   composite=C.jpg mask=M.png                               the object has been pasted already

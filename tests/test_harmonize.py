@@ -341,6 +341,23 @@ def test_a_folder_of_composites(desk, command):
         assert np.array_equal(made[~hole], background[~hole]) and not np.array_equal(made[hole], background[hole])
 
 
+def test_pictures_keep_the_color_profile_of_the_photograph(desk, command, swapped_profile):
+    """Guards colors: the background's profile is in all results, and a cut-out of another space is converted."""
+    Image.open(desk / "b.png").save(desk / "b.png", icc_profile=swapped_profile)
+    code, lines, _ = command("background=b.png", "foreground=f.png", "mask=m.png", "prompt=a car")
+    files = {Path(line).stem: line for line in lines if line.endswith(".png")}
+    assert code == 0 and any("f.png: colors converted from sRGB" in line for line in lines)
+    for name in ("harmonized", "composite", "raw", "sheet"):
+        assert Image.open(files[name]).info["icc_profile"] == swapped_profile, name
+    assert "icc_profile" not in Image.open(files["hole"]).info
+    made, mask, hole = (read_image(file) for file in (files["composite"], "m.png", files["hole"]))
+    inside, outside = mask[..., 0] > 0, hole[..., 0] == 0
+    assert np.array_equal(read_image(files["harmonized"])[outside], read_image("b.png")[outside])
+    gray = np.ptp(read_image("f.png").astype(int), axis=2) < 20  # colors that both spaces hold
+    swapped = read_image("f.png")[..., ::-1].astype(int)
+    assert np.abs(made.astype(int) - swapped)[inside & gray].max() < 6
+
+
 def test_masks_are_found_by_their_whole_name(desk, command):
     """Guards names that are patterns, names that begin alike, and suffixes of any kind; what has no mask is counted."""
     mask = read_image(desk / "m.png")[..., 0] > 0
@@ -437,7 +454,7 @@ def test_an_id_must_be_a_name_of_its_own(desk, command, name):
 
 def test_a_transparent_reference_lies_on_white(desk):
     """Guards the exemplar: what is hidden behind the alpha is not shown to the encoder."""
-    shown, cut = inputs.read_on_white("cut.png"), np.asarray(Image.open(desk / "cut.png"))
+    shown, cut = inputs.put_on_white(read_image("cut.png"), "cut.png"), np.asarray(Image.open(desk / "cut.png"))
     opaque = cut[..., 3] > 0
     assert (shown[~opaque] == 255).all() and np.array_equal(shown[opaque], cut[..., :3][opaque])
 

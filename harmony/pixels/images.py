@@ -66,7 +66,11 @@ def read_image(path: str | Path) -> np.ndarray:
 
     Raises UserError for a file that is missing, truncated, not an image, or holds floating-point pixels.
     """
-    image = open_image(path)
+    return to_rgb(open_image(path), path)
+
+
+def to_rgb(image: Image.Image, path: str | Path) -> np.ndarray:
+    """The pixels of a decoded image as uint8 H x W x 3 RGB. UserError, which names ``path``, for floats."""
     if image.mode == "F":
         raise UserError(f"image {path} holds floating-point pixels; save it with 8 bits a channel")
     if image.mode.startswith("I"):  # Pillow would clip 16-bit gray at 255
