@@ -232,9 +232,11 @@ def compare_baselines(inputs: Inputs, image: np.ndarray) -> list[np.ndarray]:
     Poisson blending needs the surroundings of the object, which a composite has lost: its picture is gray there.
     """
     background, foreground, mask = inputs.background, inputs.foreground, inputs.mask
+    crop, side = find_square(mask, inputs.region), SHEET_SIDE // 2
     reinhard_picture = copy_paste(background, reinhard(foreground, mask, background), mask)
-    is_composite = foreground is background
-    poisson_picture = np.full_like(background, 128) if is_composite else poisson(background, foreground, mask)
-    pictures = [copy_paste(background, foreground, mask), image, reinhard_picture, poisson_picture]
-    crop = find_square(mask, inputs.region)
-    return [crop_resize(picture, crop, SHEET_SIDE // 2) for picture in pictures]
+    pictures = [copy_paste(background, foreground, mask), image, reinhard_picture]
+    squares = [crop_resize(picture, crop, side) for picture in pictures]
+    if foreground is background:
+        return [*squares, np.full_like(squares[0], 128)]
+    parts = (crop_resize(array, crop, side) for array in (background, foreground, mask))
+    return [*squares, poisson(*parts, surroundings=False)]
