@@ -13,7 +13,7 @@ from harmony.core.errors import UserError
 from harmony.pixels.images import open_image
 
 OBJECT = 122  # gray values above this are the object (lossy tools do not keep exactly 0 and 255)
-VOID = 255  # the index of pixels that belong to nothing, in a palette of labels (PASCAL VOC)
+VOID = 255  # the label of pixels that belong to nothing (PASCAL VOC)
 COLORED = 48  # difference of a pixel's channels from which on it is a color rather than a shade of gray
 REFERENCE_SIDE = 512  # lengths in pixels are given for this image side and scaled to the actual one
 TEST_RADIUS = 16  # px at 512: dilation of the hole at test time
@@ -59,8 +59,10 @@ def read_mask(
 
 def find_object(image: Image.Image, path: str | Path) -> np.ndarray:
     """Where a decoded mask is bright and opaque, or has the index of an object, bool H x W. ``path`` is for errors."""
-    if image.mode == "P":
-        return find_object_indices(image, path)[np.asarray(image)]
+    if image.mode == "1" and not image.has_transparency_data:
+        return np.asarray(image)
+    if image.mode == "P" and (colors := read_palette(image)) is not None:
+        return find_object_indices(colors, path)[np.asarray(image)]
     if image.mode.startswith("I;16"):
         values = np.asarray(image)
         return (values > OBJECT * 257) & (values != image.info.get("transparency", -1))
@@ -70,35 +72,49 @@ def find_object(image: Image.Image, path: str | Path) -> np.ndarray:
         opaque_part = Image.new("RGB", image.size)
         opaque_part.paste(image.convert("RGB"), mask=image.convert("RGBA").getchannel("A"))
         image = opaque_part
-    if image.mode == "1":
-        return np.asarray(image)
-    if image.mode == "L":
-        return np.asarray(image) > OBJECT
-    return find_white(image.convert("RGB"), path)
+    if image.mode != "L":
+        image = to_gray(image if image.mode == "RGB" else image.convert("RGB"), path)
+    return find_white(image, path)
 
 
 def find_white(image: Image.Image, path: str | Path) -> np.ndarray:
-    """Where an RGB mask is bright, bool H x W. UserError for colors that are not: they may be labels of objects."""
-    bright = np.asarray(image.convert("L")) > OBJECT
+    """Where a gray mask is bright, bool H x W.
+
+    UserError where nothing is bright but VOID, and more is dark than that: then the dark values are labels.
+    """
+    counts = np.array(image.histogram())
+    if not counts[OBJECT + 1 : VOID].any() and counts[1 : OBJECT + 1].sum() > counts[VOID] > 0:
+        raise UserError(f"mask {path} seems to hold labels, with {VOID} for none; save the object as white on black")
+    return np.asarray(image) > OBJECT
+
+
+def to_gray(image: Image.Image, path: str | Path) -> Image.Image:
+    """The luminance of an RGB mask. UserError for colors that are not bright: they may be labels of objects."""
+    gray = image.convert("L")
     red, green, blue = image.split()
     highest = ImageChops.lighter(ImageChops.lighter(red, green), blue)
     lowest = ImageChops.darker(ImageChops.darker(red, green), blue)
-    if (~bright & (np.asarray(ImageChops.subtract(highest, lowest)) >= COLORED)).any():
+    is_colored = np.asarray(ImageChops.subtract(highest, lowest)) >= COLORED
+    if (is_colored & (np.asarray(gray) <= OBJECT)).any():
         raise UserError(f"mask {path} has dark colors, so that the object is not clear; save it as white on black")
-    return bright
+    return gray
 
 
-def find_object_indices(image: Image.Image, path: str | Path) -> np.ndarray:
-    """The palette's indices that are an object, bool of 256: any but 0 and VOID, or the bright ones of a gray palette.
-
-    UserError for a palette of colors that does not begin with black, where index 0 need not be the ground.
-    """
+def read_palette(image: Image.Image) -> np.ndarray | None:
+    """The colors of a palette, 256 x RGBA, black where it ends; None for a palette of grays: that is a gray picture."""
+    image = image.copy()
     image.apply_transparency()
     entries = np.reshape(image.getpalette("RGBA"), (-1, 4))
-    colors = np.zeros((256, 4), int)
+    colors = np.tile((0, 0, 0, 255), (256, 1))
     colors[: len(entries)] = entries
-    if np.ptp(colors[:, :3], axis=1).max() < COLORED:
-        return colors[:, :3].mean(axis=1) * colors[:, 3] / 255 > OBJECT
+    return colors if np.ptp(colors[:, :3], axis=1).max() >= COLORED else None
+
+
+def find_object_indices(colors: np.ndarray, path: str | Path) -> np.ndarray:
+    """The indices of a palette that are an object, bool of 256: any but 0, VOID and those that are transparent.
+
+    UserError for a palette that does not begin with black, where index 0 need not be the ground.
+    """
     if colors[0, :3].max() >= COLORED:
         raise UserError(f"mask {path} has a palette whose index 0 is not black; save it as white on black")
     indices = np.arange(256)

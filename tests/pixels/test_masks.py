@@ -53,6 +53,17 @@ MARKS = {  # a picture of four pixels, and which of them are the object
     "black under alpha": (Image.fromarray(np.dstack([np.zeros((1, 4, 3), np.uint8), GRAY])), "empty"),
     "labels": (label_mask(np.array([[0, 1, 2, 255]], np.uint8), VOC), ".xx."),
     "labels beside void alone": (label_mask(np.array([[0, 255, 255, 255]], np.uint8), VOC), "empty"),
+    "labels and a short palette": (label_mask(np.array([[0, 1, 7, 0]], np.uint8), VOC[:2]), ".xx."),
+    "labels in gray": (Image.fromarray(np.array([[0, 15, 15, 255]], np.uint8)), "seems to hold labels"),
+    "labels in gray RGB": (
+        Image.fromarray(np.array([[0, 1, 2, 255]], np.uint8)).convert("RGB"),
+        "seems to hold labels",
+    ),
+    "labels in a gray palette": (
+        label_mask(np.array([[0, 1, 1, 255]], np.uint8), [(v, v, v) for v in range(256)]),
+        "seems to hold labels",
+    ),
+    "gray noise": (Image.fromarray(np.array([[1, 0, 255, 255]], np.uint8)), "..xx"),
     "gray palette": (label_mask(np.array([[0, 122, 123, 255]], np.uint8), [(v, v, v) for v in range(256)]), "..xx"),
     "white first": (label_mask(np.array([[1, 1, 0, 0]], np.uint8), [(255, 255, 255), (0, 0, 0)]), "..xx"),
     "red first": (label_mask(np.array([[1, 1, 0, 0]], np.uint8), [(255, 0, 0), (0, 0, 0)]), "index 0 is not black"),
