@@ -35,13 +35,14 @@ def read_photograph(path: str | Path) -> Photograph:
     if not profile:
         return Photograph(to_rgb(image, path))
     try:
+        note = f"{path}: colors converted from {describe(profile)} to sRGB"
         if open_profile(profile).profile.xcolor_space.strip() == "RGB" and image.mode not in NO_RGB:
+            convert_colors(Image.new("RGB", (1, 1)), profile, None)  # fails where the profile is damaged
             return Photograph(to_rgb(image, path), profile)
         picture = convert_colors(image.convert("L") if image.mode == "LA" else image, profile, None)
-    except (OSError, ImageCms.PyCMSError):
+    except (OSError, ValueError, ImageCms.PyCMSError):
         note = f"the color profile of {path} cannot be used: its colors are taken as sRGB"
         return Photograph(to_rgb(image, path), notes=(note,))
-    note = f"{path}: colors converted from {describe(profile)} to sRGB"
     return Photograph(np.array(picture), notes=(note,))
 
 

@@ -28,7 +28,10 @@ def linear_gray_profile() -> bytes:
 def profiles(swapped_profile):
     """Name -> profile."""
     gray = linear_gray_profile()
-    return {"none": None, "srgb": SRGB, "swapped": swapped_profile, "gray": gray, "damaged": b"damaged" * 40}
+    return {"none": None, "srgb": SRGB, "swapped": swapped_profile, "gray": gray, "damaged": b"damaged" * 40} | {
+        "no ASCII": SRGB.replace(b"RGB ", b"R\xf7B "),
+        "no curves": SRGB.replace(b"rTRC", b"none"),
+    }
 
 
 def save(path, pixels, profile, mode=None):
@@ -77,7 +80,9 @@ def test_profiles_that_rgb_cannot_carry_are_converted(tmp_path):
     assert "a.png: colors converted from an unnamed color profile to sRGB" in note
 
 
-@pytest.mark.parametrize("name, mode", [("damaged", "RGB"), ("swapped", "CMYK"), ("gray", "RGB")])
+@pytest.mark.parametrize(
+    "name, mode", [("damaged", "RGB"), ("no ASCII", "RGB"), ("no curves", "RGB"), ("swapped", "CMYK"), ("gray", "RGB")]
+)
 def test_profiles_that_do_not_fit_are_named(tmp_path, profiles, name, mode):
     photograph = read_photograph(save(tmp_path / "a.tif", COLOR, profiles[name], mode))
     assert photograph.profile is None and np.array_equal(photograph.pixels, COLOR)
