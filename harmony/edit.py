@@ -47,6 +47,8 @@ def main(cfg: DictConfig) -> None:
     from harmony.pixels.images import crop_resize, from_model, grid, write_image
 
     photograph = read_edit(cfg)
+    for note in photograph.notes:
+        print(note)
     backbone = instantiate(cfg.model).to(device())
     for path in split_list(cfg.words) or ():
         word = read_word(path)
@@ -86,7 +88,8 @@ def main(cfg: DictConfig) -> None:
             pictures[f"mask_{who}"] = mask
     pictures |= {"attention": draw_attention(edited, backbone.resolution), "sheet": grid([row], titles)}
     for file, picture in pictures.items():
-        write_image(folder / f"{file}.png", picture)
+        options = {} if picture.dtype == bool else {"icc_profile": photograph.profile}
+        write_image(folder / f"{file}.png", picture, **options)
     write_json(folder / "metrics.json", {key: float(value) for key, value in figures.items()})
     write_text(folder / "config.yaml", OmegaConf.to_yaml(cfg, resolve=True))
     print(*(folder / f"{file}.png" for file in pictures), sep="\n")

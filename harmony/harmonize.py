@@ -1,6 +1,6 @@
 """``python -m harmony.harmonize``: put one object into one photograph so that it belongs there.
 
-Pixels outside the hole (the mask and a small rim) stay as they are, bit for bit.
+Pixels outside the hole (the mask and a small rim) stay as they are, bit for bit, in the photograph's color profile.
   background=B.jpg foreground=F.jpg mask=M.png             all of one size
   background=B.jpg foreground=F.png box=x0,y0,x1,y1        a cut-out with alpha, placed in a box
   composite=C.jpg mask=M.png                               the object has been pasted already
@@ -55,7 +55,7 @@ def main(cfg: DictConfig) -> None:
         raise UserError(f"dir= brings pictures of its own: leave out {', '.join(pictures)}")
     refuse_unread(cfg)
     # bad input is refused before any weights are loaded
-    items = list_composites(Path(cfg.dir)) if cfg.dir else []
+    items, incomplete_ids = list_composites(Path(cfg.dir)) if cfg.dir else ([], [])
     inputs = None if cfg.dir else [read_inputs(options)]
     lights = {"describer": "given"} if cfg.prompts is not None and "describer" in cfg.method else {}
     backbone = instantiate(cfg.model).to(device())
@@ -74,7 +74,7 @@ def main(cfg: DictConfig) -> None:
     requests = {name: Request(common | options_of_one, folder / name, cfg.prompt) for name, options_of_one in items}
     sheet, count = inserter.run_folder(requests, cfg.batch)
     write_image(folder / "sheet.png", sheet)
-    write_json(folder / "metrics.json", {"composites": len(items) - count, "left_out": count})
+    write_json(folder / "metrics.json", {"composites": len(items) - count, "left_out": count + len(incomplete_ids)})
     print(folder / "sheet.png")
 
 

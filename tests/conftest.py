@@ -4,12 +4,14 @@ import atexit
 import os
 import shutil
 import signal
+import struct
 import sys
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from PIL import ImageCms
 
 ROOT = Path(__file__).resolve().parents[1]
 SHARED_DATA = ROOT.parent / "shared" / "data"
@@ -228,3 +230,17 @@ def latent_data(random_backbone, small_manifest, tmp_path_factory):
         return data
 
     return make
+
+
+@pytest.fixture(scope="session")
+def swapped_profile() -> bytes:
+    """sRGB with the primaries of red and blue exchanged: its (200, 100, 50) looks like (50, 100, 200)."""
+    srgb = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
+    profile = bytearray(srgb.replace("sRGB".encode("utf-16-be"), "swap".encode("utf-16-be")))
+    places = {}
+    for n in range(struct.unpack(">I", profile[128:132])[0]):
+        tag, start, _ = struct.unpack(">4sII", profile[132 + 12 * n : 144 + 12 * n])
+        places[tag] = slice(start, start + 20)
+    red, blue = places[b"rXYZ"], places[b"bXYZ"]
+    profile[red], profile[blue] = profile[blue], profile[red]
+    return bytes(profile)

@@ -72,6 +72,18 @@ def pictures(lines: list[str], names: tuple[str, ...] = LOCAL) -> dict[str, np.n
     return {path.stem: read_image(path) for path in paths}
 
 
+def test_an_edit_keeps_the_color_profile(desk, command, swapped_profile):
+    """Guards colors: all pictures say in which space their pixels are, masks have none; what is unusable is told."""
+    Image.open("p.png").save("p.png", icc_profile=swapped_profile)
+    code, out, _ = command()
+    assert code == 0
+    for path in map(Path, (line for line in out if line.endswith(".png"))):
+        expected_profile = None if "mask" in path.stem else swapped_profile
+        assert Image.open(path).info.get("icc_profile") == expected_profile, path.stem
+    Image.open("p.png").save("p.png", icc_profile=b"damaged" * 40)
+    assert "the color profile of p.png cannot be used: its colors are taken as sRGB" in command()[1]
+
+
 def test_an_edit_with_the_shipped_backbone(desk, command, monkeypatch):
     """Guards the whole command: files, figures, the square, every pixel outside the mask, and an inversion that is used
     again for another target.

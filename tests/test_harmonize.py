@@ -18,6 +18,7 @@ from harmony.models.controlnet import export_controlnet
 from harmony.models.paint_by_example import build_encoder, build_painting_unet, export_painter
 from harmony.pixels.composites import place
 from harmony.pixels.images import read_image, write_image
+from harmony.pixels.masks import bounding_box
 
 ROOT = Path(__file__).resolve().parents[1]
 FILES = ("harmonized", "raw", "composite", "hole", "sheet")
@@ -327,6 +328,7 @@ def test_a_folder_of_composites(desk, command):
     code, lines, errors = command("dir=.", "prompt=a car", "output=out")
     assert code == 0 and not errors
     assert any("1 rows name neither" in line and "three" in line for line in lines)
+    assert json.loads((desk / "out" / "metrics.json").read_text()) == {"composites": 2, "left_out": 2}
     assert any(line.startswith("four left out") for line in lines) and any("3/3" in line for line in lines)
     assert Path(lines[-1]) == desk / "out" / "sheet.png" and read_image(lines[-1]).shape[0] > 2 * 150
     (told,) = (line for line in lines if "UNet " in line and " %, " in line and "the rest" in line)
@@ -337,6 +339,46 @@ def test_a_folder_of_composites(desk, command):
         background, made = read_image(desk / "b.png"), read_image(desk / "out" / name / "harmonized.png")
         hole = read_image(desk / "out" / name / "hole.png")[..., 0] > 0
         assert np.array_equal(made[~hole], background[~hole]) and not np.array_equal(made[hole], background[hole])
+
+
+def test_pictures_keep_the_color_profile_of_the_photograph(desk, command, swapped_profile):
+    """Guards colors: the background's profile is in all results, and a cut-out of another space is converted."""
+    Image.open(desk / "b.png").save(desk / "b.png", icc_profile=swapped_profile)
+    code, lines, _ = command("background=b.png", "foreground=f.png", "mask=m.png", "prompt=a car")
+    files = {Path(line).stem: line for line in lines if line.endswith(".png")}
+    assert code == 0 and any("f.png: colors converted from sRGB" in line for line in lines)
+    for name in ("harmonized", "composite", "raw", "sheet"):
+        assert Image.open(files[name]).info["icc_profile"] == swapped_profile, name
+    assert "icc_profile" not in Image.open(files["hole"]).info
+    made, mask, hole = (read_image(file) for file in (files["composite"], "m.png", files["hole"]))
+    inside, outside = mask[..., 0] > 0, hole[..., 0] == 0
+    assert np.array_equal(read_image(files["harmonized"])[outside], read_image("b.png")[outside])
+    gray = np.ptp(read_image("f.png").astype(int), axis=2) < 20  # colors that both spaces hold
+    swapped = read_image("f.png")[..., ::-1].astype(int)
+    assert np.abs(made.astype(int) - swapped)[inside & gray].max() < 6
+
+
+def test_masks_are_found_by_their_whole_name(desk, command):
+    """Guards names that are patterns, names that begin alike, and suffixes of any kind; what has no mask is counted."""
+    mask = read_image(desk / "m.png")[..., 0] > 0
+    names = {"shot[1].png": 0, "shot1.png": 9, "scene.png": 18, "scene.v2.PNG": -9, "a b*.JPG": -18}
+    for name, shift in names.items():
+        (desk / "many" / "composite").mkdir(parents=True, exist_ok=True)
+        (desk / "many" / "composite" / name).write_bytes((desk / "b.png").read_bytes())
+        write_image(desk / "many" / "mask" / f"{Path(name).stem}.png", np.roll(mask, shift, axis=1))
+    for name in ("no_mask.png", "twice.png", "twice.jpg", "two_masks.png", "notes.txt", ".hidden"):
+        (desk / "many" / "composite" / name).write_bytes((desk / "b.png").read_bytes())
+    for name in ("twice.png", "two_masks.png", "two_masks.jpg"):
+        write_image(desk / "many" / "mask" / name, mask)
+    code, lines, errors = command("dir=many", "prompt=a car", "output=out")
+    assert code == 0 and not errors
+    lonely = ["no_mask.png", "notes.txt", "twice.jpg", "twice.png", "two_masks.png"]
+    assert any(line.startswith("5 left out") and line.endswith(str(lonely)) for line in lines)
+    metrics = json.loads((desk / "out" / "metrics.json").read_text())
+    assert metrics == {"composites": 5, "left_out": 5}
+    for name, shift in names.items():
+        hole = read_image(desk / "out" / Path(name).stem / "hole.png")[..., 0] > 0
+        assert hole[np.roll(mask, shift, axis=1)].all() and bounding_box(hole)[0] > bounding_box(mask)[0] + shift - 6
 
 
 def test_a_folder_goes_on(desk, command):
@@ -412,7 +454,7 @@ def test_an_id_must_be_a_name_of_its_own(desk, command, name):
 
 def test_a_transparent_reference_lies_on_white(desk):
     """Guards the exemplar: what is hidden behind the alpha is not shown to the encoder."""
-    shown, cut = inputs.read_on_white("cut.png"), np.asarray(Image.open(desk / "cut.png"))
+    shown, cut = inputs.put_on_white(read_image("cut.png"), "cut.png"), np.asarray(Image.open(desk / "cut.png"))
     opaque = cut[..., 3] > 0
     assert (shown[~opaque] == 255).all() and np.array_equal(shown[opaque], cut[..., :3][opaque])
 

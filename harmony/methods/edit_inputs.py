@@ -8,8 +8,9 @@ from omegaconf import DictConfig
 
 from harmony.core.errors import UserError
 from harmony.methods.prompt_editing import MODES, EditResult, Mode, find_mode
+from harmony.pixels.color_profiles import read_photograph
 from harmony.pixels.composites import paste_back
-from harmony.pixels.images import Crop, grid, paste_crop, read_image, resize, square_around
+from harmony.pixels.images import Crop, grid, paste_crop, resize, square_around
 from harmony.sampling.prompt_to_prompt import strip_punctuation
 
 SHARES = ("cross_attention_steps", "self_attention_steps")  # null = those of the mode
@@ -40,10 +41,12 @@ def read_factors(value: str | Mapping[str, float] | None) -> dict[str, float]:
 
 @dataclass(frozen=True)
 class EditInput:
-    """The photograph, uint8 H x W x 3, and the square of it that is edited."""
+    """The photograph, uint8 H x W x 3, the square of it that is edited, its color profile, and notes on its colors."""
 
     image: np.ndarray
     crop: Crop
+    profile: bytes | None = None
+    notes: tuple[str, ...] = ()
 
 
 def read_edit(cfg: DictConfig) -> EditInput:
@@ -52,11 +55,12 @@ def read_edit(cfg: DictConfig) -> EditInput:
         raise UserError("target=null: say what the photograph should show")
     if cfg.mode is not None and cfg.mode not in MODES:
         raise UserError(f"mode={cfg.mode}: choose one of {', '.join(MODES)}")
-    image = read_image(cfg.image)
+    photograph = read_photograph(cfg.image)
+    image, colors = photograph.pixels, (photograph.profile, photograph.notes)
     height, width = image.shape[:2]
     if cfg.square is None:
         middle = (width // 2, height // 2, width // 2 + 1, height // 2 + 1)
-        return EditInput(image, square_around(middle, width, height))
+        return EditInput(image, square_around(middle, width, height), *colors)
     try:
         x0, y0, side = map(int, split_list(cfg.square))
         fits = min(x0, y0) >= 0 < side and x0 + side <= width and y0 + side <= height
@@ -64,7 +68,7 @@ def read_edit(cfg: DictConfig) -> EditInput:
         fits = False
     if not fits:
         raise UserError(f"square={cfg.square}: give x0,y0,side of a square inside the {width} x {height} photograph")
-    return EditInput(image, Crop(x0, y0, side))
+    return EditInput(image, Crop(x0, y0, side), *colors)
 
 
 def choose_mode(cfg: DictConfig, factors: dict[str, float]) -> tuple[str, Mode]:

@@ -13,9 +13,10 @@ from harmony.core.errors import UserError
 from harmony.data.descriptions import Description, parse_descriptions, read_descriptions
 from harmony.methods.insert import Insertion, Result, check_sizes, cut, find_square
 from harmony.methods.method import EXEMPLAR, LIGHTS, Method
+from harmony.pixels.color_profiles import read_in_space, read_photograph
 from harmony.pixels.composites import copy_paste, place, poisson, reinhard
 from harmony.pixels.exemplars import cut_out
-from harmony.pixels.images import crop_resize, grid, open_image, read_image, resize
+from harmony.pixels.images import crop_resize, grid, open_image, resize
 from harmony.pixels.masks import OBJECT, read_mask
 
 PICTURES = ("background", "foreground", "composite", "mask", "box", "region", "reference")  # options that give pixels
@@ -28,7 +29,8 @@ class Inputs:
 
     ``background``, ``foreground`` uint8 H x W x 3 and ``mask``, ``region`` bool H x W have one size; ``region`` may be
     None. ``reference``: the exemplar, uint8 of any size, where it is a separate picture. ``lights``: descriptions of
-    the object's light and of the light around it. ``name``: the name of the results.
+    the object's light and of the light around it. ``name``: the name of the results. ``profile``: the photograph's
+    color profile, which all colors are in. ``notes``: lines on what happened to colors.
     """
 
     background: np.ndarray
@@ -38,6 +40,8 @@ class Inputs:
     reference: np.ndarray | None = None
     lights: tuple[Description, ...] = ()
     name: str = ""
+    profile: bytes | None = None
+    notes: tuple[str, ...] = ()
 
     def cut(self, method: Method, caption: str = "") -> Insertion:
         """The square that ``method`` fills. UserError for inputs that it cannot use or that it lacks."""
@@ -73,9 +77,9 @@ def read_alpha_mask(path: str) -> np.ndarray:
     return opacity
 
 
-def read_on_white(path: str) -> np.ndarray:
-    """Read a picture, uint8 H x W x 3, white where it is transparent."""
-    pixels, opacity = read_image(path), np.asarray(open_image(path).convert("RGBA"))[..., 3:] / 255
+def put_on_white(pixels: np.ndarray, path: str) -> np.ndarray:
+    """The pixels of the picture ``path``, uint8 H x W x 3, made white where it is transparent."""
+    opacity = np.asarray(open_image(path).convert("RGBA"))[..., 3:] / 255
     return np.rint(opacity * pixels + (1 - opacity) * 255).astype(np.uint8)
 
 
@@ -102,14 +106,17 @@ def read_inputs(options: Mapping[str, Any]) -> Inputs:
         raise UserError(
             "box= goes with foreground=; with composite= the object is in its place already: leave out box="
         )
-    image = read_image(composite or background)
-    foreground = image if composite else read_image(o["foreground"])
+    photograph = read_photograph(composite or background)
+    object_picture = photograph if composite else read_in_space(o["foreground"], photograph.profile)
+    image, foreground = photograph.pixels, object_picture.pixels
     mask = read_mask(o["mask"], get_size(foreground)) if o["mask"] else read_alpha_mask(composite or o["foreground"])
     if box is not None:
         foreground, mask = place(foreground, mask, box, *get_size(image))
     region = read_mask(o["region"], get_size(image)) if o["region"] else None
     check_sizes(image, foreground=foreground, mask=mask, region=region)
-    return Inputs(image, foreground, mask, region, lights=read_lights(o["prompts"], name), name=name)
+    lights = read_lights(o["prompts"], name)
+    notes = photograph.notes if composite else photograph.notes + object_picture.notes
+    return Inputs(image, foreground, mask, region, None, lights, name, photograph.profile, notes)
 
 
 def read_reference(o: Mapping[str, Any]) -> Inputs:
@@ -117,10 +124,13 @@ def read_reference(o: Mapping[str, Any]) -> Inputs:
     has_others = any(o[name] is not None for name in ("foreground", "composite", "box"))
     if o["background"] is None or o["mask"] is None or has_others:
         raise UserError("reference= needs background=PATH and mask=PATH, white where to paint, and nothing else")
-    background, reference = read_image(o["background"]), read_on_white(o["reference"])
+    photograph = read_photograph(o["background"])
+    exemplar = read_in_space(o["reference"], photograph.profile)
+    background, reference = photograph.pixels, put_on_white(exemplar.pixels, o["reference"])
     mask = read_mask(o["mask"], get_size(background))
     region = read_mask(o["region"], get_size(background)) if o["region"] else None
-    return Inputs(background, background, mask, region, reference)
+    colors = {"profile": photograph.profile, "notes": photograph.notes + exemplar.notes}
+    return Inputs(background, background, mask, region, reference, **colors)
 
 
 def read_lights(prompts: Any, name: str) -> tuple[Description, ...]:
@@ -134,19 +144,17 @@ def read_lights(prompts: Any, name: str) -> tuple[Description, ...]:
 # --- folders
 
 
-def list_composites(folder: Path) -> list[tuple[str, dict]]:
+def list_composites(folder: Path) -> tuple[list[tuple[str, dict]], list[str]]:
     """(id, options) of each composite of a folder, from ``index.csv`` or from ``composite/`` and ``mask/``.
 
+    Second, what is left out because something of it is missing; a line names it.
     A row of ``index.csv`` has ``composite`` and ``mask``, or ``background``, ``foreground``, ``foreground_mask`` and
     ``bbox`` (x0 y0 x1 y1 in pixels of the background); paths are relative to the folder.
     """
     if not folder.is_dir():
         raise UserError(f"dir={folder}: there is no such folder; give one that exists")
     if not (folder / "index.csv").exists():
-        pairs = [(p, q) for p in sorted(folder.glob("composite/*")) for q in folder.glob(f"mask/{p.stem}.*")]
-        if not pairs:
-            raise UserError(f"{folder} has neither index.csv nor composite/NAME with mask/NAME: nothing to harmonize")
-        return check_ids(folder, [(p.stem, {"composite": str(p), "mask": str(q)}) for p, q in pairs])
+        return pair_files(folder)
     items, incomplete_ids = [], []
     with open(folder / "index.csv", newline="", encoding="utf-8") as file:
         for i, row in enumerate(csv.DictReader(file)):
@@ -163,7 +171,31 @@ def list_composites(folder: Path) -> list[tuple[str, dict]]:
     if incomplete_ids:
         parts = "neither a composite with its mask nor a foreground with mask and box"
         print(f"{len(incomplete_ids)} rows name {parts}: {incomplete_ids}")
-    return check_ids(folder, items)
+    return check_ids(folder, items), incomplete_ids
+
+
+def pair_files(folder: Path) -> tuple[list[tuple[str, dict]], list[str]]:
+    """(id, options) of each picture in ``composite/`` with the mask of its name, and the pictures without one."""
+    masks, items, lonely_names = group_files(folder / "mask"), [], []
+    for name, files in group_files(folder / "composite").items():
+        if len(files) == len(masks.get(name, ())) == 1:
+            items.append((name, {"composite": str(files[0]), "mask": str(masks[name][0])}))
+        else:
+            lonely_names += [file.name for file in files]
+    if not items:
+        raise UserError(f"{folder} has neither index.csv nor composite/NAME with mask/NAME: nothing to harmonize")
+    if lonely_names:
+        print(f"{len(lonely_names)} left out, not exactly one composite and one mask of the name: {lonely_names}")
+    return items, lonely_names
+
+
+def group_files(folder: Path) -> dict[str, list[Path]]:
+    """Name without suffix -> the files of a folder, hidden ones apart; names are compared letter by letter."""
+    groups: dict[str, list[Path]] = {}
+    for path in sorted(folder.iterdir()) if folder.is_dir() else ():
+        if not path.name.startswith("."):
+            groups.setdefault(path.stem, []).append(path)
+    return groups
 
 
 def check_ids(folder: Path, items: list[tuple[str, dict]]) -> list[tuple[str, dict]]:
@@ -200,9 +232,11 @@ def compare_baselines(inputs: Inputs, image: np.ndarray) -> list[np.ndarray]:
     Poisson blending needs the surroundings of the object, which a composite has lost: its picture is gray there.
     """
     background, foreground, mask = inputs.background, inputs.foreground, inputs.mask
+    crop, side = find_square(mask, inputs.region), SHEET_SIDE // 2
     reinhard_picture = copy_paste(background, reinhard(foreground, mask, background), mask)
-    is_composite = foreground is background
-    poisson_picture = np.full_like(background, 128) if is_composite else poisson(background, foreground, mask)
-    pictures = [copy_paste(background, foreground, mask), image, reinhard_picture, poisson_picture]
-    crop = find_square(mask, inputs.region)
-    return [crop_resize(picture, crop, SHEET_SIDE // 2) for picture in pictures]
+    pictures = [copy_paste(background, foreground, mask), image, reinhard_picture]
+    squares = [crop_resize(picture, crop, side) for picture in pictures]
+    if foreground is background:
+        return [*squares, np.full_like(squares[0], 128)]
+    parts = (crop_resize(array, crop, side) for array in (background, foreground, mask))
+    return [*squares, poisson(*parts, surroundings=False)]

@@ -14,8 +14,9 @@ from harmony.core.errors import UserError
 from harmony.methods.method import Composite, Method, make_seeds
 from harmony.pixels.composites import copy_paste, paste_back, transfer_change
 from harmony.pixels.images import Crop, crop_resize, paste_crop, square_around
-from harmony.pixels.masks import TEST_RADIUS, bounding_box, box_mask, dilate, scale_length
+from harmony.pixels.masks import TEST_RADIUS, bounding_box, box_mask, dilate, inscribed_radius, scale_length
 
+SMALLEST_RIM = 0.25  # of the usual rim: so that the hole of a thin object still has a place among the latents
 CONTEXT = 1.6  # side of the square relative to the longer side of the hole
 
 
@@ -73,20 +74,16 @@ def cut(
     """Cut out the square of ``side`` pixels in which the masked object of ``foreground`` goes into ``background``.
 
     ``background``, ``foreground`` uint8 H x W x 3 and ``mask`` bool H x W have one size (see ``composites.place`` for a
-    cut-out of another size). The hole is the mask dilated by ``radius`` (px at a square of 512) and the optional
-    ``region``, in which a method may also repaint (for a shadow). ``fields``: further fields of ``Composite``.
-    UserError for an empty mask or sizes that differ.
+    cut-out of another size). The hole is the mask dilated by ``radius`` (px at a square of 512; less for a thin object)
+    and the optional ``region``, in which a method may also repaint (for a shadow). ``fields``: further fields of
+    ``Composite``. UserError for an empty mask, an object that is too thin for ``side``, or sizes that differ.
     """
     check_sizes(background, foreground=foreground, mask=mask, region=region)
     height, width = background.shape[:2]
     composite = copy_paste(background, foreground, mask)
     crop = find_square(mask, region)
     square_background, instance, square_mask = (crop_resize(a, crop, side) for a in (background, composite, mask))
-    if not square_mask.any():
-        raise UserError(
-            f"the object is too small: it disappears at the backbone's {side} px; enlarge it or use a larger backbone"
-        )
-    hole = dilate(mask, math.ceil(scale_length(radius, (crop.side,))))  # in pixels of the photograph
+    hole = dilate(mask, find_rim(mask, crop, side, radius))
     if region is not None:
         hole |= region
     hole &= box_mask(crop.clip(width, height), width, height)
@@ -106,6 +103,20 @@ def find_square(mask: np.ndarray, region: np.ndarray | None = None) -> Crop:
     """The square of the photograph that a method fills."""
     height, width = mask.shape
     return square_around(bounding_box(mask if region is None else mask | region), width, height, context=CONTEXT)
+
+
+def find_rim(mask: np.ndarray, crop: Crop, side: int, radius: float) -> int:
+    """The width of the hole's rim in pixels of the photograph: ``radius``, but no more than the object's own radius.
+
+    UserError for an object that is less than two pixels thick in the square of ``side``: it would vanish there.
+    """
+    object_radius, usual_rim = inscribed_radius(mask), scale_length(radius, (crop.side,))
+    if (thickness := 2 * object_radius * side / crop.side) < 2:
+        raise UserError(
+            f"the object is too small: {thickness:.1f} px thick at the backbone's {side} px; enlarge it, "
+            "cut the photograph around a part of it, or use a larger backbone"
+        )
+    return math.ceil(min(usual_rim, max(object_radius, SMALLEST_RIM * usual_rim)))
 
 
 def check_sizes(background: np.ndarray, **others: np.ndarray | None) -> None:

@@ -95,10 +95,12 @@ class Inserter:
 
     def cut(self, request: Request, inputs: Inputs) -> Insertion:
         """The square of a request, with a caption where the method needs one."""
+        for note in inputs.notes:
+            self.say(note)
         insertion = inputs.cut(self.method, request.prompt or "")
         request.folder.mkdir(parents=True, exist_ok=True)
         (request.folder / FINGERPRINT_FILE).unlink(missing_ok=True)
-        write_image(request.folder / "composite.png", insertion.composite)
+        write_image(request.folder / "composite.png", insertion.composite, icc_profile=inputs.profile)
         if CAPTION not in self.method.wants:
             return insertion
         prompt = request.prompt
@@ -114,10 +116,10 @@ class Inserter:
         names = ("harmonized", "raw", "composite", "hole", "sheet")
         files = {name: request.folder / f"{name}.png" for name in names}
         image = paste_crop(inputs.background, result.output, result.crop) if self.raw else result.image
-        write_image(files["raw"], result.output)
         write_image(files["hole"], result.hole)
-        write_image(files["sheet"], draw_sheet(inputs, result, image))
-        write_image(files["harmonized"], image)
+        pictures = {"raw": result.output, "sheet": draw_sheet(inputs, result, image), "harmonized": image}
+        for name, picture in pictures.items():
+            write_image(files[name], picture, icc_profile=inputs.profile)
         return files
 
     def run_folder(self, requests: Mapping[str, Request], batch: int) -> tuple[np.ndarray, int]:

@@ -24,9 +24,13 @@ class Stored(Method):
 
     @functools.cached_property
     def files(self) -> dict[str, Path]:
-        """Name -> file."""
-        listing = sorted(path for path in self.folder.iterdir() if path.suffix.lower() in SUFFIXES)
-        return {path.stem: path for path in listing}
+        """Name -> file. UserError for two files of one name."""
+        files: dict[str, Path] = {}
+        for path in sorted(path for path in self.folder.iterdir() if path.suffix.lower() in SUFFIXES):
+            if path.stem in files:
+                raise UserError(f"{self.folder} has both {files[path.stem].name} and {path.name}: keep one of them")
+            files[path.stem] = path
+        return files
 
     @functools.cached_property
     def fingerprint(self) -> str:

@@ -4,12 +4,20 @@ from collections.abc import Sequence
 
 import cv2
 import numpy as np
+from scipy.sparse import csc_array, diags_array
+from scipy.sparse.linalg import splu
 
 from harmony.core.errors import UserError
 from harmony.pixels.images import resize
 from harmony.pixels.masks import bounding_box, feather
 
-EROSION = 3  # px by which cv2.seamlessClone erodes its mask
+BEFORE, BEHIND, ALL = slice(None, -1), slice(1, None), slice(None)
+NEIGHBORS = (  # (pixels, their neighbors) in the four directions
+    ((BEHIND, ALL), (BEFORE, ALL)),
+    ((BEFORE, ALL), (BEHIND, ALL)),
+    ((ALL, BEHIND), (ALL, BEFORE)),
+    ((ALL, BEFORE), (ALL, BEHIND)),
+)
 
 
 def copy_paste(background: np.ndarray, foreground: np.ndarray, mask: np.ndarray) -> np.ndarray:
@@ -47,21 +55,47 @@ def _lab(image: np.ndarray) -> np.ndarray:
     return cv2.cvtColor(image.astype(np.float32) / 255, cv2.COLOR_RGB2Lab)
 
 
-def poisson(background: np.ndarray, foreground: np.ndarray, mask: np.ndarray) -> np.ndarray:
-    """Gradient-domain composite (Perez 2003, Poisson Image Editing), bit-exact outside ``mask``."""
+def poisson(background: np.ndarray, foreground: np.ndarray, mask: np.ndarray, surroundings: bool = True) -> np.ndarray:
+    """Gradient-domain composite (Perez 2003, Poisson Image Editing), bit-exact outside ``mask``.
+
+    ``surroundings``: ``foreground`` shows what is around the object, so that its step across the mask's rim counts.
+    Without it, in a cut-out, the object continues the background.
+    """
     if not mask.any():
         return background.copy()
-    # The solver needs a margin of background on all sides and erodes its mask: pad the images, then grow the mask.
-    pad = EROSION + 2
-    margins = (pad, pad, pad, pad)
-    target = cv2.copyMakeBorder(background, *margins, cv2.BORDER_REPLICATE)
-    source = cv2.copyMakeBorder(foreground, *margins, cv2.BORDER_REPLICATE)
-    region = cv2.copyMakeBorder(mask.astype(np.uint8) * 255, *margins, cv2.BORDER_CONSTANT, value=0)
-    region = cv2.dilate(region, np.ones((3, 3), np.uint8), iterations=EROSION)
-    x0, y0, x1, y1 = bounding_box(region > 0)
-    center = (x0 + (x1 - x0) // 2, y0 + (y1 - y0) // 2)
-    blend = cv2.seamlessClone(source, target, region, center, cv2.NORMAL_CLONE)[pad:-pad, pad:-pad]
-    return copy_paste(background, blend, mask)
+    values = solve_poisson(background.astype(float), foreground.astype(float), mask, surroundings)
+    return copy_paste(background, np.rint(np.clip(values, 0, 255)).astype(np.uint8), mask)
+
+
+def solve_poisson(
+    background: np.ndarray, foreground: np.ndarray, mask: np.ndarray, surroundings: bool = True
+) -> np.ndarray:
+    """Solve the discrete Poisson equation (Perez 2003, eq. 7): float H x W x 3, ``foreground`` outside the mask.
+
+    Each pixel of the mask differs from its four neighbors as in ``foreground``, in the mean over them; neighbors
+    outside the mask are those of ``background``. The picture's border is free. A mask of the whole picture, where any
+    brightness would do, gets the background's mean. The correction of the foreground is solved for: it is a membrane
+    that spans the differences at the rim.
+    """
+    if mask.all():
+        return foreground + (background - foreground).mean(axis=(0, 1))
+    count = int(mask.sum())
+    numbers = np.zeros(mask.shape, int)
+    numbers[mask] = np.arange(count)
+    degrees, differences, rows, columns = np.zeros(count), np.zeros((count, 3)), [], []
+    for here, there in NEIGHBORS:
+        inside, rim = mask[here] & mask[there], mask[here] & ~mask[there]
+        degrees[numbers[here][mask[here]]] += 1
+        rows.append(numbers[here][inside])
+        columns.append(numbers[there][inside])
+        differences[numbers[here][rim]] += background[there][rim] - foreground[there if surroundings else here][rim]
+    row, column = np.concatenate(rows), np.concatenate(columns)
+    neighbors = csc_array((np.ones(len(row)), (row, column)), (count, count))
+    # no pivots, and a symmetric order: the matrix is symmetric and positive definite
+    options = {"permc_spec": "MMD_AT_PLUS_A", "diag_pivot_thresh": 0, "options": {"SymmetricMode": True}}
+    values = foreground.copy()
+    values[mask] += splu(csc_array(diags_array(degrees) - neighbors), **options).solve(differences)
+    return values
 
 
 def change_light(image: np.ndarray, rng: np.random.Generator) -> np.ndarray:

@@ -5,6 +5,8 @@ In memory an image is uint8 H x W x 3 RGB; a mask is bool H x W. Networks see fl
 
 import hashlib
 import math
+import os
+import stat
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,11 +14,12 @@ from pathlib import Path
 import cv2
 import numpy as np
 import torch
-from PIL import Image, ImageDraw, ImageFont, ImageOps
+from PIL import Image, ImageDraw, ImageFont, ImageOps, UnidentifiedImageError
 
 from harmony.core.errors import UserError
 from harmony.core.files import replace_file
 
+FORMATS = ("JPEG", "PNG", "WEBP", "TIFF", "BMP", "GIF", "AVIF")  # others never reach their decoder in Pillow (EPS!)
 WRITERS = {
     ".png": {"format": "PNG"},
     ".jpg": {"format": "JPEG", "quality": 95, "subsampling": 0},
@@ -31,17 +34,31 @@ TITLE = 14  # px: size of the title font
 # --- files
 
 
+def check_file(path: str | Path, what: str = "file") -> None:
+    """UserError unless ``path`` is a regular file: a pipe or a device would be waited for without end."""
+    try:
+        mode = os.stat(path).st_mode
+    except (FileNotFoundError, NotADirectoryError):
+        raise UserError(f"{what} {path} does not exist; check the path") from None
+    except (OSError, ValueError) as error:
+        raise UserError(f"{what} {path} cannot be opened ({error}); check the path") from None
+    if not stat.S_ISREG(mode):
+        kind = "a folder" if stat.S_ISDIR(mode) else "a pipe or device"
+        raise UserError(f"{what} {path} is {kind} and cannot be decoded; give a file")
+
+
 def open_image(path: str | Path, what: str = "image") -> Image.Image:
     """Read and decode the image ``path``, rotated by its EXIF orientation. Raises UserError if that fails."""
+    check_file(path, what)
     try:
-        with Image.open(path) as file:
+        with Image.open(path, formats=FORMATS) as file:
             file.load()
             return ImageOps.exif_transpose(file)
-    except FileNotFoundError:
-        raise UserError(f"{what} {path} does not exist; check the path") from None
-    except (OSError, SyntaxError, ValueError, EOFError, Image.DecompressionBombError) as error:
-        reason = " ".join(str(error).split())
-        raise UserError(f"{what} {path} cannot be decoded ({reason}); replace the file or fetch it again") from None
+    except UnidentifiedImageError:
+        reason, mend = f"it is none of {', '.join(FORMATS)}", "save it as PNG or JPEG"
+    except Exception as error:  # damaged files make Pillow raise almost anything
+        reason, mend = " ".join(str(error).split()) or type(error).__name__, "replace the file or fetch it again"
+    raise UserError(f"{what} {path} cannot be decoded ({reason}); {mend}")
 
 
 def read_image(path: str | Path) -> np.ndarray:
@@ -49,7 +66,11 @@ def read_image(path: str | Path) -> np.ndarray:
 
     Raises UserError for a file that is missing, truncated, not an image, or holds floating-point pixels.
     """
-    image = open_image(path)
+    return to_rgb(open_image(path), path)
+
+
+def to_rgb(image: Image.Image, path: str | Path) -> np.ndarray:
+    """The pixels of a decoded image as uint8 H x W x 3 RGB. UserError, which names ``path``, for floats."""
     if image.mode == "F":
         raise UserError(f"image {path} holds floating-point pixels; save it with 8 bits a channel")
     if image.mode.startswith("I"):  # Pillow would clip 16-bit gray at 255
@@ -68,12 +89,10 @@ def write_image(path: str | Path, image: np.ndarray, **options) -> None:
 
 
 def sha256(path: str | Path) -> str:
-    """Hexadecimal SHA-256 of a file's bytes. Raises UserError if the file is missing."""
-    try:
-        with open(path, "rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()
-    except FileNotFoundError:
-        raise UserError(f"file {path} does not exist; check the path") from None
+    """Hexadecimal SHA-256 of a file's bytes. Raises UserError if it is missing or no regular file."""
+    check_file(path)
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 # --- square crops

@@ -7,11 +7,14 @@ import cv2
 import numpy as np
 import torch
 import torch.nn.functional as F
+from PIL import Image, ImageChops
 
 from harmony.core.errors import UserError
 from harmony.pixels.images import open_image
 
 OBJECT = 122  # gray values above this are the object (lossy tools do not keep exactly 0 and 255)
+VOID = 255  # the label of pixels that belong to nothing (PASCAL VOC)
+COLORED = 48  # difference of a pixel's channels from which on it is a color rather than a shade of gray
 REFERENCE_SIDE = 512  # lengths in pixels are given for this image side and scaled to the actual one
 TEST_RADIUS = 16  # px at 512: dilation of the hole at test time
 TRAIN_RADIUS = 32  # px at 512: largest dilation of the hole in training
@@ -27,23 +30,95 @@ def scale_length(length: float, shape: Sequence[int]) -> float:
 # --- files
 
 
-def read_mask(path: str | Path, size: tuple[int, int], resize: bool = False, empty: bool = False) -> np.ndarray:
-    """Read a mask file as bool H x W of ``size`` = (width, height).
+class EmptyMaskError(UserError):
+    """A mask without a pixel of an object."""
+
+
+def read_mask(
+    path: str | Path, size: tuple[int, int] | None = None, resize: bool = False, empty: bool = False
+) -> np.ndarray:
+    """Read a mask file as bool H x W of ``size`` = (width, height); None: of the file's own size.
 
     ``resize``: a mask of another size is resized by nearest (Open Images stores masks in other sizes than the images);
     otherwise it is an error. ``empty``: the mask may be empty (a shadow may fall outside the picture). Raises UserError
-    for a mask that is missing, undecodable, of the wrong size, or empty.
+    for a mask that is missing, undecodable, of the wrong size, or does not say what is the object; EmptyMaskError for
+    an empty one.
     """
     image = open_image(path, "mask")
+    size = size or image.size
     if image.size != size and not resize:
         mask_size, image_size = (f"{w} x {h}" for w, h in (image.size, size))
         raise UserError(f"mask {path} is {mask_size} but its image is {image_size}; save the mask at the image's size")
-    values = np.asarray(image) if image.mode == "1" else np.asarray(image.convert("L")) > OBJECT
-    if values.shape != (size[1], size[0]):
+    values = find_object(image, path)
+    if image.size != size:
         values = resize_mask(values, *size)
     if not (values.any() or empty):
-        raise UserError(f"mask {path} is empty; paint the object white (above {OBJECT} of 255)")
+        raise EmptyMaskError(f"mask {path} is empty; paint the object white (above {OBJECT} of 255, on black)")
     return values
+
+
+def find_object(image: Image.Image, path: str | Path) -> np.ndarray:
+    """Where a decoded mask is bright and opaque, or has the index of an object, bool H x W. ``path`` is for errors."""
+    if image.mode == "1" and not image.has_transparency_data:
+        return np.asarray(image)
+    if image.mode == "P" and (colors := read_palette(image)) is not None:
+        return find_object_indices(colors, path)[np.asarray(image)]
+    if image.mode.startswith("I;16"):
+        values = np.asarray(image)
+        return (values > OBJECT * 257) & (values != image.info.get("transparency", -1))
+    if image.mode in ("I", "F"):
+        raise UserError(f"mask {path} holds numbers of no known scale (mode {image.mode}); save it as 8-bit gray")
+    if image.has_transparency_data:
+        opaque_part = Image.new("RGB", image.size)
+        opaque_part.paste(image.convert("RGB"), mask=image.convert("RGBA").getchannel("A"))
+        image = opaque_part
+    if image.mode != "L":
+        image = to_gray(image if image.mode == "RGB" else image.convert("RGB"), path)
+    return find_white(image, path)
+
+
+def find_white(image: Image.Image, path: str | Path) -> np.ndarray:
+    """Where a gray mask is bright, bool H x W.
+
+    UserError where nothing is bright but VOID, and more is dark than that: then the dark values are labels.
+    """
+    counts = np.array(image.histogram())
+    if not counts[OBJECT + 1 : VOID].any() and counts[1 : OBJECT + 1].sum() > counts[VOID] > 0:
+        raise UserError(f"mask {path} seems to hold labels, with {VOID} for none; save the object as white on black")
+    return np.asarray(image) > OBJECT
+
+
+def to_gray(image: Image.Image, path: str | Path) -> Image.Image:
+    """The luminance of an RGB mask. UserError for colors that are not bright: they may be labels of objects."""
+    gray = image.convert("L")
+    red, green, blue = image.split()
+    highest = ImageChops.lighter(ImageChops.lighter(red, green), blue)
+    lowest = ImageChops.darker(ImageChops.darker(red, green), blue)
+    is_colored = np.asarray(ImageChops.subtract(highest, lowest)) >= COLORED
+    if (is_colored & (np.asarray(gray) <= OBJECT)).any():
+        raise UserError(f"mask {path} has dark colors, so that the object is not clear; save it as white on black")
+    return gray
+
+
+def read_palette(image: Image.Image) -> np.ndarray | None:
+    """The colors of a palette, 256 x RGBA, black where it ends; None for a palette of grays: that is a gray picture."""
+    image = image.copy()
+    image.apply_transparency()
+    entries = np.reshape(image.getpalette("RGBA"), (-1, 4))
+    colors = np.tile((0, 0, 0, 255), (256, 1))
+    colors[: len(entries)] = entries
+    return colors if np.ptp(colors[:, :3], axis=1).max() >= COLORED else None
+
+
+def find_object_indices(colors: np.ndarray, path: str | Path) -> np.ndarray:
+    """The indices of a palette that are an object, bool of 256: any but 0, VOID and those that are transparent.
+
+    UserError for a palette that does not begin with black, where index 0 need not be the ground.
+    """
+    if colors[0, :3].max() >= COLORED:
+        raise UserError(f"mask {path} has a palette whose index 0 is not black; save it as white on black")
+    indices = np.arange(256)
+    return (indices != 0) & (indices != VOID) & (colors[:, 3] > OBJECT)
 
 
 # --- geometry
@@ -68,6 +143,13 @@ def bounding_box(mask: np.ndarray) -> tuple[int, int, int, int]:
     if not len(columns):
         raise UserError("the mask is empty; it must mark at least one pixel")
     return int(columns[0]), int(rows[0]), int(columns[-1]) + 1, int(rows[-1]) + 1
+
+
+def inscribed_radius(mask: np.ndarray) -> float:
+    """The radius in pixels of the largest disc that ``mask`` holds: half of how thick the object is."""
+    x0, y0, x1, y1 = bounding_box(mask)
+    part = np.pad(mask[y0:y1, x0:x1], 1).astype(np.uint8)  # beyond the picture there is no object
+    return float(cv2.distanceTransform(part, cv2.DIST_L2, cv2.DIST_MASK_PRECISE).max())
 
 
 def box_mask(box: Sequence[float], w: int, h: int) -> np.ndarray:

@@ -10,14 +10,16 @@ from pathlib import Path
 import numpy as np
 import pytest
 from omegaconf import OmegaConf
+from PIL import Image
 
 from harmony.core.errors import UserError
 from harmony.data.manifest import manifest_hash, read_manifest
-from harmony.data.sources.folder import FOLDER
+from harmony.data.sources.folder import FOLDER, select_folder
 from harmony.data.sources.open_images import batches, captions, database, pixel_facts, preparation
 from harmony.data.sources.open_images.database import dataset_name
 from harmony.data.sources.open_images.download import forget_interrupted, write_id_file
 from harmony.data.sources.open_images.source import OPEN_IMAGES
+from harmony.data.sources.selection import Rules
 from harmony.models.shipped import ASSETS
 from harmony.pixels.images import read_image, sha256, write_image
 from harmony.pixels.masks import bounding_box, read_mask
@@ -354,6 +356,26 @@ def test_own_photographs_and_masks(fo, recipe, tmp_path):
     reasons = {s.harmony_id.split("/")[1]: s.rejected_because for s in samples(fo, recipe["name"]).values()}
     assert reasons["no_mask"] == "mask file missing"
     assert reasons["other_size"] == "mask shape differs" and reasons["empty"] == "mask empty"
+
+
+def test_masks_of_fiftyone_are_read_as_all_others(tmp_path):
+    """Guards against a second reader: alpha and depth count for the cut masks too."""
+    wide = np.zeros((32, 40, 4), np.uint8)
+    wide[..., :3], wide[8:24, 10:20, 3] = 255, 255
+    Image.fromarray(wide).save(tmp_path / "m.png")
+    cut = database.cut_instance("train/a", str(tmp_path / "m.png"), [0.25, 0.25, 0.5, 0.5], tmp_path)
+    assert (read_image(cut)[:, :10] == 255).all() and (read_image(cut)[:, 10:] == 0).all()
+    (tmp_path / "m.png").write_text("no picture")
+    assert database.cut_instance("train/a", str(tmp_path / "m.png"), [0.25, 0.25, 0.5, 0.5], tmp_path) is None
+
+
+def test_the_reason_comes_from_the_mask_and_not_from_its_path(tmp_path):
+    root = tmp_path / "empty"
+    for name, color in (("black", 0), ("dark_red", (90, 0, 0))):
+        write_image(root / "images" / f"{name}.png", np.full((8, 8, 3), 90, np.uint8))
+        write_image(root / "masks" / f"{name}.png", np.full((8, 8, 3), color, np.uint8))
+    table = select_folder(root, ["train", "validation", "test"], Rules()).table
+    assert dict(table.select("id", "reason").iter_rows()) == {"black": "mask empty", "dark_red": "mask undecodable"}
 
 
 def test_folders_that_are_not_there_are_named(fo, recipe, tmp_path):

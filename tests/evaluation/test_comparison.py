@@ -147,6 +147,9 @@ def test_results_of_other_programs_by_name(items, random_backbone, tmp_path):
     before = stored.fingerprint
     write_image(tmp_path / "0.png", whole)
     assert Stored(backbone, str(tmp_path)).fingerprint != before
+    write_image(tmp_path / "1.jpg", photograph)
+    with pytest.raises(UserError, match="has both 1.jpg and 1.png: keep one of them"):
+        Stored(backbone, str(tmp_path)).fill(composites[:1], [(0, 0)])
     with pytest.raises(UserError, match="no such folder of results"):
         Stored(backbone, str(tmp_path / "nowhere"))
 

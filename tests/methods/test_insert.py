@@ -11,7 +11,7 @@ from harmony.methods.method import Composite, make_seeds
 from harmony.models.backbone import Backbone
 from harmony.models.controlnet import export_controlnet
 from harmony.pixels.images import to_model
-from harmony.pixels.masks import dilate
+from harmony.pixels.masks import dilate, to_latent
 from harmony.sampling.guidance import Settings
 
 FAST = Settings(steps=2, guidance=2.0)
@@ -166,9 +166,36 @@ def test_what_does_not_fit_is_said(backbone, change, words):
         harmonize(backbone, prompt="", branches=[], settings=FAST, **inputs | change)
 
 
+BARS = {  # thickness of a bar of 400 px, side of its square, the rim
+    200: (480, 15),  # ceil of 16 px at 512
+    32: (480, 15),
+    30: (480, 15),
+    20: (480, 10),
+    8: (480, 4),
+    6: (480, 4),  # a quarter of the usual one
+}
+
+
+@pytest.mark.parametrize("thickness", BARS)
+def test_the_rim_is_no_thicker_than_the_object(thickness):
+    """Guards against holes many times as large as a thin object; the others are those of ever."""
+    side, rim = BARS[thickness]
+    background, mask = picture(480, 480), rectangle(480, 480, 40, 100, 440, 100 + thickness)
+    insertion = cut(256, background, background, mask)
+    assert insertion.crop.side == side and np.array_equal(insertion.hole, dilate(mask, rim))
+    assert cut(256, background, background, mask, radius=0).hole.sum() == mask.sum()
+
+
+def test_a_thin_object_of_two_pixels_keeps_a_hole_in_the_latents():
+    for top in range(200, 232):  # wherever it lies among the latents
+        mask = rectangle(480, 480, 40, top, 440, top + 2)
+        hole = cut(480, picture(480, 480), picture(480, 480), mask).square.hole
+        assert to_latent(torch.from_numpy(hole)[None, None].float(), 8).any()
+
+
 def test_an_object_that_vanishes_is_said(backbone):
     thin = rectangle(400, 400, 201, 0, 202, 400)  # one column in 400 falls between the backbone's 32
-    with pytest.raises(UserError, match="too small"):
+    with pytest.raises(UserError, match="too small: 0.2 px thick at the backbone's 32 px; .* larger backbone"):
         harmonize(backbone, picture(400, 400), picture(400, 400), thin, "", [], FAST)
 
 

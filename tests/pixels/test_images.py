@@ -1,6 +1,8 @@
 """Images: files good and bad, square crops and their way back, value ranges, grids."""
 
 import os
+import struct
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -99,6 +101,53 @@ def test_bad_files_are_named_in_one_line(tmp_path, spoil, reason, suffix):
     with pytest.raises(UserError, match=reason) as caught:
         images.read_image(path)
     assert str(path) in str(caught.value) and "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("suffix", ["AVIF", "BMP", "GIF", "JPEG", "MPO", "PNG", "TIFF", "WEBP"])
+def test_the_formats_of_photographs_are_read(tmp_path, suffix):
+    path = tmp_path / "a"  # the bytes decide, not the name
+    Image.fromarray(smooth(32, 48)).save(path, format=suffix)
+    assert np.abs(images.read_image(path).astype(int) - smooth(32, 48)).mean() < 12
+
+
+@pytest.mark.parametrize("suffix", ["EPS", "PPM", "PCX", "ICNS", "PDF"])
+def test_other_formats_never_reach_their_decoder(tmp_path, suffix):
+    """Guards against Pillow's rare decoders; that of EPS would run Ghostscript on a foreign file."""
+    path = tmp_path / "a.png"
+    Image.fromarray(smooth(32, 32)).save(path, format=suffix)
+    with pytest.raises(UserError, match="cannot be decoded .it is none of JPEG.*; save it as PNG or JPEG"):
+        images.read_image(path)
+
+
+@pytest.mark.parametrize("read", [images.read_image, images.sha256])
+@pytest.mark.parametrize("kind", ["a pipe or device", "a folder"])
+def test_what_is_no_regular_file_is_refused_at_once(tmp_path, read, kind):
+    path = tmp_path / "a.png"
+    path.mkdir() if kind == "a folder" else os.mkfifo(path)
+    with pytest.raises(UserError, match=f"a.png is {kind}"):
+        read(path)
+    with pytest.raises(UserError, match="/dev/zero is a pipe or device"):
+        read("/dev/zero")
+
+
+def test_a_path_that_can_be_none_is_one_line(tmp_path):
+    for path, reason in (("a\0b.png", "cannot be opened"), ("a" * 5000, "cannot be opened"), ("", "does not exist")):
+        with pytest.raises(UserError, match=reason):
+            images.read_image(path)
+
+
+def test_every_error_of_the_decoder_is_one_line(tmp_path, monkeypatch):
+    images.write_image(tmp_path / "a.png", noise(4, 4))
+    for error in (KeyError(7), IndexError(), ZeroDivisionError("a\nb"), struct.error("unpack requires 4 bytes")):
+        monkeypatch.setattr(images.ImageOps, "exif_transpose", Mock(side_effect=error))
+        with pytest.raises(UserError, match=r"a.png cannot be decoded \(.+\); replace"):
+            images.read_image(tmp_path / "a.png")
+
+
+def test_lab_becomes_rgb(tmp_path):
+    path = tmp_path / "a.tif"
+    Image.fromarray(np.full((4, 4, 3), (136, 0, 0), np.uint8), mode="LAB").save(path)  # L* = 53 of 100
+    assert np.abs(images.read_image(path).astype(int) - 127).max() <= 1
 
 
 def test_unknown_suffix_is_refused(tmp_path):

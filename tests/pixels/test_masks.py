@@ -34,6 +34,85 @@ def test_every_mode_gives_the_same_mask(tmp_path, mode):
     assert np.array_equal(masks.read_mask(tmp_path / "m.png", (32, 32)), disc(32, 8))
 
 
+def label_mask(labels, palette):
+    """A mask of indices, as PASCAL VOC has them."""
+    image = Image.fromarray(labels, mode="P")
+    image.putpalette([value for color in palette for value in color])
+    return image
+
+
+VOC = [(0, 0, 0), (128, 0, 0), (0, 64, 0), *[(0, 0, 0)] * 252, (224, 224, 192)]
+GRAY = np.array([[0, 122, 123, 255]], np.uint8)
+MARKS = {  # a picture of four pixels, and which of them are the object
+    "8-bit gray": (Image.fromarray(GRAY), "..xx"),
+    "bool": (Image.fromarray(GRAY > 122), "..xx"),
+    "16-bit gray": (Image.fromarray(np.array([[257, 122 * 257, 123 * 257, 65535]], np.uint16)), "..xx"),
+    "8-bit values in 16 bits": (Image.fromarray(GRAY.astype(np.uint16)), "empty"),
+    "gray and alpha": (Image.fromarray(np.array([[[255, 0], [255, 122], [255, 123], [90, 255]]], np.uint8)), "..x."),
+    "RGBA": (Image.fromarray(np.dstack([np.full((1, 4, 3), 255, np.uint8), GRAY])), "..xx"),
+    "black under alpha": (Image.fromarray(np.dstack([np.zeros((1, 4, 3), np.uint8), GRAY])), "empty"),
+    "labels": (label_mask(np.array([[0, 1, 2, 255]], np.uint8), VOC), ".xx."),
+    "labels beside void alone": (label_mask(np.array([[0, 255, 255, 255]], np.uint8), VOC), "empty"),
+    "labels and a short palette": (label_mask(np.array([[0, 1, 7, 0]], np.uint8), VOC[:2]), ".xx."),
+    "labels in gray": (Image.fromarray(np.array([[0, 15, 15, 255]], np.uint8)), "seems to hold labels"),
+    "labels in gray RGB": (
+        Image.fromarray(np.array([[0, 1, 2, 255]], np.uint8)).convert("RGB"),
+        "seems to hold labels",
+    ),
+    "labels in a gray palette": (
+        label_mask(np.array([[0, 1, 1, 255]], np.uint8), [(v, v, v) for v in range(256)]),
+        "seems to hold labels",
+    ),
+    "gray noise": (Image.fromarray(np.array([[1, 0, 255, 255]], np.uint8)), "..xx"),
+    "gray palette": (label_mask(np.array([[0, 122, 123, 255]], np.uint8), [(v, v, v) for v in range(256)]), "..xx"),
+    "white first": (label_mask(np.array([[1, 1, 0, 0]], np.uint8), [(255, 255, 255), (0, 0, 0)]), "..xx"),
+    "red first": (label_mask(np.array([[1, 1, 0, 0]], np.uint8), [(255, 0, 0), (0, 0, 0)]), "index 0 is not black"),
+    "web palette": (Image.fromarray(GRAY).convert("RGB").convert("P"), ".xxx"),
+    "RGB": (Image.fromarray(GRAY).convert("RGB"), "..xx"),
+    "bright color": (Image.fromarray(np.array([[[0, 0, 0], [0, 0, 0], [0, 255, 0], [255, 255, 0]]], np.uint8)), "..xx"),
+    "VOC as RGB": (Image.fromarray(np.array([[VOC[0], VOC[1], VOC[2], VOC[255]]], np.uint8)), "dark colors"),
+    "CMYK": (Image.fromarray(GRAY).convert("CMYK"), "..xx"),
+    "LAB": (Image.fromarray(np.array([[[0, 0, 0], [127, 0, 0], [140, 0, 0], [255, 0, 0]]], np.uint8), "LAB"), "..xx"),
+    "YCbCr": (Image.fromarray(GRAY).convert("RGB").convert("YCbCr"), "..xx"),
+    "float": (Image.fromarray(GRAY / np.float32(255)), "no known scale"),
+    "32-bit": (Image.fromarray(GRAY.astype(np.int32)), "no known scale"),
+}
+
+
+@pytest.mark.parametrize("name", MARKS)
+def test_every_kind_of_mask_is_right_or_refused(tmp_path, name):
+    """Guards against holes that are wrong without a word."""
+    image, marks = MARKS[name]
+    path = tmp_path / "m.tif"
+    image.save(path, format="PNG" if image.mode in ("P", "I;16") else "TIFF")
+    if set(marks) <= {".", "x"}:
+        assert "".join(".x"[int(v)] for v in masks.read_mask(path, (4, 1))[0]) == marks
+    else:
+        with pytest.raises(UserError, match=f"m.tif .*{marks}") as caught:
+            masks.read_mask(path, (4, 1))
+        assert "\n" not in str(caught.value) and isinstance(caught.value, masks.EmptyMaskError) == (marks == "empty")
+
+
+@pytest.mark.parametrize(
+    "image, transparent, marks",
+    [
+        (Image.fromarray(GRAY), 255, "..x."),
+        (Image.fromarray(GRAY > 122), 1, "...."),
+        (Image.fromarray(GRAY.astype(np.uint16) * 257), 65535, "..x."),
+        (Image.fromarray(GRAY).convert("RGB"), (255, 255, 255), "..x."),
+        (label_mask(np.array([[0, 1, 2, 255]], np.uint8), VOC), 2, ".x.."),
+    ],
+)
+def test_a_transparent_value_is_no_object(tmp_path, image, transparent, marks):
+    image.save(tmp_path / "m.png", transparency=transparent)
+    read = masks.read_mask(tmp_path / "m.png", (4, 1), empty=True)
+    assert "".join(".x"[int(v)] for v in read[0]) == marks
+
+
+def test_a_mask_has_its_own_size_where_none_is_asked(tmp_path):
+    assert masks.read_mask(save(tmp_path / "m.png", GRAY)).tolist() == [[False, False, True, True]]
+
+
 def test_another_size_is_refused_with_both_sizes_or_resized_on_request(tmp_path):
     path = save(tmp_path / "m.png", disc(32, 8).astype(np.uint8) * 255)
     with pytest.raises(UserError, match="32 x 32.*64 x 48"):
@@ -71,6 +150,14 @@ def test_box_and_its_mask_are_inverse():
     assert masks.box_mask((-5, 2.5, 3.2, 99), 10, 8).sum() == 4 * 6  # outwards to whole pixels, cut at the rim
     with pytest.raises(UserError, match="empty"):
         masks.bounding_box(np.zeros((4, 4), bool))
+
+
+def test_the_inscribed_radius_is_half_of_the_thickness():
+    assert masks.inscribed_radius(masks.box_mask((5, 10, 95, 50), 100, 60)) == 20
+    assert abs(masks.inscribed_radius(disc(128, 20)) - 20.5) < 0.6
+    assert masks.inscribed_radius(np.ones((30, 50), bool)) == 15, "beyond the picture there is no object"
+    ring = disc(128, 50) & ~disc(128, 44)
+    assert 3 <= masks.inscribed_radius(ring) <= 4
 
 
 def test_feather_stays_inside():

@@ -15,7 +15,7 @@ from harmony.core.errors import UserError
 from harmony.data.sources.files import folder_captions, image_files, locate
 from harmony.data.sources.selection import COLUMNS, KEPT, Rules, Selection, Source
 from harmony.pixels.images import open_image
-from harmony.pixels.masks import bounding_box, read_mask
+from harmony.pixels.masks import EmptyMaskError, bounding_box, read_mask
 
 SHARES = {"train": 0.8, "validation": 0.1, "test": 0.1}
 LABEL = "object"
@@ -68,7 +68,7 @@ def mask_box(image: Path, mask: Path) -> tuple[str, tuple[float | None, ...]]:
             return "mask shape differs", no_box
         x0, y0, x1, y1 = bounding_box(read_mask(mask, size))
     except UserError as error:
-        return ("mask empty" if "empty" in str(error) else "mask undecodable"), no_box
+        return ("mask empty" if isinstance(error, EmptyMaskError) else "mask undecodable"), no_box
     return KEPT, (x0 / size[0], y0 / size[1], x1 / size[0], y1 / size[1])
 
 

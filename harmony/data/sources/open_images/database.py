@@ -28,7 +28,7 @@ from harmony.core.errors import UserError
 from harmony.core.files import replace_file
 from harmony.data.sources.open_images.batches import batches
 from harmony.data.sources.selection import KEPT, Selection
-from harmony.pixels.masks import OBJECT
+from harmony.pixels.masks import read_mask
 
 if TYPE_CHECKING:
     from fiftyone import Dataset, Sample
@@ -171,8 +171,9 @@ def cut_row(row: dict, work: Path) -> str | None:
 
 def cut_instance(key: str, mask_path: str, box: list[float], work: Path) -> str | None:
     """Write the mask cut to its box, as FiftyOne needs it; None if it cannot be cut (its reason comes later)."""
-    mask = cv2.imread(mask_path, cv2.IMREAD_GRAYSCALE)
-    if mask is None:
+    try:
+        mask = read_mask(mask_path, empty=True)
+    except UserError:
         return None
     height, width = mask.shape
     x, y, w, h = box
@@ -180,7 +181,7 @@ def cut_instance(key: str, mask_path: str, box: list[float], work: Path) -> str 
     if not part.size:
         return None
     path = work / "instances" / f"{key}.png"
-    bits = (part > OBJECT).astype(np.uint8) * 255
+    bits = part.astype(np.uint8) * 255
     png = cv2.imencode(".png", bits, [cv2.IMWRITE_PNG_BILEVEL, 1])[1]  # 1 bit a pixel, several times as fast as 8
     with replace_file(path) as temp_path:
         temp_path.write_bytes(png)

@@ -10,7 +10,7 @@ from harmony.data.sources.open_images.batches import batches
 from harmony.data.sources.open_images.database import load_fiftyone
 from harmony.data.sources.selection import REASONS, Rules
 from harmony.pixels.images import open_image, sha256, write_image
-from harmony.pixels.masks import bounding_box, read_mask
+from harmony.pixels.masks import EmptyMaskError, bounding_box, read_mask
 
 if TYPE_CHECKING:
     from harmony.data.sources.open_images.database import Dataset
@@ -79,8 +79,8 @@ def pixel_facts(sample: dict, rules: Rules, work: Path) -> dict:
         return {"reason": "mask shape differs"}
     try:
         mask = read_mask(path, (width, height), resize=True)
-    except UserError:
-        return {"reason": "mask empty"}
+    except UserError as error:
+        return {"reason": "mask empty" if isinstance(error, EmptyMaskError) else "mask undecodable"}
     area = float(mask.mean())
     if not rules.min_area <= area <= rules.max_area:
         return {"reason": "mask area too small" if area < rules.min_area else "mask area too large"}

@@ -16,7 +16,7 @@ from harmony.data.sources.open_images.layout import FULL_HEADER, IMAGE, MASK
 from harmony.data.sources.studio.rendering import mitsuba, render, save
 from harmony.data.sources.studio.scenes import Scene, scene
 from harmony.data.sources.studio.shapes import KINDS
-from harmony.pixels.masks import bounding_box
+from harmony.pixels.masks import bounding_box, read_mask
 
 TRUTHS = {"plate": "plates/{}.jpg", "relit": "relit/{}.jpg", "shadow": "shadows/{}.png"}  # beside ``data/``
 
@@ -65,11 +65,9 @@ def write_table(path: Path, header: Iterable[str] | None, rows: Iterable[Iterabl
 
 def write_labels(scenes: list[Scene], root: Path) -> None:
     """Write a split's tables in Open Images V7 layout, its captions (light A, then light B) and ``scenes.csv``."""
-    import cv2
-
     detections, segmentations, table, captions = [], [], [], {}
     for s in scenes:
-        mask = cv2.imread(str(scene_files(s, root)["mask"]), cv2.IMREAD_GRAYSCALE) > 122
+        mask = read_mask(scene_files(s, root)["mask"], empty=True)
         if not mask.any():
             continue
         x0, y0, x1, y1 = bounding_box(mask)

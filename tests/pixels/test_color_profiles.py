@@ -1,0 +1,95 @@
+"""Color profiles: kept with the pixels, converted where two meet, never dropped without a word."""
+
+import struct
+
+import numpy as np
+import pytest
+from PIL import Image, ImageCms
+
+from harmony.pixels.color_profiles import Photograph, read_in_space, read_photograph
+
+SRGB = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
+COLOR = np.full((4, 5, 3), (200, 100, 50), np.uint8)
+
+
+def linear_gray_profile() -> bytes:
+    """A profile of gray values that are proportional to light."""
+    white = struct.pack(">3i", 63190, 65536, 54061)
+    tags = {b"wtpt": b"XYZ \0\0\0\0" + white, b"kTRC": b"curv\0\0\0\0" + struct.pack(">IHH", 1, 256, 0)}
+    table, data, start = struct.pack(">I", len(tags)), b"", 128 + 4 + 12 * len(tags)
+    for tag, content in tags.items():
+        table += struct.pack(">4sII", tag, start + len(data), len(content))
+        data += content
+    head = struct.pack(">I4sI4s4s4s", start + len(data), b"lcms", 0x02100000, b"mntr", b"GRAY", b"XYZ ")
+    return head + bytes(12) + b"acsp" + bytes(28) + white + bytes(48) + table + data
+
+
+@pytest.fixture
+def profiles(swapped_profile):
+    """Name -> profile."""
+    gray = linear_gray_profile()
+    return {"none": None, "srgb": SRGB, "swapped": swapped_profile, "gray": gray, "damaged": b"damaged" * 40} | {
+        "no ASCII": SRGB.replace(b"RGB ", b"R\xf7B "),
+        "no curves": SRGB.replace(b"rTRC", b"none"),
+    }
+
+
+def save(path, pixels, profile, mode=None):
+    image = Image.fromarray(pixels)
+    (image.convert(mode) if mode else image).save(path, icc_profile=profile)
+    return path
+
+
+@pytest.mark.parametrize("suffix", ["png", "tif", "webp"])
+@pytest.mark.parametrize("mode", ["RGB", "RGBA"])
+def test_a_photograph_keeps_its_profile_and_its_pixels(tmp_path, suffix, mode, swapped_profile):
+    path = tmp_path / f"a.{suffix}"
+    Image.fromarray(COLOR).convert(mode).save(path, icc_profile=swapped_profile, lossless=True)
+    photograph = read_photograph(path)
+    assert np.array_equal(photograph.pixels, COLOR)
+    assert photograph.profile == swapped_profile and not photograph.notes
+
+
+def test_no_profile_is_none(tmp_path):
+    photograph = read_photograph(save(tmp_path / "a.png", COLOR, None))
+    assert photograph.profile is None and not photograph.notes
+
+
+@pytest.mark.parametrize("source, target", [("swapped", "none"), ("none", "swapped")])
+def test_a_cut_out_comes_into_the_space_of_its_photograph(tmp_path, profiles, source, target):
+    """Guards against two color spaces in one picture."""
+    cut_out = read_in_space(save(tmp_path / "a.png", COLOR, profiles[source]), profiles[target])
+    assert np.abs(cut_out.pixels.astype(int) - (50, 100, 200)).max() <= 2
+    assert cut_out.profile == profiles[target]
+    (note,) = cut_out.notes
+    assert note.startswith(f"{tmp_path / 'a.png'}: colors converted from s") and "\n" not in note
+
+
+@pytest.mark.parametrize("source, target", [("srgb", "none"), ("none", "srgb"), ("swapped", "swapped")])
+def test_equal_spaces_convert_nothing(tmp_path, profiles, source, target):
+    cut_out = read_in_space(save(tmp_path / "a.png", COLOR, profiles[source]), profiles[target])
+    assert np.array_equal(cut_out.pixels, COLOR) and cut_out.profile == profiles[target] and not cut_out.notes
+
+
+def test_profiles_that_rgb_cannot_carry_are_converted(tmp_path):
+    """A gray of half the light is 188 in sRGB."""
+    photograph = read_photograph(save(tmp_path / "a.png", np.full((4, 5), 128, np.uint8), linear_gray_profile()))
+    assert photograph.profile is None and np.abs(photograph.pixels.astype(int) - 188).max() <= 1
+    assert photograph.pixels.shape == (4, 5, 3)
+    (note,) = photograph.notes
+    assert "a.png: colors converted from an unnamed color profile to sRGB" in note
+
+
+@pytest.mark.parametrize(
+    "name, mode", [("damaged", "RGB"), ("no ASCII", "RGB"), ("no curves", "RGB"), ("swapped", "CMYK"), ("gray", "RGB")]
+)
+def test_profiles_that_do_not_fit_are_named(tmp_path, profiles, name, mode):
+    photograph = read_photograph(save(tmp_path / "a.tif", COLOR, profiles[name], mode))
+    assert photograph.profile is None and np.array_equal(photograph.pixels, COLOR)
+    assert photograph.notes == (
+        f"the color profile of {tmp_path / 'a.tif'} cannot be used: its colors are taken as sRGB",
+    )
+
+
+def test_a_photograph_of_pixels_alone_is_srgb():
+    assert Photograph(COLOR).profile is None
