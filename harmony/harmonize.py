@@ -16,7 +16,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from harmony.cli.command import entry, literal
 from harmony.cli.methods import build, refuse_unread
-from harmony.cli.run_folder import device, make_folder, new_folder, unfinished
+from harmony.cli.run_folder import device, hold, make_folder, new_folder, unfinished
 from harmony.core.errors import UserError
 from harmony.core.files import write_json, write_text
 from harmony.core.progress import tell
@@ -39,6 +39,7 @@ def folder_of(cfg: DictConfig) -> Path:
         return make_folder(cfg.output)
     parent, text = Path(cfg.paths.runs).resolve() / "harmonize", OmegaConf.to_yaml(cfg, resolve=True)
     folder = (unfinished(parent, text) if cfg.dir else None) or new_folder(parent)
+    hold(folder)
     write_text(folder / "config.yaml", text)
     return folder
 

@@ -1,5 +1,6 @@
 """Run folders ``<paths.runs>/<name>/<timestamp>``: a new one, or the unfinished one of the same configuration."""
 
+import fcntl
 import os
 import time
 from datetime import datetime
@@ -7,9 +8,11 @@ from pathlib import Path
 
 from omegaconf import DictConfig, OmegaConf, open_dict
 
+from harmony.cli.compose import load_yaml
 from harmony.core.errors import UserError
 from harmony.core.files import write_text
 
+held: dict[Path, int] = {}  # run folders of this process, with the handle of each lock
 WAIT_SECONDS = 60  # how long a rank that was started from outside waits for rank 0 to make the run folder
 
 
@@ -46,6 +49,34 @@ def unfinished(folder: Path, text: str) -> Path | None:
     return max((run for run in runs if not (run / "metrics.json").exists()), default=None)
 
 
+def hold(folder: Path) -> None:
+    """Keep a run folder for this process until it ends. UserError where another process works in it."""
+    if folder in held:
+        return
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(handle)
+        raise UserError(
+            f"another process works in {folder}: wait for its end, or begin anew with resume=false"
+        ) from None
+    except OSError:  # a file system without locks
+        os.close(handle)
+        return
+    held[folder] = handle
+
+
+def let_go() -> None:
+    """In a forked child: the lock ends with the command, not with a worker that outlives it."""
+    for handle in held.values():
+        os.close(handle)
+    held.clear()
+
+
+os.register_at_fork(after_in_child=let_go)
+
+
 def new_folder(parent: Path) -> Path:
     """``parent/<timestamp>``; runs that begin in the same second get a number."""
     stamp = datetime.now().strftime("%Y-%m-%d_%H-%M-%S")
@@ -71,16 +102,24 @@ def run_folder(cfg: DictConfig) -> Path:
         folder = follow_rank_zero(parent, text, resume)
     elif isinstance(resume, str):
         folder = Path(resume).resolve()
-        if not folder.is_dir():
-            raise UserError(f"resume={resume}: there is no such run folder")
+        refuse_other_run(folder, str(cfg.name or "unnamed"))
     else:
         folder = (unfinished(parent, text) if resume else None) or new_folder(parent)
     if rank() == 0:
+        hold(folder)
         write_text(folder / "config.yaml", text)
         os.environ["HARMONY_RUN_DIR"] = str(folder)
     with open_dict(cfg):
         cfg.paths.run = str(folder)
     return folder
+
+
+def refuse_other_run(folder: Path, name: str) -> None:
+    """UserError unless ``folder`` is a run folder of the experiment ``name``."""
+    if not (folder / "config.yaml").is_file():
+        raise UserError(f"resume={folder}: there is no such run folder")
+    if (other := load_yaml(folder / "config.yaml").get("name")) != name:
+        raise UserError(f"resume={folder} is a run of {other}, not of {name}: give one of <paths.runs>/{name}")
 
 
 def follow_rank_zero(parent: Path, text: str, resume: bool | str) -> Path:
