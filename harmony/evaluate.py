@@ -14,6 +14,7 @@ from hydra.utils import get_class, instantiate
 from omegaconf import DictConfig, OmegaConf
 
 from harmony.cli.command import entry
+from harmony.cli.logger import build_logger
 from harmony.cli.methods import build, complete, row_facts, row_override
 from harmony.cli.provenance import provenance
 from harmony.cli.run_folder import device, rank, run_folder, world
@@ -81,7 +82,7 @@ def number(cell: str) -> float | None:
 
 def log(cfg: DictConfig, folder: Path, report: Report) -> None:
     """The same to W&B, where that is the logger: the table as a table of numbers, the figures as pictures."""
-    logger = instantiate(cfg.logger)
+    logger = build_logger(cfg)
     if not hasattr(logger, "log_table"):
         return
     logger.log_metrics(report.figures)

@@ -13,6 +13,7 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from omegaconf import DictConfig, OmegaConf
 
 from harmony.cli.command import entry, literal
+from harmony.cli.logger import build_logger
 from harmony.cli.provenance import provenance
 from harmony.cli.run_folder import rank, run_folder
 from harmony.core.errors import UserError
@@ -57,7 +58,7 @@ def train(cfg: DictConfig, folder: Path) -> tuple[lightning.Trainer, Task]:
     task.check(data)
     if hasattr(data, "prepare"):
         data.prepare(first := predictor(partial(build_trainer, cfg)))
-    logger = instantiate(cfg.logger)
+    logger = build_logger(cfg)
     callbacks = list_callbacks(instantiate(cfg.callbacks, _convert_="all"))
     trainer = build_trainer(
         cfg,

@@ -31,6 +31,7 @@ from harmony.cli.explain import (
     refuse_parallel_sweep,
 )
 from harmony.cli.help import help_text
+from harmony.cli.logger import quiet_libraries
 from harmony.cli.run_folder import rank
 from harmony.cli.values import check_groups, check_values, flatten
 from harmony.core.errors import UserError
@@ -79,6 +80,7 @@ def run(
     words = read(args.overrides)
     keys = {override.lstrip("+~").split("=")[0] for override in words}
     args.overrides = [f"{key}={value}" for key, value in HYDRA_SETTINGS.items() if key not in keys] + words
+    quiet_libraries()
     os.environ["HYDRA_FULL_ERROR"] = "1"  # otherwise Hydra prints errors itself and leaves with code 1
 
     @functools.wraps(task)

@@ -1,0 +1,43 @@
+"""The experiment logger of a command, and what else of the libraries' talk reaches the user."""
+
+import logging
+import os
+import warnings
+from typing import TYPE_CHECKING, Any
+
+from hydra.utils import instantiate
+from omegaconf import DictConfig, OmegaConf
+
+if TYPE_CHECKING:
+    from lightning.pytorch.loggers import Logger
+
+# W&B's own switch, which comes before logger.offline: its values, and what they mean for it.
+OFFLINE = {"offline": True, "dryrun": True, "online": False, "run": False}
+
+
+def build_logger(cfg: DictConfig) -> "Logger":
+    """The logger of the configuration, which knows the whole configuration.
+
+    W&B is told to be quiet where it is offline: everything it says is in the run folder. With WANDB_MODE=disabled
+    nothing is logged and no folder is written.
+    """
+    if not cfg.logger._target_.endswith("WandbLogger"):
+        return instantiate(cfg.logger)
+    mode = os.environ.get("WANDB_MODE", "")
+    if mode == "disabled":
+        return instantiate({"_target_": "lightning.pytorch.loggers.logger.DummyLogger"})
+    options: dict[str, Any] = {"offline": OFFLINE.get(mode, cfg.logger.offline)}
+    if options["offline"]:
+        os.environ.setdefault("WANDB_SILENT", "true")
+    logger = instantiate(cfg.logger, **options)
+    logger._wandb_init.pop("anonymous", None)  # Lightning always passes it, and W&B warns of it
+    logger.log_hyperparams({"config": OmegaConf.to_container(cfg, resolve=True)})
+    return logger
+
+
+def quiet_libraries() -> None:
+    """Leave out what a user cannot act on: Lightning's devices and tips, a deprecation inside it, folders that resume."""
+    for package in ("pytorch", "fabric"):
+        logging.getLogger(f"lightning.{package}.utilities.rank_zero").setLevel(logging.WARNING)
+    for message in (".*LeafSpec.*is deprecated", "Checkpoint directory .* exists and is not empty"):
+        warnings.filterwarnings("ignore", message)
