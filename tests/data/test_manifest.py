@@ -23,6 +23,13 @@ def test_rows_come_back_in_order_and_by_split(tmp_path):
     assert [p.name for p in path.parent.iterdir()] == ["manifest.jsonl"]
 
 
+def test_captions_from_the_web_come_back(tmp_path):
+    """Guards the lines: U+2028, U+0085 and other ends of a line stand inside a caption."""
+    rows = [replace(ROW, caption="a\u2028b\x85c\x0bd\re\nf\x1c"), replace(ROW, id="b")]
+    write_manifest(tmp_path / "m.jsonl", rows, "mini")
+    assert read_manifest(tmp_path / "m.jsonl")[1] == rows
+
+
 def test_hash_is_that_of_the_rows_alone(tmp_path):
     first, second = tmp_path / "a.jsonl", tmp_path / "b.jsonl"
     write_manifest(first, ROWS, "mini", fiftyone="mini")
@@ -56,6 +63,7 @@ def test_a_failed_write_leaves_the_old_manifest(tmp_path, monkeypatch):
         ({"split": "dev"}, "line 3: split 'dev'"),
         ({"caption": None}, "line 3: caption must be text"),
         ({"colour": "red"}, "line 3: unknown field colour"),
+        ({"id": "../../a"}, "line 3: id '../../a' cannot name a file"),
         ({"id": "a"}, "line 3: train/a stands there twice"),
         (None, "line 3: field mask, sha256 missing"),
     ],
