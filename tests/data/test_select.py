@@ -6,6 +6,7 @@ import polars as pl
 import pytest
 
 from harmony.core.errors import UserError
+from harmony.data.sources.open_images.layout import Split
 from harmony.data.sources.open_images.select import select
 from harmony.data.sources.selection import (
     ANNOTATION_REASONS,
@@ -104,6 +105,56 @@ def test_lists_of_classes_sources_and_ids(tmp_path, make_folder):
     assert read_ids(Rules(image_ids=str(tmp_path / "ids.txt"))) == {"a0", "a7"}
     with pytest.raises(UserError, match="no class zebra"):
         reasons(root, Rules(classes=["zebra"]))
+
+
+def test_tables_by_a_spreadsheet_mean_the_same(tmp_path, make_folder):
+    """Guards all CSVs: byte order mark, CRLF, and every field in quotes, also where the last line is cut."""
+    folder = make_folder(tmp_path)
+    folder.single("a0")
+    folder.single("a1")
+    root = folder.write()
+    (root / "train/metadata/image_ids.csv").write_text("ImageID,Subset\na0,train\na9,train\n")
+    rules = Rules(classes=["Cat"], sources=["ccp"])
+    plain = select(root, ["train"], rules).table
+    assert plain["label"].to_list() == ["Cat", "Cat", None]
+    for path in root.glob("train/*/*.csv"):
+        lines = path.read_text().splitlines()
+        quoted = "\r\n".join(",".join(f'"{field}"' for field in line.split(",")) for line in lines)
+        path.write_bytes(b"\xef\xbb\xbf" + quoted.encode() + b"\r\n")
+    assert select(root, ["train"], rules).table.equals(plain)
+    path = root / "train/labels/detections.csv"
+    path.write_bytes(path.read_bytes()[:-6])
+    assert select(root, ["train"], rules).damage_counts == {"train/labels/detections.csv": 1}
+
+
+def test_names_of_classes_may_be_quoted_and_hold_commas(tmp_path):
+    (tmp_path / "metadata").mkdir()
+    (tmp_path / "metadata" / "classes.csv").write_bytes(b'\xef\xbb\xbf/m/1,"Car, big"\r\n/m/2,Cat, small\r\n/m/3\r\n')
+    assert Split(tmp_path).class_names() == {"/m/1": "Car, big", "/m/2": "Cat, small"}
+
+
+def test_an_empty_table_is_named(tmp_path, make_folder):
+    folder = make_folder(tmp_path)
+    folder.single("a0")
+    root = folder.write()
+    (root / "train/metadata/image_ids.csv").write_text("")
+    with pytest.raises(UserError, match="image_ids.csv: its first line is empty"):
+        reasons(root)
+
+
+def test_one_name_stands_for_a_list_and_ids_of_digits_are_text(tmp_path, make_folder):
+    folder = make_folder(tmp_path)
+    folder.single("1234567890123456")
+    folder.single("0012")
+    root = folder.write()
+    assert set(reasons(root, Rules.of({"classes": "Cat", "sources": "ccp"})).values()) == {KEPT}
+    for ids in ([1234567890123456, "a"], 1234567890123456):
+        assert reasons(root, Rules.of({"image_ids": ids})) == {"1234567890123456": KEPT, "0012": "id not listed"}
+    assert reasons(root, Rules.of({"image_ids": ["0012"]}))["0012"] == KEPT
+    (tmp_path / "ids.txt").write_bytes(b"\xef\xbb\xbftrain/0012\r\n")
+    assert read_ids(Rules.of({"image_ids": str(tmp_path / "ids.txt")})) == {"0012"}
+    with pytest.raises(UserError, match=r"dataset.select.image_ids: 1e\+18 is no name; put .* into quotes"):
+        Rules.of({"image_ids": [1e18]})
 
 
 def test_an_image_without_any_annotation_is_listed(tmp_path, make_folder):

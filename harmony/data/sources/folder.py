@@ -83,7 +83,7 @@ def draw_split(name: str) -> str:
 
 def select_recipe(recipe: dict, work: Path) -> Selection:
     """Select the images of a recipe; ``work`` is not used."""
-    return select_folder(locate(recipe), recipe["splits"], Rules(**recipe["select"]))
+    return select_folder(locate(recipe), recipe["splits"], Rules.of(recipe["select"]))
 
 
 def read_captions(root: Path, split: str) -> dict[str, list[str]]:

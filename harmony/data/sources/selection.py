@@ -12,6 +12,7 @@ import polars as pl
 
 from harmony.core.errors import UserError
 from harmony.core.files import write_text
+from harmony.core.foreign import read_text
 
 KEPT = "kept"
 REASONS = (
@@ -49,6 +50,16 @@ ANNOTATION_REASONS = REASONS[:7]
 COLUMNS = ("split", "id", "reason", "label", "x0", "y0", "x1", "y1", "image", "mask", "source")
 
 
+def read_names(option: str, value: object) -> list[str] | None:
+    """Read an option that lists names: one or several, also of digits alone; None for null. UserError otherwise."""
+    if value is None:
+        return None
+    names = list(value) if isinstance(value, list | tuple) else [value]
+    if wrong := [name for name in names if isinstance(name, bool) or not isinstance(name, str | int)]:
+        raise UserError(f"dataset.{option}: {wrong[0]} is no name; put what looks like a number into quotes, ['1e5']")
+    return [str(name) for name in names]
+
+
 @dataclass(frozen=True)
 class Rules:
     """A recipe's node ``select``. Areas are fractions of the image; a list that is None rejects nothing."""
@@ -63,6 +74,14 @@ class Rules:
     sources: Sequence[str] | None = None
     image_ids: Sequence[str] | str | None = None
     max_samples: int | None = None
+
+    @classmethod
+    def of(cls, options: dict) -> "Rules":
+        """The rules of a recipe's node ``select``, in which one name may stand for a list of it."""
+        names = {name: read_names(f"select.{name}", options.get(name)) for name in ("classes", "sources", "image_ids")}
+        if isinstance(options.get("image_ids"), str):
+            names["image_ids"] = options["image_ids"]  # a file
+        return cls(**options | names)
 
     def __post_init__(self) -> None:
         if not 0 <= self.min_area < self.max_area <= 1:
@@ -147,10 +166,7 @@ def read_ids(rules: Rules) -> set[str] | None:
     """Read the ids of ``rules.image_ids``: a list, or the path of a text file with one id per line."""
     ids = rules.image_ids
     if isinstance(ids, str):
-        try:
-            ids = Path(ids).read_text().split()
-        except OSError as error:
-            raise UserError(f"dataset.select.image_ids: cannot read {ids}: {error.strerror}") from None
+        ids = read_text(ids).split()
     return None if ids is None else {i.rsplit("/", 1)[-1] for i in ids}
 
 

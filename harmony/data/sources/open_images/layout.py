@@ -11,14 +11,15 @@ Metadata may also be in the folder above, for all splits; captions may not. ``se
 single instance, ``pixels.py`` the largest instance of each photograph.
 """
 
-import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import polars as pl
 
 from harmony.core.errors import UserError
+from harmony.core.foreign import read_csv
+from harmony.data.sources.files import read_caption_file
 
 FULL_HEADER = {
     "detections.csv": "ImageID,Source,LabelName,Confidence,XMin,XMax,YMin,YMax,"
@@ -55,41 +56,27 @@ class Split:
         """ImageID of every image, annotated or not: the first column of ``image_ids.csv``."""
         if (path := self.metadata("image_ids.csv")) is None:
             return None
-        ids = pl.scan_csv(path, infer_schema=False, truncate_ragged_lines=True)
-        return ids.select(pl.first().alias("ImageID")).unique()
+        return scan_csv(path).select(pl.first().alias("ImageID")).unique()
 
     def sources(self) -> pl.LazyFrame | None:
         """ImageID and ``source`` of every image; None if the dataset has no sources."""
         if (path := self.metadata("sources.csv")) is None:
             return None
         require_columns(path, ("ImageID", "Source"), "ImageID,Source,Repository,OriginalPath,Licence")
-        return pl.scan_csv(path, infer_schema=False).select("ImageID", source="Source").unique("ImageID")
+        return scan_csv(path).select("ImageID", source="Source").unique("ImageID")
 
     def class_names(self) -> dict[str, str]:
         """Machine id to readable name; empty if there is no ``classes.csv``."""
         if (path := self.metadata("classes.csv")) is None:
             return {}
-        with open(path, encoding="utf-8") as file:
-            return dict(line.rstrip("\n").split(",", 1) for line in file if "," in line)
+        return {mid: ",".join(names) for mid, *names in read_csv(path) if names}
 
     def captions(self) -> dict[str, list[str]]:
         """Captions by people, {id: [caption, ...]}; empty if there are none.
 
         For the studio set the second caption describes the same object under the other light.
         """
-        path = self.folder / "metadata" / "human_captions.json"
-        if not path.is_file():
-            return {}
-        try:
-            captions = json.loads(path.read_text(encoding="utf-8"))
-        except json.JSONDecodeError as error:
-            raise UserError(f"{path}: not valid JSON ({error}); mend it or remove it") from None
-        is_valid = isinstance(captions, dict) and all(
-            isinstance(texts, list) and texts and all(isinstance(t, str) for t in texts) for texts in captions.values()
-        )
-        if not is_valid:
-            raise UserError(f'{path}: expected {{"<id>": ["<caption>", ...], ...}} with at least one caption an id')
-        return captions
+        return read_caption_file(self.folder / "metadata" / "human_captions.json")
 
     def metadata(self, name: str) -> Path | None:
         """``metadata/<name>`` of the split, or of the folder above it, or None."""
@@ -121,24 +108,40 @@ def scan(path: Path, columns: dict[str, type[pl.DataType]]) -> pl.LazyFrame:
     An incomplete line (of an interrupted download) lacks its last fields and is marked too.
     """
     require_columns(path, columns, FULL_HEADER[path.name])
-    rows = pl.scan_csv(
+    rows = scan_csv(path, columns)
+    return rows.select(*columns).with_columns(damaged=pl.any_horizontal(pl.col(*columns).is_null()))
+
+
+def scan_csv(path: Path, types: Mapping[str, type[pl.DataType]] | None = None) -> pl.LazyFrame:
+    """Scan a CSV by any program, columns as text or of ``types``, unreadable values as null. UserError if it is empty.
+
+    Quotes are removed from each field where the header has them; no field that is read holds a comma. So neither a
+    stray quote nor a line that is cut within quotes swallows the lines behind it.
+    """
+    with open(path, "rb") as file:
+        header = file.readline()
+    if not header.strip(b"\xef\xbb\xbf\r\n "):
+        raise UserError(f"{path}: its first line is empty; give it a header, or remove the file")
+    is_quoted = b'"' in header
+    table = pl.scan_csv(
         path,
-        schema_overrides=dict(columns),
+        schema_overrides=None if is_quoted else types,
         infer_schema=False,
         truncate_ragged_lines=True,
         ignore_errors=True,
         quote_char=None,
         encoding="utf8-lossy",
     )
-    return rows.select(*columns).with_columns(damaged=pl.any_horizontal(pl.col(*columns).is_null()))
+    if not is_quoted:
+        return table
+    table = table.rename(lambda name: name.strip('"')).with_columns(pl.all().str.strip_chars('"'))
+    return table.cast(dict(types or {}), strict=False)
 
 
 def require_columns(path: Path, columns: Sequence[str], header: str) -> None:
     """Raise UserError unless the CSV exists and its header names every column."""
-    try:
-        with open(path, encoding="utf-8-sig", errors="replace") as file:
-            names = file.readline().strip().split(",")
-    except FileNotFoundError:
-        raise UserError(f"{path}: file missing; an Open Images split needs it with the header {header}") from None
+    if not path.is_file():
+        raise UserError(f"{path}: file missing; an Open Images split needs it with the header {header}")
+    names = scan_csv(path).collect_schema().names()
     if missing_columns := [c for c in columns if c not in names]:
         raise UserError(f"{path}: column {', '.join(missing_columns)} missing; the expected header is {header}")

@@ -12,7 +12,7 @@ from harmony.data.sources.studio.files import generate
 
 def select_recipe(recipe: dict, work: Path) -> Selection:
     """Select the images of a recipe; render first with ``count``, download Open Images first without a folder."""
-    rules, splits = Rules(**recipe["select"]), recipe["splits"]
+    rules, splits = Rules.of(recipe["select"]), recipe["splits"]
     if recipe.get("count"):
         renders = generate(work / f"renders-{recipe['count']}", recipe["count"])
         return select(renders.resolve(), splits, rules)
