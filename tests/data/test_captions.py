@@ -102,13 +102,16 @@ def test_prefix_is_stripped_once():
     assert strip_prefix("a red cat", "") == "a red cat"
 
 
-def test_captions_by_people(tmp_path):
+def test_captions_by_people(tmp_path, capsys):
     assert Split(tmp_path).captions() == {}
     path = tmp_path / "metadata" / "human_captions.json"
     path.parent.mkdir()
     path.write_text(json.dumps({"a": ["first", "second"]}))
     assert Split(tmp_path).captions() == {"a": ["first", "second"]}
-    for broken in ("{", '{"a": "text"}', '{"a": []}', "[1]"):
+    path.write_text('{"a.jpg": "text", "b": [], "c": 5, "d": ["x", 5], "e.v2": ["y"]}')
+    assert Split(tmp_path).captions() == {"a": ["text"], "e.v2": ["y"]}
+    assert "human_captions.json: captions without a text or a picture: 3 left out: b, c, d\n" in capsys.readouterr().out
+    for broken in ("{", "[1]"):
         path.write_text(broken)
         with pytest.raises(UserError, match="human_captions.json"):
             Split(tmp_path).captions()
