@@ -6,17 +6,21 @@ import polars as pl
 import pytest
 
 from harmony.core.errors import UserError
+from harmony.data.sources.open_images.database import cut_instance, selection_rows
 from harmony.data.sources.open_images.layout import Split
 from harmony.data.sources.open_images.select import select
+from harmony.data.sources.pixels import read_rows
 from harmony.data.sources.selection import (
     ANNOTATION_REASONS,
     KEPT,
     Rules,
     format_counts,
     read_ids,
+    read_splits,
     reject,
     write_selection,
 )
+from harmony.pixels.images import read_image, write_image
 
 
 def reasons(root, rules=None, split="train"):
@@ -155,6 +159,53 @@ def test_one_name_stands_for_a_list_and_ids_of_digits_are_text(tmp_path, make_fo
     assert read_ids(Rules.of({"image_ids": str(tmp_path / "ids.txt")})) == {"0012"}
     with pytest.raises(UserError, match=r"dataset.select.image_ids: 1e\+18 is no name; put .* into quotes"):
         Rules.of({"image_ids": [1e18]})
+
+
+def test_ids_and_masks_that_are_paths_are_counted(tmp_path, make_folder):
+    """Guards foreign tables: ``ImageID = ../../../x`` wrote outside the work folder."""
+    folder = make_folder(tmp_path / "data")
+    folder.single("a0")
+    folder.single("b0")
+    folder.box("../../x")
+    folder.masks.append(["a0_0.png", "../../x", *folder.masks[0][2:]])
+    folder.masks[1][0] = "../../A/a0_0.png"
+    root = folder.write()
+    (root / "x.jpg").write_bytes((root / "train/data/a0.jpg").read_bytes())
+    selection = select(root, ["train"], Rules())
+    assert dict(selection.table.select("id", "reason").iter_rows()) == {
+        "../../x": "no file name",
+        "a0": KEPT,
+        "b0": "no file name",
+    }
+    assert [row["id"] for row in selection_rows(selection)] == ["a0"]
+    with pytest.raises(UserError, match="leads out of"):
+        cut_instance("train/../../../x", str(root / "train/labels/masks/A/a0_0.png"), [0, 0, 1, 1], tmp_path / "work")
+
+
+def test_photographs_may_have_another_suffix_and_splits_another_name(tmp_path, make_folder, capsys):
+    for split in ("train", "val"):
+        folder = make_folder(tmp_path, split)
+        for id_ in ("a0", "a1", "a2"):
+            folder.single(id_)
+        folder.write()
+    data = tmp_path / "train/data"
+    write_image(data / "a0.png", read_image(data / "a0.jpg"))
+    (data / "a0.jpg").unlink()
+    (data / "a1.jpg").rename(data / "a1.JPEG")
+    write_image(data / "a2.png", read_image(data / "a2.jpg"))
+    table = select(tmp_path, ["train", "validation"], Rules()).table
+    assert set(table["reason"]) == {KEPT} and set(table["split"]) == {"train", "validation"}
+    images = ["train/data/a0.png", "train/data/a1.JPEG", "train/data/a2.jpg"]
+    assert table["image"].to_list() == images + [f"val/data/a{i}.jpg" for i in range(3)]
+    assert "further files of one id: 1 left out: a2.png\n" in capsys.readouterr().out
+    assert [row.image for row in read_rows(tmp_path / "train", "train", tmp_path)] == images
+
+
+def test_splits_are_read_from_one_name_or_several():
+    assert read_splits("train") == ["train"] and read_splits(["test", "train", "test"]) == ["test", "train"]
+    for splits in (["dev"], [], None):
+        with pytest.raises(UserError, match="choose among train, validation, test"):
+            read_splits(splits)
 
 
 def test_an_image_without_any_annotation_is_listed(tmp_path, make_folder):

@@ -9,6 +9,7 @@ from harmony.core.foreign import read_json
 from harmony.core.progress import tell
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff")
+OTHER_NAMES = {"validation": ("val", "valid", "dev")}  # of split folders
 
 
 def locate(recipe: dict) -> Path:
@@ -20,6 +21,12 @@ def locate(recipe: dict) -> Path:
         if place.is_dir():
             return place.resolve()
     raise UserError(f"dataset.dir={recipe['dir']}: no such folder ({places[0].resolve()}); give an existing one")
+
+
+def split_folder(root: Path, split: str) -> Path:
+    """The folder of a split: by its name, or else by another name that tools give it."""
+    names = (split, *OTHER_NAMES.get(split, ()))
+    return next((root / name for name in names if (root / name).is_dir()), root / split)
 
 
 def image_files(folder: Path) -> list[Path]:

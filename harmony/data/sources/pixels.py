@@ -12,7 +12,7 @@ import polars as pl
 from harmony.core.errors import UserError
 from harmony.core.row import SPLITS, Row
 from harmony.data.manifest import write_manifest
-from harmony.data.sources.open_images.layout import IMAGE, Split, mask_path
+from harmony.data.sources.open_images.layout import Split, has_bad_name, mask_path
 from harmony.data.sources.studio.files import TRUTHS, generate
 from harmony.pixels.images import read_image, sha256
 from harmony.pixels.masks import bounding_box, read_mask
@@ -23,7 +23,7 @@ AREA = (0.02, 0.8)  # share of the photograph that an instance may cover, as in 
 def largest_instances(split: Split) -> dict[str, tuple[str, str]]:
     """Map image ids to (mask file in the split, label) of the largest box within AREA."""
     area = (pl.col("BoxXMax") - pl.col("BoxXMin")) * (pl.col("BoxYMax") - pl.col("BoxYMin"))
-    table = split.masks(pl.Float64).filter(~pl.col("damaged")).collect().with_columns(area=area)
+    table = split.masks(pl.Float64).filter(~pl.col("damaged") & ~has_bad_name()).collect().with_columns(area=area)
     table = table.filter(pl.col("area").is_between(*AREA)).sort("area", descending=True).unique("ImageID", keep="first")
     names = split.class_names()
     columns = table.select("ImageID", mask_path(), "LabelName")
@@ -52,7 +52,7 @@ def read_rows(folder: Path, split: str, relative_to: Path, sources: Iterable[str
     rows = []
     for id_ in sorted(ids):
         mask_file, label = instances[id_]
-        path = folder / IMAGE.format(id_)
+        path = files.image(id_)
         try:
             height, width = read_image(path).shape[:2]
             mask = read_mask(folder / mask_file, (width, height), resize=True)

@@ -13,8 +13,9 @@ import polars as pl
 from harmony.core.errors import UserError
 from harmony.core.files import write_text
 from harmony.core.foreign import read_text
+from harmony.core.row import SPLITS
 
-KEPT = "kept"
+KEPT, BAD_NAME, SAME_NAME = "kept", "no file name", "two images of one name"
 REASONS = (
     # annotation: exactly one instance with exactly one mask
     "damaged row",
@@ -36,6 +37,8 @@ REASONS = (
     "id not listed",
     "over max_samples",
     # files
+    BAD_NAME,
+    SAME_NAME,
     "image file missing",
     "mask file missing",
     # pixels, checked after the import
@@ -58,6 +61,14 @@ def read_names(option: str, value: object) -> list[str] | None:
     if wrong := [name for name in names if isinstance(name, bool) or not isinstance(name, str | int)]:
         raise UserError(f"dataset.{option}: {wrong[0]} is no name; put what looks like a number into quotes, ['1e5']")
     return [str(name) for name in names]
+
+
+def read_splits(value: object) -> list[str]:
+    """Read ``dataset.splits``, one or several, each once. UserError for one that does not exist."""
+    splits = list(dict.fromkeys(read_names("splits", value) or ()))
+    if not splits or set(splits) - set(SPLITS):
+        raise UserError(f"dataset.splits={value}: choose among {', '.join(SPLITS)}")
+    return splits
 
 
 @dataclass(frozen=True)
@@ -119,12 +130,19 @@ class Selection:
 class Source(NamedTuple):
     """A source of photographs with masks in one layout.
 
-    ``select``: (recipe, work folder) -> its selection. ``captions``: (root of the selection, split) -> captions by
-    people, {id: [caption, ...]}.
+    ``select``: (recipe, work folder) -> its selection. ``captions``: (root of the selection, splits) -> captions by
+    people, {<split>/<id>: [caption, ...]}.
     """
 
     select: Callable[[dict, Path], Selection]
-    captions: Callable[[Path, str], dict[str, list[str]]]
+    captions: Callable[[Path, Sequence[str]], dict[str, list[str]]]
+
+
+def area_reason(area: float, rules: Rules) -> str:
+    """``kept``, or the reason for which a mask of that share of its image is not."""
+    if rules.min_area <= area <= rules.max_area:
+        return KEPT
+    return "mask area too small" if area < rules.min_area else "mask area too large"
 
 
 def count_reasons(table: pl.DataFrame) -> dict[str, dict[str, int]]:

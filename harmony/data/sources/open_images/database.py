@@ -26,8 +26,9 @@ import numpy as np
 
 from harmony.core.errors import UserError
 from harmony.core.files import replace_file
+from harmony.core.foreign import path_inside
 from harmony.data.sources.open_images.batches import batches
-from harmony.data.sources.selection import KEPT, Selection
+from harmony.data.sources.selection import BAD_NAME, KEPT, Selection
 from harmony.pixels.masks import OBJECT
 
 if TYPE_CHECKING:
@@ -140,8 +141,10 @@ def restore_masks(dataset: "Dataset", work: Path) -> None:
 
 
 def selection_rows(selection: Selection) -> Iterator[dict]:
-    """Yield the selection's rows that have an image file, with absolute paths, key and hash."""
+    """Yield the selection's rows that have a name and an image file, with absolute paths, key and hash."""
     for row in selection.table.iter_rows(named=True):
+        if row["reason"] == BAD_NAME:
+            continue
         row["row"] = hashlib.sha256(json.dumps(list(row.values())).encode()).hexdigest()[:16]
         row["key"] = f"{row['split']}/{row['id']}"
         row["image"] = str(selection.root / row["image"])
@@ -179,7 +182,7 @@ def cut_instance(key: str, mask_path: str, box: list[float], work: Path) -> str 
     part = mask[round(y * height) : round((y + h) * height), round(x * width) : round((x + w) * width)]
     if not part.size:
         return None
-    path = work / "instances" / f"{key}.png"
+    path = path_inside(work / "instances", f"{key}.png")
     bits = (part > OBJECT).astype(np.uint8) * 255
     png = cv2.imencode(".png", bits, [cv2.IMWRITE_PNG_BILEVEL, 1])[1]  # 1 bit a pixel, several times as fast as 8
     with replace_file(path) as temp_path:

@@ -1,6 +1,6 @@
 """Open Images V7 layout: the files of a split, and readers of its tables.
 
-    data/<ImageID>.jpg                                  the photographs
+    data/<ImageID>.jpg                                  the photographs, also as .png or another picture file
     labels/detections.csv, labels/segmentations.csv     boxes and masks, boxes in fractions of the image
     labels/masks/<HEX>/<MaskPath>                       mask files, HEX = first digit of the image's id, upper case
     metadata/classes.csv                                MID and name, without header
@@ -11,15 +11,17 @@ Metadata may also be in the folder above, for all splits; captions may not. ``se
 single instance, ``pixels.py`` the largest instance of each photograph.
 """
 
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 import polars as pl
 
 from harmony.core.errors import UserError
-from harmony.core.foreign import read_csv
-from harmony.data.sources.files import read_caption_file
+from harmony.core.foreign import NAME_BYTES, NO_FILE_NAME, read_csv
+from harmony.data.sources.files import OTHER_NAMES, SUFFIXES, read_caption_file, split_folder, tell_omissions
 
 FULL_HEADER = {
     "detections.csv": "ImageID,Source,LabelName,Confidence,XMin,XMax,YMin,YMax,"
@@ -33,13 +35,33 @@ FLAGS = ("IsTruncated", "IsGroupOf", "IsDepiction", "IsInside")  # 0, 1, or -1 f
 
 @dataclass(frozen=True)
 class Split:
-    """The files of one split in ``folder``, whose name is that of the split."""
+    """The files of one split in ``folder``, whose name is that of the split or another that tools give it."""
 
     folder: Path
 
     @property
     def name(self) -> str:
-        return self.folder.name
+        return next((split for split, names in OTHER_NAMES.items() if self.folder.name in names), self.folder.name)
+
+    @cached_property
+    def other_photographs(self) -> dict[str, str]:
+        """Map ids of photographs that are no ``<id>.jpg`` to their files; further files of one id are named."""
+        folder = self.folder / "data"
+        files = set(os.listdir(folder)) if folder.is_dir() else set()
+        others = sorted(name for name in files if Path(name).suffix.lower() in SUFFIXES and not name.endswith(".jpg"))
+        photographs = {Path(name).stem: name for name in others if f"{Path(name).stem}.jpg" not in files}
+        tell_omissions(f"{folder}: further files of one id", sorted({*others} - {*photographs.values()}))
+        return photographs
+
+    def image(self, id_: str) -> Path:
+        """The file of a photograph."""
+        return self.folder / "data" / self.other_photographs.get(id_, f"{id_}.jpg")
+
+    def image_path(self) -> pl.Expr:
+        """The path of the photograph of a row's ``ImageID``, relative to the folder above the split."""
+        usual, others = pl.format(IMAGE, "ImageID"), {id_: f"data/{n}" for id_, n in self.other_photographs.items()}
+        path = pl.col("ImageID").replace_strict(others, default=usual, return_dtype=pl.String) if others else usual
+        return pl.format("{}/{}", pl.lit(self.folder.name), path).alias("image")
 
     def boxes(self) -> pl.LazyFrame:
         """ImageID, LabelName, ``CORNERS``, ``FLAGS`` and ``damaged`` of each box."""
@@ -85,16 +107,18 @@ class Split:
 
 
 def find_splits(root: Path, names: Sequence[str]) -> list[Split]:
-    """Find the splits ``root/<name>``. UserError if one is missing."""
-    for name in names:
-        if not (root / name).is_dir():
-            raise UserError(f"{root / name}: no such split; set dataset.dir to a folder that holds {', '.join(names)}")
-    return [Split(root / name) for name in names]
+    """Find the folders of the splits. UserError if one is missing."""
+    folders = [split_folder(root, name) for name in names]
+    for folder in folders:
+        if not folder.is_dir():
+            raise UserError(f"{folder}: no such split; set dataset.dir to a folder that holds {', '.join(names)}")
+    return [Split(folder) for folder in folders]
 
 
-def image_path() -> pl.Expr:
-    """The path of the photograph of a row's ``ImageID`` in its split."""
-    return pl.format(IMAGE, "ImageID").alias("image")
+def has_bad_name() -> pl.Expr:
+    """Whether a row's ``ImageID`` or ``MaskPath`` cannot name a file."""
+    names = (pl.col("ImageID"), pl.col("MaskPath").fill_null("none"))
+    return pl.any_horizontal(n.str.contains(NO_FILE_NAME) | (n.str.len_bytes() > NAME_BYTES) for n in names)
 
 
 def mask_path() -> pl.Expr:

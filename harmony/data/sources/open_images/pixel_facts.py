@@ -6,9 +6,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from harmony.core.errors import UserError
+from harmony.core.foreign import path_inside
 from harmony.data.sources.open_images.batches import batches
 from harmony.data.sources.open_images.database import load_fiftyone
-from harmony.data.sources.selection import REASONS, Rules
+from harmony.data.sources.selection import KEPT, REASONS, Rules, area_reason
 from harmony.pixels.images import open_image, sha256, write_image
 from harmony.pixels.masks import bounding_box, read_mask
 
@@ -82,10 +83,10 @@ def pixel_facts(sample: dict, rules: Rules, work: Path) -> dict:
     except UserError:
         return {"reason": "mask empty"}
     area = float(mask.mean())
-    if not rules.min_area <= area <= rules.max_area:
-        return {"reason": "mask area too small" if area < rules.min_area else "mask area too large"}
+    if (reason := area_reason(area, rules)) != KEPT:
+        return {"reason": reason}
     if size != (width, height):
-        path = work / "masks" / f"{sample['key']}.png"
+        path = path_inside(work / "masks", f"{sample['key']}.png")
         write_image(path, mask)
     facts = {"width": width, "height": height, "sha256": sha256(sample["image"]), "mask_file": str(path)}
     return facts | {"mask_area": area, "mask_box": [float(v) for v in bounding_box(mask)]}

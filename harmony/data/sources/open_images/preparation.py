@@ -20,7 +20,15 @@ from harmony.data.sources.open_images.captions import find_uncaptioned, set_capt
 from harmony.data.sources.open_images.database import import_dataset, rejections, save_views
 from harmony.data.sources.open_images.pixel_facts import look_at_pixels
 from harmony.data.sources.open_images.rows import export_rows
-from harmony.data.sources.selection import KEPT, Source, count_reasons, format_counts, reject, write_selection
+from harmony.data.sources.selection import (
+    KEPT,
+    Source,
+    count_reasons,
+    format_counts,
+    read_splits,
+    reject,
+    write_selection,
+)
 
 CAPTION_BATCH = 16  # images captioned at once
 CAPTIONS = 128  # captions in a shard, the most that a killed process loses
@@ -39,6 +47,7 @@ def prepare_dataset(
     loaded only if an image needs a caption. All processes of ``trainer`` write captions (see ``shards.predictor``); the
     first does everything else. Raises UserError for bad input, and if no image is kept.
     """
+    recipe = recipe | {"splits": read_splits(recipe["splits"])}
     if recipe["captions"]["captioner"] != "backbone":
         captioner = recipe["captions"]["captioner"]
     folder = Path(work).resolve() / recipe["name"]
@@ -61,9 +70,7 @@ class Preparation(Shards):
     def plan(self) -> tuple[str | None, list[list[str]]]:
         """Select, import, look at the pixels; returns (captioner's name, [id, path, sha256] without a caption)."""
         self.import_selection()
-        root, splits = self.selection.root, self.recipe["splits"]
-        by_split = {split: self.source.captions(root, split) for split in splits}
-        self.texts = {f"{split}/{id_}": texts for split in splits for id_, texts in by_split[split].items()}
+        self.texts = self.source.captions(self.selection.root, self.recipe["splits"])
         texts = self.texts if self.recipe["captions"]["given"] else {}
         name, rows = find_uncaptioned(self.dataset, texts, self.captioner)
         captions = self.read_shards(name, {id_: digest for id_, _, digest in rows})

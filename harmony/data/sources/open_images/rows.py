@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from harmony.core.row import Row
+from harmony.data.sources.files import split_folder
 from harmony.data.sources.studio.files import TRUTHS
 
 if TYPE_CHECKING:
@@ -42,7 +43,7 @@ def export_rows(dataset: "Dataset", base: Path, captions: dict[str, list[str]]) 
 def studio_extras(root: Path, key: str, base: Path, captions: dict[str, list[str]]) -> dict[str, str]:
     """Paths of the ground truth that only renders have, and the caption of the object under the other light."""
     split, id_ = key.split("/", 1)
-    files = {name: root / split / pattern.format(id_) for name, pattern in TRUTHS.items()}
+    files = {name: split_folder(root, split) / pattern.format(id_) for name, pattern in TRUTHS.items()}
     extras = {name: os.path.relpath(path, base) for name, path in files.items() if path.is_file()}
     if "relit" in extras and len(captions.get(key, ())) > 1:
         extras["relit_caption"] = captions[key][1]

@@ -1,8 +1,9 @@
 """A recipe in Open Images layout: the bundled renders, new renders, a user's folder, or the real Open Images."""
 
+from collections.abc import Sequence
 from pathlib import Path
 
-from harmony.data.sources.files import locate
+from harmony.data.sources.files import locate, split_folder
 from harmony.data.sources.open_images.download import download
 from harmony.data.sources.open_images.layout import Split
 from harmony.data.sources.open_images.select import select
@@ -21,9 +22,10 @@ def select_recipe(recipe: dict, work: Path) -> Selection:
     return select(locate(recipe), splits, rules)
 
 
-def read_captions(root: Path, split: str) -> dict[str, list[str]]:
-    """Read captions by people, {id: [caption, ...]}."""
-    return Split(root / split).captions()
+def read_captions(root: Path, splits: Sequence[str]) -> dict[str, list[str]]:
+    """Read captions by people, {<split>/<id>: [caption, ...]}."""
+    files = {split: Split(split_folder(root, split)) for split in splits}
+    return {f"{split}/{id_}": texts for split in splits for id_, texts in files[split].captions().items()}
 
 
 OPEN_IMAGES = Source(select_recipe, read_captions)
