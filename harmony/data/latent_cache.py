@@ -23,7 +23,7 @@ from harmony.core.errors import UserError
 from harmony.core.files import write_json, write_tensors
 from harmony.core.progress import tell
 from harmony.core.row import Row
-from harmony.data.manifest import read_manifest
+from harmony.data.manifest import read_split
 from harmony.pixels.composites import change_light
 from harmony.pixels.exemplars import SHAPE_SHARE, cut_out, draw_crop, draw_hole, exemplar, extend_box
 from harmony.pixels.hints import hint
@@ -231,9 +231,7 @@ class Cache:
         root: Path,
         say: Callable[[str], None] = tell,
     ):
-        rows = read_manifest(manifest, split)[1]
-        if not rows:
-            raise UserError(f"{manifest} has no rows in split {split}: check the recipe's splits and selection")
+        rows = read_split(manifest, split)
         self.manifest, self.split, self.backbone, self.recipe, self.say = manifest, split, backbone, recipe, say
         self.description = describe(backbone, recipe, rows)
         self.folder = root / f"{split}-{cache_key(self.description)}"

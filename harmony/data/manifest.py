@@ -56,6 +56,19 @@ def read_manifest(path: str | Path, split: str | None = None) -> tuple[dict, lis
     return header, [row for row in rows if split is None or row.split == split]
 
 
+def read_split(path: str | Path, split: str) -> list[Row]:
+    """Read the rows of one split. UserError, which says how to fill it, if there are none."""
+    rows = read_manifest(path)[1]
+    rows_of = {name: [row for row in rows if row.split == name] for name in SPLITS}
+    if not rows_of[split]:
+        counts = ", ".join(f"{name} {len(part)}" for name, part in rows_of.items())
+        raise UserError(
+            f"{path} has no rows in split {split} ({counts}): prepare three photographs or more, put some into "
+            f"{split}/ yourself, or loosen dataset.select and dataset.splits"
+        )
+    return rows_of[split]
+
+
 def parse_row(path: Path, number: int, line: str) -> Row:
     """Parse and check one line. Raises UserError."""
     values = parse_object(path, number, line)

@@ -8,7 +8,7 @@ import pytest
 
 from harmony.core.errors import UserError
 from harmony.core.row import SCHEMA_VERSION, Row
-from harmony.data.manifest import manifest_hash, read_manifest, write_manifest
+from harmony.data.manifest import manifest_hash, read_manifest, read_split, write_manifest
 
 ROW = Row("a", "../a.jpg", "../a.png", (1.0, 2.0, 30.0, 20.0), "Cat", "a cat – où?", "train", 40, 32, "0" * 64)
 ROWS = [replace(ROW, id="z", split="test"), replace(ROW, id="b", extras={"plate": "p.jpg"}), ROW]
@@ -102,3 +102,13 @@ def test_a_manifest_that_is_not_whole_is_refused(tmp_path):
     write_manifest(path, ROWS, "mini")
     with pytest.raises(UserError, match="'dev' does not exist"):
         read_manifest(path, "dev")
+
+
+def test_an_empty_split_is_named_with_the_way_out(tmp_path):
+    path = tmp_path / "manifest.jsonl"
+    write_manifest(path, ROWS, "mini")
+    assert read_split(path, "test") == [ROWS[0]]
+    with pytest.raises(
+        UserError, match=r"no rows in split validation \(train 2, validation 0, test 1\)"
+    ):
+        read_split(path, "validation")
