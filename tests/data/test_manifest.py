@@ -108,7 +108,5 @@ def test_an_empty_split_is_named_with_the_way_out(tmp_path):
     path = tmp_path / "manifest.jsonl"
     write_manifest(path, ROWS, "mini")
     assert read_split(path, "test") == [ROWS[0]]
-    with pytest.raises(
-        UserError, match=r"no rows in split validation \(train 2, validation 0, test 1\)"
-    ):
+    with pytest.raises(UserError, match=r"no rows in split validation \(train 2, validation 0, test 1\)"):
         read_split(path, "validation")

@@ -16,7 +16,15 @@ import polars as pl
 from harmony.core.errors import UserError
 from harmony.core.foreign import is_file_name
 from harmony.core.row import SPLITS
-from harmony.data.sources.files import SUFFIXES, folder_captions, image_files, locate, split_folder, tell_omissions
+from harmony.data.sources.files import (
+    OTHER_NAMES,
+    SUFFIXES,
+    folder_captions,
+    image_files,
+    locate,
+    split_folder,
+    tell_omissions,
+)
 from harmony.data.sources.selection import BAD_NAME, COLUMNS, KEPT, SAME_NAME, Rules, Selection, Source, area_reason
 from harmony.pixels.images import open_image
 from harmony.pixels.masks import bounding_box, read_mask
@@ -148,4 +156,10 @@ def read_captions(root: Path, splits: Sequence[str]) -> dict[str, list[str]]:
     return captions
 
 
-FOLDER = Source(select_recipe, read_captions)
+def list_places(root: Path, splits: Sequence[str]) -> list[Path]:
+    """List the folders of images and masks and the captions, also of splits that may come."""
+    folders = ["", *SPLITS, *(name for names in OTHER_NAMES.values() for name in names)]
+    return [root / folder / name for folder in folders for name in ("images", "masks", "captions.json")]
+
+
+FOLDER = Source(select_recipe, read_captions, list_places)

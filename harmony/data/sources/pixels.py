@@ -14,6 +14,7 @@ from harmony.core.row import SPLITS, Row
 from harmony.data.manifest import write_manifest
 from harmony.data.sources.open_images.layout import Split, has_bad_name, mask_path
 from harmony.data.sources.studio.files import TRUTHS, generate
+from harmony.data.stamps import write_stamps
 from harmony.pixels.images import read_image, sha256
 from harmony.pixels.masks import bounding_box, read_mask
 
@@ -78,6 +79,8 @@ def prepare_backbone(recipe: dict, work: Path) -> Path:
     photographs may train weights that are shipped; the test split is only for evaluation and may hold any).
     """
     folder = work / recipe["name"]
+    sources = [Path(place) for place in (recipe["dir"], recipe["photos"]) if place]
+    write_stamps(folder, [place / name for place in sources for name in (*SPLITS, "metadata")])
     renders = generate(folder / "studio", recipe["count"], recipe["size"], start=512, splits=("train",), plate=False)
     rows: list[Row] = []
     for split in SPLITS:

@@ -131,11 +131,13 @@ class Source(NamedTuple):
     """A source of photographs with masks in one layout.
 
     ``select``: (recipe, work folder) -> its selection. ``captions``: (root of the selection, splits) -> captions by
-    people, {<split>/<id>: [caption, ...]}.
+    people, {<split>/<id>: [caption, ...]}. ``places``: (root of the selection, splits) -> all files and folders that it
+    reads, also those that may come.
     """
 
     select: Callable[[dict, Path], Selection]
     captions: Callable[[Path, Sequence[str]], dict[str, list[str]]]
+    places: Callable[[Path, Sequence[str]], list[Path]]
 
 
 def area_reason(area: float, rules: Rules) -> str:

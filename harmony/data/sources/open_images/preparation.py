@@ -29,6 +29,7 @@ from harmony.data.sources.selection import (
     reject,
     write_selection,
 )
+from harmony.data.stamps import write_stamps
 
 CAPTION_BATCH = 16  # images captioned at once
 CAPTIONS = 128  # captions in a shard, the most that a killed process loses
@@ -82,6 +83,9 @@ class Preparation(Shards):
     def import_selection(self) -> None:
         """Select, import and look at the pixels; write the selection and print the number of images for each reason."""
         selection, folder = self.source.select(self.recipe, self.folder), self.folder
+        ids, splits = selection.rules.image_ids, self.recipe["splits"]
+        places = [*self.source.places(selection.root, splits), *([Path(ids)] if isinstance(ids, str) else [])]
+        write_stamps(folder, places)  # before a picture is read
         write_selection(selection, folder)
         for path, number in selection.damage_counts.items():
             print(f"{path}: {number} damaged rows skipped (a value is missing or unreadable, or the line is cut)")

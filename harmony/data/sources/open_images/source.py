@@ -28,4 +28,9 @@ def read_captions(root: Path, splits: Sequence[str]) -> dict[str, list[str]]:
     return {f"{split}/{id_}": texts for split in splits for id_, texts in files[split].captions().items()}
 
 
-OPEN_IMAGES = Source(select_recipe, read_captions)
+def list_places(root: Path, splits: Sequence[str]) -> list[Path]:
+    """List the folders of the splits and their common metadata."""
+    return [root / "metadata", *(split_folder(root, split) for split in splits)]
+
+
+OPEN_IMAGES = Source(select_recipe, read_captions, list_places)
