@@ -84,7 +84,10 @@ def test_a_folder_becomes_a_dataset_and_a_manifest(fo, recipe, folder, tmp_path)
         image, mask = path.parent / row.image, path.parent / row.mask
         assert sha256(image) == row.sha256
         assert row.box == bounding_box(read_mask(mask, (row.width, row.height)))
-        assert row.caption == f"a cat called {row.id}" and row.extras == {"caption_source": "given"}
+        assert row.caption == f"a cat called {row.id}" and row.extras == {
+            "caption_source": "given",
+            "mask_sha256": sha256(mask),
+        }
     dataset = fo.load_dataset(recipe["name"])
     assert dataset.persistent and dataset.count_sample_tags() == {"train": 4, "kept": 3, "rejected": 1}
     assert set(dataset.list_saved_views()) == {"kept", "rejected", "rejected: group"}
@@ -322,7 +325,9 @@ def test_studio_truths_go_to_extras(fo, recipe, folder, tmp_path):
         "shadow": folder.folder / "shadows/a0.png",
     }
     assert extras["a0"]["relit_caption"] == "the same cat at night"
-    assert set(extras["a1"]) == {"plate", "caption_source"} and set(extras["b2"]) == {"caption_source"}
+    assert extras["a0"]["relit_sha256"] == sha256(folder.folder / "relit/a0.jpg")
+    assert set(extras["a1"]) == {"plate", "caption_source", "mask_sha256"}
+    assert set(extras["b2"]) == {"caption_source", "mask_sha256"}
 
 
 def test_another_folder_of_the_same_name_gets_a_dataset_of_its_own(fo, recipe, folder, tmp_path, make_folder):

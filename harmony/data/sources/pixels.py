@@ -63,10 +63,16 @@ def read_rows(folder: Path, split: str, relative_to: Path, sources: Iterable[str
         box = tuple(float(v) for v in bounding_box(mask))
         relit = folder / TRUTHS["relit"].format(id_)
         pictures = [(id_, path, texts[0])] + ([(f"{id_}b", relit, texts[1])] if relit.exists() else [])
+        digests = [sha256(picture) for _, picture, _ in pictures]
         for i, (name, picture, caption) in enumerate(pictures):
             paths = [os.path.relpath(p, relative_to) for p in (picture, folder / mask_file)]
-            relit_extras = {"relit": os.path.relpath(pictures[1 - i][1], relative_to)} if len(pictures) == 2 else {}
-            facts = (box, label, caption, split, width, height, sha256(picture), extras | relit_extras)
+            files_of_row = {"mask_sha256": sha256(folder / mask_file)}
+            if len(pictures) == 2:
+                files_of_row |= {
+                    "relit": os.path.relpath(pictures[1 - i][1], relative_to),
+                    "relit_sha256": digests[1 - i],
+                }
+            facts = (box, label, caption, split, width, height, digests[i], extras | files_of_row)
             rows.append(Row(name, *paths, *facts))
     return rows
 

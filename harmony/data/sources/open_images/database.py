@@ -8,7 +8,7 @@ Fields of a sample
     instance          the detection; its mask is a file, cut to the box as FiftyOne needs it
     mask_stored       the original mask                    row    hash of the selection's row, to find changes
     mask_file         the whole mask at the image's size
-    sha256, mask_box, mask_area, looked_at                 pixel facts, and the files and rules that they belong to
+    sha256, mask_sha256, mask_box, mask_area, looked_at    pixel facts, and the files and rules that they belong to
     caption, caption_model
 """
 
@@ -88,8 +88,8 @@ def declare_fields(dataset: "Dataset") -> None:
     """Declare all fields, so that FiftyOne need not search batches for new ones."""
     import fiftyone as fo
 
-    texts = ("harmony_id", "rejected_because", "source", "mask_stored", "mask_file", "row", "sha256", "looked_at")
-    fields = dict.fromkeys((*texts, "caption", "caption_model"), {"ftype": fo.StringField})
+    texts = ("harmony_id", "rejected_because", "source", "mask_stored", "mask_file", "row", "looked_at")
+    fields = dict.fromkeys((*texts, "sha256", "mask_sha256", "caption", "caption_model"), {"ftype": fo.StringField})
     fields["mask_box"] = {"ftype": fo.ListField, "subfield": fo.FloatField}
     fields["mask_area"] = {"ftype": fo.FloatField}
     fields["instance"] = {"ftype": fo.EmbeddedDocumentField, "embedded_doc_type": fo.Detection}
