@@ -15,8 +15,16 @@ from transformers import (
 )
 
 from harmony.core.errors import UserError
-from harmony.data.captions import caption_images, captioner_name, load_captioner, strip_prefix
+from harmony.data.captions import (
+    caption_images,
+    captioner_name,
+    knows_photographs,
+    label_caption,
+    load_captioner,
+    strip_prefix,
+)
 from harmony.data.sources.open_images.layout import Split
+from harmony.models.shipped import ASSETS
 from harmony.pixels.images import write_image
 
 WORDS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "a", "picture", "of", "red", "cat", "on", "grass", "snow", "the"]
@@ -100,6 +108,19 @@ def test_missing_captioner_is_one_clear_line(tmp_path):
 def test_prefix_is_stripped_once():
     assert strip_prefix("a picture of a picture of a cat", "a picture of") == "a picture of a cat"
     assert strip_prefix("a red cat", "") == "a red cat"
+
+
+def test_what_a_label_says():
+    labels = {"Cow": "a photo of a cow", "Animal": "a photo of an animal", "object": "", "/m/01": "", "": "", None: ""}
+    assert {label: label_caption(label) for label in labels} == labels
+
+
+def test_whether_a_captioner_knows_photographs(tmp_path):
+    assert not knows_photographs(ASSETS / "tiny" / "captioner")
+    assert knows_photographs(tmp_path) and knows_photographs("Salesforce/blip-image-captioning-large")
+    for content, is_known in (("{}", True), ('{"photographs": true}', True), ('{"photographs": false}', False)):
+        (tmp_path / "config.json").write_text(content)
+        assert knows_photographs(tmp_path) == is_known
 
 
 def test_captions_by_people(tmp_path, capsys):

@@ -16,6 +16,7 @@ import polars as pl
 from harmony.core.errors import UserError
 from harmony.core.foreign import is_file_name
 from harmony.core.row import SPLITS
+from harmony.data.captions import NO_LABEL
 from harmony.data.sources.files import (
     OTHER_NAMES,
     SUFFIXES,
@@ -30,7 +31,6 @@ from harmony.pixels.images import open_image
 from harmony.pixels.masks import bounding_box, read_mask
 
 SHARES = {"train": (0, 0.8), "validation": (0.8, 0.9), "test": (0.9, 1)}  # the interval of draws of each split
-LABEL = "object"
 SCHEMA = dict.fromkeys(COLUMNS, pl.String) | dict.fromkeys(("x0", "y0", "x1", "y1"), pl.Float32)
 
 
@@ -80,7 +80,7 @@ def folder_rows(root: Path, folder: Path, split: str | None, rules: Rules) -> It
         else:
             reason, box = mask_box(image, mask, rules)
         names.add(name)
-        yield (split, name, reason, LABEL, *box, str(image.relative_to(root)), str(mask.relative_to(root)), None)
+        yield (split, name, reason, NO_LABEL, *box, str(image.relative_to(root)), str(mask.relative_to(root)), None)
     others = [path.name for path in sorted((folder / "images").iterdir()) if path not in images]
     others = [name for name in others if not name.startswith(".") and name != "Thumbs.db"]
     tell_omissions(f"{folder / 'images'}: no pictures ({', '.join(SUFFIXES)})", others)

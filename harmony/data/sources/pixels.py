@@ -11,6 +11,7 @@ import polars as pl
 
 from harmony.core.errors import UserError
 from harmony.core.row import SPLITS, Row
+from harmony.data.captions import label_caption
 from harmony.data.manifest import write_manifest
 from harmony.data.sources.open_images.layout import Split, has_bad_name, mask_path
 from harmony.data.sources.studio.files import TRUTHS, generate
@@ -59,7 +60,7 @@ def read_rows(folder: Path, split: str, relative_to: Path, sources: Iterable[str
             mask = read_mask(folder / mask_file, (width, height), resize=True)
         except UserError:
             continue
-        texts = captions.get(id_) or [f"a photo of a {label.lower()}"]
+        texts = captions.get(id_) or [label_caption(label)]
         box = tuple(float(v) for v in bounding_box(mask))
         relit = folder / TRUTHS["relit"].format(id_)
         pictures = [(id_, path, texts[0])] + ([(f"{id_}b", relit, texts[1])] if relit.exists() else [])

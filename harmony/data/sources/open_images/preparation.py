@@ -16,8 +16,10 @@ from harmony.core.files import write_json
 from harmony.data.captions import caption_images, load_captioner
 from harmony.data.manifest import write_manifest
 from harmony.data.shards import Shards, make_shards, predictor
+from harmony.data.sources.files import split_folder
 from harmony.data.sources.open_images.captions import find_uncaptioned, set_captions
 from harmony.data.sources.open_images.database import import_dataset, rejections, save_views
+from harmony.data.sources.open_images.layout import Split
 from harmony.data.sources.open_images.pixel_facts import look_at_pixels
 from harmony.data.sources.open_images.rows import export_rows
 from harmony.data.sources.selection import (
@@ -71,9 +73,11 @@ class Preparation(Shards):
     def plan(self) -> tuple[str | None, list[list[str]]]:
         """Select, import, look at the pixels; returns (captioner's name, [id, path, sha256] without a caption)."""
         self.import_selection()
-        self.texts = self.source.captions(self.selection.root, self.recipe["splits"])
+        root, splits = self.selection.root, self.recipe["splits"]
+        self.texts = self.source.captions(root, splits)
+        photographs = [split for split in splits if not Split(split_folder(root, split)).metadata("scenes.csv")]
         texts = self.texts if self.recipe["captions"]["given"] else {}
-        name, rows = find_uncaptioned(self.dataset, texts, self.captioner)
+        name, rows = find_uncaptioned(self.dataset, texts, self.captioner, photographs)
         captions = self.read_shards(name, {id_: digest for id_, _, digest in rows})
         set_captions(self.dataset, captions, name)
         shutil.rmtree(self.place, ignore_errors=True)
