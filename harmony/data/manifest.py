@@ -86,6 +86,9 @@ def row_problem(values: dict) -> str | None:
     texts = ("id", "image", "mask", "label", "caption", "split", "sha256")
     if names := [name for name in texts if not isinstance(values[name], str)]:
         return f"{', '.join(names)} must be text"
+    extras = values.get("extras", {})
+    if not isinstance(extras, dict) or not all(isinstance(value, str) for value in extras.values()):
+        return f"extras {extras!r} must be texts by name"
     if not is_file_name(values["id"]):
         return f"id {values['id']!r} cannot name a file"
     if values["split"] not in SPLITS:

@@ -63,6 +63,8 @@ def test_a_failed_write_leaves_the_old_manifest(tmp_path, monkeypatch):
         ({"split": "dev"}, "line 3: split 'dev'"),
         ({"caption": None}, "line 3: caption must be text"),
         ({"colour": "red"}, "line 3: unknown field colour"),
+        ({"extras": ["plate"]}, "line 3: extras .* must be texts by name"),
+        ({"extras": {"plate": 5}}, "line 3: extras .* must be texts by name"),
         ({"id": "../../a"}, "line 3: id '../../a' cannot name a file"),
         ({"id": "a"}, "line 3: train/a stands there twice"),
         (None, "line 3: field mask, sha256 missing"),

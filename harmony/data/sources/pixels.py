@@ -13,6 +13,7 @@ from harmony.core.errors import UserError
 from harmony.core.row import SPLITS, Row
 from harmony.data.captions import label_caption
 from harmony.data.manifest import write_manifest
+from harmony.data.sources.files import tell_omissions
 from harmony.data.sources.open_images.layout import Split, has_bad_name, mask_path
 from harmony.data.sources.studio.files import TRUTHS, generate
 from harmony.data.stamps import write_stamps
@@ -42,7 +43,7 @@ def find_permitted_images(split: Split, sources: Iterable[str]) -> set[str]:
 
 
 def read_rows(folder: Path, split: str, relative_to: Path, sources: Iterable[str] | None = None) -> list[Row]:
-    """Read the rows of one split folder in Open Images layout; unreadable pictures and masks are left out.
+    """Read the rows of one split folder in Open Images layout; unreadable pictures and masks are left out with a line.
 
     A studio scene gives two rows, under its light A and under its light B, with matching captions; each is the
     ``relit`` picture of the other.
@@ -51,7 +52,7 @@ def read_rows(folder: Path, split: str, relative_to: Path, sources: Iterable[str
     instances, captions = largest_instances(files), files.captions()
     ids = set(instances) if sources is None else set(instances) & find_permitted_images(files, sources)
     extras = {"source": "studio"} if files.metadata("scenes.csv") else {}
-    rows = []
+    rows, omissions = [], []
     for id_ in sorted(ids):
         mask_file, label = instances[id_]
         path = files.image(id_)
@@ -59,11 +60,14 @@ def read_rows(folder: Path, split: str, relative_to: Path, sources: Iterable[str
             height, width = read_image(path).shape[:2]
             mask = read_mask(folder / mask_file, (width, height), resize=True)
         except UserError:
+            omissions.append(id_)
             continue
         texts = captions.get(id_) or [label_caption(label)]
         box = tuple(float(v) for v in bounding_box(mask))
         relit = folder / TRUTHS["relit"].format(id_)
-        pictures = [(id_, path, texts[0])] + ([(f"{id_}b", relit, texts[1])] if relit.exists() else [])
+        pictures = [(id_, path, texts[0])]
+        if relit.exists() and len(texts) > 1:
+            pictures.append((f"{id_}b", relit, texts[1]))
         digests = [sha256(picture) for _, picture, _ in pictures]
         for i, (name, picture, caption) in enumerate(pictures):
             paths = [os.path.relpath(p, relative_to) for p in (picture, folder / mask_file)]
@@ -75,6 +79,7 @@ def read_rows(folder: Path, split: str, relative_to: Path, sources: Iterable[str
                 }
             facts = (box, label, caption, split, width, height, digests[i], extras | files_of_row)
             rows.append(Row(name, *paths, *facts))
+    tell_omissions(f"{folder}: pictures that cannot be decoded, or their masks", omissions)
     return rows
 
 
