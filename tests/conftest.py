@@ -203,11 +203,14 @@ def prepared_work(small_manifest):
 
     from harmony.cli.compose import compose
     from harmony.core.files import write_json
+    from harmony.data.preparation import locate_recipe
+    from harmony.data.stamps import write_stamps
 
     def lay(work: Path, overrides: list[str], command: str = "fit") -> Path:
         recipe = OmegaConf.to_container(compose(command, overrides).dataset, resolve=True)
         manifest = small_manifest(work / recipe["name"], recipe["name"])
-        write_json(manifest.parent / "recipe.json", recipe)
+        write_stamps(manifest.parent, [])
+        write_json(manifest.parent / "recipe.json", locate_recipe(recipe))
         return manifest
 
     return lay

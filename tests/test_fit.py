@@ -24,6 +24,7 @@ import harmony.fit
 from harmony.cli.compose import compose
 from harmony.data import preparation
 from harmony.data.manifest import manifest_hash
+from harmony.data.stamps import write_stamps
 from harmony.fit import main
 from harmony.models.controlnet import load_controlnet
 
@@ -416,6 +417,7 @@ def test_ensure_prepares_once(work, tmp_path, monkeypatch):
             folder.mkdir(parents=True, exist_ok=True)
             (folder / "manifest.jsonl").write_text("{}\n")
             (folder / "recipe.json").write_text(json.dumps(recipe))
+            write_stamps(folder, [])
             return type("Future", (), {"result": lambda self: folder / "manifest.jsonl"})()
 
     monkeypatch.setattr(preparation, "ProcessPoolExecutor", Elsewhere)
@@ -438,6 +440,7 @@ def test_of_several_that_ask_at_once_one_prepares(work, tmp_path, monkeypatch):
         time.sleep(0.5)
         (folder / "manifest.jsonl").write_text("{}\n")
         (folder / "recipe.json").write_text(json.dumps(recipe))
+        write_stamps(folder, [])
         return folder / "manifest.jsonl"
 
     monkeypatch.setattr(preparation, "ProcessPoolExecutor", lambda workers, **more: ThreadPoolExecutor(workers))

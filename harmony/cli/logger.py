@@ -36,7 +36,7 @@ def build_logger(cfg: DictConfig) -> "Logger":
 
 
 def quiet_libraries() -> None:
-    """Leave out what a user cannot act on: Lightning's devices and tips, a deprecation inside it, folders that resume."""
+    """Leave out what a user cannot act on: Lightning's devices and tips, a deprecation in it, a folder that resumes."""
     for package in ("pytorch", "fabric"):
         logging.getLogger(f"lightning.{package}.utilities.rank_zero").setLevel(logging.WARNING)
     for message in (".*LeafSpec.*is deprecated", "Checkpoint directory .* exists and is not empty"):

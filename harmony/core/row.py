@@ -23,7 +23,8 @@ class Row:
 
     ``box`` is (x0, y0, x1, y1) in pixels of the stored image, x1 and y1 exclusive. ``sha256`` is the hash of the
     image file. ``extras`` holds the values that only some datasets have: ``plate``, ``relit``, ``shadow`` (paths),
-    ``relit_caption``, ``source`` (``studio``), ``caption_source`` (``given`` or the name of the captioner).
+    ``relit_caption``, ``source`` (``studio``), ``caption_source`` (``given``, ``label`` or the captioner's name), and
+    ``mask_sha256`` and ``relit_sha256``, the hashes of those files.
     """
 
     id: str

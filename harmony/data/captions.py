@@ -14,12 +14,15 @@ import numpy as np
 import torch
 
 from harmony.core.errors import UserError
+from harmony.core.foreign import read_json
 from harmony.models.shipped import CAPTIONER, fetch_weights
 from harmony.pixels.images import read_image, sha256, write_image
 
 BLIP = "Salesforce/blip-image-captioning-large"  # for backbones without a captioner, as Stable Diffusion
 PREFIX, BEAMS, MIN_LENGTH, MAX_LENGTH = "a picture of", 3, 5, 20
 HUMAN_CAPTION = "given"  # stored instead of a captioner's name: a caption by people
+LABEL_CAPTION = "label"  # likewise: made of the instance's label
+NO_LABEL = "object"  # the label of an instance of which nothing is known
 
 
 def captioner_name(folder: str | Path) -> str:
@@ -34,6 +37,20 @@ def captioner_name(folder: str | Path) -> str:
     owner = folder.parent.name if folder.name == "captioner" else folder.name
     digest = hashlib.sha256("".join(sha256(path) for path in weights).encode()).hexdigest()
     return f"{owner}@{digest[:8]}"
+
+
+def knows_photographs(folder: str | Path) -> bool:
+    """Whether a captioner's captions of photographs are of use; ``photographs: false`` in its config.json denies it."""
+    config = Path(folder) / "config.json"
+    content = read_json(config) if config.is_file() else {}
+    return not (isinstance(content, dict) and content.get("photographs") is False)
+
+
+def label_caption(label: str | None) -> str:
+    """The caption of a photograph of which only the label is known; empty if that says nothing."""
+    if label in (None, "", NO_LABEL) or label.startswith("/"):  # a machine id
+        return ""
+    return f"a photo of {'an' if label[0].lower() in 'aeiou' else 'a'} {label.lower()}"
 
 
 def load_captioner(folder: str | Path, device: str = "cpu") -> tuple[torch.nn.Module, object]:

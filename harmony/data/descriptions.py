@@ -4,7 +4,6 @@ Zero-shot harmonization (Chen 2023) moves an object from its own light to the li
 user, a file, a vision-language model, or word lists that are scored by CLIP and by the colors of the picture.
 """
 
-import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +15,8 @@ import torch
 from safetensors import SafetensorError
 
 from harmony.core.errors import UserError
+from harmony.core.foreign import read_json
+from harmony.data.sources.files import picture_name
 from harmony.metrics.similarity import Clip, crop_to_box, embeddings
 
 FORM = "OBJECT: its own light -> the light around it"
@@ -86,10 +87,9 @@ def read_descriptions(path: Path, name: str) -> list[Description]:
     The file holds ``{name: [{object, foreground, background}, ...]}``, or one list for all pictures. UserError for
     another content, or if ``name`` is missing.
     """
-    try:
-        data = json.loads(Path(path).read_text())
-    except (OSError, ValueError) as error:
-        raise UserError(f"prompts={path} cannot be read: {str(error).splitlines()[0]}") from None
+    data = read_json(path)
+    if isinstance(data, dict) and name not in data:
+        data = {picture_name(key): items for key, items in data.items()}
     if isinstance(data, dict) and name not in data:
         raise UserError(f"{path} describes {', '.join(list(data)[:3]) or 'nothing'}, but not {name}")
     items = data[name] if isinstance(data, dict) else data

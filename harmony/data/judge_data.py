@@ -11,7 +11,7 @@ from torch.utils.data import DataLoader
 from harmony.core.errors import UserError
 from harmony.core.progress import Progress
 from harmony.data.latent_cache import Recipe, example
-from harmony.data.manifest import read_manifest
+from harmony.data.manifest import read_split
 from harmony.data.stream import Stream
 from harmony.pixels.composites import change_light, copy_paste
 from harmony.pixels.images import to_model
@@ -73,7 +73,7 @@ class Composites(torch.utils.data.Dataset):
     """
 
     def __init__(self, manifest: Path, split: str, side: int, crop: str, seed: int, photos: float | None = None):
-        self.seed, rows = seed, read_manifest(manifest, split)[1]
+        self.seed, rows = seed, read_split(manifest, split)
         recipe, root = Recipe(crop=crop, mismatch=1.0, seed=seed), Path(manifest).parent
         progress = Progress(f"reading {split}", len(rows), "pictures")
         self.examples, self.has_relit = [], []

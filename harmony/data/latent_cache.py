@@ -23,7 +23,7 @@ from harmony.core.errors import UserError
 from harmony.core.files import write_json, write_tensors
 from harmony.core.progress import tell
 from harmony.core.row import Row
-from harmony.data.manifest import read_manifest
+from harmony.data.manifest import read_split
 from harmony.pixels.composites import change_light
 from harmony.pixels.exemplars import SHAPE_SHARE, cut_out, draw_crop, draw_hole, exemplar, extend_box
 from harmony.pixels.hints import hint
@@ -168,7 +168,7 @@ def build_extended_example(
 
 def describe(backbone: Codec, recipe: Recipe, rows: list[Row]) -> dict:
     """Everything that determines the contents of a cache."""
-    facts = json.dumps([(r.id, r.sha256, r.mask, list(r.box)) for r in rows]).encode()
+    facts = json.dumps([(r.id, r.mask, list(r.box), *row_hashes(r).values()) for r in rows]).encode()
     return {
         "schema": CACHE_SCHEMA,
         "vae": backbone.hash("vae"),
@@ -176,6 +176,21 @@ def describe(backbone: Codec, recipe: Recipe, rows: list[Row]) -> dict:
         **asdict(recipe),
         "rows": hashlib.sha256(facts).hexdigest(),
     }
+
+
+def row_hashes(row: Row) -> dict[str, str | None]:
+    """The hashes that the manifest has of a row's files, {path: sha256}."""
+    hashes = {row.image: row.sha256, row.mask: row.extras.get("mask_sha256")}
+    return hashes | ({row.extras["relit"]: row.extras.get("relit_sha256")} if "relit" in row.extras else {})
+
+
+def check_files(row: Row, root: Path) -> None:
+    """Raise UserError unless the files of a row are those of the manifest."""
+    for name, digest in row_hashes(row).items():
+        if not (root / name).exists():
+            raise UserError(f"{root / name} does not exist: run harmony.prepare, which takes up what has changed")
+        if digest is not None and sha256(root / name) != digest:
+            raise UserError(f"{root / name} is not the file of the manifest (its sha256 differs): run harmony.prepare")
 
 
 def cache_key(description: dict) -> str:
@@ -231,9 +246,7 @@ class Cache:
         root: Path,
         say: Callable[[str], None] = tell,
     ):
-        rows = read_manifest(manifest, split)[1]
-        if not rows:
-            raise UserError(f"{manifest} has no rows in split {split}: check the recipe's splits and selection")
+        rows = read_split(manifest, split)
         self.manifest, self.split, self.backbone, self.recipe, self.say = manifest, split, backbone, recipe, say
         self.description = describe(backbone, recipe, rows)
         self.folder = root / f"{split}-{cache_key(self.description)}"
@@ -266,6 +279,8 @@ class Cache:
         squash_count, shard = 0, self.shards[n]
         for i in range(0, len(shard), batch):
             batch_items = shard[i : i + batch]
+            for row in {row.id: row for row, _ in batch_items}.values():
+                check_files(row, self.manifest.parent)
             examples = [
                 example(row, self.manifest.parent, self.recipe, self.backbone.resolution, v) for row, v in batch_items
             ]

@@ -13,6 +13,7 @@ from pathlib import Path
 
 from harmony.core.errors import UserError
 from harmony.core.files import replace_file
+from harmony.core.foreign import is_file_name, parse_json, read_lines
 from harmony.core.row import SCHEMA_VERSION, SPLITS, Row
 
 FIELDS = {f.name for f in fields(Row)}
@@ -34,11 +35,10 @@ def read_manifest(path: str | Path, split: str | None = None) -> tuple[dict, lis
     """Read (header, rows), the rows of one split or of all. Raises UserError that names the wrong line."""
     path = Path(path)
     remedy = "run harmony.prepare again"
-    try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-    except FileNotFoundError:
-        raise UserError(f"{path}: no manifest; run harmony.prepare for this dataset first") from None
-    if not lines:
+    if not path.exists():
+        raise UserError(f"{path}: no manifest; run harmony.prepare for this dataset first")
+    lines = read_lines(path)
+    if lines == [""]:
         raise UserError(f"{path}: empty manifest; {remedy}")
     header = parse_object(path, 1, lines[0])
     if header.get("schema") != SCHEMA_VERSION:
@@ -54,6 +54,19 @@ def read_manifest(path: str | Path, split: str | None = None) -> tuple[dict, lis
     if split is not None and split not in SPLITS:
         raise UserError(f"split {split!r} does not exist; choose one of {', '.join(SPLITS)}")
     return header, [row for row in rows if split is None or row.split == split]
+
+
+def read_split(path: str | Path, split: str) -> list[Row]:
+    """Read the rows of one split. UserError, which says how to fill it, if there are none."""
+    rows = read_manifest(path)[1]
+    rows_of = {name: [row for row in rows if row.split == name] for name in SPLITS}
+    if not rows_of[split]:
+        counts = ", ".join(f"{name} {len(part)}" for name, part in rows_of.items())
+        raise UserError(
+            f"{path} has no rows in split {split} ({counts}): prepare three photographs or more, put some into "
+            f"{split}/ yourself, or loosen dataset.select and dataset.splits"
+        )
+    return rows_of[split]
 
 
 def parse_row(path: Path, number: int, line: str) -> Row:
@@ -73,6 +86,11 @@ def row_problem(values: dict) -> str | None:
     texts = ("id", "image", "mask", "label", "caption", "split", "sha256")
     if names := [name for name in texts if not isinstance(values[name], str)]:
         return f"{', '.join(names)} must be text"
+    extras = values.get("extras", {})
+    if not isinstance(extras, dict) or not all(isinstance(value, str) for value in extras.values()):
+        return f"extras {extras!r} must be texts by name"
+    if not is_file_name(values["id"]):
+        return f"id {values['id']!r} cannot name a file"
     if values["split"] not in SPLITS:
         return f"split {values['split']!r} is none of {', '.join(SPLITS)}"
     width, height, box = values["width"], values["height"], values["box"]
@@ -87,9 +105,9 @@ def row_problem(values: dict) -> str | None:
 def parse_object(path: Path, number: int, line: str) -> dict:
     """Parse one line as a JSON object. Raises UserError."""
     try:
-        value = json.loads(line)
-    except json.JSONDecodeError as error:
-        raise UserError(f"{path}: line {number}: not JSON ({error.msg}); run harmony.prepare again") from None
+        value = parse_json(line)
+    except ValueError as error:
+        raise UserError(f"{path}: line {number}: not JSON ({error}); run harmony.prepare again") from None
     if not isinstance(value, dict):
         raise UserError(f"{path}: line {number}: expected an object; run harmony.prepare again")
     return value

@@ -78,9 +78,9 @@ class PicturesData(lightning.LightningDataModule):
     @cached_property
     def captions(self) -> list[str | None]:
         """The caption of each picture, or None. UserError for a caption without ``{}``."""
-        texts = folder_captions(self.folder)
-        captions = [next(iter(texts.get(file.stem, texts.get(file.name, []))), None) for file in self.files]
-        if errors := [text for text in captions if text is not None and "{}" not in str(text)]:
+        texts = folder_captions(self.folder, {file.stem for file in self.files})
+        captions = [next(iter(texts.get(file.stem, [])), None) for file in self.files]
+        if errors := [text for text in captions if text is not None and "{}" not in text]:
             raise UserError(
                 f"{self.folder}/captions.json: {errors[0]!r} has no {{}} in place of the word to be learned"
             )

@@ -9,7 +9,7 @@ import torch
 from torch.utils.data import DataLoader, WeightedRandomSampler
 
 from harmony.core.row import SPLITS, Row
-from harmony.data.manifest import read_manifest
+from harmony.data.manifest import read_split
 from harmony.pixels.images import Crop, crop_resize, read_image, resize, square_around, to_model
 
 
@@ -95,7 +95,7 @@ class PixelPool(torch.utils.data.Dataset):
     def __init__(
         self, manifest: str | Path, split: str, size: int, share: tuple[float, float] | None = None, seed: int = 0
     ):
-        self.rows = read_manifest(manifest, split)[1]
+        self.rows = read_split(manifest, split)
         self.size, self.share = size, share
         self.rng = np.random.default_rng([seed, SPLITS.index(split)])
         root = Path(manifest).parent

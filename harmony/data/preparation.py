@@ -1,6 +1,5 @@
 """Preparation of datasets: from a recipe in any layout to a manifest, once for each recipe."""
 
-import json
 import os
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
@@ -13,10 +12,13 @@ from filelock import FileLock
 
 from harmony.core.errors import UserError
 from harmony.core.files import write_json
+from harmony.core.foreign import path_inside, read_json
+from harmony.core.progress import tell
 from harmony.core.signals import end_with, ignore_ctrl_c_in_children
 from harmony.data.captions import BLIP
 from harmony.data.shards import predictor
 from harmony.data.sources.files import locate
+from harmony.data.stamps import has_changed
 from harmony.models.shipped import backbone_path
 
 
@@ -98,15 +100,26 @@ def captioner(backbone: str) -> str | Path:
     return part if part.is_dir() else BLIP
 
 
+def locate_recipe(recipe: dict) -> dict:
+    """The recipe with the absolute path of its folder: the same words mean another folder elsewhere."""
+    return recipe if recipe.get("dir") is None else recipe | {"dir": str(locate(recipe))}
+
+
+def find_place(recipe: dict, work: str) -> Path:
+    """Find the folder of the prepared dataset, ``work/<name>``. UserError for a name that leads out of ``work``."""
+    return path_inside(Path(work).resolve(), str(recipe["name"]))
+
+
 def prepare(recipe: dict, backbone: str, work: str, trainer: lightning.Trainer | None = None) -> Path:
     """Prepare the dataset of a recipe under ``work``; returns the manifest, or the path to read instead of one.
 
     ``backbone`` is the folder with the captioner, which runs in all processes of ``trainer`` (see
     ``shards.predictor``).
     """
-    layout, folder = find_layout(recipe), Path(work).resolve() / recipe["name"]
+    layout, folder = find_layout(recipe), find_place(recipe, work)
     if not layout.manifest:
         return layout.prepare(recipe, folder.parent, backbone, trainer)
+    recipe = locate_recipe(recipe)
     trainer = trainer or predictor()
     if trainer.is_global_zero:
         (folder / "recipe.json").unlink(missing_ok=True)  # the dataset counts as prepared when everything is done
@@ -117,17 +130,19 @@ def prepare(recipe: dict, backbone: str, work: str, trainer: lightning.Trainer |
 
 
 def ensure(recipe: dict, backbone: str, work: str) -> Path:
-    """Prepare a dataset unless the same recipe has been prepared already.
+    """Prepare a dataset unless the same recipe has been prepared already and no file has changed since.
 
     This runs in a separate process, which ends with its database, because training processes must never import
     FiftyOne. Of several processes that call this at once (ranks, or two commands) one prepares and the others wait.
     """
     if not find_layout(recipe).manifest:
         return prepare(recipe, backbone, work)
-    folder = Path(work).resolve() / recipe["name"]
+    recipe, folder = locate_recipe(recipe), find_place(recipe, work)
     manifest = folder / "manifest.jsonl"
     if is_prepared(folder, recipe):
         return manifest
+    if read_recipe(folder) == recipe:
+        tell(f"{recipe['name']}: files have changed since it was prepared, preparing it again")
     with lock(folder):
         if is_prepared(folder, recipe):  # prepared by another process in the meantime
             return manifest
@@ -150,6 +165,13 @@ def lock(folder: Path) -> FileLock:
 
 
 def is_prepared(folder: Path, recipe: dict) -> bool:
-    """Whether ``folder`` holds the manifest of exactly this recipe."""
-    record = folder / "recipe.json"
-    return (folder / "manifest.jsonl").exists() and record.exists() and json.loads(record.read_text()) == recipe
+    """Whether ``folder`` holds the manifest of exactly this recipe and of the files as they are."""
+    return (folder / "manifest.jsonl").exists() and read_recipe(folder) == recipe and not has_changed(folder)
+
+
+def read_recipe(folder: Path) -> dict | None:
+    """Read the recipe of the dataset that is prepared in ``folder``; None if there is none."""
+    try:
+        return read_json(folder / "recipe.json")
+    except UserError:
+        return None

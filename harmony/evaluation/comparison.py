@@ -167,13 +167,16 @@ class Comparison(Study):
         low, high = SWEPT
         return {f"{h:g} {v:g}": self.run.build(options | {low: v, high: h}) for h in lambdas for v in lambdas}
 
+    @cached_property
+    def has_validation(self) -> bool:
+        """Whether the dataset has pictures on which rows can choose."""
+        return bool(read_manifest(self.run.manifest, "validation")[1])
+
     def best(self, name: str, row: Row) -> Method:
         """The method at the value of its ``best`` options that is best on validation; the test split has no say."""
         if not self.lambdas:
             raise UserError(f"study.rows.{name} chooses among study.lambdas: list some")
         items = self.load("validation")
-        if not len(items):
-            raise UserError(f"study.rows.{name} chooses on validation pictures, of which {self.run.manifest} has none")
         methods = {v: self.run.build(row.options | dict.fromkeys(row.best, v)) for v in self.lambdas}
         self.fill(items, {f"{v:g}": method for v, method in methods.items()})
         results = {}
@@ -188,14 +191,13 @@ class Comparison(Study):
 
     def methods(self) -> dict[str, Method]:
         """Row -> method, in the order of the table."""
-        methods = self.sweep_methods()
+        methods, omissions = self.sweep_methods(), set()
         for name, row in self.rows.items():
-            if row.picked:
+            if (reason := self.omission(row, omissions)) is not None:
+                omissions.add(name)
+                self.notes.append(f"{name}: {reason}")
+            elif row.picked:
                 methods[name] = self.picked(name, row, methods)
-            elif row.options is None:
-                self.notes.append(f"{name}: not measured yet")
-            elif row.lacking:
-                self.notes.append(f"{name}: left out, give {' and '.join(row.lacking)}")
             elif row.best:
                 methods[name] = self.best(name, row)
             else:
@@ -205,6 +207,19 @@ class Comparison(Study):
         if not methods:
             raise UserError(f"{self.run.name} has nothing to compare: {'; '.join(self.notes)}")
         return methods
+
+    def omission(self, row: Row, omissions: set[str]) -> str | None:
+        """The reason for which a row is left out, as those called ``omissions`` are; None for a row of the table."""
+        if row.picked:
+            missing = [name for name in row.picked if name in omissions]
+            return f"left out, it picks from {' and '.join(missing)}" if missing else None
+        if row.options is None:
+            return "not measured yet"
+        if row.lacking:
+            return f"left out, give {' and '.join(row.lacking)}"
+        if row.best and not self.has_validation:
+            return "left out, it chooses on validation pictures, of which the dataset has none"
+        return None
 
     def picked(self, name: str, row: Row, methods: dict[str, Method]) -> Method:
         if unknown := [other for other in row.picked if other not in methods]:
@@ -229,7 +244,7 @@ class Comparison(Study):
     @property
     def parts(self) -> int:
         """How many times outputs are made: a choice on validation each, and each degree of degradation."""
-        choices = [row for row in self.rows.values() if row.best and not row.lacking]
+        choices = [row for row in self.rows.values() if row.best and not row.lacking and self.has_validation]
         return len(choices) + len(self.degrade)
 
     def say(self, part: int, line: str) -> None:

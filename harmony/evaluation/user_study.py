@@ -21,6 +21,7 @@ from scipy.sparse.csgraph import connected_components
 
 from harmony.core.errors import UserError
 from harmony.core.files import PACKAGE, write_json, write_text
+from harmony.core.foreign import read_json
 from harmony.evaluation.report import Report
 from harmony.evaluation.study import Study, StudyRun
 from harmony.evaluation.tables import flat, write_table
@@ -126,12 +127,7 @@ def read_answer(entry: Any, pictures: Sequence[str], codes: Mapping[str, str]) -
 
 def read_rater(file: Path, study: str, pictures: Sequence[str], codes: Mapping[str, str]) -> tuple[str, list[Answer]]:
     """(rater, answers) of a file that the page of ``study`` has handed out. UserError for any other, by its name."""
-    try:
-        record = json.loads(file.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise UserError(f"study.answers: {file} does not exist; check the path") from None
-    except (OSError, ValueError) as error:
-        raise UserError(f"{file} cannot be read as JSON ({error}); ask the rater for it again") from None
+    record = read_json(file)
     if not isinstance(record, dict) or record.get("schema") != SCHEMA:
         raise UserError(f"{file} holds no answers of a user study (schema {SCHEMA}); take it out of study.answers")
     if record.get("study") != study:

@@ -1,6 +1,7 @@
 """Reads the user's photographs, cut-outs, masks and boxes, of one composite or of a folder of them."""
 
-import csv
+import math
+import re
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -10,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from harmony.core.errors import UserError
+from harmony.core.foreign import is_file_name, read_table
 from harmony.data.descriptions import Description, parse_descriptions, read_descriptions
 from harmony.methods.insert import Insertion, Result, check_sizes, cut, find_square
 from harmony.methods.method import EXEMPLAR, LIGHTS, Method
@@ -156,18 +158,13 @@ def list_composites(folder: Path) -> tuple[list[tuple[str, dict]], list[str]]:
     if not (folder / "index.csv").exists():
         return pair_files(folder)
     items, incomplete_ids = [], []
-    with open(folder / "index.csv", newline="", encoding="utf-8") as file:
-        for i, row in enumerate(csv.DictReader(file)):
-            name = row.get("id") or str(i)
-            paths = {key: str(folder / value) for key, value in row.items() if key and value}
-            if row.get("composite") and row.get("mask"):
-                items.append((name, {"composite": paths["composite"], "mask": paths["mask"]}))
-            elif all(row.get(key) for key in ("background", "foreground", "foreground_mask", "bbox")):
-                box = [float(v) for v in row["bbox"].replace(",", " ").split()]
-                background, foreground, mask = (paths[key] for key in ("background", "foreground", "foreground_mask"))
-                items.append((name, {"background": background, "foreground": foreground, "mask": mask, "box": box}))
-            else:
-                incomplete_ids.append(name)
+    for i, row in enumerate(read_table(folder / "index.csv")):
+        name = row.get("id") or str(i)
+        options = read_row(folder, row)
+        if options is None:
+            incomplete_ids.append(name)
+        else:
+            items.append((name, options))
     if incomplete_ids:
         parts = "neither a composite with its mask nor a foreground with mask and box"
         print(f"{len(incomplete_ids)} rows name {parts}: {incomplete_ids}")
@@ -198,11 +195,32 @@ def group_files(folder: Path) -> dict[str, list[Path]]:
     return groups
 
 
+def read_row(folder: Path, row: Mapping[str, str]) -> dict | None:
+    """The options of a row of ``index.csv``; None for an incomplete one and for a box that is none."""
+    paths = {key: str(folder / value) for key, value in row.items() if value}
+    if {"composite", "mask"} <= set(paths):
+        return {"composite": paths["composite"], "mask": paths["mask"]}
+    box = parse_box(row.get("bbox", ""))
+    if box is None or not {"background", "foreground", "foreground_mask"} <= set(paths):
+        return None
+    background, foreground, mask = (paths[key] for key in ("background", "foreground", "foreground_mask"))
+    return {"background": background, "foreground": foreground, "mask": mask, "box": box}
+
+
+def parse_box(text: str) -> list[float] | None:
+    """Parse ``x0 y0 x1 y1``, with commas and brackets as other programs write lists; None for anything else."""
+    try:
+        box = [float(word) for word in re.sub(r"[\[\](),;]", " ", text).split()]
+    except ValueError:
+        return None
+    return box if len(box) == 4 and all(map(math.isfinite, box)) else None
+
+
 def check_ids(folder: Path, items: list[tuple[str, dict]]) -> list[tuple[str, dict]]:
     """Return ``items``. UserError unless each id is unique and can name a folder."""
     counts = Counter(name for name, _ in items)
     for name, count in counts.items():
-        if count > 1 or name in ("", "..") or Path(name).name != name:
+        if count > 1 or not is_file_name(name):
             raise UserError(f"{folder}: '{name}' must be a file name that no other composite has")
     return items
 

@@ -15,8 +15,16 @@ from transformers import (
 )
 
 from harmony.core.errors import UserError
-from harmony.data.captions import caption_images, captioner_name, load_captioner, strip_prefix
+from harmony.data.captions import (
+    caption_images,
+    captioner_name,
+    knows_photographs,
+    label_caption,
+    load_captioner,
+    strip_prefix,
+)
 from harmony.data.sources.open_images.layout import Split
+from harmony.models.shipped import ASSETS
 from harmony.pixels.images import write_image
 
 WORDS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "a", "picture", "of", "red", "cat", "on", "grass", "snow", "the"]
@@ -102,13 +110,29 @@ def test_prefix_is_stripped_once():
     assert strip_prefix("a red cat", "") == "a red cat"
 
 
-def test_captions_by_people(tmp_path):
+def test_what_a_label_says():
+    labels = {"Cow": "a photo of a cow", "Animal": "a photo of an animal", "object": "", "/m/01": "", "": "", None: ""}
+    assert {label: label_caption(label) for label in labels} == labels
+
+
+def test_whether_a_captioner_knows_photographs(tmp_path):
+    assert not knows_photographs(ASSETS / "tiny" / "captioner")
+    assert knows_photographs(tmp_path) and knows_photographs("Salesforce/blip-image-captioning-large")
+    for content, is_known in (("{}", True), ('{"photographs": true}', True), ('{"photographs": false}', False)):
+        (tmp_path / "config.json").write_text(content)
+        assert knows_photographs(tmp_path) == is_known
+
+
+def test_captions_by_people(tmp_path, capsys):
     assert Split(tmp_path).captions() == {}
     path = tmp_path / "metadata" / "human_captions.json"
     path.parent.mkdir()
     path.write_text(json.dumps({"a": ["first", "second"]}))
     assert Split(tmp_path).captions() == {"a": ["first", "second"]}
-    for broken in ("{", '{"a": "text"}', '{"a": []}', "[1]"):
+    path.write_text('{"a.jpg": "text", "b": [], "c": 5, "d": ["x", 5], "e.v2": ["y"]}')
+    assert Split(tmp_path).captions() == {"a": ["text"], "e.v2": ["y"]}
+    assert "human_captions.json: captions without a text or a picture: 3 left out: b, c, d\n" in capsys.readouterr().out
+    for broken in ("{", "[1]"):
         path.write_text(broken)
         with pytest.raises(UserError, match="human_captions.json"):
             Split(tmp_path).captions()

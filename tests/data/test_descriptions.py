@@ -95,6 +95,7 @@ def test_a_file_describes_each_picture_or_all(tmp_path):
     file = write(tmp_path, {"one": [mug, car], "two": [car]})
     assert [d.object for d in read_descriptions(file, "one")] == ["a mug", "a car"]
     assert read_descriptions(file, "two") == [Description("a car", "warm light", "dim")]
+    assert read_descriptions(write(tmp_path, {"one.jpg": [mug]}), "one")[0].object == "a mug"
     file = write(tmp_path, [mug])
     assert (
         read_descriptions(file, "one") == read_descriptions(file, "two") == [Description("a mug", "warm light", "dim")]

@@ -1,6 +1,7 @@
 """The bench of edits: its cases and concepts are pure functions of their numbers, and the bundled files are whole."""
 
 import json
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import cv2
@@ -200,3 +201,17 @@ def test_missing_lines_are_noticed(tmp_path, cases):
     (tmp_path / "edits.jsonl").write_text("".join(lines[:50]))
     with pytest.raises(UserError):
         read_cases(tmp_path / "edits.jsonl")
+
+
+@pytest.mark.parametrize("name", ["image", "truth", "mask"])
+def test_files_of_cases_are_in_their_folder(tmp_path, cases, name):
+    """Guards foreign lists: no picture is read from outside the folder; U+2028 may stand in a caption."""
+    case = asdict(replace(cases[0], source="a\u2028b"))
+    for change in ({}, {name: "../x.png"}, {name: "/etc/x.png"}):
+        lines = [{"schema": 1, "count": 1}, case | change]
+        (tmp_path / "edits.jsonl").write_text("".join(json.dumps(x, ensure_ascii=False) + "\n" for x in lines))
+        if not change:
+            assert read_cases(tmp_path / "edits.jsonl")[0].source == "a\u2028b"
+            continue
+        with pytest.raises(UserError, match="x.png' leads out of"):
+            read_cases(tmp_path / "edits.jsonl")

@@ -211,6 +211,23 @@ def test_foreign_caches_are_refused_by_name(cache, backbone, manifest):
     assert cache_key(describe(backbone, RECIPE, changed)) != cache_key(fitting), (
         "another image under the same name is another cache"
     )
+    for name in ("mask_sha256", "relit_sha256"):
+        changed = [replace(rows[0], extras=rows[0].extras | {name: "0" * 64}), *rows[1:]]
+        assert cache_key(describe(backbone, RECIPE, changed)) != cache_key(fitting), name
+
+
+@pytest.mark.parametrize("name", ["image", "mask", "relit"])
+def test_a_file_that_is_not_the_manifests_is_named(backbone, manifest, tmp_path, name):
+    """Guards the pixels: a wrong sha256, or a file that was replaced since, is one line and no cache."""
+    row = read_manifest(manifest, "train")[1][0]
+    change = {"sha256": "0" * 64} if name == "image" else {"extras": row.extras | {f"{name}_sha256": "0" * 64}}
+    paths = {key: os.path.relpath(manifest.parent / getattr(row, key), tmp_path) for key in ("image", "mask")}
+    extras = change.get("extras", row.extras)
+    extras |= {"relit": os.path.relpath(manifest.parent / row.extras["relit"], tmp_path)}
+    write_manifest(tmp_path / "manifest.jsonl", [replace(row, **paths | change | {"extras": extras})], "studio")
+    with pytest.raises(UserError, match=r"is not the file of the manifest \(its sha256 differs\): run harmony.prepare"):
+        built(tmp_path / "manifest.jsonl", "train", backbone, Recipe(), tmp_path / "cache", lambda line: None)
+    assert not list(tmp_path.glob("cache/*/*"))
 
 
 def test_a_missing_image_is_named(backbone, manifest, tmp_path, studio_rows):

@@ -8,7 +8,7 @@ import pytest
 
 from harmony.core.errors import UserError
 from harmony.core.row import SCHEMA_VERSION, Row
-from harmony.data.manifest import manifest_hash, read_manifest, write_manifest
+from harmony.data.manifest import manifest_hash, read_manifest, read_split, write_manifest
 
 ROW = Row("a", "../a.jpg", "../a.png", (1.0, 2.0, 30.0, 20.0), "Cat", "a cat – où?", "train", 40, 32, "0" * 64)
 ROWS = [replace(ROW, id="z", split="test"), replace(ROW, id="b", extras={"plate": "p.jpg"}), ROW]
@@ -21,6 +21,13 @@ def test_rows_come_back_in_order_and_by_split(tmp_path):
     assert read_manifest(path) == (header, [ROWS[2], ROWS[1], ROWS[0]])
     assert read_manifest(str(path), "test")[1] == [ROWS[0]]
     assert [p.name for p in path.parent.iterdir()] == ["manifest.jsonl"]
+
+
+def test_captions_from_the_web_come_back(tmp_path):
+    """Guards the lines: U+2028, U+0085 and other ends of a line stand inside a caption."""
+    rows = [replace(ROW, caption="a\u2028b\x85c\x0bd\re\nf\x1c"), replace(ROW, id="b")]
+    write_manifest(tmp_path / "m.jsonl", rows, "mini")
+    assert read_manifest(tmp_path / "m.jsonl")[1] == rows
 
 
 def test_hash_is_that_of_the_rows_alone(tmp_path):
@@ -56,6 +63,9 @@ def test_a_failed_write_leaves_the_old_manifest(tmp_path, monkeypatch):
         ({"split": "dev"}, "line 3: split 'dev'"),
         ({"caption": None}, "line 3: caption must be text"),
         ({"colour": "red"}, "line 3: unknown field colour"),
+        ({"extras": ["plate"]}, "line 3: extras .* must be texts by name"),
+        ({"extras": {"plate": 5}}, "line 3: extras .* must be texts by name"),
+        ({"id": "../../a"}, "line 3: id '../../a' cannot name a file"),
         ({"id": "a"}, "line 3: train/a stands there twice"),
         (None, "line 3: field mask, sha256 missing"),
     ],
@@ -94,3 +104,11 @@ def test_a_manifest_that_is_not_whole_is_refused(tmp_path):
     write_manifest(path, ROWS, "mini")
     with pytest.raises(UserError, match="'dev' does not exist"):
         read_manifest(path, "dev")
+
+
+def test_an_empty_split_is_named_with_the_way_out(tmp_path):
+    path = tmp_path / "manifest.jsonl"
+    write_manifest(path, ROWS, "mini")
+    assert read_split(path, "test") == [ROWS[0]]
+    with pytest.raises(UserError, match=r"no rows in split validation \(train 2, validation 0, test 1\)"):
+        read_split(path, "validation")

@@ -86,7 +86,10 @@ def test_a_folder_becomes_a_dataset_and_a_manifest(fo, recipe, folder, tmp_path)
         image, mask = path.parent / row.image, path.parent / row.mask
         assert sha256(image) == row.sha256
         assert row.box == bounding_box(read_mask(mask, (row.width, row.height)))
-        assert row.caption == f"a cat called {row.id}" and row.extras == {"caption_source": "given"}
+        assert row.caption == f"a cat called {row.id}" and row.extras == {
+            "caption_source": "given",
+            "mask_sha256": sha256(mask),
+        }
     dataset = fo.load_dataset(recipe["name"])
     assert dataset.persistent and dataset.count_sample_tags() == {"train": 4, "kept": 3, "rejected": 1}
     assert set(dataset.list_saved_views()) == {"kept", "rejected", "rejected: group"}
@@ -226,6 +229,22 @@ def test_blip_captions_the_rest_once_for_each_captioner(fo, recipe, folder, tmp_
     assert asked == ["a1", "b2"] * 2 + ["a0", "a1"], "another picture under the same name wants a caption of its own"
 
 
+def test_photographs_get_their_label_from_a_captioner_that_does_not_know_them(fo, recipe, folder, tmp_path, capsys):
+    """Guards training texts: the shipped captioner says nonsense of photographs, and is asked for renders alone."""
+    caption(folder, {"a0": ["given"]})
+    classes = folder.folder / "metadata" / "classes.csv"
+    path = prepare_dataset(recipe, tmp_path / "work", ASSETS / "tiny" / "captioner")
+    expected = {"a0": ("given", "given"), "a1": ("a photo of a cat", "label"), "b2": ("a photo of a cat", "label")}
+    assert {r.id: (r.caption, r.extras["caption_source"]) for r in read_manifest(path)[1]} == expected
+    assert "2 are captioned by their label and 0 have none: write captions" in capsys.readouterr().out
+    classes.unlink()
+    path = prepare_dataset(recipe, tmp_path / "work", ASSETS / "tiny" / "captioner")
+    assert [r.caption for r in read_manifest(path)[1]] == ["given", "", ""]
+    (folder.folder / "metadata" / "scenes.csv").write_text("ImageID\n")
+    path = prepare_dataset(recipe, tmp_path / "work", ASSETS / "tiny" / "captioner")
+    assert all(r.caption and r.extras["caption_source"].startswith("tiny@") for r in read_manifest(path)[1][1:])
+
+
 def test_captions_go_on_where_they_were_stopped(fo, recipe, folder, tmp_path, monkeypatch):
     """Guards restarts: a kill in the second shard loses that shard alone; then nothing is left behind but captions."""
     caption(folder, {})
@@ -288,6 +307,7 @@ def test_two_processes_caption_as_one(fo, recipe, tmp_path, make_folder):
     for n in range(preparation.CAPTIONS + 2):
         folder.single(f"{n:04x}")
     folder.write()
+    (folder.folder / "metadata" / "scenes.csv").write_text("ImageID\n")  # renders, which the shipped captioner knows
     (tmp_path / "datasets" / "many").mkdir(parents=True)
     OmegaConf.save(recipe, tmp_path / "datasets" / "many" / "recipe.yaml")
     (tmp_path / "sitecustomize.py").write_text(
@@ -324,7 +344,9 @@ def test_studio_truths_go_to_extras(fo, recipe, folder, tmp_path):
         "shadow": folder.folder / "shadows/a0.png",
     }
     assert extras["a0"]["relit_caption"] == "the same cat at night"
-    assert set(extras["a1"]) == {"plate", "caption_source"} and set(extras["b2"]) == {"caption_source"}
+    assert extras["a0"]["relit_sha256"] == sha256(folder.folder / "relit/a0.jpg")
+    assert set(extras["a1"]) == {"plate", "caption_source", "mask_sha256"}
+    assert set(extras["b2"]) == {"caption_source", "mask_sha256"}
 
 
 def test_another_folder_of_the_same_name_gets_a_dataset_of_its_own(fo, recipe, folder, tmp_path, make_folder):

@@ -102,17 +102,18 @@ def test_pictures_are_seen_in_one_order_whatever_the_batch(pictures):
     assert [sorted(two["picture"][n : n + 3].tolist()) for n in range(0, 12, 3)] == [[0, 1, 2]] * 4
 
 
-def test_captions_say_where_the_word_belongs(pictures, concept):
+def test_captions_say_where_the_word_belongs(pictures, concept, capsys):
     """Guards captions.json: by name with or without suffix, none for the others; refused without a place for it."""
     assert pictures().captions == [None] * 3
     file = concept / "captions.json"
     file.write_text(json.dumps({"0": "a {} on grass", "1.png": "one {}", "elsewhere": "of no picture"}))
     assert pictures().captions == ["a {} on grass", "one {}", None]
+    assert "captions without a text or a picture: 1 left out: elsewhere\n" in capsys.readouterr().out
     file.write_text(json.dumps({"0": "a {} on grass", "2": "a mug on grass"}))
     with pytest.raises(UserError, match="captions.json: 'a mug on grass' has no {}"):
         pictures().captions  # noqa: B018
     file.write_text("{")
-    with pytest.raises(UserError, match="captions.json: expected"):
+    with pytest.raises(UserError, match="captions.json cannot be read as JSON"):
         pictures().captions  # noqa: B018
 
 

@@ -14,14 +14,22 @@ from harmony.data.sources.pixels import prepare_backbone, read_rows
 ROOT = Path(__file__).resolve().parents[2]
 
 
-def test_rows_take_the_largest_instance_and_leave_out_what_is_broken(photos, tmp_path):
+def test_rows_take_the_largest_instance_and_leave_out_what_is_broken(photos, tmp_path, capsys):
     """Guards the gathering: largest box within 2 % .. 80 %, undecodable pictures left out, boxes from the mask."""
     rows = read_rows(photos / "train", "train", tmp_path)
     assert [row.id for row in rows] == ["a1", "a2"], "a1's 81 % box and a3's 1 % box are out of range, a4 is no picture"
+    assert "train: pictures that cannot be decoded, or their masks: 1 left out: a4\n" in capsys.readouterr().out
     assert rows[0].mask.endswith("a1_0.png") and rows[0].box == (6.0, 4.0, 30.0, 20.0)
     assert rows[0].caption == "a photo of a cat" and (rows[0].width, rows[0].height) == (60, 40)
     assert all((tmp_path / row.image).exists() and (tmp_path / row.mask).exists() for row in rows)
     assert [row.id for row in read_rows(photos / "train", "train", tmp_path, ["ccp"])] == ["a1"]
+
+
+def test_a_relit_picture_without_a_caption_of_its_own_gives_no_row(photos, tmp_path):
+    shutil.copytree(photos / "train", tmp_path / "train")
+    (tmp_path / "train" / "relit").mkdir()
+    shutil.copy(tmp_path / "train" / "data" / "a1.jpg", tmp_path / "train" / "relit" / "a1.jpg")
+    assert [row.id for row in read_rows(tmp_path / "train", "train", tmp_path)] == ["a1", "a2"]
 
 
 def test_photographs_of_unknown_source_may_not_train(photos, tmp_path):

@@ -6,16 +6,21 @@ import polars as pl
 import pytest
 
 from harmony.core.errors import UserError
+from harmony.data.sources.open_images.database import cut_instance, selection_rows
+from harmony.data.sources.open_images.layout import Split
 from harmony.data.sources.open_images.select import select
+from harmony.data.sources.pixels import read_rows
 from harmony.data.sources.selection import (
     ANNOTATION_REASONS,
     KEPT,
     Rules,
     format_counts,
     read_ids,
+    read_splits,
     reject,
     write_selection,
 )
+from harmony.pixels.images import read_image, write_image
 
 
 def reasons(root, rules=None, split="train"):
@@ -104,6 +109,103 @@ def test_lists_of_classes_sources_and_ids(tmp_path, make_folder):
     assert read_ids(Rules(image_ids=str(tmp_path / "ids.txt"))) == {"a0", "a7"}
     with pytest.raises(UserError, match="no class zebra"):
         reasons(root, Rules(classes=["zebra"]))
+
+
+def test_tables_by_a_spreadsheet_mean_the_same(tmp_path, make_folder):
+    """Guards all CSVs: byte order mark, CRLF, and every field in quotes, also where the last line is cut."""
+    folder = make_folder(tmp_path)
+    folder.single("a0")
+    folder.single("a1")
+    root = folder.write()
+    (root / "train/metadata/image_ids.csv").write_text("ImageID,Subset\na0,train\na9,train\n")
+    rules = Rules(classes=["Cat"], sources=["ccp"])
+    plain = select(root, ["train"], rules).table
+    assert plain["label"].to_list() == ["Cat", "Cat", None]
+    for path in root.glob("train/*/*.csv"):
+        lines = path.read_text().splitlines()
+        quoted = "\r\n".join(",".join(f'"{field}"' for field in line.split(",")) for line in lines)
+        path.write_bytes(b"\xef\xbb\xbf" + quoted.encode() + b"\r\n")
+    assert select(root, ["train"], rules).table.equals(plain)
+    path = root / "train/labels/detections.csv"
+    path.write_bytes(path.read_bytes()[:-6])
+    assert select(root, ["train"], rules).damage_counts == {"train/labels/detections.csv": 1}
+
+
+def test_names_of_classes_may_be_quoted_and_hold_commas(tmp_path):
+    (tmp_path / "metadata").mkdir()
+    (tmp_path / "metadata" / "classes.csv").write_bytes(b'\xef\xbb\xbf/m/1,"Car, big"\r\n/m/2,Cat, small\r\n/m/3\r\n')
+    assert Split(tmp_path).class_names() == {"/m/1": "Car, big", "/m/2": "Cat, small"}
+
+
+def test_an_empty_table_is_named(tmp_path, make_folder):
+    folder = make_folder(tmp_path)
+    folder.single("a0")
+    root = folder.write()
+    (root / "train/metadata/image_ids.csv").write_text("")
+    with pytest.raises(UserError, match="image_ids.csv: its first line is empty"):
+        reasons(root)
+
+
+def test_one_name_stands_for_a_list_and_ids_of_digits_are_text(tmp_path, make_folder):
+    folder = make_folder(tmp_path)
+    folder.single("1234567890123456")
+    folder.single("0012")
+    root = folder.write()
+    assert set(reasons(root, Rules.of({"classes": "Cat", "sources": "ccp"})).values()) == {KEPT}
+    for ids in ([1234567890123456, "a"], 1234567890123456):
+        assert reasons(root, Rules.of({"image_ids": ids})) == {"1234567890123456": KEPT, "0012": "id not listed"}
+    assert reasons(root, Rules.of({"image_ids": ["0012"]}))["0012"] == KEPT
+    (tmp_path / "ids.txt").write_bytes(b"\xef\xbb\xbftrain/0012\r\n")
+    assert read_ids(Rules.of({"image_ids": str(tmp_path / "ids.txt")})) == {"0012"}
+    with pytest.raises(UserError, match=r"dataset.select.image_ids: 1e\+18 is no name; put .* into quotes"):
+        Rules.of({"image_ids": [1e18]})
+
+
+def test_ids_and_masks_that_are_paths_are_counted(tmp_path, make_folder):
+    """Guards foreign tables: ``ImageID = ../../../x`` wrote outside the work folder."""
+    folder = make_folder(tmp_path / "data")
+    folder.single("a0")
+    folder.single("b0")
+    folder.box("../../x")
+    folder.masks.append(["a0_0.png", "../../x", *folder.masks[0][2:]])
+    folder.masks[1][0] = "../../A/a0_0.png"
+    root = folder.write()
+    (root / "x.jpg").write_bytes((root / "train/data/a0.jpg").read_bytes())
+    selection = select(root, ["train"], Rules())
+    assert dict(selection.table.select("id", "reason").iter_rows()) == {
+        "../../x": "no file name",
+        "a0": KEPT,
+        "b0": "no file name",
+    }
+    assert [row["id"] for row in selection_rows(selection)] == ["a0"]
+    with pytest.raises(UserError, match="leads out of"):
+        cut_instance("train/../../../x", str(root / "train/labels/masks/A/a0_0.png"), [0, 0, 1, 1], tmp_path / "work")
+
+
+def test_photographs_may_have_another_suffix_and_splits_another_name(tmp_path, make_folder, capsys):
+    for split in ("train", "val"):
+        folder = make_folder(tmp_path, split)
+        for id_ in ("a0", "a1", "a2"):
+            folder.single(id_)
+        folder.write()
+    data = tmp_path / "train/data"
+    write_image(data / "a0.png", read_image(data / "a0.jpg"))
+    (data / "a0.jpg").unlink()
+    (data / "a1.jpg").rename(data / "a1.JPEG")
+    write_image(data / "a2.png", read_image(data / "a2.jpg"))
+    table = select(tmp_path, ["train", "validation"], Rules()).table
+    assert set(table["reason"]) == {KEPT} and set(table["split"]) == {"train", "validation"}
+    images = ["train/data/a0.png", "train/data/a1.JPEG", "train/data/a2.jpg"]
+    assert table["image"].to_list() == images + [f"val/data/a{i}.jpg" for i in range(3)]
+    assert "further files of one id: 1 left out: a2.png\n" in capsys.readouterr().out
+    assert [row.image for row in read_rows(tmp_path / "train", "train", tmp_path)] == images
+
+
+def test_splits_are_read_from_one_name_or_several():
+    assert read_splits("train") == ["train"] and read_splits(["test", "train", "test"]) == ["test", "train"]
+    for splits in (["dev"], [], None):
+        with pytest.raises(UserError, match="choose among train, validation, test"):
+            read_splits(splits)
 
 
 def test_an_image_without_any_annotation_is_listed(tmp_path, make_folder):

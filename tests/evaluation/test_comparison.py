@@ -7,11 +7,13 @@ import pytest
 
 from harmony.core import pieces
 from harmony.core.errors import UserError
-from harmony.data.manifest import read_manifest
+from harmony.data.manifest import read_manifest, write_manifest
 from harmony.evaluation import blocks
 from harmony.evaluation.blocks import fill_blocks, outputs_of
+from harmony.evaluation.comparison import Comparison
 from harmony.evaluation.eval_sets import RECONSTRUCT, RELIGHT, EvalSet, degrade, load_relight, paste_outputs
 from harmony.evaluation.figures import scores
+from harmony.evaluation.study import StudyRun
 from harmony.methods.baselines import CopyPaste, Poisson, Reinhard
 from harmony.methods.inpainting import Branch, Inpainting
 from harmony.methods.method import Composite, Method, fingerprint, make_seeds
@@ -209,3 +211,24 @@ def test_a_dataset_without_truth_is_refused(tmp_path, small_manifest):
     manifest.write_text(text)
     with pytest.raises(UserError, match="knows no truth for relighting"):
         load_relight(manifest, "test", 32)
+
+
+def test_rows_that_need_validation_are_left_out_without_it(small_manifest, tmp_path):
+    """Guards small datasets: what chooses on validation, and what picks from it, is left out with a line; what picks
+    from a row that there is not is a mistake as before.
+    """
+    header, rows = read_manifest(small_manifest(tmp_path))
+    write_manifest(tmp_path / "manifest.jsonl", [row for row in rows if row.split != "validation"], "small")
+    run = StudyRun("t", tmp_path, prepare=lambda: tmp_path / "manifest.jsonl", build=lambda o: Constant(o["name"], []))
+    plain, chosen = {"options": {"name": "plain"}}, {"options": {"name": "best"}, "best": ["lambda_l"]}
+    rows = {"plain": plain, "best": chosen, "pick": {"picked": ["plain", "best"]}}
+    options = dict.fromkeys(("radius", "degrade", "sweep", "pairs", "figure", "hidden", "drawn", "paper"))
+    study = Comparison(run, RECONSTRUCT, rows, **options | {"lambdas": [0.5, 1.0], "degrade": [1]})
+    assert list(study.methods()) == ["plain"] and study.parts == 1
+    assert study.notes == [
+        "best: left out, it chooses on validation pictures, of which the dataset has none",
+        "pick: left out, it picks from best",
+    ]
+    study = Comparison(run, RECONSTRUCT, {"pick": {"picked": ["nobody"]}}, **options | {"lambdas": []})
+    with pytest.raises(UserError, match="study.rows.pick picks among rows above it: nobody is none"):
+        study.methods()

@@ -21,6 +21,7 @@ import numpy as np
 
 from harmony.core.errors import UserError
 from harmony.core.files import write_text
+from harmony.core.foreign import parse_json, path_inside, read_lines
 from harmony.data.sources.studio.files import render_scenes
 from harmony.data.sources.studio.rendering import render, save
 from harmony.data.sources.studio.scenes import COLORS, GROUNDS, Scene, scene
@@ -139,17 +140,24 @@ def generate(root: Path, count: int, workers: int | None = None) -> Path:
 
 def read_cases(file: Path) -> list[Case]:
     """Read the cases of an ``edits.jsonl``. UserError if it is missing, damaged or of another schema."""
+    if not Path(file).exists():
+        raise UserError(f"{file} does not exist: use dataset=editing")
     try:
-        header, *lines = (json.loads(line) for line in Path(file).read_text().splitlines())
+        header, *lines = map(parse_json, read_lines(file))
         if header["schema"] != SCHEMA:
             raise UserError(f"{file} has schema {header['schema']}, this version reads {SCHEMA}: render it again")
         if header["count"] != len(lines):
             raise UserError(f"{file} has {len(lines)} of its {header['count']} edits: render it again")
-        return [Case(**line) for line in lines]
-    except FileNotFoundError:
-        raise UserError(f"{file} does not exist: use dataset=editing") from None
+        return [check_case(Case(**line), Path(file).parent) for line in lines]
     except (ValueError, TypeError, KeyError) as error:
         raise UserError(f"{file} is damaged ({error}): render it again") from None
+
+
+def check_case(case: Case, root: Path) -> Case:
+    """Return ``case``. UserError if its files are not in ``root``."""
+    for name in filter(None, (case.image, case.truth, case.mask)):
+        path_inside(root, name)
+    return case
 
 
 def concepts(root: Path) -> dict[str, tuple[list[Path], list[Path]]]:

@@ -1,12 +1,15 @@
 """The folder of a recipe, its pictures and their captions."""
 
-import json
+from collections.abc import Collection, Sequence
 from pathlib import Path
 
 from harmony.core.errors import UserError
 from harmony.core.files import bundled
+from harmony.core.foreign import read_json
+from harmony.core.progress import tell
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff")
+OTHER_NAMES = {"validation": ("val", "valid", "dev")}  # of split folders
 
 
 def locate(recipe: dict) -> Path:
@@ -18,6 +21,12 @@ def locate(recipe: dict) -> Path:
         if place.is_dir():
             return place.resolve()
     raise UserError(f"dataset.dir={recipe['dir']}: no such folder ({places[0].resolve()}); give an existing one")
+
+
+def split_folder(root: Path, split: str) -> Path:
+    """The folder of a split: by its name, or else by another name that tools give it."""
+    names = (split, *OTHER_NAMES.get(split, ()))
+    return next((root / name for name in names if (root / name).is_dir()), root / split)
 
 
 def image_files(folder: Path) -> list[Path]:
@@ -35,13 +44,41 @@ def list_pictures(folder: Path) -> list[Path]:
     return files
 
 
-def folder_captions(folder: Path) -> dict[str, list[str]]:
-    """Captions of a folder from ``captions.json``, {name: caption or [caption, ...]}; empty if there is no file."""
-    path = folder / "captions.json"
+def picture_name(name: str) -> str:
+    """The name of a picture without its suffix, if it has one of a picture."""
+    return name[: -len(suffix)] if (suffix := Path(name).suffix).lower() in SUFFIXES else name
+
+
+def read_caption_file(path: Path, names: Collection[str] | None = None) -> dict[str, list[str]]:
+    """Read {name: caption or [caption, ...]} by the pictures' names without suffix; empty if there is no file.
+
+    A key may have the picture's suffix. Captions that are no text, and with ``names`` those of no picture, are left out
+    with a line. UserError for another content.
+    """
     if not path.is_file():
         return {}
-    try:
-        captions = json.loads(path.read_text(encoding="utf-8"))
-        return {name: [texts] if isinstance(texts, str) else list(texts) for name, texts in captions.items()}
-    except (json.JSONDecodeError, AttributeError, TypeError) as error:
-        raise UserError(f'{path}: expected {{"<name>": "<caption>", ...}} ({error}); mend it or remove it') from None
+    content = read_json(path)
+    if not isinstance(content, dict):
+        raise UserError(f'{path}: expected {{"<name>": "<caption>", ...}}; mend it or remove it')
+    captions, wrong_names = {}, []
+    for key, value in content.items():
+        texts = [value] if isinstance(value, str) else value
+        is_right = isinstance(texts, list) and texts and all(isinstance(text, str) for text in texts)
+        name = key if names is not None and key in names else picture_name(key)
+        if is_right and (names is None or name in names):
+            captions.setdefault(name, texts)
+        else:
+            wrong_names.append(key)
+    tell_omissions(f"{path}: captions without a text or a picture", wrong_names)
+    return captions
+
+
+def folder_captions(folder: Path, names: Collection[str] | None = None) -> dict[str, list[str]]:
+    """Read the captions of a folder from its ``captions.json``; see ``read_caption_file``."""
+    return read_caption_file(folder / "captions.json", names)
+
+
+def tell_omissions(what: str, names: Sequence[str]) -> None:
+    """Print how many things are left out, and the first of them, if there are any."""
+    if names:
+        tell(f"{what}: {len(names)} left out: {', '.join(names[:5])}{', ...' if len(names) > 5 else ''}")

@@ -11,9 +11,12 @@ import polars as pl
 
 from harmony.core.errors import UserError
 from harmony.core.row import SPLITS, Row
+from harmony.data.captions import label_caption
 from harmony.data.manifest import write_manifest
-from harmony.data.sources.open_images.layout import IMAGE, Split, mask_path
+from harmony.data.sources.files import tell_omissions
+from harmony.data.sources.open_images.layout import Split, has_bad_name, mask_path
 from harmony.data.sources.studio.files import TRUTHS, generate
+from harmony.data.stamps import write_stamps
 from harmony.pixels.images import read_image, sha256
 from harmony.pixels.masks import bounding_box, read_mask
 
@@ -23,7 +26,7 @@ AREA = (0.02, 0.8)  # share of the photograph that an instance may cover, as in 
 def largest_instances(split: Split) -> dict[str, tuple[str, str]]:
     """Map image ids to (mask file in the split, label) of the largest box within AREA."""
     area = (pl.col("BoxXMax") - pl.col("BoxXMin")) * (pl.col("BoxYMax") - pl.col("BoxYMin"))
-    table = split.masks(pl.Float64).filter(~pl.col("damaged")).collect().with_columns(area=area)
+    table = split.masks(pl.Float64).filter(~pl.col("damaged") & ~has_bad_name()).collect().with_columns(area=area)
     table = table.filter(pl.col("area").is_between(*AREA)).sort("area", descending=True).unique("ImageID", keep="first")
     names = split.class_names()
     columns = table.select("ImageID", mask_path(), "LabelName")
@@ -40,7 +43,7 @@ def find_permitted_images(split: Split, sources: Iterable[str]) -> set[str]:
 
 
 def read_rows(folder: Path, split: str, relative_to: Path, sources: Iterable[str] | None = None) -> list[Row]:
-    """Read the rows of one split folder in Open Images layout; unreadable pictures and masks are left out.
+    """Read the rows of one split folder in Open Images layout; unreadable pictures and masks are left out with a line.
 
     A studio scene gives two rows, under its light A and under its light B, with matching captions; each is the
     ``relit`` picture of the other.
@@ -49,24 +52,34 @@ def read_rows(folder: Path, split: str, relative_to: Path, sources: Iterable[str
     instances, captions = largest_instances(files), files.captions()
     ids = set(instances) if sources is None else set(instances) & find_permitted_images(files, sources)
     extras = {"source": "studio"} if files.metadata("scenes.csv") else {}
-    rows = []
+    rows, omissions = [], []
     for id_ in sorted(ids):
         mask_file, label = instances[id_]
-        path = folder / IMAGE.format(id_)
+        path = files.image(id_)
         try:
             height, width = read_image(path).shape[:2]
             mask = read_mask(folder / mask_file, (width, height), resize=True)
         except UserError:
+            omissions.append(id_)
             continue
-        texts = captions.get(id_) or [f"a photo of a {label.lower()}"]
+        texts = captions.get(id_) or [label_caption(label)]
         box = tuple(float(v) for v in bounding_box(mask))
         relit = folder / TRUTHS["relit"].format(id_)
-        pictures = [(id_, path, texts[0])] + ([(f"{id_}b", relit, texts[1])] if relit.exists() else [])
+        pictures = [(id_, path, texts[0])]
+        if relit.exists() and len(texts) > 1:
+            pictures.append((f"{id_}b", relit, texts[1]))
+        digests = [sha256(picture) for _, picture, _ in pictures]
         for i, (name, picture, caption) in enumerate(pictures):
             paths = [os.path.relpath(p, relative_to) for p in (picture, folder / mask_file)]
-            relit_extras = {"relit": os.path.relpath(pictures[1 - i][1], relative_to)} if len(pictures) == 2 else {}
-            facts = (box, label, caption, split, width, height, sha256(picture), extras | relit_extras)
+            files_of_row = {"mask_sha256": sha256(folder / mask_file)}
+            if len(pictures) == 2:
+                files_of_row |= {
+                    "relit": os.path.relpath(pictures[1 - i][1], relative_to),
+                    "relit_sha256": digests[1 - i],
+                }
+            facts = (box, label, caption, split, width, height, digests[i], extras | files_of_row)
             rows.append(Row(name, *paths, *facts))
+    tell_omissions(f"{folder}: pictures that cannot be decoded, or their masks", omissions)
     return rows
 
 
@@ -78,6 +91,8 @@ def prepare_backbone(recipe: dict, work: Path) -> Path:
     photographs may train weights that are shipped; the test split is only for evaluation and may hold any).
     """
     folder = work / recipe["name"]
+    sources = [Path(place) for place in (recipe["dir"], recipe["photos"]) if place]
+    write_stamps(folder, [place / name for place in sources for name in (*SPLITS, "metadata")])
     renders = generate(folder / "studio", recipe["count"], recipe["size"], start=512, splits=("train",), plate=False)
     rows: list[Row] = []
     for split in SPLITS:

@@ -12,8 +12,10 @@ import polars as pl
 
 from harmony.core.errors import UserError
 from harmony.core.files import write_text
+from harmony.core.foreign import read_text
+from harmony.core.row import SPLITS
 
-KEPT = "kept"
+KEPT, BAD_NAME, SAME_NAME = "kept", "no file name", "two images of one name"
 REASONS = (
     # annotation: exactly one instance with exactly one mask
     "damaged row",
@@ -35,6 +37,8 @@ REASONS = (
     "id not listed",
     "over max_samples",
     # files
+    BAD_NAME,
+    SAME_NAME,
     "image file missing",
     "mask file missing",
     # pixels, checked after the import
@@ -47,6 +51,24 @@ REASONS = (
 )
 ANNOTATION_REASONS = REASONS[:7]
 COLUMNS = ("split", "id", "reason", "label", "x0", "y0", "x1", "y1", "image", "mask", "source")
+
+
+def read_names(option: str, value: object) -> list[str] | None:
+    """Read an option that lists names: one or several, also of digits alone; None for null. UserError otherwise."""
+    if value is None:
+        return None
+    names = list(value) if isinstance(value, list | tuple) else [value]
+    if wrong := [name for name in names if isinstance(name, bool) or not isinstance(name, str | int)]:
+        raise UserError(f"dataset.{option}: {wrong[0]} is no name; put what looks like a number into quotes, ['1e5']")
+    return [str(name) for name in names]
+
+
+def read_splits(value: object) -> list[str]:
+    """Read ``dataset.splits``, one or several, each once. UserError for one that does not exist."""
+    splits = list(dict.fromkeys(read_names("splits", value) or ()))
+    if not splits or set(splits) - set(SPLITS):
+        raise UserError(f"dataset.splits={value}: choose among {', '.join(SPLITS)}")
+    return splits
 
 
 @dataclass(frozen=True)
@@ -63,6 +85,14 @@ class Rules:
     sources: Sequence[str] | None = None
     image_ids: Sequence[str] | str | None = None
     max_samples: int | None = None
+
+    @classmethod
+    def of(cls, options: dict) -> "Rules":
+        """The rules of a recipe's node ``select``, in which one name may stand for a list of it."""
+        names = {name: read_names(f"select.{name}", options.get(name)) for name in ("classes", "sources", "image_ids")}
+        if isinstance(options.get("image_ids"), str):
+            names["image_ids"] = options["image_ids"]  # a file
+        return cls(**options | names)
 
     def __post_init__(self) -> None:
         if not 0 <= self.min_area < self.max_area <= 1:
@@ -100,12 +130,21 @@ class Selection:
 class Source(NamedTuple):
     """A source of photographs with masks in one layout.
 
-    ``select``: (recipe, work folder) -> its selection. ``captions``: (root of the selection, split) -> captions by
-    people, {id: [caption, ...]}.
+    ``select``: (recipe, work folder) -> its selection. ``captions``: (root of the selection, splits) -> captions by
+    people, {<split>/<id>: [caption, ...]}. ``places``: (root of the selection, splits) -> all files and folders that it
+    reads, also those that may come.
     """
 
     select: Callable[[dict, Path], Selection]
-    captions: Callable[[Path, str], dict[str, list[str]]]
+    captions: Callable[[Path, Sequence[str]], dict[str, list[str]]]
+    places: Callable[[Path, Sequence[str]], list[Path]]
+
+
+def area_reason(area: float, rules: Rules) -> str:
+    """``kept``, or the reason for which a mask of that share of its image is not."""
+    if rules.min_area <= area <= rules.max_area:
+        return KEPT
+    return "mask area too small" if area < rules.min_area else "mask area too large"
 
 
 def count_reasons(table: pl.DataFrame) -> dict[str, dict[str, int]]:
@@ -147,10 +186,7 @@ def read_ids(rules: Rules) -> set[str] | None:
     """Read the ids of ``rules.image_ids``: a list, or the path of a text file with one id per line."""
     ids = rules.image_ids
     if isinstance(ids, str):
-        try:
-            ids = Path(ids).read_text().split()
-        except OSError as error:
-            raise UserError(f"dataset.select.image_ids: cannot read {ids}: {error.strerror}") from None
+        ids = read_text(ids).split()
     return None if ids is None else {i.rsplit("/", 1)[-1] for i in ids}
 
 

@@ -8,7 +8,7 @@ Fields of a sample
     instance          the detection; its mask is a file, cut to the box as FiftyOne needs it
     mask_stored       the original mask                    row    hash of the selection's row, to find changes
     mask_file         the whole mask at the image's size
-    sha256, mask_box, mask_area, looked_at                 pixel facts, and the files and rules that they belong to
+    sha256, mask_sha256, mask_box, mask_area, looked_at    pixel facts, and the files and rules that they belong to
     caption, caption_model
 """
 
@@ -26,8 +26,9 @@ import numpy as np
 
 from harmony.core.errors import UserError
 from harmony.core.files import replace_file
+from harmony.core.foreign import path_inside
 from harmony.data.sources.open_images.batches import batches
-from harmony.data.sources.selection import KEPT, Selection
+from harmony.data.sources.selection import BAD_NAME, KEPT, Selection
 from harmony.pixels.masks import read_mask
 
 if TYPE_CHECKING:
@@ -87,8 +88,8 @@ def declare_fields(dataset: "Dataset") -> None:
     """Declare all fields, so that FiftyOne need not search batches for new ones."""
     import fiftyone as fo
 
-    texts = ("harmony_id", "rejected_because", "source", "mask_stored", "mask_file", "row", "sha256", "looked_at")
-    fields = dict.fromkeys((*texts, "caption", "caption_model"), {"ftype": fo.StringField})
+    texts = ("harmony_id", "rejected_because", "source", "mask_stored", "mask_file", "row", "looked_at")
+    fields = dict.fromkeys((*texts, "sha256", "mask_sha256", "caption", "caption_model"), {"ftype": fo.StringField})
     fields["mask_box"] = {"ftype": fo.ListField, "subfield": fo.FloatField}
     fields["mask_area"] = {"ftype": fo.FloatField}
     fields["instance"] = {"ftype": fo.EmbeddedDocumentField, "embedded_doc_type": fo.Detection}
@@ -140,8 +141,10 @@ def restore_masks(dataset: "Dataset", work: Path) -> None:
 
 
 def selection_rows(selection: Selection) -> Iterator[dict]:
-    """Yield the selection's rows that have an image file, with absolute paths, key and hash."""
+    """Yield the selection's rows that have a name and an image file, with absolute paths, key and hash."""
     for row in selection.table.iter_rows(named=True):
+        if row["reason"] == BAD_NAME:
+            continue
         row["row"] = hashlib.sha256(json.dumps(list(row.values())).encode()).hexdigest()[:16]
         row["key"] = f"{row['split']}/{row['id']}"
         row["image"] = str(selection.root / row["image"])
@@ -180,7 +183,7 @@ def cut_instance(key: str, mask_path: str, box: list[float], work: Path) -> str 
     part = mask[round(y * height) : round((y + h) * height), round(x * width) : round((x + w) * width)]
     if not part.size:
         return None
-    path = work / "instances" / f"{key}.png"
+    path = path_inside(work / "instances", f"{key}.png")
     bits = part.astype(np.uint8) * 255
     png = cv2.imencode(".png", bits, [cv2.IMWRITE_PNG_BILEVEL, 1])[1]  # 1 bit a pixel, several times as fast as 8
     with replace_file(path) as temp_path:

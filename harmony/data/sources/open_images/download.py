@@ -11,7 +11,7 @@ from harmony.core.errors import UserError
 from harmony.core.files import write_text
 from harmony.data.sources.open_images.database import load_fiftyone, open_images_downloader
 from harmony.data.sources.open_images.select import select
-from harmony.data.sources.selection import KEPT, Rules, Selection, check_files
+from harmony.data.sources.selection import BAD_NAME, KEPT, Rules, Selection, check_files
 
 ZOO_FOLDER = "open-images-v7"
 
@@ -28,7 +28,11 @@ def download(splits: Iterable[str], rules: Rules, work: Path, examples: int) -> 
     selection = select(root, list(splits), rules, files=False)
     for split in splits:
         table = selection.table.filter(pl.col("split") == split)
-        rejected_rows = table.filter(pl.col("reason") != KEPT).group_by("reason", maintain_order=True).head(examples)
+        rejected_rows = (
+            table.filter(~pl.col("reason").is_in([KEPT, BAD_NAME]))
+            .group_by("reason", maintain_order=True)
+            .head(examples)
+        )
         fetch(root, split, [*table.filter(pl.col("reason") == KEPT)["id"], *rejected_rows["id"]], work)
     return Selection(root, check_files(selection.table, root), rules, selection.damage_counts)
 

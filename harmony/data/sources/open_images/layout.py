@@ -1,6 +1,6 @@
 """Open Images V7 layout: the files of a split, and readers of its tables.
 
-    data/<ImageID>.jpg                                  the photographs
+    data/<ImageID>.jpg                                  the photographs, also as .png or another picture file
     labels/detections.csv, labels/segmentations.csv     boxes and masks, boxes in fractions of the image
     labels/masks/<HEX>/<MaskPath>                       mask files, HEX = first digit of the image's id, upper case
     metadata/classes.csv                                MID and name, without header
@@ -11,14 +11,17 @@ Metadata may also be in the folder above, for all splits; captions may not. ``se
 single instance, ``pixels.py`` the largest instance of each photograph.
 """
 
-import json
-from collections.abc import Sequence
+import os
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 import polars as pl
 
 from harmony.core.errors import UserError
+from harmony.core.foreign import NAME_BYTES, NO_FILE_NAME, read_csv
+from harmony.data.sources.files import OTHER_NAMES, SUFFIXES, read_caption_file, split_folder, tell_omissions
 
 FULL_HEADER = {
     "detections.csv": "ImageID,Source,LabelName,Confidence,XMin,XMax,YMin,YMax,"
@@ -32,13 +35,33 @@ FLAGS = ("IsTruncated", "IsGroupOf", "IsDepiction", "IsInside")  # 0, 1, or -1 f
 
 @dataclass(frozen=True)
 class Split:
-    """The files of one split in ``folder``, whose name is that of the split."""
+    """The files of one split in ``folder``, whose name is that of the split or another that tools give it."""
 
     folder: Path
 
     @property
     def name(self) -> str:
-        return self.folder.name
+        return next((split for split, names in OTHER_NAMES.items() if self.folder.name in names), self.folder.name)
+
+    @cached_property
+    def other_photographs(self) -> dict[str, str]:
+        """Map ids of photographs that are no ``<id>.jpg`` to their files; further files of one id are named."""
+        folder = self.folder / "data"
+        files = set(os.listdir(folder)) if folder.is_dir() else set()
+        others = sorted(name for name in files if Path(name).suffix.lower() in SUFFIXES and not name.endswith(".jpg"))
+        photographs = {Path(name).stem: name for name in others if f"{Path(name).stem}.jpg" not in files}
+        tell_omissions(f"{folder}: further files of one id", sorted({*others} - {*photographs.values()}))
+        return photographs
+
+    def image(self, id_: str) -> Path:
+        """The file of a photograph."""
+        return self.folder / "data" / self.other_photographs.get(id_, f"{id_}.jpg")
+
+    def image_path(self) -> pl.Expr:
+        """The path of the photograph of a row's ``ImageID``, relative to the folder above the split."""
+        usual, others = pl.format(IMAGE, "ImageID"), {id_: f"data/{n}" for id_, n in self.other_photographs.items()}
+        path = pl.col("ImageID").replace_strict(others, default=usual, return_dtype=pl.String) if others else usual
+        return pl.format("{}/{}", pl.lit(self.folder.name), path).alias("image")
 
     def boxes(self) -> pl.LazyFrame:
         """ImageID, LabelName, ``CORNERS``, ``FLAGS`` and ``damaged`` of each box."""
@@ -55,41 +78,27 @@ class Split:
         """ImageID of every image, annotated or not: the first column of ``image_ids.csv``."""
         if (path := self.metadata("image_ids.csv")) is None:
             return None
-        ids = pl.scan_csv(path, infer_schema=False, truncate_ragged_lines=True)
-        return ids.select(pl.first().alias("ImageID")).unique()
+        return scan_csv(path).select(pl.first().alias("ImageID")).unique()
 
     def sources(self) -> pl.LazyFrame | None:
         """ImageID and ``source`` of every image; None if the dataset has no sources."""
         if (path := self.metadata("sources.csv")) is None:
             return None
         require_columns(path, ("ImageID", "Source"), "ImageID,Source,Repository,OriginalPath,Licence")
-        return pl.scan_csv(path, infer_schema=False).select("ImageID", source="Source").unique("ImageID")
+        return scan_csv(path).select("ImageID", source="Source").unique("ImageID")
 
     def class_names(self) -> dict[str, str]:
         """Machine id to readable name; empty if there is no ``classes.csv``."""
         if (path := self.metadata("classes.csv")) is None:
             return {}
-        with open(path, encoding="utf-8") as file:
-            return dict(line.rstrip("\n").split(",", 1) for line in file if "," in line)
+        return {mid: ",".join(names) for mid, *names in read_csv(path) if names}
 
     def captions(self) -> dict[str, list[str]]:
         """Captions by people, {id: [caption, ...]}; empty if there are none.
 
         For the studio set the second caption describes the same object under the other light.
         """
-        path = self.folder / "metadata" / "human_captions.json"
-        if not path.is_file():
-            return {}
-        try:
-            captions = json.loads(path.read_text(encoding="utf-8"))
-        except json.JSONDecodeError as error:
-            raise UserError(f"{path}: not valid JSON ({error}); mend it or remove it") from None
-        is_valid = isinstance(captions, dict) and all(
-            isinstance(texts, list) and texts and all(isinstance(t, str) for t in texts) for texts in captions.values()
-        )
-        if not is_valid:
-            raise UserError(f'{path}: expected {{"<id>": ["<caption>", ...], ...}} with at least one caption an id')
-        return captions
+        return read_caption_file(self.folder / "metadata" / "human_captions.json")
 
     def metadata(self, name: str) -> Path | None:
         """``metadata/<name>`` of the split, or of the folder above it, or None."""
@@ -98,16 +107,18 @@ class Split:
 
 
 def find_splits(root: Path, names: Sequence[str]) -> list[Split]:
-    """Find the splits ``root/<name>``. UserError if one is missing."""
-    for name in names:
-        if not (root / name).is_dir():
-            raise UserError(f"{root / name}: no such split; set dataset.dir to a folder that holds {', '.join(names)}")
-    return [Split(root / name) for name in names]
+    """Find the folders of the splits. UserError if one is missing."""
+    folders = [split_folder(root, name) for name in names]
+    for folder in folders:
+        if not folder.is_dir():
+            raise UserError(f"{folder}: no such split; set dataset.dir to a folder that holds {', '.join(names)}")
+    return [Split(folder) for folder in folders]
 
 
-def image_path() -> pl.Expr:
-    """The path of the photograph of a row's ``ImageID`` in its split."""
-    return pl.format(IMAGE, "ImageID").alias("image")
+def has_bad_name() -> pl.Expr:
+    """Whether a row's ``ImageID`` or ``MaskPath`` cannot name a file."""
+    names = (pl.col("ImageID"), pl.col("MaskPath").fill_null("none"))
+    return pl.any_horizontal(n.str.contains(NO_FILE_NAME) | (n.str.len_bytes() > NAME_BYTES) for n in names)
 
 
 def mask_path() -> pl.Expr:
@@ -121,24 +132,40 @@ def scan(path: Path, columns: dict[str, type[pl.DataType]]) -> pl.LazyFrame:
     An incomplete line (of an interrupted download) lacks its last fields and is marked too.
     """
     require_columns(path, columns, FULL_HEADER[path.name])
-    rows = pl.scan_csv(
+    rows = scan_csv(path, columns)
+    return rows.select(*columns).with_columns(damaged=pl.any_horizontal(pl.col(*columns).is_null()))
+
+
+def scan_csv(path: Path, types: Mapping[str, type[pl.DataType]] | None = None) -> pl.LazyFrame:
+    """Scan a CSV by any program, columns as text or of ``types``, unreadable values as null. UserError if it is empty.
+
+    Quotes are removed from each field where the header has them; no field that is read holds a comma. So neither a
+    stray quote nor a line that is cut within quotes swallows the lines behind it.
+    """
+    with open(path, "rb") as file:
+        header = file.readline()
+    if not header.strip(b"\xef\xbb\xbf\r\n "):
+        raise UserError(f"{path}: its first line is empty; give it a header, or remove the file")
+    is_quoted = b'"' in header
+    table = pl.scan_csv(
         path,
-        schema_overrides=dict(columns),
+        schema_overrides=None if is_quoted else types,
         infer_schema=False,
         truncate_ragged_lines=True,
         ignore_errors=True,
         quote_char=None,
         encoding="utf8-lossy",
     )
-    return rows.select(*columns).with_columns(damaged=pl.any_horizontal(pl.col(*columns).is_null()))
+    if not is_quoted:
+        return table
+    table = table.rename(lambda name: name.strip('"')).with_columns(pl.all().str.strip_chars('"'))
+    return table.cast(dict(types or {}), strict=False)
 
 
 def require_columns(path: Path, columns: Sequence[str], header: str) -> None:
     """Raise UserError unless the CSV exists and its header names every column."""
-    try:
-        with open(path, encoding="utf-8-sig", errors="replace") as file:
-            names = file.readline().strip().split(",")
-    except FileNotFoundError:
-        raise UserError(f"{path}: file missing; an Open Images split needs it with the header {header}") from None
+    if not path.is_file():
+        raise UserError(f"{path}: file missing; an Open Images split needs it with the header {header}")
+    names = scan_csv(path).collect_schema().names()
     if missing_columns := [c for c in columns if c not in names]:
         raise UserError(f"{path}: column {', '.join(missing_columns)} missing; the expected header is {header}")

@@ -6,9 +6,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from harmony.core.errors import UserError
+from harmony.core.foreign import path_inside
 from harmony.data.sources.open_images.batches import batches
 from harmony.data.sources.open_images.database import load_fiftyone
-from harmony.data.sources.selection import REASONS, Rules
+from harmony.data.sources.selection import KEPT, REASONS, Rules, area_reason
 from harmony.pixels.images import open_image, sha256, write_image
 from harmony.pixels.masks import EmptyMaskError, bounding_box, read_mask
 
@@ -33,7 +34,7 @@ def look_at_pixels(dataset: "Dataset", rules: Rules, work: Path) -> None:
             reasons = {i: f["reason"] for i, f in results.items() if "reason" in f}
             sizes = {i: fo.ImageMetadata(width=f["width"], height=f["height"]) for i, f in facts_by_id.items()}
             dataset.set_values("metadata", sizes, key_field="id")
-            for field in ("sha256", "mask_file", "mask_box", "mask_area"):
+            for field in ("sha256", "mask_sha256", "mask_file", "mask_box", "mask_area"):
                 dataset.set_values(field, {i: f[field] for i, f in facts_by_id.items()}, key_field="id")
             dataset.set_values("rejected_because", {i: reasons.get(i) for i in results}, key_field="id")
             tags = {i: [split_of[i], "rejected" if i in reasons else "kept"] for i in results}
@@ -47,11 +48,16 @@ def find_changed_samples(dataset: "Dataset", rules: Rules) -> list[dict]:
     F, pixel_reasons = load_fiftyone().ViewField, REASONS[REASONS.index("image undecodable") :]
     view = dataset.match(~F("rejected_because").exists() | F("rejected_because").is_in(pixel_reasons))
     names = {"id": "id", "key": "harmony_id", "image": "filepath", "mask": "mask_stored", "looked_at": "looked_at"}
-    names |= {"mask_file": "mask_file", "sha256": "sha256"}
+    names |= {"mask_file": "mask_file", "mask_sha256": "mask_sha256", "sha256": "sha256"}
     rows = [dict(zip(names, values, strict=True)) for values in zip(*view.values(list(names.values())), strict=True)]
     for row in rows:
         row["stamp"] = stamp(rules, row["image"], row["mask"])
-    return [r for r in rows if r["stamp"] != r["looked_at"] or (r["mask_file"] and not os.path.isfile(r["mask_file"]))]
+    return [
+        row
+        for row in rows
+        if row["stamp"] != row["looked_at"]
+        or (row["mask_file"] and not (row["mask_sha256"] and os.path.isfile(row["mask_file"])))
+    ]
 
 
 def stamp(rules: Rules, *paths: str) -> str:
@@ -82,10 +88,11 @@ def pixel_facts(sample: dict, rules: Rules, work: Path) -> dict:
     except UserError as error:
         return {"reason": "mask empty" if isinstance(error, EmptyMaskError) else "mask undecodable"}
     area = float(mask.mean())
-    if not rules.min_area <= area <= rules.max_area:
-        return {"reason": "mask area too small" if area < rules.min_area else "mask area too large"}
+    if (reason := area_reason(area, rules)) != KEPT:
+        return {"reason": reason}
     if size != (width, height):
-        path = work / "masks" / f"{sample['key']}.png"
+        path = path_inside(work / "masks", f"{sample['key']}.png")
         write_image(path, mask)
     facts = {"width": width, "height": height, "sha256": sha256(sample["image"]), "mask_file": str(path)}
+    facts |= {"mask_sha256": sha256(path)}
     return facts | {"mask_area": area, "mask_box": [float(v) for v in bounding_box(mask)]}

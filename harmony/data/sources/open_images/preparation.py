@@ -16,11 +16,22 @@ from harmony.core.files import write_json
 from harmony.data.captions import caption_images, load_captioner
 from harmony.data.manifest import write_manifest
 from harmony.data.shards import Shards, make_shards, predictor
+from harmony.data.sources.files import split_folder
 from harmony.data.sources.open_images.captions import find_uncaptioned, set_captions
 from harmony.data.sources.open_images.database import import_dataset, rejections, save_views
+from harmony.data.sources.open_images.layout import Split
 from harmony.data.sources.open_images.pixel_facts import look_at_pixels
 from harmony.data.sources.open_images.rows import export_rows
-from harmony.data.sources.selection import KEPT, Source, count_reasons, format_counts, reject, write_selection
+from harmony.data.sources.selection import (
+    KEPT,
+    Source,
+    count_reasons,
+    format_counts,
+    read_splits,
+    reject,
+    write_selection,
+)
+from harmony.data.stamps import write_stamps
 
 CAPTION_BATCH = 16  # images captioned at once
 CAPTIONS = 128  # captions in a shard, the most that a killed process loses
@@ -39,6 +50,7 @@ def prepare_dataset(
     loaded only if an image needs a caption. All processes of ``trainer`` write captions (see ``shards.predictor``); the
     first does everything else. Raises UserError for bad input, and if no image is kept.
     """
+    recipe = recipe | {"splits": read_splits(recipe["splits"])}
     if recipe["captions"]["captioner"] != "backbone":
         captioner = recipe["captions"]["captioner"]
     folder = Path(work).resolve() / recipe["name"]
@@ -62,10 +74,10 @@ class Preparation(Shards):
         """Select, import, look at the pixels; returns (captioner's name, [id, path, sha256] without a caption)."""
         self.import_selection()
         root, splits = self.selection.root, self.recipe["splits"]
-        by_split = {split: self.source.captions(root, split) for split in splits}
-        self.texts = {f"{split}/{id_}": texts for split in splits for id_, texts in by_split[split].items()}
+        self.texts = self.source.captions(root, splits)
+        photographs = [split for split in splits if not Split(split_folder(root, split)).metadata("scenes.csv")]
         texts = self.texts if self.recipe["captions"]["given"] else {}
-        name, rows = find_uncaptioned(self.dataset, texts, self.captioner)
+        name, rows = find_uncaptioned(self.dataset, texts, self.captioner, photographs)
         captions = self.read_shards(name, {id_: digest for id_, _, digest in rows})
         set_captions(self.dataset, captions, name)
         shutil.rmtree(self.place, ignore_errors=True)
@@ -75,6 +87,9 @@ class Preparation(Shards):
     def import_selection(self) -> None:
         """Select, import and look at the pixels; write the selection and print the number of images for each reason."""
         selection, folder = self.source.select(self.recipe, self.folder), self.folder
+        ids, splits = selection.rules.image_ids, self.recipe["splits"]
+        places = [*self.source.places(selection.root, splits), *([Path(ids)] if isinstance(ids, str) else [])]
+        write_stamps(folder, places)  # before a picture is read
         write_selection(selection, folder)
         for path, number in selection.damage_counts.items():
             print(f"{path}: {number} damaged rows skipped (a value is missing or unreadable, or the line is cut)")

@@ -5,7 +5,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from harmony.core.row import Row
+from harmony.data.sources.files import split_folder
 from harmony.data.sources.studio.files import TRUTHS
+from harmony.pixels.images import sha256
 
 if TYPE_CHECKING:
     from harmony.data.sources.open_images.database import Dataset
@@ -17,7 +19,7 @@ def export_rows(dataset: "Dataset", base: Path, captions: dict[str, list[str]]) 
     ``extras`` holds what a study needs beyond the row.
     """
     fields = ("harmony_id", "filepath", "mask_file", "mask_box", "instance.label", "caption", "caption_model")
-    fields += ("metadata.width", "metadata.height", "sha256")
+    fields += ("metadata.width", "metadata.height", "sha256", "mask_sha256")
     root = Path(dataset.info["root"])
     return [
         Row(
@@ -31,9 +33,9 @@ def export_rows(dataset: "Dataset", base: Path, captions: dict[str, list[str]]) 
             width=width,
             height=height,
             sha256=digest,
-            extras={"caption_source": model, **studio_extras(root, key, base, captions)},
+            extras={"caption_source": model, "mask_sha256": mask_digest, **studio_extras(root, key, base, captions)},
         )
-        for key, image, mask, box, label, caption, model, width, height, digest in zip(
+        for key, image, mask, box, label, caption, model, width, height, digest, mask_digest in zip(
             *dataset.match_tags("kept").values(list(fields)), strict=True
         )
     ]
@@ -42,8 +44,9 @@ def export_rows(dataset: "Dataset", base: Path, captions: dict[str, list[str]]) 
 def studio_extras(root: Path, key: str, base: Path, captions: dict[str, list[str]]) -> dict[str, str]:
     """Paths of the ground truth that only renders have, and the caption of the object under the other light."""
     split, id_ = key.split("/", 1)
-    files = {name: root / split / pattern.format(id_) for name, pattern in TRUTHS.items()}
-    extras = {name: os.path.relpath(path, base) for name, path in files.items() if path.is_file()}
+    files = {name: split_folder(root, split) / pattern.format(id_) for name, pattern in TRUTHS.items()}
+    extras = {"relit_sha256": sha256(files["relit"])} if files["relit"].is_file() else {}
+    extras |= {name: os.path.relpath(path, base) for name, path in files.items() if path.is_file()}
     if "relit" in extras and len(captions.get(key, ())) > 1:
         extras["relit_caption"] = captions[key][1]
     return extras

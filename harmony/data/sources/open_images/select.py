@@ -10,8 +10,8 @@ from pathlib import Path
 import polars as pl
 
 from harmony.core.errors import UserError
-from harmony.data.sources.open_images.layout import CORNERS, FLAGS, Split, find_splits, image_path, mask_path
-from harmony.data.sources.selection import KEPT, Rules, Selection, check_files, read_ids
+from harmony.data.sources.open_images.layout import CORNERS, FLAGS, Split, find_splits, has_bad_name, mask_path
+from harmony.data.sources.selection import BAD_NAME, KEPT, Rules, Selection, check_files, read_ids
 
 
 def select(root: Path, splits: Sequence[str], rules: Rules, files: bool = True) -> Selection:
@@ -32,7 +32,7 @@ def select_split(split: Split, rules: Rules) -> tuple[pl.DataFrame, dict[str, in
     """Apply the annotation and recipe rules to one split: (table with ``COLUMNS``, damaged rows per CSV)."""
     images = join_annotations(split)
     damage_counts = {
-        f"{split.name}/labels/{name}": n
+        f"{split.folder.name}/labels/{name}": n
         for name, column in (("detections.csv", "damaged_boxes"), ("segmentations.csv", "damaged_masks"))
         if (n := int(images[column].sum()))
     }
@@ -49,8 +49,8 @@ def select_split(split: Split, rules: Rules) -> tuple[pl.DataFrame, dict[str, in
         y0=pl.when(has_one_box).then("YMin"),
         x1=pl.when(has_one_box).then("XMax"),
         y1=pl.when(has_one_box).then("YMax"),
-        image=pl.format("{}/{}", pl.lit(split.name), image_path()),
-        mask=pl.when(pl.col("masks") == 1).then(pl.format("{}/{}", pl.lit(split.name), mask_path())),
+        image=split.image_path(),
+        mask=pl.when(pl.col("masks") == 1).then(pl.format("{}/{}", pl.lit(split.folder.name), mask_path())),
         source="source",
     )
     return table, damage_counts
@@ -102,6 +102,7 @@ def first_reason(rules: Rules, classes: set[str] | None, ids: set[str] | None) -
     no_image = pl.lit(False)
     has_source = pl.col("source").is_in(list(rules.sources or ())).fill_null(False)
     conditions = {
+        BAD_NAME: has_bad_name(),
         "damaged row": pl.col("damaged_boxes") + pl.col("damaged_masks") > 0,
         "no instance": (boxes == 0) & (masks == 0),
         "several instances": boxes > 1,
