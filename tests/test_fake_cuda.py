@@ -262,7 +262,7 @@ def test_controlnets_fill(sd2, composites):
 
 
 @pytest.mark.parametrize(
-    "parts", [Parts(steps=1, refine=1), Parts(steps=1, refine=0, edges=0.0, own=False, detail=False)]
+    "parts", [Parts(steps=1, refine=1), Parts(steps=1, refine=0, edges=0.0, self_attention=False, detail=False)]
 )
 def test_a_prior_harmonizes(parts, sd2, composites):
     """Guards inversion, the words' refinement, null texts with edges, and copied attention."""

@@ -45,6 +45,7 @@ HYDRA_SETTINGS = {
     "hydra.sweep.subdir": ".",
     "hydra/job_logging": "none",
 }
+NAMES = ("dataset.select.image_ids", "dataset.select.classes", "dataset.select.sources")
 INTERRUPTED = "interrupted; the same command resumes"
 
 
@@ -64,6 +65,15 @@ def literal(override: str, keys: Iterable[str]) -> str:
     return f"{key}='{escaped}'"
 
 
+def quote_names(override: str) -> str:
+    """``key=[a,b]`` of a list of names with each name quoted: 0012 and 12e5 are ids of photographs, not numbers."""
+    key, _, value = override.partition("=")
+    plain = value[:1] == "[" and value[-1:] == "]" and not set("'\"[]{}$\\") & set(value[1:-1])
+    if key.lstrip("+") not in NAMES or not plain or not value[1:-1].strip():
+        return override
+    return f"{key}=[{','.join(repr(name.strip()) for name in value[1:-1].split(','))}]"
+
+
 def run(
     task: Callable[[DictConfig], None],
     name: str,
@@ -77,7 +87,7 @@ def run(
     """
     parser = get_args_parser()
     args = parser.parse_args()
-    words = read(args.overrides)
+    words = [quote_names(word) for word in read(args.overrides)]
     keys = {override.lstrip("+~").split("=")[0] for override in words}
     args.overrides = [f"{key}={value}" for key, value in HYDRA_SETTINGS.items() if key not in keys] + words
     quiet_libraries()

@@ -5,6 +5,7 @@ from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from textwrap import shorten
 from typing import Any
 
 import numpy as np
@@ -108,7 +109,7 @@ class Inserter:
             prompt = self.caption(request.folder / "composite.png")
         self.say(f"prompt {prompt!r}")
         if end := self.backbone.unread_ends([prompt])[0]:
-            self.say(f"the prompt is too long for the text encoder, its end is not read: {end!r}")
+            self.say(f"the prompt is too long for the text encoder, its end is not read: {shorten(end, 80)!r}")
         return replace(insertion, square=replace(insertion.square, caption=prompt))
 
     def write(self, request: Request, inputs: Inputs, result: Result) -> dict[str, Path]:

@@ -13,7 +13,7 @@ from lightning.pytorch.utilities.exceptions import SIGTERMException
 from omegaconf import OmegaConf
 
 from harmony.cli import run_folder as run_folder_module
-from harmony.cli.command import entry, literal
+from harmony.cli.command import entry, literal, quote_names
 from harmony.cli.compose import CONFIGS, compose
 from harmony.cli.explain import check_experiment, parameters, refuse_missing
 from harmony.cli.provenance import provenance
@@ -343,7 +343,7 @@ def test_other_ranks_follow_rank_zero(cfg, monkeypatch):
 
 TOY = """
 from pathlib import Path
-from harmony.cli.command import entry, literal
+from harmony.cli.command import entry, literal, quote_names
 from harmony.cli.run_folder import rank, run_folder
 
 @entry("fit", config_dir=Path(__file__).parent / "configs")
@@ -413,3 +413,19 @@ def test_text_is_no_configuration(command, value):
     """Guards prompts and paths: ``${...}`` in them is text, whoever quoted it."""
     code, (cfg,), _, err = command(literal(f"name={value}", ["name"]))
     assert code == 0 and cfg.name == value.strip("'"), err
+
+
+@pytest.mark.parametrize(
+    ("word", "expected"),
+    [
+        ("[0012,12e5, a]", "['0012','12e5','a']"),
+        ("['0012']", "['0012']"),
+        ("[]", "[]"),
+        ("null", "null"),
+        ("ids.txt", "ids.txt"),
+    ],
+)
+def test_ids_of_digits_are_text(word, expected):
+    """Guards ids of photographs: leading zeros and exponents stay."""
+    assert quote_names(f"dataset.select.image_ids={word}") == f"dataset.select.image_ids={expected}"
+    assert quote_names("trainer.devices=[0,1]") == "trainer.devices=[0,1]"
