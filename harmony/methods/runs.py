@@ -14,7 +14,7 @@ from harmony.core.errors import UserError
 from harmony.core.files import write_json, write_text
 from harmony.core.pieces import make_pieces
 from harmony.core.progress import tell
-from harmony.data.captions import caption_images
+from harmony.data.captions import caption_images, knows_photographs
 from harmony.methods.inputs import Inputs, compare_baselines, draw_sheet, read_inputs
 from harmony.methods.insert import Insertion, Result, insert
 from harmony.methods.method import CAPTION, Method, fingerprint
@@ -68,9 +68,11 @@ class Inserter:
         return file.exists() and fingerprint(self.collect_facts(request)) == file.read_text().strip()
 
     def caption(self, path: Path) -> str:
-        """A caption by the backbone's captioner; empty, with a message, where it has none."""
+        """A caption by the backbone's captioner; empty, with a message, where it has none that knows photographs."""
         try:
             captioner, processor = self.backbone.captioner, self.backbone.processor
+            if not knows_photographs(self.backbone.folder("captioner")):
+                raise UserError("the backbone's captioner does not know photographs")
         except UserError as error:
             self.say(f"the prompt is empty, add prompt=...: {error}")
             return ""

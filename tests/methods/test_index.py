@@ -21,7 +21,7 @@ def test_a_spreadsheets_index_is_read_and_a_wrong_row_left_out_with_a_line(tmp_p
     rows = 'b.png,007,f.png,m.png,"[20, 20, 90, 90]"\r\nb.png,bad,f.png,m.png,20 20 9O 90\r\nb.png,cut\r\n'
     (tmp_path / "index.csv").write_bytes(b"\xef\xbb\xbf" + (HEAD + rows).encode())
     paths = {name: str(tmp_path / f"{name[0]}.png") for name in ("background", "foreground", "mask")}
-    assert list_composites(tmp_path) == [("007", paths | {"box": [20, 20, 90, 90]})]
+    assert list_composites(tmp_path) == ([("007", paths | {"box": [20, 20, 90, 90]})], ["bad", "cut"])
     assert capsys.readouterr().out == (
         "2 rows name neither a composite with its mask nor a foreground with mask and box: ['bad', 'cut']\n"
     )
