@@ -23,7 +23,7 @@ from harmony.data.manifest import manifest_hash
 from harmony.data.preparation import ensure
 from harmony.data.shards import hand_over, predictor
 from harmony.models.backbone import DIFFUSION
-from harmony.training.callbacks import AtomicCheckpoints, list_callbacks
+from harmony.training.callbacks import AtomicCheckpoints, list_callbacks, read_last_metrics
 from harmony.training.task import Task
 
 
@@ -118,6 +118,7 @@ def main(cfg: DictConfig) -> None:
     if not trainer.is_global_zero:
         return
     figures = {k: float(v) for k, v in trainer.callback_metrics.items() if not k.endswith(("_step", "_epoch"))}
+    figures = figures or read_last_metrics(folder / "metrics.csv")  # no step was left
     task.eval().requires_grad_(False).to(task.home)  # Lightning has moved it to the CPU
     task.export(folder / "export")
     measured, facts, text = measure(cfg, task) if cfg.evaluate is not None else ({}, {}, "")

@@ -27,6 +27,7 @@ from harmony.data.manifest import manifest_hash
 from harmony.data.stamps import write_stamps
 from harmony.fit import main
 from harmony.models.controlnet import load_controlnet
+from harmony.training.callbacks import read_last_metrics
 
 ROOT = Path(__file__).resolve().parents[1]
 STEPS = 8
@@ -114,6 +115,16 @@ def test_the_run_folder_holds_everything(finished, random_backbone, work):
         time.sleep(0.5)
     assert stored.stat().st_size > 1000, "W&B offline writes real files, inside the run folder"
     assert not [path for path in folder.rglob("*") if "partial" in path.name]
+
+
+def test_a_run_without_a_step_left_keeps_its_figures(finished):
+    """Guards a run that was killed after its last step: the figures of its training are those of metrics.csv."""
+    folder, _ = finished
+    metrics = json.loads((folder / "metrics.json").read_text())
+    last = read_last_metrics(folder / "metrics.csv")
+    names = [n for n in metrics if n.startswith("train/") and n != "train/images_per_second"]  # measured once more
+    assert "train/loss" in names and [last[name] for name in names] == pytest.approx([metrics[n] for n in names], 1e-4)
+    assert read_last_metrics(folder / "nothing.csv") == {}
 
 
 def test_the_export_is_what_was_trained(finished):

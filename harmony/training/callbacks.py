@@ -80,6 +80,14 @@ class NaNGuard(Callback):
         self.check(trainer)
 
 
+def read_last_metrics(path: Path) -> dict[str, float]:
+    """The last value of each name in a ``metrics.csv``; empty where there is none."""
+    if not path.is_file():
+        return {}
+    with open(path, newline="") as file:
+        return {row["name"]: float(row["value"]) for row in csv.DictReader(file)}
+
+
 class Throughput(Callback):
     """Logs and prints images a second and the remaining time, every ``every`` steps."""
 
