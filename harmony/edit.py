@@ -3,19 +3,26 @@
   image=I.jpg source="a cat on a sofa" target="a dog on a sofa"            another word: replace
   image=I.jpg source="a cat on a sofa" target="a black cat on a sofa"      further words: insert
   image=I.jpg source="a cat on a sofa" target="a <toy> on a sofa" words=RUN   a word learned by textual inversion
-  image=I.jpg source="a street" target="a street, watercolour" mode=style  the whole picture
+  image=I.jpg source="a street" target="a street, watercolor" mode=style  the whole picture
   image=I.jpg source=S target=S reweight="{snowy: 3}"                      the same words, one of them stronger
 
 What it cannot do: remove something, put something reliably where nothing is, move things. Words change what is there.
 """
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 
 from harmony.cli.command import entry, literal
 from harmony.cli.run_folder import device, make_folder, new_folder
+
+if TYPE_CHECKING:
+    import numpy as np
+
+    from harmony.methods.edit_inputs import EditInput
+    from harmony.methods.prompt_editing import EditResult
 
 TEXTS = ("image", "source", "target", "output", "model.path", "words", "look_at", "square", "reweight")
 LIMITS = "words change what is there: removing, moving, or putting something where nothing is are not to be relied on"
@@ -34,7 +41,6 @@ def main(cfg: DictConfig) -> None:
     from harmony.data.captions import caption_picture
     from harmony.methods.edit_inputs import (
         choose_mode,
-        draw_attention,
         find_words,
         paste_edit,
         read_edit,
@@ -44,7 +50,7 @@ def main(cfg: DictConfig) -> None:
     from harmony.methods.prompt_editing import edit_picture, load_or_invert, plan_edit
     from harmony.metrics.fidelity import psnr
     from harmony.models.textual_inversion import learn, read_word
-    from harmony.pixels.images import crop_resize, from_model, grid, write_image
+    from harmony.pixels.images import crop_resize, from_model
 
     photograph = read_edit(cfg)
     for note in photograph.notes:
@@ -79,20 +85,37 @@ def main(cfg: DictConfig) -> None:
     )
     image, region = paste_edit(photograph, edited, cfg.paste)
     folder = make_folder(cfg.output) if cfg.output else new_folder(Path(cfg.paths.runs).resolve() / "edit")
+    files = write_pictures(folder, photograph, square, edited, image, region)
+    write_json(folder / "metrics.json", {key: float(value) for key, value in figures.items()})
+    write_text(folder / "config.yaml", OmegaConf.to_yaml(cfg, resolve=True))
+    print(*files, sep="\n")
+
+
+def write_pictures(
+    folder: Path,
+    photograph: "EditInput",
+    square: "np.ndarray",
+    edited: "EditResult",
+    image: "np.ndarray",
+    region: "np.ndarray | None",
+) -> list[Path]:
+    """Write the pictures of an edit: ``image`` is the photograph with it, ``region`` where it may differ."""
+    from harmony.methods.edit_inputs import draw_attention
+    from harmony.pixels.images import crop_resize, grid, write_image
+
+    side = len(square)
     pictures = {"edit": image, "source": square, "reconstruction": edited.pictures[0], "raw": edited.pictures[1]}
-    row = [square, edited.pictures[0], edited.pictures[1], crop_resize(image, photograph.crop, backbone.resolution)]
+    row = [square, edited.pictures[0], edited.pictures[1], crop_resize(image, photograph.crop, side)]
     titles = ["source", "reconstruction", "raw edit", "edit"]
     if region is not None:
         pictures["mask"] = region
         for who, mask in zip(("source", "target"), edited.masks, strict=True):
             pictures[f"mask_{who}"] = mask
-    pictures |= {"attention": draw_attention(edited, backbone.resolution), "sheet": grid([row], titles)}
+    pictures |= {"attention": draw_attention(edited, side), "sheet": grid([row], titles)}
     for file, picture in pictures.items():
         options = {} if picture.dtype == bool else {"icc_profile": photograph.profile}
         write_image(folder / f"{file}.png", picture, **options)
-    write_json(folder / "metrics.json", {key: float(value) for key, value in figures.items()})
-    write_text(folder / "config.yaml", OmegaConf.to_yaml(cfg, resolve=True))
-    print(*(folder / f"{file}.png" for file in pictures), sep="\n")
+    return [folder / f"{file}.png" for file in pictures]
 
 
 if __name__ == "__main__":
