@@ -14,8 +14,6 @@ from harmony.core.errors import UserError
 from harmony.training.export import write_backbone, write_controlnet, write_painter, write_single_file
 from harmony.training.run_folder import RunFolder, find_run
 
-FORMATS = ("diffusers", "comfyui")
-
 
 def overrides(words: list[str]) -> list[str]:
     """The command line for Hydra: the word without ``=`` is the run, and paths are text."""
@@ -47,8 +45,6 @@ def export_run(cfg: DictConfig) -> Path:
     """Write what ``cfg.run`` trained; the path of the result."""
     if cfg.run is None:
         raise UserError("what shall be exported? python -m harmony.export RUN, or backbone=FOLDER output=FOLDER")
-    if cfg.format not in FORMATS:
-        raise UserError(f"format={cfg.format}: choose one of {', '.join(FORMATS)}")
     path = Path(cfg.run)
     if not path.is_dir():
         raise UserError(f"{path} does not exist; give a run folder, runs/<experiment>/<time>")
