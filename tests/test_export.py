@@ -301,7 +301,7 @@ def test_mistakes(run, command, tmp_path, backbone, awake):
         ((), "what shall be exported?"),
         ((tmp_path / "nowhere",), "does not exist"),
         ((folder,), "cannot read"),
-        ((folder, "format=onnx"), "choose one of diffusers, comfyui"),
+        ((folder, "format=onnx"), "give one of diffusers, comfyui"),
         ((other,), "belongs to no run; add output="),
         ((tmp_path / "empty", f"output={tmp_path / 'x'}"), "holds no ControlNet"),
     ):
