@@ -143,8 +143,9 @@ MOMENTS = {
     ),
     "rendering": Moment(
         "harmony.prepare dataset=editing dataset.count=64 paths.work=work",
-        lambda c: any(Path(c.folder, "work").rglob("images/*.jpg")),
-        says("editing: 8/64"),
+        lambda c: any("_" not in file.stem for file in Path(c.folder, "work").rglob("images/*.jpg")),  # a scene's last
+        says(r"editing: 8/\d"),
+        never="8/64",  # what is rendered stays
         prepared=False,
     ),
     "latents": Moment(FIT + SHORT, says("latents.*: shard 1/"), says("step 1/"), never="latents: shard 1/"),
