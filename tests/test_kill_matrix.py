@@ -3,6 +3,7 @@
 ``pytest -rP tests/test_kill_matrix.py`` shows a row for each: moment, signal, processes below, seconds, exit code.
 """
 
+import json
 import os
 import re
 import shutil
@@ -17,6 +18,8 @@ from pathlib import Path
 
 import psutil
 import pytest
+
+from harmony.models.shipped import ASSETS
 
 ROOT = Path(__file__).resolve().parents[1]
 WITHIN = 10  # seconds from the signal until nothing is left
@@ -136,7 +139,7 @@ MOMENTS = {
         database=True,
     ),
     "captions": Moment(
-        f"harmony.prepare {MINI} dataset.captions.given=false",
+        f"harmony.prepare {MINI} dataset.captions.given=false dataset.captions.captioner={{captioner}}",
         says("captions: shard 2/"),
         prepared=False,
         database=True,
@@ -194,7 +197,10 @@ def files(shared_data: Path, folder: Path) -> dict[str, str]:
     mask = np.zeros((height, width), np.uint8)
     mask[height // 3 : height // 2, width // 3 : width // 2] = 255
     Image.fromarray(mask).save(folder / "mask.png")
-    return {"mini": str(mini), "photo": str(photo), "mask": str(folder / "mask.png")}
+    captioner = shutil.copytree(ASSETS / "tiny" / "captioner", folder / "captioner")  # as if it knew photographs
+    config = json.loads((captioner / "config.json").read_text())
+    (captioner / "config.json").write_text(json.dumps(config | {"photographs": True}))
+    return {"mini": str(mini), "photo": str(photo), "mask": str(folder / "mask.png"), "captioner": str(captioner)}
 
 
 @pytest.mark.parametrize("number", CODES, ids=lambda number: number.name)
