@@ -80,18 +80,19 @@ class Choice:
 
 @dataclass(frozen=True)
 class Items:
-    """A list of ``length`` values, each by ``rule``."""
+    """A list of ``length`` values (None: of any length), each by ``rule`` (None: of any kind)."""
 
-    rule: "Rule"
+    rule: "Rule | None" = None
     length: int | None = None
     none: bool = False
 
     def accepts(self, value: Any) -> bool:
         fits = isinstance(value, list) and self.length in (None, len(value))
-        return fits and all(self.rule.accepts(item) for item in value)
+        return fits and (self.rule is None or all(map(self.rule.accepts, value)))
 
     def __str__(self) -> str:
-        return f"a list [a, b, ...]{'' if self.length is None else f' of {self.length}'}, each {self.rule}"
+        length = "" if self.length is None else f" of {self.length}"
+        return f"a list [a, b, ...]{length}{'' if self.rule is None else f', each {self.rule}'}"
 
 
 @dataclass(frozen=True)
@@ -119,19 +120,7 @@ class Either:
         return ", or ".join(map(str, self.rules))
 
 
-class Anything:
-    """What no rule is known for."""
-
-    none = True
-
-    def accepts(self, value: Any) -> bool:
-        return True
-
-    def __str__(self) -> str:
-        return "anything"
-
-
-Rule = Whole | Number | Switch | Text | Choice | Items | Keys | Either | Anything
+Rule = Whole | Number | Switch | Text | Choice | Items | Keys | Either
 
 
 def in_range(value: float, low: float | None, high: float | None) -> bool:
@@ -296,7 +285,7 @@ def find_rule(key: str, default: Any) -> Rule | None:
                 return rule
     if isinstance(default, str):
         return None if default == "???" else Text(none=True)
-    kinds = {bool: Switch(), int: Whole(), float: Number(), dict: Keys(none=True), list: Items(Anything())}
+    kinds = {bool: Switch(), int: Whole(), float: Number(), dict: Keys(none=True), list: Items()}
     return kinds.get(type(default))
 
 

@@ -4,6 +4,7 @@ import os
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from textwrap import shorten
 from typing import Any
@@ -68,15 +69,22 @@ class Inserter:
         return file.exists() and fingerprint(self.collect_facts(request)) == file.read_text().strip()
 
     def caption(self, path: Path) -> str:
-        """A caption by the backbone's captioner; empty, with a message, where it has none that knows photographs."""
+        """A caption by the backbone's captioner; empty where it has none that knows photographs."""
+        if self.captioner is None:
+            return ""
+        return next(caption_images([("composite", path)], *self.captioner, 1, self.backbone.device))[1]
+
+    @cached_property
+    def captioner(self) -> tuple[Any, Any] | None:
+        """The captioner and its processor; None, with one message for all composites, where none knows photographs."""
         try:
             captioner, processor = self.backbone.captioner, self.backbone.processor
             if not knows_photographs(self.backbone.folder("captioner")):
                 raise UserError("the backbone's captioner does not know photographs")
         except UserError as error:
             self.say(f"the prompt is empty, add prompt=...: {error}")
-            return ""
-        return next(caption_images([("composite", path)], captioner, processor, 1, self.backbone.device))[1]
+            return None
+        return captioner, processor
 
     def run(self, requests: Sequence[Request], inputs: Sequence[Inputs] | None = None) -> list[dict[str, Path]]:
         """Insert a batch, with the same results as one at a time; the files of each, ``made_of.json`` last."""
@@ -109,7 +117,8 @@ class Inserter:
         prompt = request.prompt
         if prompt is None:
             prompt = self.caption(request.folder / "composite.png")
-        self.say(f"prompt {prompt!r}")
+        if prompt:
+            self.say(f"prompt {prompt!r}")
         if end := self.backbone.unread_ends([prompt])[0]:
             self.say(f"the prompt is too long for the text encoder, its end is not read: {shorten(end, 80)!r}")
         return replace(insertion, square=replace(insertion.square, caption=prompt))
