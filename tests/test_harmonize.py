@@ -327,7 +327,7 @@ def test_a_folder_of_composites(desk, command):
     (desk / "index.csv").write_text("\n".join([head, *rows]) + "\n")
     code, lines, errors = command("dir=.", "prompt=a car", "output=out")
     assert code == 0 and not errors
-    assert any("1 rows name neither" in line and "three" in line for line in lines)
+    assert any("1 left out, the row of index.csv names neither" in line and "three" in line for line in lines)
     assert json.loads((desk / "out" / "metrics.json").read_text()) == {"composites": 2, "left_out": 2}
     assert any(line.startswith("four left out") for line in lines) and any("3/3" in line for line in lines)
     assert Path(lines[-1]) == desk / "out" / "sheet.png" and read_image(lines[-1]).shape[0] > 2 * 150

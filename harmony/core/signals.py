@@ -28,7 +28,7 @@ ECHO = 1.0  # seconds: a second signal within this time is the same one, which a
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
 PARENT = "HARMONY_PARENT"  # environment variable: process id of the command that started this one
 # The resource tracker of multiprocessing removes the semaphores of a killed program; this hides its warning.
-QUIET = ("PYTHONWARNINGS", "ignore:resource_tracker:UserWarning")
+WARNINGS, QUIET_TRACKER = "PYTHONWARNINGS", "ignore:resource_tracker:UserWarning"
 # Helper processes that clean up and exit after the last process that uses them: FiftyOne's database (which other
 # programs may use too) and the trackers of shared memory of multiprocessing and torch.
 HELPERS = (b"--51-service", b"multiprocessing.resource_tracker", b"torch_shm_manager")
@@ -122,11 +122,11 @@ def obey(line: str, program: bool) -> Iterator[None]:
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    environment = {name: os.environ.get(name) for name in (PARENT, QUIET[0])}
+    environment = {name: os.environ.get(name) for name in (PARENT, WARNINGS)}
     if environment[PARENT] == str(os.getppid()):
         end_with(os.getppid())
     os.environ[PARENT] = str(os.getpid())
-    os.environ[QUIET[0]] = ",".join(filter(None, [environment[QUIET[0]], QUIET[1]]))
+    os.environ[WARNINGS] = ",".join(filter(None, [environment[WARNINGS], QUIET_TRACKER]))
     prctl(SET_CHILD_SUBREAPER, 1)  # so that children of a dead child become children of this process
     watch = current_watch = Watch(line)
     atexit.register(watch.leave)  # registered before the command's own functions, so it runs after them

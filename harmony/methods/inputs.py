@@ -167,7 +167,7 @@ def list_composites(folder: Path) -> tuple[list[tuple[str, dict]], list[str]]:
             items.append((name, options))
     if incomplete_ids:
         parts = "neither a composite with its mask nor a foreground with mask and box"
-        print(f"{len(incomplete_ids)} rows name {parts}: {incomplete_ids}")
+        print(f"{len(incomplete_ids)} left out, the row of index.csv names {parts}: {incomplete_ids}")
     return check_ids(folder, items), incomplete_ids
 
 

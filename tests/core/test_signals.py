@@ -260,7 +260,7 @@ def state() -> tuple:
         signal.getsignal(signal.SIGTERM),
         signal.getsignal(signal.SIGINT),
         wakeup,
-        [os.environ.get(name) for name in (signals.PARENT, signals.QUIET[0])],
+        [os.environ.get(name) for name in (signals.PARENT, signals.WARNINGS)],
     )
 
 

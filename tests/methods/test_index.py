@@ -23,5 +23,6 @@ def test_a_spreadsheets_index_is_read_and_a_wrong_row_left_out_with_a_line(tmp_p
     paths = {name: str(tmp_path / f"{name[0]}.png") for name in ("background", "foreground", "mask")}
     assert list_composites(tmp_path) == ([("007", paths | {"box": [20, 20, 90, 90]})], ["bad", "cut"])
     assert capsys.readouterr().out == (
-        "2 rows name neither a composite with its mask nor a foreground with mask and box: ['bad', 'cut']\n"
+        "2 left out, the row of index.csv names neither a composite with its mask nor a foreground with mask and box: "
+        "['bad', 'cut']\n"
     )
