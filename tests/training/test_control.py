@@ -441,6 +441,9 @@ def test_channels_last_changes_no_run(backbone, data, tmp_path, monkeypatch):
             for p in module.parameters():
                 assert p.grad.stride() == p.stride() or 1 in p.shape
 
+    def flat(net: torch.nn.Module) -> torch.Tensor:
+        return torch.cat([p.detach().flatten() for p in net.parameters()])
+
     def trained(layout: torch.memory_format, steps: int, checkpoint=None) -> ControlTask:
         monkeypatch.setattr(schedule, "memory_format", lambda device: layout)
         torch.manual_seed(0)
@@ -458,10 +461,10 @@ def test_channels_last_changes_no_run(backbone, data, tmp_path, monkeypatch):
     trained(last, 2)
     resumed = trained(last, 4, tmp_path / "2.ckpt").net.state_dict()
     assert all(torch.equal(v, resumed[name]) for name, v in unbroken.net.state_dict().items())
-    trained(plain, 2)
-    elsewhere = trained(last, 4, tmp_path / "2.ckpt").net.state_dict()
-    for name, value in unbroken.net.state_dict().items():
-        torch.testing.assert_close(elsewhere[name], value, atol=2e-5, rtol=1e-4)
+    halfway = flat(trained(plain, 2).net)
+    elsewhere = trained(last, 4, tmp_path / "2.ckpt").net
+    end = flat(unbroken.net)
+    assert (flat(elsewhere) - end).norm() < 0.05 * (end - halfway).norm()
     folder = export_controlnet(unbroken.net, tmp_path, "color", {"sigma": 10, "normalize": True}, backbone)
     exported = load_controlnet(folder).state_dict()
     assert all(torch.equal(v, exported[name]) for name, v in unbroken.net.state_dict().items())
