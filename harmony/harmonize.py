@@ -2,7 +2,7 @@
 
 Pixels outside the hole (the mask and a small rim) stay as they are, bit for bit, in the photograph's color profile.
   background=B.jpg foreground=F.jpg mask=M.png             all of one size
-  background=B.jpg foreground=F.png box=x0,y0,x1,y1        a cut-out with alpha, placed in a box
+  background=B.jpg foreground=F.png box=x0,y0,x1,y1        a cut-out with alpha; default: bottom center
   composite=C.jpg mask=M.png                               the object has been pasted already
   dir=FOLDER                                               many, from index.csv or composite/ and mask/
   method=paint_by_example background=B.jpg reference=R.jpg mask=M.png    what R shows, painted where M is white

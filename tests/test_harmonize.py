@@ -257,10 +257,21 @@ def test_two_controlnets_and_their_weights(desk, command, random_backbone, awake
     assert code == 2 and "one ControlNet of each branch" in err[0]
 
 
+def test_a_cut_out_of_another_size_is_placed(desk, command):
+    """Guards the first try: no box= needed, and the box that is printed gives the same picture."""
+    words = ("background=b.png", "foreground=cut.png", "prompt=x")
+    code, out, err = command(*words)
+    assert code == 0, err
+    (box,) = [line.split()[-1] for line in out if "box=" in line]
+    hole = pictures(out)["hole"]
+    assert box == "box=18,22,52,46"  # of 70 x 48
+    code, again, err = command(*words, box)
+    assert code == 0 and np.array_equal(hole, pictures(again)["hole"]), err
+
+
 MISTAKES = {
     "background=b.png foreground=f.png mask=none.png": "none.png is empty",
     "background=b.png foreground=f.png mask=large.png": "large.png is 70 x 50 but its image is 70 x 48",
-    "background=b.png foreground=cut.png": "foreground is 35 x 30 but the background is 70 x 48: give box=",
     "background=b.png foreground=f.png mask=nowhere.png": "nowhere.png does not exist",
     "background=nowhere.jpg foreground=f.png mask=m.png": "nowhere.jpg does not exist",
     "background=text.png foreground=f.png mask=m.png": "text.png cannot be decoded",

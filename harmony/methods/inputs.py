@@ -94,6 +94,11 @@ def read_box(box: Any) -> tuple[float, ...] | None:
     return tuple(box)
 
 
+def choose_box(width: int, height: int) -> tuple[int, ...]:
+    """A box for a cut-out that nobody has placed: half as wide and high as the background, at the bottom center."""
+    return round(width / 4), round(height * 0.45), round(width * 3 / 4), round(height * 0.95)
+
+
 def read_inputs(options: Mapping[str, Any]) -> Inputs:
     """Read, place and check the pictures and prompts in ``options``. UserError for what does not fit."""
     o = {name: None for name in (*PICTURES, "prompts")} | dict(options)
@@ -112,12 +117,15 @@ def read_inputs(options: Mapping[str, Any]) -> Inputs:
     object_picture = photograph if composite else read_in_space(o["foreground"], photograph.profile)
     image, foreground = photograph.pixels, object_picture.pixels
     mask = read_mask(o["mask"], get_size(foreground)) if o["mask"] else read_alpha_mask(composite or o["foreground"])
+    notes = photograph.notes if composite else photograph.notes + object_picture.notes
+    if box is None and get_size(foreground) != get_size(image):
+        box = choose_box(*get_size(image))
+        notes += (f"the cut-out, smaller or larger than the background, goes to box={','.join(map(str, box))}",)
     if box is not None:
         foreground, mask = place(foreground, mask, box, *get_size(image))
     region = read_mask(o["region"], get_size(image)) if o["region"] else None
     check_sizes(image, foreground=foreground, mask=mask, region=region)
     lights = read_lights(o["prompts"], name)
-    notes = photograph.notes if composite else photograph.notes + object_picture.notes
     return Inputs(image, foreground, mask, region, None, lights, name, photograph.profile, notes)
 
 

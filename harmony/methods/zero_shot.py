@@ -146,7 +146,8 @@ def refine_texts(
     """Refine the descriptors of both prompts by L_Emb: text states 2B x T x D for each step, foregrounds first.
 
     ``trajectory`` z_0 .. z_N of B composites; ``masks`` B x 1 x R x R; ``tokens`` and ``where`` (the descriptors)
-    2B x T. In the states of the backgrounds each descriptor is replaced by their weighted sum.
+    2B x T. In the states of the backgrounds each descriptor is replaced by their weighted sum. The masks of the maps
+    hold the share of each cell that the object covers, where the released code has 0 or 1.
     """
     steps, eps, count = len(trajectory) - 1, denoiser(backbone), len(masks)
     side = map_side(backbone.unet, trajectory[0].shape[-1])

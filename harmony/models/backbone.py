@@ -336,7 +336,11 @@ class Backbone:
         return self.vae.encode(x.to(self.vae.dtype)).latent_dist.parameters
 
     def latent(self, moments: torch.Tensor, noise: torch.Tensor | None = None) -> torch.Tensor:
-        """Scaled latent B x C x h x w: a posterior sample with unit ``noise``, or the posterior mean without noise."""
+        """Scaled latent B x C x h x w: a posterior sample with unit ``noise``, or the posterior mean without noise.
+
+        The methods take the mean of a masked picture, so that an output depends on its seed by its noise alone;
+        diffusers' inpainting pipelines take a sample.
+        """
         return scaled_latent(moments, self.vae.config.scaling_factor, noise)
 
     def decode(self, z: torch.Tensor) -> torch.Tensor:

@@ -39,7 +39,7 @@ def reinhard(foreground: np.ndarray, mask: np.ndarray, background: np.ndarray) -
 
     The background's statistics are those outside ``mask``, because the object itself may lie under the mask; if the
     mask covers everything, those of the whole background. Pixels outside ``mask`` do not change. Reinhard 2001 (Color
-    Transfer between Images), in Lab instead of l-alpha-beta.
+    Transfer between Images), in OpenCV's Lab of sRGB instead of l-alpha-beta.
     """
     if not mask.any():
         return foreground.copy()

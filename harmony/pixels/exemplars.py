@@ -29,7 +29,8 @@ TOWER = 224  # px: side of the exemplar for which the lengths of the augmentatio
 def cut_out(image: np.ndarray, mask: np.ndarray, pad: float = PAD) -> np.ndarray:
     """Cut out the instance's box with up to ``pad`` px (at 512) around it; no randomness.
 
-    ``image`` and ``mask`` have the photograph's full size: an exemplar from a small square would be blurred.
+    ``image`` and ``mask`` have the photograph's full size: an exemplar from a small square would be blurred. The
+    released code pads by 10 px of any photograph; here the margin grows with the photograph.
     """
     height, width = mask.shape
     x0, y0, x1, y1 = bounding_box(mask)
@@ -105,7 +106,10 @@ def bezier(points: np.ndarray, t: np.ndarray) -> np.ndarray:
 def draw_shape_mask(
     box: Box, extended_box: Box, width: int, height: int, rng: np.random.Generator, jitter: float = JITTER
 ) -> np.ndarray:
-    """A random shape, bool H x W: the area inside four curves, each sampled at 18 points that are then jittered."""
+    """A random shape, bool H x W: the area inside four curves, each sampled at 18 points that are then jittered.
+
+    ``jitter`` in px at 512; the released code moves the points by 5 px of any photograph.
+    """
     reach = round(scale_length(jitter, (height, width)))
     outline = np.concatenate([bezier(points, CURVE) for points in control_points(box, extended_box)])
     outline = outline + rng.integers(-reach, reach + 1, outline.shape)

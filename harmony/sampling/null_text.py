@@ -73,7 +73,8 @@ def null_texts(
     ``trajectory`` z_0 .. z_N (B x C x h x w each) comes from ``ddim.invert`` without guidance; ``texts`` are the states
     B x T x D of the picture's prompt for each step; ``empty_text`` 1 x T x D is the state of the empty prompt. At step
     i the loss between the guided step and the trajectory is minimized for each picture separately. ``say`` reports the
-    mean distance after each step.
+    mean distance after each step. Each step has an Adam of its own, as in the released code (that of zero-shot
+    harmonization, Chen 2023, takes AdamW).
     """
     steps, z, null, nulls = len(trajectory) - 1, trajectory[-1], empty_text.detach().expand_as(texts[0]), []
     gap = len(abar) // steps

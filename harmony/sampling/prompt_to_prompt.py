@@ -67,7 +67,8 @@ def alignment(source: Sequence[int], target: Sequence[int], length: int) -> tupl
     """Align tokens: (source position of each target position, int64; whether it has one, bool), ``length`` each.
 
     A global alignment of the tokens (match 1, mismatch -1, gap 0; Needleman 1970), so that words that are new in the
-    target keep their own attention. Positions after the end map to themselves.
+    target keep their own attention. Of a word that stands twice in the target the last is paired, where the released
+    code pairs the first: both alignments score the same. Positions after the end map to themselves.
     """
     n, m = len(source), len(target)
     score = [[0] * (m + 1) for _ in range(n + 1)]
