@@ -50,6 +50,7 @@ def study(cfg: DictConfig, folder: Path) -> "Study":
     options = OmegaConf.to_container(cfg.study, resolve=True)
     if "rows" in options:
         options["rows"] = {name: row_facts(name, node) for name, node in cfg.study.rows.items()}
+    if "sweep" in options:
         options["sweep"] = row_facts("sweep", cfg.study.sweep) or None
     return get_class(options.pop("_target_"))(run, **options)
 

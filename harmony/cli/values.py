@@ -162,6 +162,7 @@ OPTIONS: dict[str, Rule] = {
     "zero_shot.null_lr": POSITIVE,
     "zero_shot.edges": POSITIVE,
     "zero_shot.edge_detector_weight": POSITIVE,
+    "zero_shot.detail": Switch(),
     "cross_attention_steps": Number(0, 1, none=True),
     "self_attention_steps": Number(0, 1, none=True),
     "threshold": SHARE,
@@ -174,6 +175,7 @@ OPTIONS: dict[str, Rule] = {
     "box": Items(Number(), 4, none=True),
     "square": Either((Text(), Items(Whole(0))), none=True),
     "feather": Number(0, 10_000),
+    "detail": Choice(("auto", "full", "none")),
     "mode": Choice(("replace", "insert", "style", "reweight"), none=True),
     "local": Switch(none=True),
     "words": Either((Text(), Items(Text())), none=True),
@@ -259,6 +261,7 @@ OPTIONS: dict[str, Rule] = {
     "shown": COUNT,
     "study.parts": Items(Choice(("reconstruction", "edits", "concepts"))),
     "study.methods": Keys(none=True),
+    "unchanged": COUNT,
     "study.answers": Either((Text(), Items(Text())), none=True),
     # commands
     "name": Text(none=True),

@@ -6,14 +6,16 @@ import numpy as np
 
 from harmony.methods.method import Composite, Method, Seed, fingerprint
 from harmony.models.backbone import Backbone
-from harmony.pixels.composites import copy_paste, poisson, reinhard
+from harmony.pixels.composites import copy_paste, match_histogram, poisson, reinhard
 
 
 class Baseline(Method):
-    """A method that composes background, instance and mask, at a backbone's resolution but without its networks."""
+    """A method that composes background, instance and mask at their own size, without a network."""
 
-    def __init__(self, backbone: Backbone):
-        self.resolution = backbone.resolution
+    resolution = None
+
+    def __init__(self, backbone: Backbone | None = None):
+        pass  # every method is built on a backbone; this one does not need it
 
     @property
     def fingerprint(self) -> str:
@@ -43,6 +45,14 @@ class Reinhard(Baseline):
     @staticmethod
     def compose(background: np.ndarray, instance: np.ndarray, mask: np.ndarray) -> np.ndarray:
         return copy_paste(background, reinhard(instance, mask, background), mask)
+
+
+class Histogram(Baseline):
+    """Histogram matching: the instance with the distribution of the background's colors, channel by channel."""
+
+    @staticmethod
+    def compose(background: np.ndarray, instance: np.ndarray, mask: np.ndarray) -> np.ndarray:
+        return match_histogram(instance, mask, background)
 
 
 class Poisson(Baseline):

@@ -18,6 +18,8 @@ from harmony.pixels.masks import to_latent
 from harmony.sampling.ddim import noise_for
 from harmony.sampling.guidance import Settings, inpaint
 
+BATCH = 16  # pictures that the autoencoder takes at a time
+
 
 @dataclass(frozen=True)
 class Branch:
@@ -98,6 +100,29 @@ def draw_hints(branch: Branch, composites: Sequence[Composite]) -> list[np.ndarr
     return [hint(branch.name, c.instance, c.mask, **(branch.parameters or {})) for c in composites]
 
 
+class RoundTrip(Method):
+    """The composites as they are, encoded and decoded by the backbone's autoencoder."""
+
+    def __init__(self, backbone: Backbone):
+        self.backbone, self.resolution, self.device = backbone, backbone.resolution, backbone.device
+
+    @functools.cached_property
+    def fingerprint(self) -> str:
+        return fingerprint("round_trip", self.backbone.hash("vae"), str(self.backbone.dtype))
+
+    def describe(self) -> str:
+        return f"the autoencoder of backbone {self.backbone.name}, which changes nothing on purpose"
+
+    @torch.no_grad()
+    def fill(self, composites: Sequence[Composite], seeds: Sequence[Seed]) -> list[np.ndarray]:
+        """Encode and decode the composites; there is no noise in it."""
+        outputs = []
+        for i in range(0, len(composites), BATCH):
+            x = to_model(np.stack([c.copy_paste() for c in composites[i : i + BATCH]])).to(self.device)
+            outputs += list(from_model(self.backbone.decode(self.backbone.latent(self.backbone.moments(x))).float()))
+        return outputs
+
+
 class Inpainting(Method):
     """Inpainting by the caption and the ControlNets of ``branches``; by the caption alone where their weights are 0."""
 
@@ -125,6 +150,11 @@ class Inpainting(Method):
             return inpaint(backbone, noise, hole, masked, text, empty_text, self.settings, controls)
 
         return fill_holes(backbone, composites, seeds, draw, self.settings.batch)
+
+    @property
+    def reference(self) -> Method | None:
+        """The composite through the autoencoder: where a hint shows the object, it keeps its place and shape."""
+        return RoundTrip(self.backbone) if any(branch.weight != 0 for branch in self.branches) else None
 
     def describe(self) -> str:
         nets = " and ".join(f"{b.name} (weight {b.weight:g})" for b in self.branches)

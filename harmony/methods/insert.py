@@ -12,10 +12,11 @@ import numpy as np
 
 from harmony.core.errors import UserError
 from harmony.methods.method import Composite, Method, make_seeds
-from harmony.pixels.composites import copy_paste, paste_back, transfer_change
+from harmony.pixels.composites import carry_change, copy_paste, paste_back
 from harmony.pixels.images import Crop, crop_resize, paste_crop, square_around
 from harmony.pixels.masks import TEST_RADIUS, bounding_box, box_mask, dilate, inscribed_radius, scale_length
 
+AUTO, FULL, NONE = DETAILS = ("auto", "full", "none")  # whether a photograph keeps its own detail
 SMALLEST_RIM = 0.25  # of the usual rim: so that the hole of a thin object still has a place among the latents
 CONTEXT = 1.6  # side of the square relative to the longer side of the hole
 
@@ -39,31 +40,33 @@ class Result:
 class Insertion:
     """A ``square`` to fill, and what is needed to paste it back into its photograph.
 
-    ``background``, ``composite`` (plain copy and paste) uint8 H x W x 3; ``hole`` bool H x W; ``crop``: where the
-    square lies.
+    ``background``, ``composite`` (plain copy and paste) uint8 H x W x 3; ``mask``, ``hole`` bool H x W; ``crop``: where
+    the square lies.
     """
 
     square: Composite
     background: np.ndarray
     composite: np.ndarray
+    mask: np.ndarray
     hole: np.ndarray
     crop: Crop
 
-    def paste(self, output: np.ndarray, feather: float = 0, detail: bool = False) -> Result:
+    def paste(self, output: np.ndarray, feather: float = 0, before: np.ndarray | None = None) -> Result:
         """Paste ``output`` (uint8 R x R x 3) into the hole; ``feather`` in pixels blends inwards.
 
-        ``detail``: apply the method's changes to the composite at full size instead of enlarging the output.
+        With ``before``, the square by the method's reference, the composite takes the change of light between both at
+        its full size; without it the output is enlarged.
         """
         pixels = output
-        if detail:
-            composite = crop_resize(self.composite, self.crop, self.crop.side)
-            pixels = transfer_change(self.square.instance, output, self.square.mask, composite)
+        if before is not None:
+            composite, mask = (crop_resize(a, self.crop, self.crop.side) for a in (self.composite, self.mask))
+            pixels = carry_change(before, output, self.square.mask, composite, mask)
         image = paste_back(paste_crop(self.background, pixels, self.crop), self.background, self.hole, feather)
         return Result(image, output, self.composite, self.hole, self.crop)
 
 
 def cut(
-    side: int,
+    side: int | None,
     background: np.ndarray,
     foreground: np.ndarray,
     mask: np.ndarray,
@@ -72,6 +75,8 @@ def cut(
     **fields,
 ) -> Insertion:
     """Cut out the square of ``side`` pixels in which the masked object of ``foreground`` goes into ``background``.
+
+    ``side`` None: as many pixels as it has in the photograph.
 
     ``background``, ``foreground`` uint8 H x W x 3 and ``mask`` bool H x W have one size (see ``composites.place`` for a
     cut-out of another size). The hole is the mask dilated by ``radius`` (px at a square of 512; less for a thin object)
@@ -82,6 +87,7 @@ def cut(
     height, width = background.shape[:2]
     composite = copy_paste(background, foreground, mask)
     crop = find_square(mask, region)
+    side = side or crop.side
     square_background, instance, square_mask = (crop_resize(a, crop, side) for a in (background, composite, mask))
     hole = dilate(mask, find_rim(mask, crop, side, radius))
     if region is not None:
@@ -89,14 +95,35 @@ def cut(
     hole &= box_mask(crop.clip(width, height), width, height)
     places = {"crop": crop, "size": (width, height), "naive_composite": instance}
     square = Composite(square_background, instance, square_mask, crop_resize(hole, crop, side), **places, **fields)
-    return Insertion(square, background, composite, hole, crop)
+    return Insertion(square, background, composite, mask, hole, crop)
 
 
-def insert(method: Method, insertions: Sequence[Insertion], seed: int = 0, feather: float = 0) -> list[Result]:
-    """Fill the squares by ``method`` and paste them back; the noise of each is independent of the others."""
+def insert(
+    method: Method, insertions: Sequence[Insertion], seed: int = 0, feather: float = 0, detail: str = AUTO
+) -> list[Result]:
+    """Fill the squares by ``method`` and paste them back; the noise of each is independent of the others.
+
+    ``detail``: ``full`` keeps the photographs' own detail and takes the change of light alone from the method, ``none``
+    pastes what the method paints, ``auto`` is ``full`` where a square is larger than the method's.
+    """
     squares = [insertion.square for insertion in insertions]
-    outputs = method.fill(squares, make_seeds(seed, [0] * len(squares)))
-    return [i.paste(output, feather, method.carries_detail) for i, output in zip(insertions, outputs, strict=True)]
+    seeds = make_seeds(seed, [0] * len(squares))
+    outputs, befores = method.fill(squares, seeds), dict[int, np.ndarray]()
+    if large := [i for i, each in enumerate(insertions) if keeps_detail(method, each, detail)]:
+        parts = ([items[i] for i in large] for items in (squares, seeds))
+        befores = dict(zip(large, method.reference.fill(*parts), strict=True))
+    return [
+        each.paste(output, feather, befores.get(i))
+        for i, (each, output) in enumerate(zip(insertions, outputs, strict=True))
+    ]
+
+
+def keeps_detail(method: Method, insertion: Insertion, detail: str) -> bool:
+    """Whether the photograph keeps its own detail. UserError where it must and the method has no reference for it."""
+    if detail == FULL and method.reference is None:
+        raise UserError("detail=full: this method paints the object anew, so that its light alone cannot be taken")
+    is_larger = insertion.crop.side > len(insertion.square.mask)
+    return method.reference is not None and (detail == FULL or (detail == AUTO and is_larger))
 
 
 def find_square(mask: np.ndarray, region: np.ndarray | None = None) -> Crop:

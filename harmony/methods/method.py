@@ -64,21 +64,29 @@ class Method:
     """The interface of everything that fills holes; R is its ``resolution``.
 
     ``wants``: what it needs of a composite beside the pictures (caption, exemplar, lights). ``radius``: how far a hole
-    extends beyond its object, px at 512. ``carries_detail``: its changes are applied to the photograph at full size
-    instead of enlarging its output. ``say``: called with lines about the progress within a composite.
+    extends beyond its object, px at 512. ``say``: called with lines about the progress within a composite.
+    ``resolution`` None: it works at the size of each photograph.
     """
 
-    resolution: int
+    resolution: int | None
     device: torch.device = torch.device("cpu")
     wants: frozenset[str] = frozenset()
     radius: float = TEST_RADIUS
-    carries_detail: bool = False
     say: Callable[[str], None] = staticmethod(lambda line: None)
 
     @property
     def fingerprint(self) -> str:
         """Hash of weights and settings; an output depends on this, the composite and the seed alone."""
         raise NotImplementedError
+
+    @property
+    def reference(self) -> "Method | None":
+        """The method that shows the composites as they are, with the errors of the same networks.
+
+        What an output and the reference's differ in is the change of light, which a photograph takes at its full size.
+        None: the object is painted anew.
+        """
+        return None
 
     def fill(self, composites: Sequence[Composite], seeds: Sequence[Seed]) -> list[np.ndarray]:
         """Fill the holes: squares uint8 R x R x 3 before paste-back; noise of item i depends on ``seeds[i]`` alone."""

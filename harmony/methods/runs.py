@@ -17,7 +17,7 @@ from harmony.core.pieces import make_pieces
 from harmony.core.progress import tell
 from harmony.data.captions import caption_images, knows_photographs
 from harmony.methods.inputs import Inputs, compare_baselines, draw_sheet, read_inputs
-from harmony.methods.insert import Insertion, Result, insert
+from harmony.methods.insert import AUTO, Insertion, Result, insert
 from harmony.methods.method import CAPTION, Method, fingerprint
 from harmony.models.backbone import Backbone
 from harmony.models.timing import measure_time, now
@@ -42,7 +42,7 @@ class Request:
 class Inserter:
     """A method with the settings that all insertions of a command share.
 
-    ``raw``: paste the whole square that the method returns, not the hole alone.
+    ``detail``: see ``insert.insert``. ``raw``: paste the whole square that the method returns, not the hole alone.
     """
 
     method: Method
@@ -50,6 +50,7 @@ class Inserter:
     seed: int = 0
     feather: float = 0
     raw: bool = False
+    detail: str = AUTO
     say: Callable[[str], None] = tell
 
     def collect_facts(self, request: Request) -> dict:
@@ -60,7 +61,8 @@ class Inserter:
             if isinstance(value, str) and os.path.isfile(value)  # unlike Path's, no error for a long prompt
         }
         options = {name: value for name, value in request.options.items() if value is not None}
-        settings = {"seed": self.seed, "feather": self.feather, "raw": self.raw, "prompt": request.prompt}
+        names = ("seed", "feather", "raw", "detail")
+        settings = {name: getattr(self, name) for name in names} | {"prompt": request.prompt}
         return {"method": self.method.fingerprint, "options": options, "files": files, **settings}
 
     def is_done(self, request: Request) -> bool:
@@ -93,7 +95,7 @@ class Inserter:
         insertions = [self.cut(r, i) for r, i in zip(requests, inputs, strict=True)]
         start = now(self.method.device)
         with measure_time(self.method.networks(), self.method.device) as times:
-            results = insert(self.method, insertions, self.seed, self.feather)
+            results = insert(self.method, insertions, self.seed, self.feather, self.detail)
             total = now(self.method.device) - start
         self.say(format_times(times, total, len(requests)))
         files = []

@@ -17,8 +17,10 @@ SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
 class Stored(Method):
     """A folder with a picture for each composite, NAME.png (or .jpg, .webp): the whole photograph or its square."""
 
+    resolution = None
+
     def __init__(self, backbone: Backbone, folder: str):
-        self.resolution, self.folder = backbone.resolution, Path(folder)
+        self.folder = Path(folder)
         if not self.folder.is_dir():
             raise UserError(f"{folder}: there is no such folder of results; give one that exists")
 
@@ -47,11 +49,11 @@ class Stored(Method):
         if composite.name not in self.files:
             raise UserError(f"{self.folder} has no result for {composite.name}: put {composite.name}.png there")
         path = self.files[composite.name]
-        picture = read_image(path)
+        picture, side = read_image(path), len(composite.mask)
         height, width = picture.shape[:2]
         if composite.crop is not None and (width, height) == composite.size:
-            return crop_resize(picture, composite.crop, self.resolution)
+            return crop_resize(picture, composite.crop, side)
         if width == height:
-            return resize(picture, self.resolution, self.resolution)
+            return resize(picture, side, side)
         expected_size = "x".join(map(str, composite.size)) if composite.size else "its photograph"
         raise UserError(f"{path} is {width} x {height}: give the whole photograph ({expected_size}) or its square")

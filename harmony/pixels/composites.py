@@ -6,11 +6,13 @@ import cv2
 import numpy as np
 from scipy.sparse import csc_array, diags_array
 from scipy.sparse.linalg import splu
+from skimage.exposure import match_histograms
 
 from harmony.core.errors import UserError
 from harmony.pixels.images import resize
-from harmony.pixels.masks import bounding_box, feather
+from harmony.pixels.masks import bounding_box, feather, scale_length
 
+CHANGE_SIGMA = 64  # px at 512: below this length a change is texture, not light
 BEFORE, BEHIND, ALL = slice(None, -1), slice(1, None), slice(None)
 NEIGHBORS = (  # (pixels, their neighbors) in the four directions
     ((BEHIND, ALL), (BEFORE, ALL)),
@@ -53,6 +55,19 @@ def reinhard(foreground: np.ndarray, mask: np.ndarray, background: np.ndarray) -
 
 def _lab(image: np.ndarray) -> np.ndarray:
     return cv2.cvtColor(image.astype(np.float32) / 255, cv2.COLOR_RGB2Lab)
+
+
+def match_histogram(foreground: np.ndarray, mask: np.ndarray, background: np.ndarray) -> np.ndarray:
+    """Give the masked pixels of ``foreground`` the distribution of the background's in each channel, on ``background``.
+
+    The background's distribution is that outside ``mask``; where the mask covers everything nothing is matched.
+    """
+    if not mask.any() or mask.all():
+        return copy_paste(background, foreground, mask)
+    pixels = match_histograms(foreground[mask][:, None], background[~mask][:, None], channel_axis=-1)
+    result = background.copy()
+    result[mask] = np.rint(pixels[:, 0]).astype(np.uint8)
+    return result
 
 
 def poisson(background: np.ndarray, foreground: np.ndarray, mask: np.ndarray, surroundings: bool = True) -> np.ndarray:
@@ -110,17 +125,29 @@ def change_light(image: np.ndarray, rng: np.random.Generator) -> np.ndarray:
     return np.rint(255 * values).astype(np.uint8)
 
 
-def transfer_change(before: np.ndarray, after: np.ndarray, mask: np.ndarray, picture: np.ndarray) -> np.ndarray:
-    """Apply the change from ``before`` to ``after`` inside ``mask`` to ``picture``, the same picture at full size.
+def carry_change(
+    before: np.ndarray,
+    after: np.ndarray,
+    small_mask: np.ndarray,
+    picture: np.ndarray,
+    mask: np.ndarray,
+    sigma: float = CHANGE_SIGMA,
+) -> np.ndarray:
+    """Change the light of ``picture`` in ``mask`` as it changes from ``before`` to ``after``, and keep its detail.
 
-    ``before`` and ``after`` are uint8 R x R x 3. Colors and light change; the detail that R x R pixels cannot show
-    stays. The change is weighted by the mask, so that it does not fade at the rim. Returns uint8 S x S x 3.
+    ``before``, ``after`` uint8 R x R x 3 and ``small_mask`` bool R x R show the same square as ``picture`` uint8 S x S
+    x 3 and ``mask`` bool S x S. Their difference is blurred by ``sigma`` (px at 512) within ``small_mask``: finer than
+    that it is the texture that a network invents, which would look like a relief. Returns uint8 S x S x 3.
     """
-    change = (after.astype(np.float32) - before) * mask[..., None]
-    height, width = picture.shape[:2]
-    weight = resize(mask.astype(np.float32), width, height)[..., None]
-    change = resize(change, width, height) / np.maximum(weight, 0.1)
-    return np.rint(np.clip(picture + change, 0, 255)).astype(np.uint8)
+    if not small_mask.any():
+        return picture.copy()
+    weight, side = small_mask.astype(np.float32), picture.shape[0]
+    sigma_px = scale_length(sigma, small_mask.shape)
+    change = cv2.GaussianBlur((after.astype(np.float32) - before) * weight[..., None], (0, 0), sigma_px)
+    # farther from the mask than the blur reaches nothing is known, and nothing is changed
+    change /= np.maximum(cv2.GaussianBlur(weight, (0, 0), sigma_px), 1e-3)[..., None]
+    values = np.clip(picture + cv2.resize(change, (side, side), interpolation=cv2.INTER_LINEAR), 0, 255)
+    return np.where(mask[..., None], np.rint(values).astype(np.uint8), picture)
 
 
 def place(

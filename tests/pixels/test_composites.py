@@ -181,17 +181,39 @@ def test_other_light_changes_all_but_the_content():
     assert np.array_equal(seen[3], composites.change_light(ramp, np.random.default_rng(3)))
 
 
-def test_a_change_is_carried_to_the_full_size():
-    """Guards ``transfer_change``: detail stays, the rim changes by as much as the inside, nothing where nothing did."""
-    rng, mask = np.random.default_rng(0), np.zeros((16, 16), bool)
-    mask[4:12, 4:12] = True
-    large = rng.integers(60, 140, (64, 64, 3)).astype(np.uint8)
-    before = np.full((16, 16, 3), 100, np.uint8)
-    after = np.where(mask[..., None], np.uint8(140), before)
-    made = composites.transfer_change(before, after, mask, large)
-    inside = np.kron(mask, np.ones((4, 4), bool))
-    assert np.abs(made[inside].astype(int) - large[inside] - 40).max() <= 2
-    assert np.array_equal(composites.transfer_change(before, before, mask, large), large)
-    assert np.array_equal(made[:8, :8], large[:8, :8])
-    bright = composites.transfer_change(before, after, mask, np.full_like(large, 250))
-    assert bright[inside].min() >= 254, "it is clipped, not wrapped"
+def test_a_change_of_light_is_carried_to_the_full_size():
+    """Guards ``carry_change``: detail stays, the rim changes by as much as the inside, texture of the output is not
+    taken, nothing changes where nothing did and outside the mask.
+    """
+    rng, small_mask = np.random.default_rng(0), np.zeros((32, 32), bool)
+    small_mask[8:24, 8:24] = True
+    mask = np.kron(small_mask, np.ones((4, 4), bool))
+    picture = rng.integers(60, 140, (128, 128, 3)).astype(np.uint8)
+    before = np.full((32, 32, 3), 100, np.uint8)
+    after = np.where(small_mask[..., None], np.uint8(140), np.uint8(7))  # what happens outside does not leak in
+    carried = composites.carry_change(before, after, small_mask, picture, mask)
+    assert np.abs(carried[mask].astype(int) - picture[mask] - 40).max() <= 1
+    assert np.array_equal(carried[~mask], picture[~mask])
+    assert np.array_equal(composites.carry_change(before, before, small_mask, picture, mask), picture)
+    stripes = after.copy()
+    stripes[::2] += 20
+    striped = composites.carry_change(before, stripes, small_mask, picture, mask)[mask].astype(int) - carried[mask]
+    assert 8 <= striped.min() and striped.max() <= 12, "their mean is taken, not the stripes"
+    bright = composites.carry_change(before, after, small_mask, np.full_like(picture, 250), mask)
+    assert bright[mask].min() >= 254, "it is clipped, not wrapped"
+    assert np.array_equal(composites.carry_change(before, after, small_mask & False, picture, mask), picture)
+
+
+def test_histograms_match():
+    """Guards the direction: the object gets the background's distribution, outside nothing changes."""
+    rng, mask = np.random.default_rng(0), np.zeros((40, 40), bool)
+    mask[10:30, 10:30] = True
+    background = rng.integers(100, 140, (40, 40, 3)).astype(np.uint8)
+    foreground = rng.integers(0, 256, (40, 40, 3)).astype(np.uint8)
+    matched = composites.match_histogram(foreground, mask, background)
+    assert np.array_equal(matched[~mask], background[~mask])
+    quantiles = [
+        np.quantile(image[where], (0.1, 0.5, 0.9), axis=0) for image, where in ((matched, mask), (background, ~mask))
+    ]
+    assert np.abs(np.subtract(*quantiles)).max() <= 2
+    assert np.array_equal(composites.match_histogram(foreground, mask | True, background), foreground)

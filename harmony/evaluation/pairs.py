@@ -1,0 +1,237 @@
+"""Pairs: photographs whose object was put under another light, against the photographs as they were taken.
+
+The protocol of iHarmony4 (Cong 2020) on any dataset: the composite is the photograph with another light on its object,
+and the truth the photograph itself. Figures are at the photograph's own size, not at the backbone's. Some photographs
+are left as they are, to see what a method does where nothing is to be done.
+"""
+
+import hashlib
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+
+import numpy as np
+
+from harmony.core.errors import UserError
+from harmony.core.files import write_json
+from harmony.core.pieces import await_files, make_pieces
+from harmony.core.progress import tell
+from harmony.core.row import Row
+from harmony.data.manifest import manifest_hash, read_manifest
+from harmony.evaluation import comparison
+from harmony.evaluation.blocks import blocks
+from harmony.evaluation.eval_sets import subsample
+from harmony.evaluation.report import Report
+from harmony.evaluation.study import Study, StudyRun
+from harmony.evaluation.tables import flat, pictures, write_table
+from harmony.methods.insert import AUTO, Insertion, Result, cut, find_square, insert
+from harmony.methods.method import EXEMPLAR, LIGHTS, Method, fingerprint
+from harmony.metrics.fidelity import aggregate, bg_drift, color_de, fmse, to_psnr
+from harmony.pixels.composites import change_light, copy_paste
+from harmony.pixels.exemplars import cut_out
+from harmony.pixels.images import crop_resize, read_image, resize
+from harmony.pixels.masks import read_mask, resize_mask
+
+LARGEST = 512  # px: longer side at which figures are measured; larger photographs are shrunk
+EXAMPLES = 8  # pictures on the figure
+SIDE = 192  # px: of a picture on it
+COPY_PASTE = "copy_paste"
+
+
+@dataclass(frozen=True)
+class Pair:
+    """A ``photograph``, uint8 H x W x 3, and its ``mask``, bool H x W; ``foreground`` shows the object as composed.
+
+    ``is_changed``: whether that is under another light; otherwise it is the photograph.
+    """
+
+    row: Row
+    photograph: np.ndarray
+    foreground: np.ndarray
+    mask: np.ndarray
+    is_changed: bool
+
+    def cut(self, method: Method) -> Insertion:
+        """The square that a method fills. UserError for an object that is too small for it."""
+        fields = {"caption": self.row.caption, "name": self.row.id}
+        if EXEMPLAR in method.wants:
+            fields["exemplar"] = cut_out(self.foreground, self.mask)
+        # the composite is its own background: nothing that a method sees may show the truth's object
+        composite = copy_paste(self.photograph, self.foreground, self.mask)
+        return cut(method.resolution, composite, composite, self.mask, None, method.radius, **fields)
+
+
+def read_pair(row: Row, root: Path, seed: int, is_changed: bool) -> Pair:
+    """The pair of a row; its light is drawn from ``seed`` and the row's id."""
+    photograph = read_image(root / row.image)
+    mask = read_mask(root / row.mask, (row.width, row.height), resize=True)
+    scale = LARGEST / max(photograph.shape[:2])
+    if scale < 1:
+        width, height = (max(1, round(scale * length)) for length in (row.width, row.height))
+        photograph, mask = resize(photograph, width, height), resize_mask(mask, width, height)
+    number = int(hashlib.sha256(row.id.encode()).hexdigest()[:8], 16)
+    light = change_light(photograph, np.random.default_rng([seed, number])) if is_changed else photograph
+    return Pair(row, photograph, light, mask, is_changed)
+
+
+def score(result: Result, pair: Pair) -> dict[str, float]:
+    """The figures of one result at the photograph's size."""
+    image, truth, mask = result.image, pair.photograph, pair.mask
+    drift = bg_drift(image, truth, result.hole)
+    return {"fmse": fmse(image, truth, mask), "color_de": color_de(image, truth, mask), "bg_drift": drift}
+
+
+@dataclass
+class Pairs(Study):
+    """The study of pairs; options are those of ``configs/study/pairs.yaml``."""
+
+    run: StudyRun
+    rows: dict[str, dict]
+    unchanged: int
+    notes: list[str] = field(default_factory=list, init=False)
+
+    def __post_init__(self) -> None:
+        rows = {name: comparison.Row(**facts) for name, facts in self.rows.items()}
+        if wrong := [name for name, row in rows.items() if row.best or row.picked]:
+            raise UserError(f"study.rows.{wrong[0]}: pairs measure methods alone, leave out best and picked")
+        if COPY_PASTE not in rows:
+            raise UserError(f"study.rows: add {COPY_PASTE}, with which every row is compared")
+        self.details = {name: (row.options or {}).pop("detail", AUTO) for name, row in rows.items()}
+        self.rows = rows
+
+    @cached_property
+    def items(self) -> list[tuple[Row, bool]]:
+        """The rows of the split, each under another light; every ``unchanged``-th once more as it is."""
+        rows = subsample(read_manifest(self.run.manifest, self.run.split)[1], self.run.limit)
+        if len(rows) < 2:
+            raise UserError(
+                f"{len(rows)} {self.run.split} pictures: pairs need two at least, raise limit= or take more"
+            )
+        return [(row, True) for row in rows] + [(row, False) for row in rows[:: self.unchanged]]
+
+    @cached_property
+    def methods(self) -> dict[str, Method]:
+        """Row -> method; rows that lack something are left out with a note."""
+        methods = {}
+        for name, row in self.rows.items():
+            if row.options is None:
+                self.notes.append(f"{name}: not measured yet")
+            elif row.lacking:
+                self.notes.append(f"{name}: left out, give {' and '.join(row.lacking)}")
+            else:
+                methods[name] = self.run.build(row.options)
+                if LIGHTS in methods[name].wants:
+                    raise UserError(f"study.rows.{name}: photographs name no lights, choose describer=words")
+        return methods
+
+    def file(self, name: str, block: range) -> Path:
+        """Where the figures of a block of a row lie."""
+        run = self.run
+        rows = [(row.id, row.sha256, row.caption, changed) for row, changed in self.items]
+        settings = fingerprint(rows, run.seed, self.details[name], LARGEST)
+        return run.folder / "outputs" / self.methods[name].fingerprint[:16] / settings[:16] / f"{block.start:05d}.json"
+
+    def results(self, name: str, items: Sequence[tuple[Row, bool]]) -> list[tuple[Pair, Result | None]]:
+        """The results of a row; None for an object that is too small for it, which stays as it is."""
+        run, method = self.run, self.methods[name]
+        pairs = [read_pair(row, run.manifest.parent, run.seed, changed) for row, changed in items]
+        insertions = {}
+        for i, pair in enumerate(pairs):
+            try:
+                insertions[i] = pair.cut(method)
+            except UserError:
+                continue
+        results = insert(method, list(insertions.values()), run.seed, 0, self.details[name])
+        results = dict(zip(insertions, results, strict=True))
+        return [(pair, results.get(i)) for i, pair in enumerate(pairs)]
+
+    def make(self, name: str, block: range) -> None:
+        """Measure one row on some of the items."""
+        figures = []
+        for pair, result in self.results(name, [self.items[i] for i in block]):
+            figures.append(None if result is None else score(result, pair))
+        write_json(self.file(name, block), figures)
+
+    def read(self, name: str) -> list[dict[str, float] | None]:
+        """The figures of a row, an item each."""
+        return [row for block in blocks(len(self.items)) for row in json.loads(self.file(name, block).read_text())]
+
+    def measure(self) -> Report:
+        """The report; on other ranks than the first the share of outputs alone is made."""
+        run = self.run
+        count = sum(changed for _, changed in self.items)
+        line = (
+            f"{run.name}: n = {count} {run.split} photographs of {run.manifest.parent.name}, object under another "
+            f"light, and {len(self.items) - count} as they are; {run.protocol}"
+        )
+        if run.rank == 0:
+            tell(line)
+        pieces = {self.file(name, b): (name, b) for name in self.methods for b in blocks(len(self.items))}
+        sizes = {path: len(block) for path, (_, block) in pieces.items()}
+
+        def make(path: Path) -> None:
+            self.make(*pieces[path])
+
+        make_pieces(
+            "pairs", sizes, Path.exists, make, "pictures", run.rank, run.world, detail=lambda path: pieces[path][0]
+        )
+        await_files(list(pieces))
+        if run.rank > 0:
+            return Report()
+        table = self.table()
+        notes = [line, *self.notes]
+        if "poisson" in table:
+            notes.append("poisson: the object stands where it stood, so that its rim gives the truth away")
+        text = write_table(run.folder, table, "method", notes, every=True)
+        prints = {name: method.fingerprint for name, method in self.methods.items()}
+        facts = {"count": count, "methods": prints, "manifest": manifest_hash(run.manifest)}
+        return Report(flat(table), facts, text, [self.draw()])
+
+    def table(self) -> dict[str, dict[str, float]]:
+        """Row -> figures, over the photographs in which no row left the object out."""
+        figures = {name: self.read(name) for name in self.methods}
+        common = [i for i in range(len(self.items)) if all(rows[i] is not None for rows in figures.values())]
+        if left_out := len(self.items) - len(common):
+            self.notes.append(f"{left_out} left out: their object is too small for the backbone")
+        changed = [i for i in common if self.items[i][1]]
+        unchanged = [i for i in common if not self.items[i][1]]
+        if len(changed) < 2:
+            raise UserError("fewer than two objects are large enough for the backbone: take a larger one")
+        table = {}
+        for name, rows in figures.items():
+            parts = [[of[i] for i in changed] for of in (rows, figures[COPY_PASTE])]
+            table[name] = summarize(*parts)
+            if unchanged:
+                table[name]["unchanged/fmse"] = float(np.mean([rows[i]["fmse"] for i in unchanged]))
+        return table
+
+    def draw(self) -> Path:
+        """``figure.png``: the composite, each row and the photograph, around the objects of some items."""
+        few = subsample([item for item in self.items if item[1]], EXAMPLES)
+        columns: dict[str, list[np.ndarray]] = {}
+        for name in self.methods:
+            results = self.results(name, few)
+            images = [copy_paste(p.photograph, p.foreground, p.mask) if r is None else r.image for p, r in results]
+            columns[name] = [
+                crop_resize(y, find_square(p.mask), SIDE) for y, (p, _) in zip(images, results, strict=True)
+            ]
+        truths = [crop_resize(pair.photograph, find_square(pair.mask), SIDE) for pair, _ in results]
+        path = self.run.folder / "figure.png"
+        pictures(path, list(zip(*columns.values(), truths, strict=True)), [*columns, "truth"])
+        return path
+
+
+def summarize(rows: Sequence[dict[str, float]], references: Sequence[dict[str, float]]) -> dict[str, float]:
+    """The figures of one row of the table, from those of its pictures and of copy and paste.
+
+    ``better``: share of the pictures in which it is nearer to the truth; ``gain``: by how much, as the mean difference
+    in fmse with its standard error.
+    """
+    errors, others = (np.array([row["fmse"] for row in part]) for part in (rows, references))
+    gain = others - errors
+    means = aggregate([row | {"fpsnr": to_psnr(row["fmse"])} for row in rows])
+    spread = {"gain": gain.mean(), "gain_se": gain.std(ddof=1) / np.sqrt(len(gain))}
+    extra = {"fmse_median": np.median(errors), "better": (gain > 0).mean()} | spread
+    return means | {name: float(value) for name, value in extra.items()}

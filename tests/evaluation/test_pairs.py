@@ -1,0 +1,137 @@
+"""Pairs: photographs under another light, what their figures compare, and resumption."""
+
+import numpy as np
+import pytest
+
+from harmony.core.errors import UserError
+from harmony.data.manifest import read_manifest
+from harmony.evaluation import pairs
+from harmony.evaluation.pairs import Pairs
+from harmony.evaluation.study import StudyRun
+from harmony.methods.baselines import CopyPaste, Reinhard
+from harmony.methods.method import Method, fingerprint
+from harmony.pixels.images import read_image
+
+
+class Truth(Method):
+    """Knows the photographs: what a perfect method would return, at their size or at a backbone's."""
+
+    def __init__(self, photographs: dict, resolution: int | None, calls: list):
+        self.photographs, self.resolution, self.calls = photographs, resolution, calls
+
+    @property
+    def fingerprint(self):
+        return fingerprint("truth", self.resolution)
+
+    @property
+    def reference(self):
+        return CopyPaste()
+
+    def fill(self, composites, seeds):
+        self.calls += [c.name for c in composites]
+        return [pairs.crop_resize(self.photographs[c.name], c.crop, len(c.mask)) for c in composites]
+
+
+@pytest.fixture
+def study(small_manifest, tmp_path):
+    """Makes studies of copy and paste, Reinhard and the truth on renders; the names of what the truth was asked for."""
+    manifest = small_manifest(tmp_path / "data")
+    photographs = {row.id: read_image(manifest.parent / row.image) for row in read_manifest(manifest, "test")[1]}
+    calls = []
+
+    def build(options: dict) -> Method:
+        match options["method"]:
+            case "copy_paste":
+                return CopyPaste()
+            case "reinhard":
+                return Reinhard()
+            case _:
+                return Truth(photographs, options.get("side"), calls)
+
+    def make(**changes) -> Pairs:
+        rows = {name: {"options": {"method": name}} for name in ("copy_paste", "reinhard", "truth")}
+        rows["small"] = {"options": {"method": "truth", "side": 32}}
+        rows["enlarged"] = {"options": {"method": "truth", "side": 32, "detail": "none"}}
+        run = StudyRun("pairs", tmp_path / "run", prepare=lambda: manifest, build=build)
+        return Pairs(run, **({"rows": rows, "unchanged": 2} | changes))
+
+    return make, calls
+
+
+def test_figures_are_at_the_photographs_size(study):
+    """Guards the protocol: the truth has no error, the light is another one, its change is carried to full size, and
+    what is left as it was counts apart.
+    """
+    report = study[0]().measure()
+    figures = report.figures
+    assert figures["truth/fmse"] == 0 and figures["truth/unchanged/fmse"] == 0 and figures["truth/better"] == 1
+    assert figures["truth/fpsnr"] == 100, "identical pictures count 100 dB"
+    assert figures["copy_paste/fmse"] > 100 and figures["copy_paste/better"] == 0 == figures["copy_paste/gain"]
+    assert figures["copy_paste/unchanged/fmse"] == 0 < figures["reinhard/unchanged/fmse"]
+    assert figures["small/fmse"] < 0.5 * figures["copy_paste/fmse"], "the change alone comes from 32 pixels"
+    assert figures["small/unchanged/fmse"] == 0 < figures["enlarged/unchanged/fmse"]
+    assert figures["truth/gain"] == pytest.approx(figures["copy_paste/fmse"])
+    assert all(figures[f"{row}/bg_drift"] == 0 for row in ("copy_paste", "reinhard", "truth", "small", "enlarged"))
+    assert "as they are" in report.text and report.pictures[0].exists()
+
+
+def test_what_is_measured_is_not_measured_again(study):
+    """Guards resumption: a second run of the same study fills only the pictures of its figure."""
+    make, calls = study
+    first = make().measure()
+    done, calls[:] = len(calls), []
+    assert make().measure().figures == first.figures
+    assert 0 < len(calls) < done
+    other = make(unchanged=1)
+    assert other.file("truth", range(1)) != make().file("truth", range(1))
+
+
+def test_the_light_depends_on_the_seed_and_the_photograph_alone(small_manifest, tmp_path):
+    manifest = small_manifest(tmp_path / "data")
+    first, second = read_manifest(manifest, "test")[1][:2]
+
+    def read(row, seed: int = 0, is_changed: bool = True) -> pairs.Pair:
+        return pairs.read_pair(row, manifest.parent, seed, is_changed)
+
+    assert np.array_equal(read(first).foreground, read(first).foreground)
+    assert not np.array_equal(read(first).foreground, read(first, seed=1).foreground)
+    assert np.array_equal(read(first, is_changed=False).foreground, read(first).photograph)
+    assert read(first).photograph.shape == read(first).foreground.shape != ()
+    assert read(second).row.id == second.id
+
+
+def test_large_photographs_are_measured_at_512_px(small_manifest, tmp_path, monkeypatch):
+    manifest = small_manifest(tmp_path / "data")
+    row = read_manifest(manifest, "test")[1][0]
+    monkeypatch.setattr(pairs, "LARGEST", 24)
+    pair = pairs.read_pair(row, manifest.parent, 0, True)
+    assert max(pair.photograph.shape) == 24 and pair.mask.shape == pair.photograph.shape[:2] and pair.mask.any()
+
+
+@pytest.mark.parametrize(
+    "rows, message",
+    [
+        ({"reinhard": {"options": {"method": "reinhard"}}}, "add copy_paste"),
+        ({"copy_paste": {"picked": ["reinhard"]}}, "leave out best and picked"),
+    ],
+)
+def test_rows_that_cannot_be_measured(study, rows, message):
+    with pytest.raises(UserError, match=message):
+        study[0](rows=rows)
+
+
+def test_an_object_that_vanishes_is_left_out_for_all(study, monkeypatch):
+    """Guards fairness: every row is measured on the same photographs; how many there are is said."""
+    cut = pairs.Pair.cut
+
+    def fail(pair, method):
+        if method.resolution == 32 and pair.row.id == pair_id:
+            raise UserError("too small")
+        return cut(pair, method)
+
+    make, _ = study
+    pair_id = make().items[0][0].id
+    monkeypatch.setattr(pairs.Pair, "cut", fail)
+    report = make().measure()
+    assert "left out: their object is too small" in report.text
+    assert report.figures["truth/fmse"] == 0
