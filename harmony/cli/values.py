@@ -162,7 +162,7 @@ OPTIONS: dict[str, Rule] = {
     "zero_shot.null_lr": POSITIVE,
     "zero_shot.edges": POSITIVE,
     "zero_shot.edge_detector_weight": POSITIVE,
-    "zero_shot.detail": Switch(),
+    **dict.fromkeys(("zero_shot.detail", "parts.detail"), Switch()),
     "cross_attention_steps": Number(0, 1, none=True),
     "self_attention_steps": Number(0, 1, none=True),
     "threshold": SHARE,

@@ -16,9 +16,7 @@ from harmony.pixels.hints import HINTS, hint
 from harmony.pixels.images import from_model, to_hint, to_model
 from harmony.pixels.masks import to_latent
 from harmony.sampling.ddim import noise_for
-from harmony.sampling.guidance import Settings, inpaint
-
-BATCH = 16  # pictures that the autoencoder takes at a time
+from harmony.sampling.guidance import Settings, inpaint, predict_mean
 
 
 @dataclass(frozen=True)
@@ -95,32 +93,19 @@ def fill_holes(
     return outputs
 
 
+@torch.no_grad()
+def encode_and_decode(backbone: Backbone, composites: Sequence[Composite], batch: int) -> list[np.ndarray]:
+    """The composites by copy and paste through the autoencoder, squares uint8 R x R x 3."""
+    outputs = []
+    for i in range(0, len(composites), batch):
+        x = to_model(np.stack([c.copy_paste() for c in composites[i : i + batch]])).to(backbone.device)
+        outputs += list(from_model(backbone.decode(backbone.latent(backbone.moments(x))).float()))
+    return outputs
+
+
 def draw_hints(branch: Branch, composites: Sequence[Composite]) -> list[np.ndarray]:
     """The hint of each composite by the branch's operator, uint8 R x R x 3."""
     return [hint(branch.name, c.instance, c.mask, **(branch.parameters or {})) for c in composites]
-
-
-class RoundTrip(Method):
-    """The composites as they are, encoded and decoded by the backbone's autoencoder."""
-
-    def __init__(self, backbone: Backbone):
-        self.backbone, self.resolution, self.device = backbone, backbone.resolution, backbone.device
-
-    @functools.cached_property
-    def fingerprint(self) -> str:
-        return fingerprint("round_trip", self.backbone.hash("vae"), str(self.backbone.dtype))
-
-    def describe(self) -> str:
-        return f"the autoencoder of backbone {self.backbone.name}, which changes nothing on purpose"
-
-    @torch.no_grad()
-    def fill(self, composites: Sequence[Composite], seeds: Sequence[Seed]) -> list[np.ndarray]:
-        """Encode and decode the composites; there is no noise in it."""
-        outputs = []
-        for i in range(0, len(composites), BATCH):
-            x = to_model(np.stack([c.copy_paste() for c in composites[i : i + BATCH]])).to(self.device)
-            outputs += list(from_model(self.backbone.decode(self.backbone.latent(self.backbone.moments(x))).float()))
-        return outputs
 
 
 class Inpainting(Method):
@@ -139,6 +124,12 @@ class Inpainting(Method):
         return fingerprint("inpainting", parts, str(self.backbone.dtype), nets, self.settings)
 
     def fill(self, composites: Sequence[Composite], seeds: Sequence[Seed]) -> list[np.ndarray]:
+        return self.run(inpaint, composites, seeds)
+
+    def run(
+        self, sampler: Callable[..., torch.Tensor], composites: Sequence[Composite], seeds: Sequence[Seed]
+    ) -> list[np.ndarray]:
+        """Fill the holes by ``inpaint`` or ``predict_mean``."""
         backbone, empty_text = self.backbone, self.backbone.prompt([""])
 
         def draw(part: slice, noise: torch.Tensor, hole: torch.Tensor, masked: torch.Tensor) -> torch.Tensor:
@@ -147,14 +138,22 @@ class Inpainting(Method):
                 hints = torch.stack([to_hint(picture) for picture in draw_hints(b, composites[part])])
                 controls.append((b.net, hints.to(backbone.device), b.weight))
             text = backbone.prompt([c.caption for c in composites[part]])
-            return inpaint(backbone, noise, hole, masked, text, empty_text, self.settings, controls)
+            return sampler(backbone, noise, hole, masked, text, empty_text, self.settings, controls)
 
         return fill_holes(backbone, composites, seeds, draw, self.settings.batch)
 
     @property
-    def reference(self) -> Method | None:
-        """The composite through the autoencoder: where a hint shows the object, it keeps its place and shape."""
-        return RoundTrip(self.backbone) if any(branch.weight != 0 for branch in self.branches) else None
+    def relights(self) -> bool:
+        """A hint shows the object, which then keeps its place and shape; words alone paint another one."""
+        return any(branch.weight != 0 for branch in self.branches)
+
+    def relight(self, composites: Sequence[Composite], seeds: Sequence[Seed]) -> list[tuple[np.ndarray, np.ndarray]]:
+        """The composites through the autoencoder, and the mean of what the networks may paint (``predict_mean``).
+
+        The mean has no texture but the most probable light, which no further step improves.
+        """
+        before = encode_and_decode(self.backbone, composites, self.settings.batch)
+        return list(zip(before, self.run(predict_mean, composites, seeds), strict=True))
 
     def describe(self) -> str:
         nets = " and ".join(f"{b.name} (weight {b.weight:g})" for b in self.branches)

@@ -18,6 +18,8 @@ from harmony.pixels.masks import TEST_RADIUS, bounding_box, box_mask, dilate, in
 
 AUTO, FULL, NONE = DETAILS = ("auto", "full", "none")  # whether a photograph keeps its own detail
 SMALLEST_RIM = 0.25  # of the usual rim: so that the hole of a thin object still has a place among the latents
+SHADOW_SIGMA = 24  # px at a square of 512: below this length a change beside the object is texture, not shadow
+SHADOW_RIM = 24  # px at a square of 512: over this length a shadow fades at the rim of its region
 CONTEXT = 1.6  # side of the square relative to the longer side of the hole
 
 
@@ -40,8 +42,8 @@ class Result:
 class Insertion:
     """A ``square`` to fill, and what is needed to paste it back into its photograph.
 
-    ``background``, ``composite`` (plain copy and paste) uint8 H x W x 3; ``mask``, ``hole`` bool H x W; ``crop``: where
-    the square lies.
+    ``background``, ``composite`` (plain copy and paste) uint8 H x W x 3; ``mask``, ``hole`` bool H x W, and ``region``
+    where the method may repaint beside the object, or None; ``crop``: where the square lies.
     """
 
     square: Composite
@@ -49,20 +51,32 @@ class Insertion:
     composite: np.ndarray
     mask: np.ndarray
     hole: np.ndarray
+    region: np.ndarray | None
     crop: Crop
 
     def paste(self, output: np.ndarray, feather: float = 0, before: np.ndarray | None = None) -> Result:
         """Paste ``output`` (uint8 R x R x 3) into the hole; ``feather`` in pixels blends inwards.
 
-        With ``before``, the square by the method's reference, the composite takes the change of light between both at
-        its full size; without it the output is enlarged.
+        With ``before``, the composite by the same networks (``Method.relight``), the photograph keeps its detail and
+        takes the change of light between both; without it the output is enlarged.
         """
-        pixels = output
-        if before is not None:
-            composite, mask = (crop_resize(a, self.crop, self.crop.side) for a in (self.composite, self.mask))
-            pixels = carry_change(before, output, self.square.mask, composite, mask)
+        pixels = output if before is None else self.carry(before, output)
         image = paste_back(paste_crop(self.background, pixels, self.crop), self.background, self.hole, feather)
         return Result(image, output, self.composite, self.hole, self.crop)
+
+    def carry(self, before: np.ndarray, after: np.ndarray) -> np.ndarray:
+        """The square of the composite at full size, S x S x 3, with the change of light between two squares R x R x 3.
+
+        The object takes it in large; in ``region`` it is a shadow, with a rim that fades into the photograph.
+        """
+        side = self.crop.side
+        composite, mask = (crop_resize(array, self.crop, side) for array in (self.composite, self.mask))
+        pixels = carry_change(before, after, self.square.mask, composite, mask)
+        if self.region is None:
+            return pixels
+        small_rest, rest = (crop_resize(self.region & ~self.mask, self.crop, n) for n in (len(after), side))
+        shaded = carry_change(before, after, small_rest, pixels, rest, SHADOW_SIGMA)
+        return paste_back(shaded, pixels, mask | rest, scale_length(SHADOW_RIM, rest.shape))
 
 
 def cut(
@@ -95,7 +109,7 @@ def cut(
     hole &= box_mask(crop.clip(width, height), width, height)
     places = {"crop": crop, "size": (width, height), "naive_composite": instance}
     square = Composite(square_background, instance, square_mask, crop_resize(hole, crop, side), **places, **fields)
-    return Insertion(square, background, composite, mask, hole, crop)
+    return Insertion(square, background, composite, mask, hole, region, crop)
 
 
 def insert(
@@ -108,22 +122,24 @@ def insert(
     """
     squares = [insertion.square for insertion in insertions]
     seeds = make_seeds(seed, [0] * len(squares))
-    outputs, befores = method.fill(squares, seeds), dict[int, np.ndarray]()
-    if large := [i for i, each in enumerate(insertions) if keeps_detail(method, each, detail)]:
-        parts = ([items[i] for i in large] for items in (squares, seeds))
-        befores = dict(zip(large, method.reference.fill(*parts), strict=True))
-    return [
-        each.paste(output, feather, befores.get(i))
-        for i, (each, output) in enumerate(zip(insertions, outputs, strict=True))
-    ]
+    results: dict[int, Result] = {}
+    for keeps in (True, False):
+        indices = [i for i, each in enumerate(insertions) if keeps_detail(method, each, detail) == keeps]
+        parts = [[items[i] for i in indices] for items in (squares, seeds)]
+        if not indices:
+            continue
+        outputs = method.relight(*parts) if keeps else [(None, output) for output in method.fill(*parts)]
+        for i, (before, output) in zip(indices, outputs, strict=True):
+            results[i] = insertions[i].paste(output, feather, before)
+    return [results[i] for i in range(len(insertions))]
 
 
 def keeps_detail(method: Method, insertion: Insertion, detail: str) -> bool:
-    """Whether the photograph keeps its own detail. UserError where it must and the method has no reference for it."""
-    if detail == FULL and method.reference is None:
+    """Whether the photograph keeps its own detail. UserError where it must and the method paints anew."""
+    if detail == FULL and not method.relights:
         raise UserError("detail=full: this method paints the object anew, so that its light alone cannot be taken")
     is_larger = insertion.crop.side > len(insertion.square.mask)
-    return method.reference is not None and (detail == FULL or (detail == AUTO and is_larger))
+    return method.relights and (detail == FULL or (detail == AUTO and is_larger))
 
 
 def find_square(mask: np.ndarray, region: np.ndarray | None = None) -> Crop:

@@ -65,13 +65,15 @@ class Method:
 
     ``wants``: what it needs of a composite beside the pictures (caption, exemplar, lights). ``radius``: how far a hole
     extends beyond its object, px at 512. ``say``: called with lines about the progress within a composite.
-    ``resolution`` None: it works at the size of each photograph.
+    ``resolution`` None: it works at the size of each photograph. ``relights``: it changes the light of an object that
+    stays as it is, and can ``relight``; the others paint it anew.
     """
 
     resolution: int | None
     device: torch.device = torch.device("cpu")
     wants: frozenset[str] = frozenset()
     radius: float = TEST_RADIUS
+    relights: bool = False
     say: Callable[[str], None] = staticmethod(lambda line: None)
 
     @property
@@ -79,17 +81,16 @@ class Method:
         """Hash of weights and settings; an output depends on this, the composite and the seed alone."""
         raise NotImplementedError
 
-    @property
-    def reference(self) -> "Method | None":
-        """The method that shows the composites as they are, with the errors of the same networks.
-
-        What an output and the reference's differ in is the change of light, which a photograph takes at its full size.
-        None: the object is painted anew.
-        """
-        return None
-
     def fill(self, composites: Sequence[Composite], seeds: Sequence[Seed]) -> list[np.ndarray]:
         """Fill the holes: squares uint8 R x R x 3 before paste-back; noise of item i depends on ``seeds[i]`` alone."""
+        raise NotImplementedError
+
+    def relight(self, composites: Sequence[Composite], seeds: Sequence[Seed]) -> list[tuple[np.ndarray, np.ndarray]]:
+        """Each composite before and after its change of light, uint8 R x R x 3, for methods with ``relights``.
+
+        Both have the errors of the same networks; what they differ in is the change, which a photograph takes at its
+        full size.
+        """
         raise NotImplementedError
 
     def describe(self) -> str:

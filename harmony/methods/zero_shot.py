@@ -19,7 +19,6 @@ from harmony.core.errors import UserError
 from harmony.core.files import write_json
 from harmony.data.captions import caption_picture
 from harmony.data.descriptions import Describer, Description, VisionLanguageModel, WordScorer
-from harmony.methods.baselines import CopyPaste
 from harmony.methods.method import LIGHTS, Composite, Method, Seed, fingerprint
 from harmony.models.attention import Layer, conditional_rows, control_attention, map_side
 from harmony.models.backbone import DIFFUSION, Backbone, weights_hash
@@ -423,6 +422,7 @@ class ZeroShot(Method):
         self.backbone, self.parts, self.describer, self.count = backbone, parts, describer, count
         self.evaluator, self.describer_name = evaluator, describer_name
         self.resolution, self.device = backbone.resolution, backbone.device
+        self.relights = parts.detail
         self.wants = frozenset({LIGHTS}) if describer is None else frozenset()
         self.outcomes: list[list[Round]] = []  # the rounds of the last ``fill``
 
@@ -435,9 +435,8 @@ class ZeroShot(Method):
         kind = str(self.backbone.dtype)
         return fingerprint("zero_shot", weights, kind, facts, deep, self.describer_name, self.count, evaluator)
 
-    @property
-    def reference(self) -> Method | None:
-        return CopyPaste() if self.parts.detail else None
+    def relight(self, composites: Sequence[Composite], seeds: Sequence[Seed]) -> list[tuple[np.ndarray, np.ndarray]]:
+        return list(zip([c.copy_paste() for c in composites], self.fill(composites, seeds), strict=True))
 
     def describe(self) -> str:
         policy = "each round is run" if self.evaluator is None else f"{self.evaluator.name} decides"

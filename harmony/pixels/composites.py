@@ -12,7 +12,8 @@ from harmony.core.errors import UserError
 from harmony.pixels.images import resize
 from harmony.pixels.masks import bounding_box, feather, scale_length
 
-CHANGE_SIGMA = 64  # px at 512: below this length a change is texture, not light
+CHANGE_SIGMA = 128  # px at 512: below this length a change is texture, not light
+DARK = 0.04  # radiance in 0..1 that is added before radiances are divided: darkness says little about the light
 BEFORE, BEHIND, ALL = slice(None, -1), slice(1, None), slice(None)
 NEIGHBORS = (  # (pixels, their neighbors) in the four directions
     ((BEHIND, ALL), (BEFORE, ALL)),
@@ -119,7 +120,7 @@ def change_light(image: np.ndarray, rng: np.random.Generator) -> np.ndarray:
     Exposure 0.5 to 2, white balance 0.7 to 1.4 for each channel. Gains act on linear light (gamma 2.2), the contrast is
     a gamma of 0.7 to 1.4. uint8 in, uint8 out.
     """
-    radiance = (image.astype(np.float32) / 255) ** 2.2
+    radiance = to_radiance(image)
     gains = np.exp(rng.uniform(np.log(0.5), np.log(2)) + rng.uniform(np.log(0.7), np.log(1.4), 3))
     values = np.clip(radiance * gains.astype(np.float32), 0, 1) ** (np.exp(rng.uniform(np.log(0.7), np.log(1.4))) / 2.2)
     return np.rint(255 * values).astype(np.uint8)
@@ -136,18 +137,35 @@ def carry_change(
     """Change the light of ``picture`` in ``mask`` as it changes from ``before`` to ``after``, and keep its detail.
 
     ``before``, ``after`` uint8 R x R x 3 and ``small_mask`` bool R x R show the same square as ``picture`` uint8 S x S
-    x 3 and ``mask`` bool S x S. Their difference is blurred by ``sigma`` (px at 512) within ``small_mask``: finer than
-    that it is the texture that a network invents, which would look like a relief. Returns uint8 S x S x 3.
+    x 3 and ``mask`` bool S x S. The change is the ratio of their radiance, blurred by ``sigma`` (px at 512) within
+    ``small_mask``: another exposure or color of the light multiplies it, and what varies faster is the texture that a
+    network invents, which would look like a relief. Returns uint8 S x S x 3.
     """
     if not small_mask.any():
         return picture.copy()
-    weight, side = small_mask.astype(np.float32), picture.shape[0]
-    sigma_px = scale_length(sigma, small_mask.shape)
-    change = cv2.GaussianBlur((after.astype(np.float32) - before) * weight[..., None], (0, 0), sigma_px)
+    weight, sigma_px = small_mask.astype(np.float32), scale_length(sigma, small_mask.shape)
+
+    def blur(radiance: np.ndarray | float) -> np.ndarray:
+        values = np.broadcast_to(radiance, (*weight.shape, 3)) * weight[..., None]
+        return cv2.GaussianBlur(values, (0, 0), sigma_px)
+
     # farther from the mask than the blur reaches nothing is known, and nothing is changed
-    change /= np.maximum(cv2.GaussianBlur(weight, (0, 0), sigma_px), 1e-3)[..., None]
-    values = np.clip(picture + cv2.resize(change, (side, side), interpolation=cv2.INTER_LINEAR), 0, 255)
-    return np.where(mask[..., None], np.rint(values).astype(np.uint8), picture)
+    floor = blur(np.float32(DARK)) + 1e-6
+    gain = (blur(to_radiance(after)) + floor) / (blur(to_radiance(before)) + floor)
+    side, result = picture.shape[0], picture.copy()
+    gains = cv2.resize(gain, (side, side), interpolation=cv2.INTER_LINEAR)[mask]
+    result[mask] = to_values(to_radiance(picture[mask]) * gains)
+    return result
+
+
+def to_radiance(image: np.ndarray) -> np.ndarray:
+    """uint8 to linear light, float32 in [0, 1] (gamma 2.2)."""
+    return (image.astype(np.float32) / 255) ** 2.2
+
+
+def to_values(radiance: np.ndarray) -> np.ndarray:
+    """The inverse of ``to_radiance``, clipped and rounded."""
+    return np.rint(255 * np.clip(radiance, 0, 1) ** (1 / 2.2)).astype(np.uint8)
 
 
 def place(

@@ -16,6 +16,8 @@ from harmony.pixels.images import read_image
 class Truth(Method):
     """Knows the photographs: what a perfect method would return, at their size or at a backbone's."""
 
+    relights = True
+
     def __init__(self, photographs: dict, resolution: int | None, calls: list):
         self.photographs, self.resolution, self.calls = photographs, resolution, calls
 
@@ -23,9 +25,8 @@ class Truth(Method):
     def fingerprint(self):
         return fingerprint("truth", self.resolution)
 
-    @property
-    def reference(self):
-        return CopyPaste()
+    def relight(self, composites, seeds):
+        return list(zip([c.copy_paste() for c in composites], self.fill(composites, seeds), strict=True))
 
     def fill(self, composites, seeds):
         self.calls += [c.name for c in composites]
