@@ -9,12 +9,14 @@ from collections.abc import Iterable, Iterator
 from itertools import islice
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import Any
 
 import numpy as np
 import torch
 
 from harmony.core.errors import UserError
 from harmony.core.foreign import read_json
+from harmony.models.backbone import Backbone
 from harmony.models.shipped import CAPTIONER, fetch_weights
 from harmony.pixels.images import read_image, sha256, write_image
 
@@ -44,6 +46,13 @@ def knows_photographs(folder: str | Path) -> bool:
     config = Path(folder) / "config.json"
     content = read_json(config) if config.is_file() else {}
     return not (isinstance(content, dict) and content.get("photographs") is False)
+
+
+def find_captioner(backbone: Backbone) -> tuple[Any, Any]:
+    """The backbone's captioner of photographs and its processor. UserError where it has none that knows them."""
+    if not knows_photographs(backbone.folder("captioner")):
+        raise UserError("the backbone's captioner does not know photographs")
+    return backbone.captioner, backbone.processor
 
 
 def label_caption(label: str | None) -> str:

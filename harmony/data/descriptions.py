@@ -58,8 +58,11 @@ class Description:
 class Describer(Protocol):
     """A function from a composite to words."""
 
-    def __call__(self, composite: np.ndarray, mask: np.ndarray) -> list[Description]:
-        """Descriptions of uint8 H x W x 3 with its object (bool H x W), the most probable first."""
+    def __call__(self, composite: np.ndarray, mask: np.ndarray, caption: str | None = None) -> list[Description]:
+        """Descriptions of uint8 H x W x 3 with its object (bool H x W), the most probable first.
+
+        ``caption``: what is known of a photograph; None for a render.
+        """
         ...
 
 
@@ -139,7 +142,7 @@ def color_words(pixels: np.ndarray) -> set[str]:
 class WordScorer:
     """Chooses words for both lights from ``LIGHTS``, by CLIP scores and mean colors of the object and its background.
 
-    ``name`` returns the object phrase of a composite (by a captioner, for instance), ``is_known`` tells whether CLIP
+    ``name`` returns the object phrase of a composite with its caption (by a captioner, say), ``is_known`` tells whether CLIP
     knows a word, and ``count`` is the number of descriptions. The object's light is named only if its probability is at
     least ``min_probability``: the color may be that of the object, and a wrong word is worse than ``PLAIN_LIGHT``.
     """
@@ -150,7 +153,7 @@ class WordScorer:
     def __init__(
         self,
         clip: Clip,
-        name: Callable[[np.ndarray], str],
+        name: Callable[[np.ndarray, str | None], str],
         is_known: Callable[[str], bool] = lambda word: True,
         count: int = 2,
         min_probability: float = 0.95,
@@ -162,10 +165,10 @@ class WordScorer:
         if not self.lights:
             raise UserError("the model knows none of the words for light: give prompts=, or describer=MODEL")
 
-    def __call__(self, composite: np.ndarray, mask: np.ndarray) -> list[Description]:
+    def __call__(self, composite: np.ndarray, mask: np.ndarray, caption: str | None = None) -> list[Description]:
         if mask.all():
             raise UserError("the mask is white everywhere: there is no light around the object to describe")
-        object_ = self.name(composite)
+        object_ = self.name(composite, caption)
         foreground, probability = self.rank_phrases(object_, cut_object(composite, mask), composite[mask])[0]
         background = self.rank_phrases(object_, remove_object(composite, mask), composite[~mask])
         foreground = foreground if probability >= self.min_probability else PLAIN_LIGHT
@@ -228,7 +231,7 @@ class VisionLanguageModel:
             words = words[len(words) - words[::-1].index("answer") :]
         return " ".join(words[: self.LENGTH])
 
-    def __call__(self, composite: np.ndarray, mask: np.ndarray) -> list[Description]:
+    def __call__(self, composite: np.ndarray, mask: np.ndarray, caption: str | None = None) -> list[Description]:
         description = Description(
             self.ask(cut_object(composite, mask), self.QUESTIONS["object"]),
             self.ask(cut_object(composite, mask), self.QUESTIONS["light"]),

@@ -233,7 +233,7 @@ def picture(studio_rows):
 
 
 def scorer(backbone, **options) -> WordScorer:
-    return WordScorer(clip_of(backbone), lambda image: "a mug", **options)
+    return WordScorer(clip_of(backbone), lambda image, caption: "a mug", **options)
 
 
 def test_scored_words_are_words_of_the_lists(backbone, picture):
