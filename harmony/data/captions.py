@@ -18,6 +18,7 @@ from harmony.core.errors import UserError
 from harmony.core.foreign import read_json
 from harmony.models.backbone import Backbone
 from harmony.models.shipped import CAPTIONER, fetch_weights
+from harmony.models.weights import load_network
 from harmony.pixels.images import read_image, sha256, write_image
 
 BLIP = "Salesforce/blip-image-captioning-large"  # for backbones without a captioner, as Stable Diffusion
@@ -68,7 +69,7 @@ def load_captioner(folder: str | Path, device: str = "cpu") -> tuple[torch.nn.Mo
 
     try:
         folder = fetch_weights(CAPTIONER, folder)
-        model = BlipForConditionalGeneration.from_pretrained(folder, use_safetensors=True).eval().to(device)
+        model = load_network(BlipForConditionalGeneration, folder, use_safetensors=True).eval().to(device)
         return model, BlipProcessor.from_pretrained(folder)
     except (OSError, ValueError, UserError) as error:
         reason = str(error).splitlines()[0]

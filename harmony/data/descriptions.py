@@ -12,12 +12,12 @@ from typing import Protocol
 import cv2
 import numpy as np
 import torch
-from safetensors import SafetensorError
 
 from harmony.core.errors import UserError
 from harmony.core.foreign import read_json
 from harmony.data.sources.files import picture_name
 from harmony.metrics.similarity import Clip, crop_to_box, embeddings
+from harmony.models.weights import load_network
 
 FORM = "OBJECT: its own light -> the light around it"
 FIELDS = ("object", "foreground", "background")
@@ -142,9 +142,10 @@ def color_words(pixels: np.ndarray) -> set[str]:
 class WordScorer:
     """Chooses words for both lights from ``LIGHTS``, by CLIP scores and mean colors of the object and its background.
 
-    ``name`` returns the object phrase of a composite with its caption (by a captioner, say), ``is_known`` tells whether CLIP
-    knows a word, and ``count`` is the number of descriptions. The object's light is named only if its probability is at
-    least ``min_probability``: the color may be that of the object, and a wrong word is worse than ``PLAIN_LIGHT``.
+    ``name`` returns the object phrase of a composite and its caption (by a captioner, say), ``is_known`` tells whether
+    CLIP knows a word, and ``count`` is the number of descriptions. The object's light is named only if its probability
+    is at least ``min_probability``: the color may be that of the object, and a wrong word is worse than
+    ``PLAIN_LIGHT``.
     """
 
     TRUST = 0.03  # added to a cosine for each word that fits the mean color
@@ -208,8 +209,8 @@ class VisionLanguageModel:
 
         try:
             self.processor = AutoProcessor.from_pretrained(path)
-            self.model = AutoModelForImageTextToText.from_pretrained(path).eval().to(device)
-        except (OSError, ValueError, SafetensorError) as error:
+            self.model = load_network(AutoModelForImageTextToText, path).eval().to(device)
+        except (OSError, ValueError, RuntimeError) as error:
             reason = str(error).splitlines()[0]
             raise UserError(f"describer={path}: no vision-language model of transformers there ({reason})") from None
 
