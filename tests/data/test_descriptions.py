@@ -439,6 +439,7 @@ def no_model(request, tmp_path, model_folder):
 
 def test_a_folder_without_a_model(no_model):
     """Guards describer=: nothing there, another kind of model, or a download that was cut short is one clear line."""
-    with pytest.raises(UserError, match="no vision-language model of transformers there|model.safetensors cannot be") as error:
+    reasons = "no vision-language model of transformers there|model.safetensors cannot be read"
+    with pytest.raises(UserError, match=reasons) as error:
         VisionLanguageModel(str(no_model))
     assert "\n" not in str(error.value)
