@@ -1,7 +1,8 @@
 """Captions of whole photographs by BLIP.
 
-BLIP (Li 2022) gets the full, unmasked image, so that a caption names the instance too. Its prompt prefix, beams and
-lengths come from the captioner's generation config, with the values of BLIP's authors as defaults.
+BLIP (Li 2022) gets the full, unmasked image, so that a caption names the instance too. Its prompt prefix and lengths
+come from the captioner's generation config, with the values of BLIP's authors as defaults. The number of beams is
+always theirs: the configuration that is published with BLIP's weights turns beam search off.
 """
 
 import hashlib
@@ -97,7 +98,7 @@ def caption_images(
                 pixel_values=pixels.to(device, captioner.dtype),
                 input_ids=prompts,
                 attention_mask=torch.ones_like(prompts),
-                num_beams=settings.num_beams or BEAMS,
+                num_beams=BEAMS,
                 min_length=settings.min_length or MIN_LENGTH,
                 max_length=settings.max_length or MAX_LENGTH,
             )
