@@ -21,7 +21,8 @@ import polars as pl
 
 from harmony.core.errors import UserError
 from harmony.core.foreign import NAME_BYTES, NO_FILE_NAME, read_csv
-from harmony.data.sources.files import OTHER_NAMES, SUFFIXES, read_caption_file, split_folder, tell_omissions
+from harmony.data.sources.files import OTHER_NAMES, read_caption_file, split_folder, tell_omissions
+from harmony.pixels.images import SUFFIXES
 
 FULL_HEADER = {
     "detections.csv": "ImageID,Source,LabelName,Confidence,XMin,XMax,YMin,YMax,"
