@@ -444,6 +444,16 @@ def test_a_batch_changes_no_composite(desk, command):
     assert all((desk / "words" / name / "harmonized.png").exists() for name in ("one", "three"))
 
 
+@pytest.mark.parametrize(
+    "word", ["structure=nowhere", "method=paint_by_example painter=nowhere", "method=zero_shot evaluator=nowhere"]
+)
+def test_a_path_that_is_missing_is_said_before_models_load(desk, command, monkeypatch, word):
+    monkeypatch.setattr("harmony.models.backbone.load_part", lambda *given, **more: pytest.fail("loaded"))
+    monkeypatch.setattr("harmony.methods.inpainting.load_controlnet", lambda *given: pytest.fail("loaded"))
+    code, _, errors = command("composite=b.png", "mask=m.png", "prompt=x", "controlnet=color", *word.split())
+    assert code == 2 and "nowhere" in errors[0], errors
+
+
 @pytest.mark.parametrize("name", ["../two", "..", "one"])
 def test_an_id_must_be_a_name_of_its_own(desk, command, name):
     """Guards what lies there: no row writes into another's folder, or outside; the other rows are harmonized."""

@@ -9,6 +9,7 @@ import numpy as np
 from harmony.core.errors import UserError
 from harmony.methods.method import Composite, Method, Seed, fingerprint
 from harmony.models.backbone import Backbone
+from harmony.models.shipped import check_places
 from harmony.pixels.images import SUFFIXES, crop_resize, read_image, resize, sha256
 
 
@@ -16,9 +17,8 @@ class Stored(Method):
     """A folder with a picture for each composite, NAME.png (or .jpg, ...): the whole photograph or its square."""
 
     def __init__(self, backbone: Backbone, folder: str):
+        check_places({"folder": folder})
         self.resolution, self.folder = backbone.resolution, Path(folder)
-        if not self.folder.is_dir():
-            raise UserError(f"{folder}: there is no such folder of results; give one that exists")
 
     @functools.cached_property
     def files(self) -> dict[str, list[Path]]:
