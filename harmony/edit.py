@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 
     from harmony.methods.edit_inputs import EditInput
     from harmony.methods.prompt_editing import EditResult
+    from harmony.models.backbone import Backbone
 
 TEXTS = ("image", "source", "target", "output", "model.path", "words", "look_at", "square", "reweight")
 LIMITS = "words change what is there: removing, moving, or putting something where nothing is are not to be relied on"
@@ -38,7 +39,6 @@ def main(cfg: DictConfig) -> None:
     """Invert the photograph (once), edit it, and write source, reconstruction, edit, masks and attention maps."""
     from harmony.core.files import write_json, write_text
     from harmony.core.progress import tell
-    from harmony.data.captions import caption_picture
     from harmony.methods.edit_inputs import (
         choose_mode,
         find_words,
@@ -62,9 +62,7 @@ def main(cfg: DictConfig) -> None:
         print(f"{word.token} is a word of {len(word.vectors)} vector{'s' * (len(word.vectors) > 1)}, from {path}")
     square = crop_resize(photograph.image, photograph.crop, backbone.resolution)
     if cfg.source is None:
-        crop = crop_resize(photograph.image, photograph.crop, photograph.crop.side)
-        cfg.source = caption_picture(crop, backbone.captioner, backbone.processor, backbone.device)
-        print(f"source {cfg.source!r}, by the captioner; its words are the handles: correct them with source=")
+        cfg.source = describe_source(backbone, crop_resize(photograph.image, photograph.crop, photograph.crop.side))
     factors = read_factors(cfg.reweight)
     name, mode = choose_mode(cfg, factors)
     words = factors or None, find_words(cfg)
@@ -89,6 +87,20 @@ def main(cfg: DictConfig) -> None:
     write_json(folder / "metrics.json", {key: float(value) for key, value in figures.items()})
     write_text(folder / "config.yaml", OmegaConf.to_yaml(cfg, resolve=True))
     print(*files, sep="\n")
+
+
+def describe_source(backbone: "Backbone", picture: "np.ndarray") -> str:
+    """What the picture shows, by the backbone's captioner; empty where none knows photographs. A line says which."""
+    from harmony.core.errors import UserError
+    from harmony.data.captions import caption_picture, find_captioner
+
+    try:
+        source = caption_picture(picture, *find_captioner(backbone), backbone.device)
+    except UserError as error:
+        print(f"the source is empty, its words would be the handles, add source=...: {error}")
+        return ""
+    print(f"source {source!r}, by the captioner; its words are the handles: correct them with source=")
+    return source
 
 
 def write_pictures(

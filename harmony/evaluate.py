@@ -36,6 +36,7 @@ def protocol(cfg: DictConfig) -> str:
 def study(cfg: DictConfig, folder: Path) -> "Study":
     """The study that the configuration names, ready to be measured."""
     from harmony.evaluation.study import StudyRun
+    from harmony.models.shipped import check_places
     from harmony.sampling.guidance import Settings
 
     recipe = OmegaConf.to_container(cfg.dataset, resolve=True)
@@ -52,6 +53,8 @@ def study(cfg: DictConfig, folder: Path) -> "Study":
         options["rows"] = {name: row_facts(name, node) for name, node in cfg.study.rows.items()}
     if "sweep" in options:
         options["sweep"] = row_facts("sweep", cfg.study.sweep) or None
+        for facts in (*options["rows"].values(), options["sweep"]):
+            check_places((facts or {}).get("options", {}))
     return get_class(options.pop("_target_"))(run, **options)
 
 

@@ -51,11 +51,16 @@ def build_trainer(cfg: DictConfig, **options: Any) -> lightning.Trainer:
         raise UserError(f"Lightning refuses the options of trainer: {str(error).splitlines()[0]}") from error
 
 
-def train(cfg: DictConfig, folder: Path) -> tuple[lightning.Trainer, Task]:
-    """Build data, module and trainer from the configuration and fit, going on from the last checkpoint."""
+def build(cfg: DictConfig) -> tuple[lightning.LightningDataModule, Task]:
+    """Build data and task from the configuration; nothing is read yet. UserError for what does not fit."""
     lightning.seed_everything(cfg.seed, workers=True, verbose=False)
     data, task = (instantiate(node, _convert_="all") for node in (cfg.data, cfg.module))
     task.check(data)
+    return data, task
+
+
+def train(cfg: DictConfig, folder: Path, data: lightning.LightningDataModule, task: Task) -> lightning.Trainer:
+    """Build the trainer from the configuration and fit, going on from the last checkpoint."""
     if hasattr(data, "prepare"):
         data.prepare(first := predictor(partial(build_trainer, cfg)))
     logger = build_logger(cfg)
@@ -75,7 +80,7 @@ def train(cfg: DictConfig, folder: Path) -> tuple[lightning.Trainer, Task]:
     trainer.fit(task, data, ckpt_path=str(last) if last.exists() else None)
     if trainer.interrupted:
         raise KeyboardInterrupt
-    return trainer, task
+    return trainer
 
 
 def overrides(words: list[str]) -> list[str]:
@@ -110,11 +115,12 @@ def main(cfg: DictConfig) -> None:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     torch.set_float32_matmul_precision("high")
     folder = run_folder(cfg)
-    ensure(OmegaConf.to_container(cfg.dataset, resolve=True), cfg.model.path, cfg.paths.work)
     precision = settle_precision(cfg)
+    data, task = build(cfg)  # what does not fit is refused before hours of preparation
+    ensure(OmegaConf.to_container(cfg.dataset, resolve=True), cfg.model.path, cfg.paths.work)
     if rank() == 0:
         tell(", ".join(f"{name.replace('_', ' ')} {value}" for name, value in precision.items()))
-    trainer, task = train(cfg, folder)
+    trainer = train(cfg, folder, data, task)
     if not trainer.is_global_zero:
         return
     figures = {k: float(v) for k, v in trainer.callback_metrics.items() if not k.endswith(("_step", "_epoch"))}

@@ -49,6 +49,7 @@ def main(cfg: DictConfig) -> None:
     """Harmonize one composite or a folder of them; every run writes a folder of its own."""
     from harmony.methods.inputs import PICTURES, list_composites, read_inputs
     from harmony.methods.runs import Inserter, Request
+    from harmony.models.shipped import check_places
     from harmony.pixels.images import write_image
 
     options = {name: OmegaConf.to_container(cfg)[name] for name in (*PICTURES, "prompts")}
@@ -59,8 +60,10 @@ def main(cfg: DictConfig) -> None:
     items, incomplete_ids = list_composites(Path(cfg.dir)) if cfg.dir else ([], [])
     inputs = None if cfg.dir else [read_inputs(options)]
     lights = {"describer": "given"} if cfg.prompts is not None and "describer" in cfg.method else {}
+    options_of_method = OmegaConf.to_container(cfg.method, resolve=True) | lights
+    check_places(options_of_method)
     backbone = instantiate(cfg.model).to(device())
-    method = build({**OmegaConf.to_container(cfg.method, resolve=True), **lights}, backbone)
+    method = build(options_of_method, backbone)
     method.say = tell
     print(method.describe())
     for each in inputs or ():

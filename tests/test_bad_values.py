@@ -83,6 +83,7 @@ BAD = {
         trainer.val_check_interval=abc trainer.val_check_interval=-1 trainer.log_every_n_steps=0
         checkpoint_every=0 checkpoint_every=abc seed=-1 seed=4294967296 seed=abc evaluate.steps=0 evaluate.limit=0
         evaluate.split=none evaluate=3 callbacks.samples.every=0 callbacks.samples.steps=abc module=true data=3
+        data.backbone={} data.backbone=null data.backbone={path:tiny} module.backbone={} module.backbone=null
         module.lrr=1 data.batchsize=3 trainer.max_step=3 resume=5 guidance=abc
     """,
     "fit ": "vectors=0 vectors=abc vectors=1000 property=5 module.steps=0 data.previews=abc",

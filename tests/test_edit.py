@@ -14,6 +14,7 @@ from PIL import Image
 from harmony import edit
 from harmony.cli.compose import compose
 from harmony.core.errors import UserError
+from harmony.data import captions
 from harmony.methods import edit_inputs
 from harmony.methods import prompt_editing as sampling
 from harmony.metrics.fidelity import psnr
@@ -133,8 +134,9 @@ def test_an_edit_with_the_shipped_backbone(desk, command, monkeypatch):
     assert kept.stat().st_mtime_ns == before and Path(out[-1]).parent != folder
 
 
-def test_the_captioner_names_the_source(desk, command):
+def test_the_captioner_names_the_source(desk, command, monkeypatch):
     """Guards source=null: the backbone's captioner looks at the photograph, and what it says is said and kept."""
+    monkeypatch.setattr(captions, "knows_photographs", lambda folder: True)
     code, out, err = command("model.path=tiny", "source=", "target=a")
     assert code == 0, err
     (line,) = [line for line in out if "by the captioner" in line]
@@ -142,10 +144,16 @@ def test_the_captioner_names_the_source(desk, command):
     assert len(settings.source.split()) >= 4 and f"{settings.source!r}" in line
 
 
-def test_a_backbone_without_a_captioner(desk, command):
-    """Guards the message where nobody says what the photograph shows."""
-    code, _, err = command("source=")
-    assert code == 2 and len(err) == 1 and "has no captioner" in err[0]
+@pytest.mark.parametrize(
+    ("words", "reason"),
+    [((), "has no captioner"), (["model.path=tiny"], "the backbone's captioner does not know photographs")],
+)
+def test_no_captioner_that_knows_photographs(desk, command, words, reason):
+    """Guards source=null where nobody says what the photograph shows: the source is empty, and a line says so."""
+    code, out, err = command(*words, "source=", "target=a")
+    assert code == 0, err
+    (line,) = [line for line in out if line.startswith("the source is empty, its words would be the handles")]
+    assert reason in line and OmegaConf.load(Path(out[-1]).parent / "config.yaml").source == ""
 
 
 @pytest.mark.parametrize(

@@ -227,6 +227,22 @@ def test_outputs_of_other_weights_are_not_taken(ready, random_backbone, awake, t
     assert len(list(folder.rglob("*.npy"))) == 2 and (folder / "table.csv").exists()
 
 
+@pytest.mark.parametrize(
+    ("name", "word", "said"),
+    [
+        ("table1", "controlnets.color=nowhere", "there is no ControlNet nowhere"),
+        ("exemplar_bench", "painters.paint_by_example=nowhere", "there is no Paint by Example nowhere"),
+        ("table1", "study.rows.copy_paste=stored:nowhere", "nowhere: there is no such folder of results"),
+        ("fig6", "controlnets.color=nowhere", "there is no ControlNet nowhere"),
+    ],
+)
+def test_a_path_that_is_missing_is_said_before_anything_is_prepared(name, word, said, ready, monkeypatch):
+    monkeypatch.setattr(evaluate, "ensure", lambda *given: pytest.fail("prepared"))
+    monkeypatch.setattr(Backbone, "unet", property(lambda self: pytest.fail("loaded")))
+    with pytest.raises(UserError, match=said):
+        evaluate.main(study_of(ready(name, word)))
+
+
 def test_a_clip_that_there_is_not(ready):
     """Guards bad input: one line before anything is painted."""
     for name, said in (("ViT-B-32", "give open_clip's NAME/WEIGHTS"), ("no-such/weights", "cannot be loaded")):

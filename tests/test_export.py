@@ -406,13 +406,18 @@ def test_the_snippet_of_a_card_runs(run, command, backbone, monkeypatch):
     run_snippet(folder / "export", 32)
 
 
-def test_the_snippet_of_the_shipped_controlnet_runs(command, tmp_path, monkeypatch):
+@pytest.mark.parametrize("name", ["color", "structure"])
+@pytest.mark.parametrize("is_new", [False, True], ids=["shipped", "exported again"])
+def test_the_snippet_of_a_shipped_card_runs(name, is_new, command, tmp_path, monkeypatch):
     """Guards weights in half precision: all parts of the pipeline must be asked for in one precision."""
-    assert {tensor.dtype for tensor in safetensors_of(ASSETS / "color" / "controlnet").values()} == {torch.float16}
-    code, _, err = command(ASSETS / "color", f"output={tmp_path / 'color'}")
-    assert code == 0, err
-    monkeypatch.chdir(tmp_path / "color")
-    run_snippet(tmp_path / "color", 64)
+    assert {tensor.dtype for tensor in safetensors_of(ASSETS / name / "controlnet").values()} == {torch.float16}
+    if is_new:
+        code, _, err = command(ASSETS / name, f"output={tmp_path / name}")
+        assert code == 0, err
+    else:
+        shutil.copytree(ASSETS / name, tmp_path / name)
+    monkeypatch.chdir(tmp_path / name)
+    run_snippet(tmp_path / name, 64)
 
 
 # --- cards

@@ -301,7 +301,7 @@ def test_pictures_and_words_are_measured(sd1, composites):
     clip = clip_of(sd1)
     images = embeddings(pictures, clip)
     assert features.device.type == images.device.type == "cpu" and clip.texts(["a car"]).shape[1] == images.shape[1]
-    scorer = WordScorer(clip, lambda composite: "a car")
+    scorer = WordScorer(clip, lambda composite, caption: "a car")
     assert len(scorer(pictures[0], masks[0])) == 2
 
 

@@ -409,6 +409,24 @@ def test_a_run_on_another_backbone_does_not_go_on(command, tmp_path, monkeypatch
     assert "last.ckpt is damaged" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["module.branch=colour", "data.branch=color"], "module.branch=colour: choose one of color"),
+        (["data.branch=structure"], "data.branch=['structure'] must have color"),
+        (["experiment=textual_inversion", "token=<|endoftext|>", "init=car"], "knows this word already"),
+        (["experiment=textual_inversion", "token=<b>", "init=zzzzqq"], "give a plain word that is a single one"),
+    ],
+)
+def test_what_cannot_be_trained_is_refused_before_preparation(words, said, tmp_path, monkeypatch, capsys):
+    """Guards hours of preparation: the task is built first."""
+    monkeypatch.setattr(harmony.fit, "ensure", lambda *given: pytest.fail("prepared"))
+    folders = [f"paths.work={tmp_path / 'work'}", f"paths.runs={tmp_path / 'runs'}"]
+    first = ["dataset.dir=."] if words[0].startswith("experiment") else ["experiment=color"]
+    assert type_in(monkeypatch, [*first, "model.path=tiny", "logger=none", *folders, *words]) == 2
+    assert said in capsys.readouterr().err
+
+
 def test_ensure_prepares_once(work, tmp_path, monkeypatch):
     """Guards the hand-over: the same recipe is not prepared again, another one is, in a process of its own."""
     recipe = json.loads((work / "studio" / "recipe.json").read_text())

@@ -455,12 +455,34 @@ def test_a_batch_changes_no_composite(desk, command):
     assert all((desk / "words" / name / "harmonized.png").exists() for name in ("one", "three"))
 
 
+@pytest.mark.parametrize(
+    "word", ["structure=nowhere", "method=paint_by_example painter=nowhere", "method=zero_shot evaluator=nowhere"]
+)
+def test_a_path_that_is_missing_is_said_before_models_load(desk, command, monkeypatch, word):
+    monkeypatch.setattr("harmony.models.backbone.load_part", lambda *given, **more: pytest.fail("loaded"))
+    monkeypatch.setattr("harmony.methods.inpainting.load_controlnet", lambda *given: pytest.fail("loaded"))
+    code, _, errors = command("composite=b.png", "mask=m.png", "prompt=x", "controlnet=color", *word.split())
+    assert code == 2 and "nowhere" in errors[0], errors
+
+
 @pytest.mark.parametrize("name", ["../two", "..", "one"])
 def test_an_id_must_be_a_name_of_its_own(desk, command, name):
-    """Guards what lies there: no row writes into another's folder, or outside."""
+    """Guards what lies there: no row writes into another's folder, or outside; the other rows are harmonized."""
     (desk / "index.csv").write_text(f"id,composite,mask\none,b.png,m.png\n{name},f.png,m.png\n")
-    code, _, errors = command("dir=.", "output=out")
-    assert code == 2 and f"'{name}' must be a file name that no other composite has" in errors[0]
+    before = {path.name for path in desk.parent.iterdir()}
+    code, lines, errors = command("dir=.", "output=out", "prompt=x")
+    assert code == 0, errors
+    assert f"1 left out, the id is no file name or that of an earlier row: ['{name}']" in lines
+    assert {path.name for path in (desk / "out").iterdir() if path.is_dir()} == {"one"}
+    assert np.array_equal(read_image(desk / "out" / "one" / "composite.png"), read_image(desk / "b.png"))
+    assert {path.name for path in desk.parent.iterdir()} == before
+    assert json.loads((desk / "out" / "metrics.json").read_text()) == {"composites": 1, "left_out": 1}
+
+
+def test_an_index_without_a_usable_row_is_refused_before_models_load(desk, command):
+    (desk / "index.csv").write_text("id,composite,mask\n../one,b.png,m.png\ntwo,,\n")
+    code, _, errors = command("dir=.", "output=out", "model.path=nowhere/at/all")
+    assert code == 2 and "index.csv has no row that can be harmonized" in errors[0] and not (desk / "out").exists()
 
 
 def test_a_transparent_reference_lies_on_white(desk):

@@ -25,6 +25,7 @@ from harmony.cli.explain import (
     check_experiment,
     default_groups,
     explain,
+    find_shadows,
     group_options,
     refuse_logger,
     refuse_missing,
@@ -102,6 +103,8 @@ def run(
             choices = {key: option for key, option in settings.runtime.choices.items() if not key.startswith("hydra/")}
             if choices.get("experiment"):
                 check_experiment(name, choices, config_dir)
+            for line in find_shadows(choices) if rank() == 0 else ():
+                print(line)
             refuse_missing(cfg)
             check_options(cfg, name, choices, config_dir)
             refuse_logger(cfg)

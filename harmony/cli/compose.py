@@ -40,9 +40,19 @@ def places(group: str) -> list[Path]:
 
 def options(group: str) -> dict[str, Path]:
     """Name and file of each option of ``group``, sorted by name."""
-    _, _, pattern, name_of, _ = GROUPS[group]
-    files = {name_of(path): path for place in reversed(places(group)) for path in place.glob(pattern)}
+    files = {name: path for place in reversed(places(group)) for name, path in list_files(group, place).items()}
     return dict(sorted(files.items()))
+
+
+def list_files(group: str, place: Path) -> dict[str, Path]:
+    """Name and file of each option of ``group`` in one folder."""
+    _, _, pattern, name_of, _ = GROUPS[group]
+    return {name_of(path): path for path in place.glob(pattern)}
+
+
+def list_bundled(group: str) -> dict[str, Path]:
+    """Name and file of each option of ``group`` that comes with the package."""
+    return list_files(group, places(group)[-1])
 
 
 def why(path: Path) -> str:

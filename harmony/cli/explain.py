@@ -19,7 +19,7 @@ from hydra.utils import get_object
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from harmony.cli.compose import CONFIGS, GROUPS, compose, load_yaml, one_line, options, places
+from harmony.cli.compose import CONFIGS, GROUPS, compose, list_bundled, load_yaml, one_line, options, places
 from harmony.core.errors import UserError
 
 
@@ -93,6 +93,18 @@ def check_experiment(name: str, choices: Mapping[str, str | None], config_dir: P
         body = {key: value for key, value in body.items() if key not in ("defaults", "hydra")}
         for key, hint in unknown_keys(body, base, full):
             raise UserError(f"{files[experiment]}: unknown key {key}{hint}")
+
+
+def find_shadows(choices: Mapping[str, str | None]) -> list[str]:
+    """A line for each file of the chosen experiment and dataset that stands in place of one of harmony's own."""
+    lines = []
+    for group in GROUPS:
+        files, own_files, option = options(group), list_bundled(group), choices.get(group)
+        names = ancestry(option, files) if group == "experiment" and option in files else [option]
+        for name in {*names} & {*files} & {*own_files}:
+            if files[name].read_bytes() != own_files[name].read_bytes():
+                lines.append(f"{group}={name} is that of {files[name]}, not harmony's own")
+    return lines
 
 
 def groups_in(file: Path) -> dict[str, str | None]:

@@ -316,9 +316,13 @@ def check_values(values: Mapping[str, Any], defaults: Mapping[str, Any]) -> None
     null where its default or its rule says so.
     """
     for key, value in flatten(values):
-        if key.rpartition(".")[2].startswith("_"):
+        default, name = defaults.get(key), key.rpartition(".")[2]
+        if name.startswith("_"):
             continue
-        rule = find_rule(key, defaults.get(key))
+        is_off = value is None and name != "backbone"  # a callback or logger may be
+        if isinstance(default, Mapping) and "_target_" in default and not is_off and "_target_" not in (value or {}):
+            raise UserError(f"{key}={value}: leave it out, or give one of its options: {key}.OPTION=...")
+        rule = find_rule(key, default)
         if rule is None or (value is None and (rule.none or defaults.get(key) is None)):
             continue
         if not rule.accepts(value):

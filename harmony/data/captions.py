@@ -1,7 +1,8 @@
 """Captions of whole photographs by BLIP.
 
-BLIP (Li 2022) gets the full, unmasked image, so that a caption names the instance too. Its prompt prefix, beams and
-lengths come from the captioner's generation config, with the values of BLIP's authors as defaults.
+BLIP (Li 2022) gets the full, unmasked image, so that a caption names the instance too. Its prompt prefix and lengths
+come from the captioner's generation config, with the values of BLIP's authors as defaults. The number of beams is
+always theirs: the configuration that is published with BLIP's weights turns beam search off.
 """
 
 import hashlib
@@ -9,13 +10,16 @@ from collections.abc import Iterable, Iterator
 from itertools import islice
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import Any
 
 import numpy as np
 import torch
 
 from harmony.core.errors import UserError
 from harmony.core.foreign import read_json
+from harmony.models.backbone import Backbone
 from harmony.models.shipped import CAPTIONER, fetch_weights
+from harmony.models.weights import load_network
 from harmony.pixels.images import read_image, sha256, write_image
 
 BLIP = "Salesforce/blip-image-captioning-large"  # for backbones without a captioner, as Stable Diffusion
@@ -46,6 +50,13 @@ def knows_photographs(folder: str | Path) -> bool:
     return not (isinstance(content, dict) and content.get("photographs") is False)
 
 
+def find_captioner(backbone: Backbone) -> tuple[Any, Any]:
+    """The backbone's captioner of photographs and its processor. UserError where it has none that knows them."""
+    if not knows_photographs(backbone.folder("captioner")):
+        raise UserError("the backbone's captioner does not know photographs")
+    return backbone.captioner, backbone.processor
+
+
 def label_caption(label: str | None) -> str:
     """The caption of a photograph of which only the label is known; empty if that says nothing."""
     if label in (None, "", NO_LABEL) or label.startswith("/"):  # a machine id
@@ -59,7 +70,7 @@ def load_captioner(folder: str | Path, device: str = "cpu") -> tuple[torch.nn.Mo
 
     try:
         folder = fetch_weights(CAPTIONER, folder)
-        model = BlipForConditionalGeneration.from_pretrained(folder, use_safetensors=True).eval().to(device)
+        model = load_network(BlipForConditionalGeneration, folder, use_safetensors=True).eval().to(device)
         return model, BlipProcessor.from_pretrained(folder)
     except (OSError, ValueError, UserError) as error:
         reason = str(error).splitlines()[0]
@@ -87,7 +98,7 @@ def caption_images(
                 pixel_values=pixels.to(device, captioner.dtype),
                 input_ids=prompts,
                 attention_mask=torch.ones_like(prompts),
-                num_beams=settings.num_beams or BEAMS,
+                num_beams=BEAMS,
                 min_length=settings.min_length or MIN_LENGTH,
                 max_length=settings.max_length or MAX_LENGTH,
             )

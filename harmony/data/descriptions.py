@@ -12,12 +12,12 @@ from typing import Protocol
 import cv2
 import numpy as np
 import torch
-from safetensors import SafetensorError
 
 from harmony.core.errors import UserError
 from harmony.core.foreign import read_json
 from harmony.data.sources.files import picture_name
 from harmony.metrics.similarity import Clip, crop_to_box, embeddings
+from harmony.models.weights import load_network
 
 FORM = "OBJECT: its own light -> the light around it"
 FIELDS = ("object", "foreground", "background")
@@ -58,8 +58,11 @@ class Description:
 class Describer(Protocol):
     """A function from a composite to words."""
 
-    def __call__(self, composite: np.ndarray, mask: np.ndarray) -> list[Description]:
-        """Descriptions of uint8 H x W x 3 with its object (bool H x W), the most probable first."""
+    def __call__(self, composite: np.ndarray, mask: np.ndarray, caption: str | None = None) -> list[Description]:
+        """Descriptions of uint8 H x W x 3 with its object (bool H x W), the most probable first.
+
+        ``caption``: what is known of a photograph; None for a render.
+        """
         ...
 
 
@@ -139,9 +142,10 @@ def color_words(pixels: np.ndarray) -> set[str]:
 class WordScorer:
     """Chooses words for both lights from ``LIGHTS``, by CLIP scores and mean colors of the object and its background.
 
-    ``name`` returns the object phrase of a composite (by a captioner, for instance), ``is_known`` tells whether CLIP
-    knows a word, and ``count`` is the number of descriptions. The object's light is named only if its probability is at
-    least ``min_probability``: the color may be that of the object, and a wrong word is worse than ``PLAIN_LIGHT``.
+    ``name`` returns the object phrase of a composite and its caption (by a captioner, say), ``is_known`` tells whether
+    CLIP knows a word, and ``count`` is the number of descriptions. The object's light is named only if its probability
+    is at least ``min_probability``: the color may be that of the object, and a wrong word is worse than
+    ``PLAIN_LIGHT``.
     """
 
     TRUST = 0.03  # added to a cosine for each word that fits the mean color
@@ -150,7 +154,7 @@ class WordScorer:
     def __init__(
         self,
         clip: Clip,
-        name: Callable[[np.ndarray], str],
+        name: Callable[[np.ndarray, str | None], str],
         is_known: Callable[[str], bool] = lambda word: True,
         count: int = 2,
         min_probability: float = 0.95,
@@ -162,10 +166,10 @@ class WordScorer:
         if not self.lights:
             raise UserError("the model knows none of the words for light: give prompts=, or describer=MODEL")
 
-    def __call__(self, composite: np.ndarray, mask: np.ndarray) -> list[Description]:
+    def __call__(self, composite: np.ndarray, mask: np.ndarray, caption: str | None = None) -> list[Description]:
         if mask.all():
             raise UserError("the mask is white everywhere: there is no light around the object to describe")
-        object_ = self.name(composite)
+        object_ = self.name(composite, caption)
         foreground, probability = self.rank_phrases(object_, cut_object(composite, mask), composite[mask])[0]
         background = self.rank_phrases(object_, remove_object(composite, mask), composite[~mask])
         foreground = foreground if probability >= self.min_probability else PLAIN_LIGHT
@@ -205,8 +209,8 @@ class VisionLanguageModel:
 
         try:
             self.processor = AutoProcessor.from_pretrained(path)
-            self.model = AutoModelForImageTextToText.from_pretrained(path).eval().to(device)
-        except (OSError, ValueError, SafetensorError) as error:
+            self.model = load_network(AutoModelForImageTextToText, path).eval().to(device)
+        except (OSError, ValueError, RuntimeError) as error:
             reason = str(error).splitlines()[0]
             raise UserError(f"describer={path}: no vision-language model of transformers there ({reason})") from None
 
@@ -228,7 +232,7 @@ class VisionLanguageModel:
             words = words[len(words) - words[::-1].index("answer") :]
         return " ".join(words[: self.LENGTH])
 
-    def __call__(self, composite: np.ndarray, mask: np.ndarray) -> list[Description]:
+    def __call__(self, composite: np.ndarray, mask: np.ndarray, caption: str | None = None) -> list[Description]:
         description = Description(
             self.ask(cut_object(composite, mask), self.QUESTIONS["object"]),
             self.ask(cut_object(composite, mask), self.QUESTIONS["light"]),

@@ -84,7 +84,7 @@ def composite_of(e: Example, row: Row, **changes) -> Composite:
     """The composite of an example whose instance stands in its own picture; ``changes``: other fields."""
     square = Composite(
         e.image, e.image, e.mask, e.hole, row.caption, e.exemplar,
-        name=row.id, crop=e.crop, size=(row.width, row.height),
+        name=row.id, crop=e.crop, size=(row.width, row.height), is_photograph="relit" not in row.extras,
     )  # fmt: skip
     return replace(square, **changes)
 

@@ -2,7 +2,6 @@
 
 import math
 import re
-from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -165,18 +164,24 @@ def list_composites(folder: Path) -> tuple[list[tuple[str, dict]], list[str]]:
         raise UserError(f"dir={folder}: there is no such folder; give one that exists")
     if not (folder / "index.csv").exists():
         return pair_files(folder)
-    items, incomplete_ids = [], []
+    items, incomplete_ids, bad_ids = {}, [], []
     for i, row in enumerate(read_table(folder / "index.csv")):
         name = row.get("id") or str(i)
         options = read_row(folder, row)
         if options is None:
             incomplete_ids.append(name)
+        elif name in items or not is_file_name(name):
+            bad_ids.append(name)
         else:
-            items.append((name, options))
+            items[name] = options
     if incomplete_ids:
         parts = "neither a composite with its mask nor a foreground with mask and box"
         print(f"{len(incomplete_ids)} left out, the row of index.csv names {parts}: {incomplete_ids}")
-    return check_ids(folder, items), incomplete_ids
+    if bad_ids:
+        print(f"{len(bad_ids)} left out, the id is no file name or that of an earlier row: {bad_ids}")
+    if not items:
+        raise UserError(f"{folder / 'index.csv'} has no row that can be harmonized: give each an id, pictures and mask")
+    return list(items.items()), incomplete_ids + bad_ids
 
 
 def pair_files(folder: Path) -> tuple[list[tuple[str, dict]], list[str]]:
@@ -222,15 +227,6 @@ def parse_box(text: str) -> list[float] | None:
     except ValueError:
         return None
     return box if len(box) == 4 and all(map(math.isfinite, box)) else None
-
-
-def check_ids(folder: Path, items: list[tuple[str, dict]]) -> list[tuple[str, dict]]:
-    """Return ``items``. UserError unless each id is unique and can name a folder."""
-    counts = Counter(name for name, _ in items)
-    for name, count in counts.items():
-        if count > 1 or not is_file_name(name):
-            raise UserError(f"{folder}: '{name}' must be a file name that no other composite has")
-    return items
 
 
 # --- contact sheets

@@ -31,7 +31,7 @@ class Composite:
     ``caption``: what the finished picture shows. ``exemplar``: a picture of the object to paint, uint8 of any size.
     ``lights``: descriptions of the object's light and of the light around it, one or several to choose from. ``name``,
     and ``crop`` of a photograph of ``size`` (width, height): where the square comes from. ``naive_composite``: copy and
-    paste, where it was done before the square was cut out.
+    paste, where it was done before the square was cut out. ``is_photograph``: False for a render.
     """
 
     background: np.ndarray
@@ -45,6 +45,7 @@ class Composite:
     crop: Crop | None = None
     size: tuple[int, int] | None = None
     naive_composite: np.ndarray | None = None
+    is_photograph: bool = True
 
     def copy_paste(self) -> np.ndarray:
         """The composite by copy and paste, uint8 R x R x 3."""

@@ -15,7 +15,7 @@ from harmony.core.errors import UserError
 from harmony.core.files import write_json, write_text
 from harmony.core.pieces import make_pieces
 from harmony.core.progress import tell
-from harmony.data.captions import caption_images, knows_photographs
+from harmony.data.captions import caption_images, find_captioner
 from harmony.methods.inputs import Inputs, compare_baselines, draw_sheet, read_inputs
 from harmony.methods.insert import AUTO, Insertion, Result, insert
 from harmony.methods.method import CAPTION, Method, fingerprint
@@ -80,13 +80,10 @@ class Inserter:
     def captioner(self) -> tuple[Any, Any] | None:
         """The captioner and its processor; None, with one message for all composites, where none knows photographs."""
         try:
-            captioner, processor = self.backbone.captioner, self.backbone.processor
-            if not knows_photographs(self.backbone.folder("captioner")):
-                raise UserError("the backbone's captioner does not know photographs")
+            return find_captioner(self.backbone)
         except UserError as error:
             self.say(f"the prompt is empty, add prompt=...: {error}")
             return None
-        return captioner, processor
 
     def run(self, requests: Sequence[Request], inputs: Sequence[Inputs] | None = None) -> list[dict[str, Path]]:
         """Insert a batch, with the same results as one at a time; the files of each, ``made_of.json`` last."""

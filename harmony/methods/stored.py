@@ -9,34 +9,30 @@ import numpy as np
 from harmony.core.errors import UserError
 from harmony.methods.method import Composite, Method, Seed, fingerprint
 from harmony.models.backbone import Backbone
-from harmony.pixels.images import crop_resize, read_image, resize, sha256
-
-SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
+from harmony.models.shipped import check_places
+from harmony.pixels.images import SUFFIXES, crop_resize, read_image, resize, sha256
 
 
 class Stored(Method):
-    """A folder with a picture for each composite, NAME.png (or .jpg, .webp): the whole photograph or its square."""
+    """A folder with a picture for each composite, NAME.png (or .jpg, ...): the whole photograph or its square."""
 
     resolution = None
 
     def __init__(self, backbone: Backbone, folder: str):
+        check_places({"folder": folder})
         self.folder = Path(folder)
-        if not self.folder.is_dir():
-            raise UserError(f"{folder}: there is no such folder of results; give one that exists")
 
     @functools.cached_property
-    def files(self) -> dict[str, Path]:
-        """Name -> file. UserError for two files of one name."""
-        files: dict[str, Path] = {}
+    def files(self) -> dict[str, list[Path]]:
+        """Name -> the picture files of this name, one if all is well."""
+        files: dict[str, list[Path]] = {}
         for path in sorted(path for path in self.folder.iterdir() if path.suffix.lower() in SUFFIXES):
-            if path.stem in files:
-                raise UserError(f"{self.folder} has both {files[path.stem].name} and {path.name}: keep one of them")
-            files[path.stem] = path
+            files.setdefault(path.stem, []).append(path)
         return files
 
     @functools.cached_property
     def fingerprint(self) -> str:
-        return fingerprint("stored", {name: sha256(path) for name, path in self.files.items()})
+        return fingerprint("stored", {name: list(map(sha256, paths)) for name, paths in self.files.items()})
 
     def describe(self) -> str:
         return f"{len(self.files)} results from {self.folder}"
@@ -45,10 +41,13 @@ class Stored(Method):
         return [self.read(c) for c in composites]
 
     def read(self, composite: Composite) -> np.ndarray:
-        """The result for a composite, uint8 R x R x 3. UserError where it is missing or has the wrong size."""
-        if composite.name not in self.files:
+        """The result for a composite, uint8 R x R x 3. UserError where it is missing, not alone, or of a wrong size."""
+        paths = self.files.get(composite.name, [])
+        if not paths:
             raise UserError(f"{self.folder} has no result for {composite.name}: put {composite.name}.png there")
-        path = self.files[composite.name]
+        if len(paths) > 1:
+            raise UserError(f"{self.folder} has {' and '.join(p.name for p in paths)}: keep one of them")
+        path = paths[0]
         picture, side = read_image(path), len(composite.mask)
         height, width = picture.shape[:2]
         if composite.crop is not None and (width, height) == composite.size:

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 
 from harmony.core.errors import UserError
 from harmony.core.files import write_json
-from harmony.data.captions import caption_picture
+from harmony.data.captions import caption_picture, find_captioner
 from harmony.data.descriptions import Describer, Description, VisionLanguageModel, WordScorer
 from harmony.methods.method import LIGHTS, Composite, Method, Seed, fingerprint
 from harmony.models.attention import Layer, conditional_rows, control_attention, map_side
@@ -376,8 +376,9 @@ def make_word_scorer(backbone: Backbone, clip: str | None = None) -> WordScorer:
     """Build the describer that scores lists of words by CLIP.
 
     ``clip``: open_clip's NAME/WEIGHTS; None: the backbone's own. It uses words that are one token of the backbone. The
-    captioner of the backbone, if there is one, names the object: its caption up to the last comma. UserError for a
-    backbone without CLIP.
+    captioner of the backbone names the object: its caption up to the last comma. Where the backbone has none, or none
+    that knows photographs, the caption that is known does, as the dataset's label. UserError for a backbone without
+    CLIP.
     """
 
     def is_token(word: str) -> bool:
@@ -388,17 +389,24 @@ def make_word_scorer(backbone: Backbone, clip: str | None = None) -> WordScorer:
         raise UserError(
             f"backbone {backbone.name} has no CLIP image tower: give prompts=, clip=NAME/WEIGHTS or describer=MODEL"
         )
+    captioner, knows_all = None, False
     try:
-        captioner, processor = backbone.captioner, backbone.processor
+        captioner = backbone.captioner, backbone.processor
+        knows_all = bool(find_captioner(backbone))
     except UserError as error:
-        print(f"every object is called {DEFAULT_OBJECT!r}, or give prompts=: {error}")
-        return WordScorer(scores, lambda composite: DEFAULT_OBJECT, is_token)
+        print(f"an object without a caption is called {DEFAULT_OBJECT!r}, or give prompts=: {error}")
 
-    def name_object(composite: np.ndarray) -> str:
-        caption = caption_picture(composite, captioner, processor, backbone.device)
-        return f"{caption.rpartition(',')[0]}," if "," in caption else caption
+    def name_object(composite: np.ndarray, caption: str | None) -> str:
+        if captioner is not None and (knows_all or caption is None):
+            caption = caption_picture(composite, *captioner, backbone.device)
+        return shorten_caption(caption) if caption else DEFAULT_OBJECT
 
     return WordScorer(scores, name_object, is_token)
+
+
+def shorten_caption(caption: str) -> str:
+    """The object phrase of a caption: it up to its last comma, behind which the light is described."""
+    return f"{caption.rpartition(',')[0]}," if "," in caption else caption
 
 
 class ZeroShot(Method):
@@ -446,7 +454,8 @@ class ZeroShot(Method):
     def find_descriptions(self, composite: Composite) -> list[Description]:
         """The descriptions of a composite. UserError where there are none."""
         if self.describer is not None:
-            return self.describer(composite.copy_paste(), composite.mask)
+            caption = composite.caption if composite.is_photograph else None
+            return self.describer(composite.copy_paste(), composite.mask, caption)
         if not composite.lights:
             raise UserError("there are no words for both lights: choose describer=words, or give prompts=")
         return list(composite.lights)
@@ -523,4 +532,5 @@ def load(
     elif describer != "given":
         word_describer = VisionLanguageModel(describer, backbone.device)
     score = load_evaluator(evaluator, backbone.device)
-    return ZeroShot(backbone, settings, word_describer, rounds, score, f"{describer} {clip or ''}".strip())
+    facts = [backbone.hash(part) for part in ("image_encoder", "captioner")] if describer == "words" else []
+    return ZeroShot(backbone, settings, word_describer, rounds, score, " ".join([describer, clip or "", *facts]))

@@ -24,6 +24,7 @@ from harmony.core.errors import UserError
 from harmony.core.files import replace_folder, write_json
 from harmony.core.hub import fetch_folder
 from harmony.models.shipped import ASSETS, backbone_path
+from harmony.models.weights import load_network
 
 if TYPE_CHECKING:
     from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
@@ -69,10 +70,6 @@ def load_part(path: str, part: str, weights: str = "hub", dtype: torch.dtype = t
     """
     import importlib
 
-    from transformers.utils.logging import disable_progress_bar, set_verbosity_error
-
-    disable_progress_bar()
-    set_verbosity_error()  # no warning that a plain text encoder leaves out the projection of the text tower
     library, name = CLASSES[part]
     cls = getattr(importlib.import_module(library), name)
     folder = FOLDERS.get(part, part)
@@ -96,8 +93,8 @@ def load_part(path: str, part: str, weights: str = "hub", dtype: torch.dtype = t
                     model = cls(cls.config_class.from_pretrained(part_folder)).to(dtype)
             else:
                 options = {"torch_dtype": dtype} if library == "diffusers" else {"dtype": dtype}
-                model = cls.from_pretrained(part_folder, use_safetensors=True, **options)
-        except (OSError, ValueError) as error:
+                model = load_network(cls, part_folder, use_safetensors=True, **options)
+        except (OSError, ValueError, RuntimeError) as error:
             raise UserError(f"cannot load {part} of backbone {path}: {str(error).splitlines()[0]}") from error
     forget_path(model)
     return model.requires_grad_(False).eval()

@@ -9,6 +9,7 @@ from harmony.core.errors import UserError
 from harmony.metrics.frechet import clean_resize, normalize_clip
 from harmony.metrics.similarity import Clip
 from harmony.models.backbone import Backbone
+from harmony.models.weights import check_tensors
 
 if TYPE_CHECKING:
     from transformers import CLIPTokenizer
@@ -69,6 +70,7 @@ class OpenClip:
             )
         except Exception as error:  # an unknown name, no connection and a damaged file raise different exceptions
             raise UserError(f"clip={name} cannot be loaded: {(str(error) or repr(error)).splitlines()[0]}") from error
+        check_tensors(self.model.state_dict(), f"clip={name}")
         self.model.eval()
         self.tokenizer = open_clip.get_tokenizer(model)
 

@@ -12,12 +12,12 @@ from pathlib import Path
 
 import torch
 from diffusers import ControlNetModel, UNet2DConditionModel
-from safetensors import SafetensorError
 
 from harmony.core.errors import UserError
 from harmony.core.files import replace_folder, write_json
 from harmony.models.backbone import Backbone
 from harmony.models.shipped import CONTROLNET, fetch_weights, find_weights
+from harmony.models.weights import load_network
 from harmony.pixels.hints import HINTS
 from harmony.pixels.images import sha256
 
@@ -65,8 +65,8 @@ def load_controlnet(path: str | os.PathLike, dtype: torch.dtype = torch.float32)
     """Load a frozen ControlNet from whatever ``fetch_weights`` knows. Never unpickles."""
     try:
         source = fetch_weights(CONTROLNET, path)
-        net = ControlNetModel.from_pretrained(source, torch_dtype=dtype, use_safetensors=True)
-    except (OSError, ValueError, SafetensorError) as error:
+        net = load_network(ControlNetModel, source, torch_dtype=dtype, use_safetensors=True)
+    except (OSError, ValueError, RuntimeError) as error:
         raise UserError(f"cannot load a ControlNet from {path}: {str(error).splitlines()[0]}") from error
     return net.requires_grad_(False).eval()
 

@@ -9,6 +9,7 @@ import torch
 from harmony.core.errors import UserError
 from harmony.metrics.frechet import normalize_clip
 from harmony.models.backbone import Backbone
+from harmony.models.weights import check_tensors
 
 INCEPTION_FILE = "inception-2015-12-05.pt"  # clean-fid's weights
 INCEPTION_SIZE = 299
@@ -41,6 +42,7 @@ class InceptionFeatures:
 
         self.device = device
         self.model = InceptionV3W(str(folder), download=False).to(device)
+        check_tensors(self.model.state_dict(), str(folder / INCEPTION_FILE))
 
     @torch.no_grad()
     def __call__(self, images: torch.Tensor) -> torch.Tensor:

@@ -4,7 +4,7 @@ A residual network with four input channels (RGB and mask) and two classes, as t
 folder holds ``judge.safetensors`` and ``judge.json``: architecture, side in pixels, temperature.
 """
 
-import json
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,12 +12,12 @@ from pathlib import Path
 import cv2
 import numpy as np
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 
 from harmony.core.errors import UserError
 from harmony.core.files import write_json, write_tensors
+from harmony.core.foreign import read_json
 from harmony.models.shipped import JUDGE, find_weights
+from harmony.models.weights import fill_network, read_weights
 from harmony.pixels.images import resize, sha256, to_model
 
 WEIGHTS, FACTS = "judge.safetensors", "judge.json"
@@ -28,7 +28,7 @@ def judge_net(arch: str, options: dict | None = None) -> torch.nn.Module:
     """timm's ``arch`` with four input channels and two classes. UserError for a name that timm does not know."""
     import timm
 
-    if not timm.is_model(arch):
+    if not isinstance(arch, str) or not timm.is_model(arch):
         suggestions = timm.list_models(f"*{arch}*")[:3]
         raise UserError(f"arch={arch}: timm has no such model{f', it has {suggestions}' if suggestions else ''}")
     return timm.create_model(arch, in_chans=4, num_classes=2, **(options or {}))
@@ -73,15 +73,17 @@ def judge_hash(name: str | None) -> str:
 def load_judge(path: str | Path, device: torch.device | str = "cpu") -> Judge:
     """Load a frozen judge from a run, a folder or a shipped name. UserError for files that cannot be read."""
     folder = find_weights(JUDGE, path)
+    facts = read_json(folder / FACTS)
     try:
-        facts = json.loads((folder / FACTS).read_text())
-        net = judge_net(facts["arch"], facts["options"])
-        net.load_state_dict(
-            {k: v.float() if v.is_floating_point() else v for k, v in load_file(folder / WEIGHTS).items()}
-        )
-    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
-        raise UserError(f"the judge in {folder} cannot be read: {str(error).splitlines()[0]}") from None
-    return Judge(net.requires_grad_(False).eval().to(device), facts["side"], facts["temperature"])
+        net, side, temperature = judge_net(facts["arch"], facts["options"]), facts["side"], facts["temperature"]
+    except (TypeError, KeyError, RuntimeError, ValueError) as error:
+        raise UserError(f"{folder / FACTS} describes no judge ({error!r}): restore it from a copy") from None
+    if type(side) is not int or not 8 <= side <= 4096:
+        raise UserError(f"{folder / FACTS}: side={side}, give a whole number of pixels from 8 to 4096")
+    if type(temperature) not in (int, float) or not 0 < temperature < math.inf:
+        raise UserError(f"{folder / FACTS}: temperature={temperature}, give a number above 0")
+    fill_network(net, read_weights(folder / WEIGHTS), folder / WEIGHTS)
+    return Judge(net.requires_grad_(False).eval().to(device), side, temperature)
 
 
 def statistic(image: np.ndarray, mask: np.ndarray) -> float:

@@ -13,14 +13,13 @@ from pathlib import Path
 import torch
 from diffusers import UNet2DConditionModel
 from diffusers.models.attention import BasicTransformerBlock
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from transformers import CLIPVisionConfig, CLIPVisionModel
 
 from harmony.core.errors import UserError
 from harmony.core.files import replace_folder, write_json, write_tensors
 from harmony.models.backbone import Backbone, load_part, weights_hash
 from harmony.models.shipped import CLIP_TOWER, PAINTER, fetch_weights, find_weights
+from harmony.models.weights import fill_network, load_network, read_weights
 from harmony.pixels.images import sha256, to_clip
 
 WEIGHTS = "model.safetensors"
@@ -111,7 +110,7 @@ def load_tower(path: str) -> CLIPVisionModel:
     """Load a frozen CLIP vision tower from a folder or hub id. UserError if there is none; never unpickles."""
     try:
         source = fetch_weights(CLIP_TOWER, path)
-        return CLIPVisionModel.from_pretrained(source, use_safetensors=True).requires_grad_(False).eval()
+        return load_network(CLIPVisionModel, source, use_safetensors=True).requires_grad_(False).eval()
     except (OSError, ValueError, UserError) as error:
         raise UserError(f"module.tower={path} is no CLIP vision tower: {str(error).splitlines()[0]}") from error
 
@@ -234,10 +233,10 @@ def read_encoder(source: str, backbone: Backbone) -> ExemplarEncoder:
     try:
         config = json.loads(fetch_encoder_file(source, "config.json").read_text())
         encoder = ExemplarEncoder(CLIPVisionConfig(**config), config.get("all_tokens", False))
-        state = load_file(fetch_encoder_file(source, WEIGHTS))
-    except (OSError, ValueError, SafetensorError) as error:
+        file = fetch_encoder_file(source, WEIGHTS)
+    except (OSError, ValueError, TypeError, AttributeError) as error:
         raise UserError(f"cannot load image_encoder of {source}: {str(error).splitlines()[0]}") from error
-    state = {name.replace("model.vision_model.", "model.", 1): value for name, value in state.items()}
+    state = {name.replace("model.vision_model.", "model.", 1): value for name, value in read_weights(file).items()}
     state.pop("model.embeddings.position_ids", None)  # a constant in older files
     if not any(name.startswith("model.") for name in state):
         tower = backbone_tower(backbone, encoder.config)
@@ -246,10 +245,7 @@ def read_encoder(source: str, backbone: Backbone) -> ExemplarEncoder:
                 f"{source} was trained with another CLIP tower than that of {backbone.name}: give its model.path"
             )
         state |= {f"model.{name}": value for name, value in tower.state_dict().items()}
-    try:
-        encoder.load_state_dict(state)
-    except RuntimeError as error:
-        raise UserError(f"{source}/image_encoder does not fit its config.json: {str(error).splitlines()[-1]}") from None
+    fill_network(encoder, state, file)
     return encoder.requires_grad_(False).eval()
 
 

@@ -1,8 +1,10 @@
 """Where weights lie: the one place that turns a shipped name, a run, a folder or a hub id into a folder."""
 
 import os
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from harmony.core.errors import UserError
 from harmony.core.files import PACKAGE
@@ -70,6 +72,18 @@ def find_weights(kind: Weights, name: str | os.PathLike) -> Path | None:
     if not kind.hub or str(name).count("/") != 1:
         raise UserError(f"there is no {kind.what} {name}: {kind.remedy}")
     return None
+
+
+PLACES = {"controlnet": CONTROLNET, "structure": CONTROLNET, "painter": PAINTER, "evaluator": JUDGE}
+
+
+def check_places(options: Mapping[str, Any]) -> None:
+    """UserError for an option of a method that names weights or results which are not there; no hub is asked."""
+    for name, kind in PLACES.items():
+        if isinstance(place := options.get(name), str) and place != "statistic":
+            find_weights(kind, place)
+    if isinstance(folder := options.get("folder"), str) and not os.path.isdir(folder):
+        raise UserError(f"{folder}: there is no such folder of results; give one that exists")
 
 
 def fetch_weights(kind: Weights, name: str | os.PathLike) -> Path:

@@ -11,13 +11,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 
 from harmony.core.errors import UserError
 from harmony.core.files import write_tensors
 from harmony.models.backbone import Backbone
 from harmony.models.shipped import WORD, find_weights
+from harmony.models.weights import read_weights
 
 WEIGHTS = "learned_embeds.safetensors"  # diffusers' name for the file
 
@@ -50,10 +49,7 @@ def read_word(path: str | os.PathLike) -> Word:
         raise UserError(
             f"{file}: learned words are read from safetensors alone, other formats can run code; convert it"
         )
-    try:
-        state = load_file(file)
-    except (OSError, SafetensorError) as error:
-        raise UserError(f"{file} cannot be read: {str(error).splitlines()[0]}") from None
+    state = read_weights(file)
     token, vectors = next(iter(state.items()), ("", torch.empty(0)))
     if len(state) != 1 or vectors.ndim not in (1, 2) or not len(vectors):
         shapes = {name: tuple(value.shape) for name, value in state.items()}

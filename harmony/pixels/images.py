@@ -20,6 +20,7 @@ from harmony.core.errors import UserError
 from harmony.core.files import replace_file
 
 FORMATS = ("JPEG", "PNG", "WEBP", "TIFF", "BMP", "GIF", "AVIF")  # others never reach their decoder in Pillow (EPS!)
+SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".tif", ".tiff", ".bmp", ".gif", ".avif")  # of their files
 WRITERS = {
     ".png": {"format": "PNG"},
     ".jpg": {"format": "JPEG", "quality": 95, "subsampling": 0},

@@ -61,7 +61,11 @@ class Controls(Task):
         return [Compilation()]
 
     def check(self, data: LatentData) -> None:
+        """UserError unless each batch has the hints of all ControlNets."""
         self.hints = data.recipes["train"].hints
+        for name in self.controls:
+            if name not in data.branches or name not in self.hints:
+                raise UserError(f"data.branch={data.branches} must have {name}, and data.hints its parameters")
 
     @property
     def branches(self) -> list[Branch]:

@@ -13,8 +13,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 
 from harmony.core.errors import UserError
 from harmony.core.files import write_text
@@ -22,6 +21,7 @@ from harmony.models.backbone import ship
 from harmony.models.controlnet import export_controlnet, from_unet, read_hint
 from harmony.models.paint_by_example import backbone_facts, export_painter, load_painter
 from harmony.models.shipped import CONTROLNET, PAINTER, find_weights
+from harmony.models.weights import read_weights
 from harmony.pixels.hints import HINTS
 from harmony.training.cards import render_backbone_card, render_controlnet_card, render_painter_card
 from harmony.training.run_folder import RunFolder
@@ -66,14 +66,6 @@ def publish(run: RunFolder, networks: Path, card: str, output: Path) -> None:
     if run.grid:
         copy_file(run.grid, output / "grid.png", networks.parent)
     write_text(output / "README.md", card)
-
-
-def read_weights(controlnet: Path) -> dict[str, torch.Tensor]:
-    """The weights of a ControlNet folder. UserError for a damaged file."""
-    try:
-        return load_file(controlnet / WEIGHTS)
-    except SafetensorError as error:
-        raise UserError(f"{WEIGHTS} of the ControlNet cannot be read ({error}): restore it from a copy") from None
 
 
 # --- ControlNets
@@ -133,7 +125,7 @@ def write_networks(run: RunFolder, path: Path, output: Path, half: bool) -> Path
     is_running = run.find_file("checkpoints/last.ckpt") and not run.has_ended
     controlnet = restore_controlnet(run, output) if is_running else copy_controlnet(run, path, output)
     if half:
-        tensors = {name: tensor.half() for name, tensor in read_weights(controlnet).items()}
+        tensors = {name: tensor.half() for name, tensor in read_weights(controlnet / WEIGHTS).items()}
         # to another name first: tensors that were in half precision already are still mapped to the file
         save_file(tensors, output / WEIGHTS, metadata={"format": "pt"})
         os.replace(output / WEIGHTS, controlnet / WEIGHTS)
@@ -156,7 +148,7 @@ def write_single_file(run: RunFolder, path: Path, output: Path, half: bool) -> P
         facts = read_hint(controlnet)
         target = output / f"harmony-{facts.get('branch', 'controlnet')}.safetensors"
         texts = {"format": "pt", "config": (controlnet / "config.json").read_text(), "hint": json.dumps(facts)}
-        save_file(read_weights(controlnet), folder / target.name, metadata=texts)
+        save_file(read_weights(controlnet / WEIGHTS), folder / target.name, metadata=texts)
         os.replace(folder / target.name, target)
     return target
 

@@ -130,6 +130,24 @@ def test_the_environment_variable_comes_before_the_current_folder(house):
     assert seeds == [7, 2]
 
 
+def test_a_file_in_place_of_ours_is_said(command, house, monkeypatch):
+    """Guards the current folder: its experiments and datasets win, also those that another starts from, with a line."""
+    monkeypatch.delenv("HARMONY_EXPERIMENTS")
+    monkeypatch.delenv("HARMONY_DATASETS")
+    monkeypatch.setattr("harmony.cli.compose.bundled", lambda folder: house / folder)
+    assert command("experiment=long", "dataset=mini")[2] == ""
+    for name, text in {"experiments/color.yaml": COLOR, "datasets/mini/recipe.yaml": "dir: there\n"}.items():
+        Path(name).parent.mkdir(parents=True)
+        Path(name).write_text(text)
+    here = house / "elsewhere"
+    expected = f"dataset=mini is that of {here}/datasets/mini/recipe.yaml, not harmony's own\n"
+    assert command("experiment=long", "dataset=mini")[2] == expected, "the same text says the same"
+    Path("experiments/color.yaml").write_text("seed: 8\n")
+    expected = f"experiment=color is that of {here}/experiments/color.yaml, not harmony's own\n"
+    code, (cfg,), out, _ = command("experiment=long")
+    assert (code, cfg.seed, out) == (0, 8, expected)
+
+
 def test_calling_main_with_a_configuration_just_runs_it(house):
     @entry("fit", config_dir=house / "configs")
     def main(cfg):

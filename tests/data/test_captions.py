@@ -78,7 +78,26 @@ def test_generation_settings_come_from_the_captioner_and_default_to_blips(captio
     model.generation_config = load_captioner(captioner_folder)[0].generation_config  # it survives the way to the disk
     list(caption_images(images[:1], model, processor, 1, "cpu"))
     settings = [(a["num_beams"], a["min_length"], a["max_length"], a["input_ids"].shape[1]) for a in asked]
-    assert settings == [(3, 5, 20, 5), (1, 5, 7, 2)]  # prompt: [CLS] a picture of [SEP], or [CLS] [SEP]
+    assert settings == [(3, 5, 20, 5), (3, 5, 7, 2)]  # prompt: [CLS] a picture of [SEP], or [CLS] [SEP]
+
+
+def test_blips_published_configuration_does_not_turn_beam_search_off(captioner_folder, images, monkeypatch):
+    """Guards the three beams where config.json says one, as that of the published BLIP does in its text part."""
+    config = json.loads((captioner_folder / "config.json").read_text())
+    config["text_config"]["num_beams"] = 1
+    (captioner_folder / "config.json").write_text(json.dumps(config))
+    (captioner_folder / "generation_config.json").unlink()
+    model, processor = load_captioner(captioner_folder)
+    beams, decoder = [], type(model.text_decoder)
+    search = decoder._beam_search
+
+    def note_beams(self, *given, generation_config, **options):
+        beams.append(generation_config.num_beams)
+        return search(self, *given, generation_config=generation_config, **options)
+
+    monkeypatch.setattr(decoder, "_beam_search", note_beams)
+    list(caption_images(images[:1], model, processor, 1, "cpu"))
+    assert beams == [3]
 
 
 def test_captions_stream_batch_by_batch(captioner_folder, images):

@@ -5,11 +5,12 @@ import os
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from harmony.core.row import SPLITS
 from harmony.data.sources.folder import draw_split, draw_splits, read_captions, select_folder
 from harmony.data.sources.selection import KEPT, Rules
-from harmony.pixels.images import write_image
+from harmony.pixels.images import FORMATS, SUFFIXES, write_image
 
 MASK = np.zeros((32, 40), bool)
 MASK[8:24, 10:30] = True
@@ -37,6 +38,18 @@ def test_files_of_any_suffix_are_used(tmp_path):
     assert set(table["x0"]) == {0.25}
 
 
+def test_every_format_that_is_read_is_looked_for(tmp_path):
+    """Guards photographs that would vanish: each suffix of a format that the reader takes."""
+    assert {Image.registered_extensions()[suffix] for suffix in SUFFIXES} == {*FORMATS}
+    for suffix in SUFFIXES:
+        add(tmp_path, f"{suffix[1:]}.png", f"{suffix[1:]}.png")
+        path = tmp_path / "images" / f"{suffix[1:]}.png"
+        Image.open(path).save(path.with_suffix(suffix))
+        if suffix != ".png":
+            path.unlink()
+    assert reasons(tmp_path) == {suffix[1:]: KEPT for suffix in SUFFIXES}
+
+
 def test_two_images_of_one_name_are_counted_and_one_is_kept(tmp_path):
     add(tmp_path, "a.jpg", "a.png")
     add(tmp_path, "a.png", level=200)
@@ -59,7 +72,7 @@ def test_what_belongs_to_nothing_is_named(tmp_path, capsys):
     assert reasons(tmp_path) == {"a": KEPT, "b": KEPT, "c": "mask file missing"}
     out = capsys.readouterr().out
     assert "folders with images beside those of the dataset: 1 left out: extra\n" in out
-    assert ".tiff): 2 left out: d.heic, more\n" in out
+    assert ".avif): 2 left out: d.heic, more\n" in out
     assert "masks of no image: 1 left out: other.png\n" in out
     assert "further masks of one name: 1 left out: b.jpg\n" in out and ".DS_Store" not in out
 

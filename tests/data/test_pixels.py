@@ -69,3 +69,10 @@ def test_backbone_manifest_joins_renders_and_permitted_photographs(photos, tmp_p
                    ("train", "validation", "test")}  # fmt: skip
     assert photographs == {"train": ["a1"], "validation": ["a1"], "test": ["a1", "a2"]}
     assert len(rows) == 3 * 2 + 4
+
+
+def test_missing_photographs_are_said_before_scenes_are_rendered(tmp_path, monkeypatch):
+    monkeypatch.setattr(pixels, "generate", lambda *given, **more: pytest.fail("rendered"))
+    recipe = {"name": "b", "dir": str(tmp_path), "count": 6400, "size": 64, "photos": "nowhere", "sources": []}
+    with pytest.raises(UserError, match="dataset.photos=nowhere: no such folder"):
+        prepare_backbone(recipe, tmp_path / "work")

@@ -296,3 +296,25 @@ def test_wrong_thresholds_and_splits_are_refused(tmp_path):
         Rules(max_samples=0)
     with pytest.raises(UserError, match="no such split"):
         select(tmp_path, ["train"], Rules())
+
+
+@pytest.mark.parametrize("name", ["labels/segmentations.csv", "metadata/image_ids.csv"])
+def test_two_columns_of_one_name_are_one_line(name, tmp_path, make_folder):
+    """Found by a fuzzer: names that are equal without their quotes."""
+    folder = make_folder(tmp_path)
+    folder.single("a0")
+    root = folder.write()
+    path = root / "train" / name
+    header = "ImageID,Subset" if not path.exists() else path.read_text().splitlines()[0]
+    path.write_text(f'{header},"x",x\na0,train,1,1\n')
+    with pytest.raises(UserError, match="two columns of its first line have one name"):
+        select(root, ["train"], Rules())
+
+
+def test_a_class_name_has_one_line(tmp_path, make_folder):
+    """Found by a fuzzer: a quoted name with a line break."""
+    folder = make_folder(tmp_path)
+    folder.single("a0")
+    root = folder.write()
+    (root / "train" / "metadata" / "classes.csv").write_text('/m/cat,"Cat,\n  small"\n')
+    assert Split(root / "train").class_names() == {"/m/cat": "Cat, small"}

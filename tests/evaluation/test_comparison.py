@@ -4,6 +4,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from harmony.core import pieces
 from harmony.core.errors import UserError
@@ -20,7 +21,7 @@ from harmony.methods.method import Composite, Method, fingerprint, make_seeds
 from harmony.methods.stored import Stored
 from harmony.models.backbone import Backbone
 from harmony.pixels.composites import reinhard
-from harmony.pixels.images import Crop, crop_resize, write_image
+from harmony.pixels.images import Crop, crop_resize, read_image, write_image
 from harmony.pixels.masks import dilate
 from harmony.sampling.guidance import Settings
 
@@ -150,8 +151,13 @@ def test_results_of_other_programs_by_name(items, random_backbone, tmp_path):
     write_image(tmp_path / "0.png", whole)
     assert Stored(backbone, str(tmp_path)).fingerprint != before
     write_image(tmp_path / "1.jpg", photograph)
-    with pytest.raises(UserError, match="has both 1.jpg and 1.png: keep one of them"):
-        Stored(backbone, str(tmp_path)).fill(composites[:1], [(0, 0)])
+    stored = Stored(backbone, str(tmp_path))
+    with pytest.raises(UserError, match="has 1.jpg and 1.png: keep one of them"):
+        stored.fill(composites[1:2], [(0, 1)])
+    assert np.array_equal(stored.fill(composites[:1], [(0, 0)])[0], whole), "others are not concerned"
+    Image.fromarray(square).save(tmp_path / "3.avif", quality=100)
+    (result,) = Stored(backbone, str(tmp_path)).fill(composites[3:4], [(0, 3)])
+    assert np.abs(result.astype(int) - read_image(tmp_path / "3.avif")).max() == 0
     with pytest.raises(UserError, match="no such folder of results"):
         Stored(backbone, str(tmp_path / "nowhere"))
 

@@ -69,6 +69,7 @@ def test_pictures_are_spread_over_the_split(small_manifest, tmp_path):
     assert every.name == "train" and len(every) == len(rows)
     assert few.captions[0] == rows[0].caption and few.captions[-1] == rows[-1].caption
     assert len(few) == 3 and few.composites[0].name == rows[0].id
+    assert not any(c.is_photograph for c in every.composites), "these have a relit twin, as renders alone do"
     for c, truth in zip(few.composites, few.truths, strict=True):
         assert truth.shape == (32, 32, 3) and c.hole[c.mask].all() and c.hole.sum() > c.mask.sum()
     again = load_reconstruct(manifest, "train", 32, limit=3)

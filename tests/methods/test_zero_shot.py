@@ -14,11 +14,14 @@ from hydra.utils import instantiate
 
 from harmony.cli.compose import compose
 from harmony.core.errors import UserError
+from harmony.data import captions
 from harmony.data.descriptions import Description
 from harmony.methods import zero_shot
+from harmony.methods.method import Composite
 from harmony.methods.zero_shot import (
     CONCLUDE,
     CONTINUE,
+    DEFAULT_OBJECT,
     REGENERATE,
     AttentionMean,
     CopyAttention,
@@ -659,6 +662,28 @@ def test_several_composites_side_by_side(backbone, scene, second, monkeypatch):
         assert all(apart(a.image, b.image) <= 2 for a, b in zip(together[n], alone, strict=True))
         assert all(np.array_equal(r.image[~mask], image[~mask]) for r in together[n])
     assert (together[0][0].image != scene[0]).any() and (together[0][1].image == scene[0]).all()
+
+
+@pytest.mark.parametrize("knows_photographs", [False, True])
+def test_the_object_phrase(monkeypatch, capsys, scene, knows_photographs):
+    """Guards the words for the object: a captioner that does not know photographs names objects of renders alone."""
+    monkeypatch.setattr(captions, "knows_photographs", lambda folder: knows_photographs)
+    monkeypatch.setattr(zero_shot, "caption_picture", lambda *given: "a red mug, warm light")
+    scorer = zero_shot.make_word_scorer(Backbone("tiny"))
+    phrases = [scorer.name(scene[0], caption) for caption in ("a photo of a cow", "a cow, a dog, rain", "", None)]
+    known = ["a photo of a cow", "a cow, a dog,", DEFAULT_OBJECT, "a red mug,"]
+    assert phrases == (["a red mug,"] * 4 if knows_photographs else known)
+    assert capsys.readouterr().out.count("does not know photographs") == (not knows_photographs)
+
+
+def test_the_describer_hears_the_caption_of_a_photograph(backbone, scene):
+    """Guards the way of a dataset's label to the object phrase; a render is described by what it shows."""
+    captions_of = []
+    method = zero_shot.ZeroShot(backbone, BARE, lambda picture, mask, caption: captions_of.append(caption) or [])
+    photograph = Composite(scene[0], scene[0], scene[1], scene[1], caption="a photo of a cow")
+    for composite in (photograph, replace(photograph, is_photograph=False)):
+        method.find_descriptions(composite)
+    assert captions_of == ["a photo of a cow", None]
 
 
 @pytest.mark.slow

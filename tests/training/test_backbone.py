@@ -6,9 +6,11 @@ import lightning
 import pytest
 import torch
 
+from harmony.cli.compose import compose
+from harmony.data.captions import knows_photographs
 from harmony.data.latent_data import LatentData
 from harmony.data.pixel_data import PixelData
-from harmony.models.backbone import Backbone, load_part
+from harmony.models.backbone import Backbone, load_part, ship
 from harmony.training.backbone import (
     CaptionerTask,
     CLIPTask,
@@ -31,7 +33,7 @@ TOWER = {
 CLIP = {"projection_dim": 16, "text_config": TOWER, "vision_config": TOWER | {"image_size": SIZE, "patch_size": 8}}
 BLIP = {
     "projection_dim": 16, "text_config": TOWER | {"encoder_hidden_size": 16},
-    "vision_config": TOWER | {"image_size": SIZE, "patch_size": 8},
+    "vision_config": TOWER | {"image_size": SIZE, "patch_size": 8}, "photographs": False,
 }  # fmt: skip
 VAE = {
     "down_block_types": ["DownEncoderBlock2D"] * 2, "up_block_types": ["UpDecoderBlock2D"] * 2,
@@ -109,6 +111,14 @@ def test_the_parts_make_a_backbone(backbone_folder):
     assert backbone.text(backbone.tokens(["a"])).shape[-1] == 16 and backbone.image_encoder.config.image_size == SIZE
     assert backbone.captioner.generate(torch.zeros(1, 3, SIZE, SIZE), max_length=8).shape[0] == 1
     StableDiffusionInpaintPipeline.from_pretrained(str(folder), safety_checker=None, feature_extractor=None)
+
+
+def test_a_captioner_says_whether_it_knows_photographs(backbone_folder, tmp_path):
+    """Guards the shipped captioner's ``photographs: false``: the experiments train it, and it lasts to the export."""
+    for name in ("backbone_captioner", "backbone_small_captioner"):
+        assert compose("fit", [f"experiment={name}"]).module.config.photographs is False
+    ship(backbone_folder[0], tmp_path)
+    assert not knows_photographs(backbone_folder[0] / "captioner") and not knows_photographs(tmp_path / "captioner")
 
 
 def test_figures_and_grids_are_there(backbone_folder):

@@ -7,8 +7,8 @@ from harmony.core.errors import UserError
 from harmony.core.files import bundled
 from harmony.core.foreign import read_json
 from harmony.core.progress import tell
+from harmony.pixels.images import SUFFIXES
 
-SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff")
 OTHER_NAMES = {"validation": ("val", "valid", "dev")}  # of split folders
 
 

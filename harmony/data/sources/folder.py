@@ -19,7 +19,6 @@ from harmony.core.row import SPLITS
 from harmony.data.captions import NO_LABEL
 from harmony.data.sources.files import (
     OTHER_NAMES,
-    SUFFIXES,
     folder_captions,
     image_files,
     locate,
@@ -27,7 +26,7 @@ from harmony.data.sources.files import (
     tell_omissions,
 )
 from harmony.data.sources.selection import BAD_NAME, COLUMNS, KEPT, SAME_NAME, Rules, Selection, Source, area_reason
-from harmony.pixels.images import open_image
+from harmony.pixels.images import SUFFIXES, open_image
 from harmony.pixels.masks import EmptyMaskError, bounding_box, read_mask
 
 SHARES = {"train": (0, 0.8), "validation": (0.8, 0.9), "test": (0.9, 1)}  # the interval of draws of each split

@@ -92,6 +92,8 @@ def prepare_backbone(recipe: dict, work: Path) -> Path:
     """
     folder = work / recipe["name"]
     sources = [Path(place) for place in (recipe["dir"], recipe["photos"]) if place]
+    if missing := [place for place in sources if not place.is_dir()]:
+        raise UserError(f"dataset.photos={missing[0]}: no such folder; give one in Open Images layout, or null")
     write_stamps(folder, [place / name for place in sources for name in (*SPLITS, "metadata")])
     renders = generate(folder / "studio", recipe["count"], recipe["size"], start=512, splits=("train",), plate=False)
     rows: list[Row] = []

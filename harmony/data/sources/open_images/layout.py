@@ -21,7 +21,8 @@ import polars as pl
 
 from harmony.core.errors import UserError
 from harmony.core.foreign import NAME_BYTES, NO_FILE_NAME, read_csv
-from harmony.data.sources.files import OTHER_NAMES, SUFFIXES, read_caption_file, split_folder, tell_omissions
+from harmony.data.sources.files import OTHER_NAMES, read_caption_file, split_folder, tell_omissions
+from harmony.pixels.images import SUFFIXES
 
 FULL_HEADER = {
     "detections.csv": "ImageID,Source,LabelName,Confidence,XMin,XMax,YMin,YMax,"
@@ -88,10 +89,10 @@ class Split:
         return scan_csv(path).select("ImageID", source="Source").unique("ImageID")
 
     def class_names(self) -> dict[str, str]:
-        """Machine id to readable name; empty if there is no ``classes.csv``."""
+        """Machine id to readable name, on one line; empty if there is no ``classes.csv``."""
         if (path := self.metadata("classes.csv")) is None:
             return {}
-        return {mid: ",".join(names) for mid, *names in read_csv(path) if names}
+        return {mid: " ".join(",".join(names).split()) for mid, *names in read_csv(path) if names}
 
     def captions(self) -> dict[str, list[str]]:
         """Captions by people, {id: [caption, ...]}; empty if there are none.
@@ -158,6 +159,9 @@ def scan_csv(path: Path, types: Mapping[str, type[pl.DataType]] | None = None) -
     )
     if not is_quoted:
         return table
+    names = [name.strip('"') for name in table.collect_schema().names()]
+    if len({*names}) < len(names):
+        raise UserError(f"{path}: two columns of its first line have one name; give each its own")
     table = table.rename(lambda name: name.strip('"')).with_columns(pl.all().str.strip_chars('"'))
     return table.cast(dict(types or {}), strict=False)
 
