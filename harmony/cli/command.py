@@ -168,7 +168,8 @@ def report(error: BaseException | None) -> int:
     if isinstance(error, InstantiationException) and isinstance(error.__cause__, (UserError, OSError)):
         error = error.__cause__  # raised by what a _target_ names
     if isinstance(error, OSError) and error.errno == errno.ENOSPC:
-        error = UserError(f"disk full ({error.filename or os.getcwd()}); free some space, the same command goes on")
+        place = f" ({error.filename})" if error.filename else ""
+        error = UserError(f"disk full{place}; free some space, the same command goes on")
     if not isinstance(error, UserError):
         raise error
     print(f"harmony: error: {one_line(error)}", file=sys.stderr)
