@@ -32,7 +32,7 @@ from harmony.cli.explain import (
 )
 from harmony.cli.help import help_text
 from harmony.cli.logger import quiet_libraries
-from harmony.cli.run_folder import rank
+from harmony.cli.run_folder import made, rank, remove_made
 from harmony.cli.values import check_groups, check_values, flatten
 from harmony.core.errors import UserError
 from harmony.core.signals import Interrupt, obey
@@ -110,6 +110,7 @@ def run(
             raise _Leave from error
 
     failure: BaseException | None = None
+    made.clear()
     try:
         with obey(INTERRUPTED if rank() == 0 else "", program):
             if args.help:
@@ -128,7 +129,10 @@ def run(
         if "Config group override" not in str(error):
             raise
         failure = UserError(one_line(error))
-    return report(failure)
+    code = report(failure)
+    if code == 2:
+        remove_made()
+    return code
 
 
 def check_options(cfg: DictConfig, name: str, choices: Mapping[str, str | None], config_dir: Path) -> None:

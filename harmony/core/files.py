@@ -7,8 +7,8 @@ import re
 import shutil
 import socket
 import zlib
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -107,6 +107,24 @@ def replace_folder(path: str | os.PathLike) -> Iterator[Path]:
         yield folder
         shutil.rmtree(path, ignore_errors=True)
         os.replace(folder, path)
+
+
+def list_missing(folder: Path) -> list[Path]:
+    """``folder`` and those above it that do not exist."""
+    return [path for path in (folder, *folder.parents) if not path.exists()]
+
+
+def remove_unused(folders: Sequence[Path], *marks: str) -> None:
+    """Remove what ``list_missing`` gave and a command has made since, where it was refused before it wrote any file.
+
+    The first may hold empty folders and the files ``marks``, those above it nothing.
+    """
+    for folder in folders[:1]:
+        if all(path.is_dir() or path.name in marks for path in folder.rglob("*")):
+            shutil.rmtree(folder, ignore_errors=True)
+    for folder in folders[1:]:
+        with suppress(OSError):  # others write there
+            folder.rmdir()
 
 
 def write_text(path: str | os.PathLike, text: str) -> None:
