@@ -187,9 +187,16 @@ MOMENTS = {
 }
 
 
+def skip_beside_another_database() -> None:
+    """Preparation is refused while another program of this user runs a database, which FiftyOne would join."""
+    if any("--51-service" in (process.info["cmdline"] or ()) for process in psutil.process_iter(["cmdline"])):
+        pytest.skip("FiftyOne would join the database that another program of this user runs")
+
+
 @pytest.fixture(scope="module")
 def studio(tmp_path_factory) -> Path:
     """A work folder in which the studio set is prepared."""
+    skip_beside_another_database()
     folder = tmp_path_factory.mktemp("studio")
     command = Command(["harmony.prepare", "dataset=studio", "paths.work=work"], folder, {})
     assert command.process.wait(300) == 0, "".join(command.lines)
@@ -219,10 +226,8 @@ def test_it_ends_and_goes_on(name, number, tmp_path, shared_data, request):
     moment = MOMENTS[name]
     if name == "rendering":
         pytest.importorskip("mitsuba")
-    if moment.database and any(
-        "--51-service" in (process.info["cmdline"] or ()) for process in psutil.process_iter(["cmdline"])
-    ):
-        pytest.skip("FiftyOne would join the database that another program of this user runs")
+    if moment.database:
+        skip_beside_another_database()
     if moment.prepared:
         shutil.copytree(request.getfixturevalue("studio"), tmp_path / "work")
     places = files(shared_data, tmp_path)
