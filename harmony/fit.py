@@ -61,6 +61,7 @@ def build(cfg: DictConfig) -> tuple[lightning.LightningDataModule, Task]:
 
 def train(cfg: DictConfig, folder: Path, data: lightning.LightningDataModule, task: Task) -> lightning.Trainer:
     """Build the trainer from the configuration and fit, going on from the last checkpoint."""
+    lightning.seed_everything(cfg.seed, workers=True, verbose=False)  # whatever the preparation has drawn
     if hasattr(data, "prepare"):
         data.prepare(first := predictor(partial(build_trainer, cfg)))
     logger = build_logger(cfg)
@@ -80,7 +81,14 @@ def train(cfg: DictConfig, folder: Path, data: lightning.LightningDataModule, ta
     trainer.fit(task, data, ckpt_path=str(last) if last.exists() else None)
     if trainer.interrupted:
         raise KeyboardInterrupt
+    if not trainer.callback_metrics and is_validation_due(trainer):  # killed behind the last step, no step was left
+        trainer.validate(task, data, verbose=False)
     return trainer
+
+
+def is_validation_due(trainer: lightning.Trainer) -> bool:
+    """Whether the present step is one after which the trainer validates."""
+    return trainer.global_step * trainer.accumulate_grad_batches % trainer.val_check_batch == 0
 
 
 def overrides(words: list[str]) -> list[str]:
@@ -123,8 +131,8 @@ def main(cfg: DictConfig) -> None:
     trainer = train(cfg, folder, data, task)
     if not trainer.is_global_zero:
         return
-    figures = {k: float(v) for k, v in trainer.callback_metrics.items() if not k.endswith(("_step", "_epoch"))}
-    figures = figures or read_last_metrics(folder / "metrics.csv")  # no step was left
+    figures = read_last_metrics(folder / "metrics.csv")  # also those of steps before an interruption
+    figures |= {k: float(v) for k, v in trainer.callback_metrics.items() if not k.endswith(("_step", "_epoch"))}
     task.eval().requires_grad_(False).to(task.home)  # Lightning has moved it to the CPU
     task.export(folder / "export")
     measured, facts, text = measure(cfg, task) if cfg.evaluate is not None else ({}, {}, "")

@@ -70,6 +70,20 @@ def folders(tmp_path: Path) -> list[str]:
 
 
 @pytest.fixture(scope="session")
+def fo():
+    """FiftyOne on the tests' own database; skips where it would join the server of another program of this user."""
+    from harmony.core.errors import UserError
+    from harmony.data.sources.open_images.database import load_fiftyone
+
+    try:
+        return load_fiftyone()
+    except UserError as error:
+        if "would join the database" in str(error):
+            pytest.skip(str(error))
+        raise
+
+
+@pytest.fixture(scope="session")
 def shared_data() -> Path:
     """Folder with the photographs that lie beside the checkout."""
     if not SHARED_DATA.is_dir():

@@ -1,8 +1,10 @@
 """No experiment can rot: each file composes, holds only known keys, and runs for two steps on a small backbone."""
 
+import csv
 import json
 import re
 import shutil
+import signal
 import sys
 import time
 from pathlib import Path
@@ -10,7 +12,9 @@ from pathlib import Path
 import pytest
 import torch
 from diffusers import UNet2DConditionModel
+from lightning.pytorch.callbacks import Callback
 from omegaconf import OmegaConf
+from torch.utils._pytree import tree_leaves
 
 from harmony import evaluate, fit
 from harmony.cli.compose import CONFIGS, compose, load_yaml, options, why
@@ -20,6 +24,7 @@ from harmony.models.backbone import Backbone, load_part
 from harmony.models.controlnet import export_controlnet
 from harmony.models.judge import load_judge
 from harmony.models.textual_inversion import read_word
+from harmony.pixels.images import sha256
 
 FILES = {
     name: path for name, path in options("experiment").items() if path.parents[1] == Path(__file__).resolve().parents[1]
@@ -121,20 +126,32 @@ def test_it_composes_and_says_why_it_exists(name):
     assert cfg.trainer.max_steps > 0 and cfg.module["_target_"].startswith("harmony.training.")
 
 
+def find_task(name: str) -> str:
+    return composed(name).module["_target_"].rpartition(".")[2]
+
+
+def make_small(name: str, folder: Path, random_backbone: Path, prepared_work) -> list[str]:
+    """Overrides that make an experiment small and keep it in ``folder``, where its dataset lies prepared."""
+    task, backbone = find_task(name), folder / "backbone"
+    shutil.copytree(random_backbone, backbone, ignore=shutil.ignore_patterns("unet") if task == "InpaintTask" else None)
+    words = [f"paths.work={folder / 'work'}", f"paths.runs={folder / 'runs'}", f"model.path={backbone}", *QUICK]
+    words += SMALL[task]
+    prepared_work(folder / "work", [f"experiment={name}", f"name={name}", *words])
+    return words
+
+
 @pytest.mark.parametrize("name", [n for n in TRAININGS if not n.endswith("_paper") and "_small_" not in n])
 def test_it_runs(name, random_backbone, awake, prepared_work, tmp_path):
     """Guards the run: two steps of the experiment as it is written, with smaller networks and fewer pictures."""
-    task = composed(name).module["_target_"].rpartition(".")[2]
-    work, runs, backbone = tmp_path / "work", tmp_path / "runs", tmp_path / "backbone"
-    shutil.copytree(random_backbone, backbone, ignore=shutil.ignore_patterns("unet") if task == "InpaintTask" else None)
-    more = [f"paths.work={work}", f"paths.runs={runs}", f"model.path={backbone}", *QUICK, *SMALL[task]]
+    task = find_task(name)
+    words = make_small(name, tmp_path, random_backbone, prepared_work)
+    runs, backbone = tmp_path / "runs", tmp_path / "backbone"
     if composed(name).module.get("companion"):
         small, taught = Backbone(str(random_backbone)), {"sigma": 10, "normalize": True}
         export_controlnet(awake(small, 0), tmp_path / "companion", "color", taught, small)
-        more.append(f"module.companion={tmp_path / 'companion'}")
-    prepared_work(work, [f"experiment={name}", f"name={name}", *more])
+        words.append(f"module.companion={tmp_path / 'companion'}")
     began = time.time_ns()
-    main(composed(name, *more))
+    main(composed(name, *words))
     (folder,) = (runs / name).iterdir()
     metrics = json.loads((folder / "metrics.json").read_text())
     assert metrics and all(isinstance(value, float) for value in metrics.values())
@@ -156,6 +173,81 @@ def test_it_runs(name, random_backbone, awake, prepared_work, tmp_path):
     for part in WRITES.get(task, []):
         assert max(path.stat().st_mtime_ns for path in (backbone / part).iterdir()) > began
         load_part(str(backbone), part)
+
+
+def read_figures(folder: Path) -> dict[tuple[str, str], str]:
+    """(step, name) -> value of ``metrics.csv``, without the speed."""
+    with open(folder / "metrics.csv", newline="") as file:
+        rows = [row for row in csv.DictReader(file) if row["name"] != "train/images_per_second"]
+    return {(row["step"], row["name"]): row["value"] for row in rows}
+
+
+def read_state(folder: Path) -> list[torch.Tensor]:
+    """All tensors of the last checkpoint: weights, their average, the optimizer's moments."""
+    checkpoint = torch.load(folder / "checkpoints" / "last.ckpt", weights_only=True)
+    parts = [checkpoint[key] for key in ("state_dict", "averaged", "optimizer_states") if key in checkpoint]
+    return [leaf for leaf in tree_leaves(parts) if isinstance(leaf, torch.Tensor)]
+
+
+def hash_parts(backbone: Path) -> dict[str, str]:
+    """sha256 of each weights file of a backbone."""
+    return {str(f.relative_to(backbone)): sha256(f) for f in sorted(backbone.rglob("*.safetensors"))}
+
+
+class Interrupt(Callback):
+    """Ctrl-C in step 3, behind the checkpoint of step 2."""
+
+    def on_train_batch_start(self, trainer, module, batch, index):
+        if trainer.global_step == 2:
+            raise KeyboardInterrupt
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["backbone_vae", "backbone_clip", "backbone_captioner", "backbone_inpaint", "joint", "paint_by_example", "judge",
+     "textual_inversion"],
+)  # fmt: skip
+def test_stopped_it_goes_on_exactly(name, random_backbone, prepared_work, tmp_path, monkeypatch):
+    """Guards resumption of each task: stopped in step 3 of 4, the same command gives the losses, the weights and the
+    exports of the unbroken run to the last bit. Killed behind the last checkpoint, it ends well with all figures.
+    """
+    words = make_small(name, tmp_path, random_backbone, prepared_work)
+    words += ["trainer.max_steps=4", "trainer.val_check_interval=4", "trainer.check_val_every_n_epoch=null"]
+    main(composed(name, *words))
+    (unbroken,) = (tmp_path / "runs" / name).iterdir()
+    parts = hash_parts(tmp_path / "backbone")
+    other = [*words, f"paths.runs={tmp_path / 'stopped'}"]
+    original, handler = fit.list_callbacks, signal.getsignal(signal.SIGINT)
+    monkeypatch.setattr(fit, "list_callbacks", lambda node: [*original(node), Interrupt()])
+    with pytest.raises(SystemExit):
+        main(composed(name, *other))
+    signal.signal(signal.SIGINT, handler)
+    monkeypatch.setattr(fit, "list_callbacks", original)
+    main(composed(name, *other))
+    (stopped,) = (tmp_path / "stopped" / name).iterdir()
+    assert read_figures(stopped) == read_figures(unbroken) and len(read_figures(stopped)) >= 4
+    states = zip(read_state(stopped), read_state(unbroken), strict=True)
+    assert all(torch.equal(ours, theirs) for ours, theirs in states)
+    assert hash_parts(tmp_path / "backbone") == parts and hash_parts(stopped / "export") == hash_parts(
+        unbroken / "export"
+    )
+
+    figures = json.loads((unbroken / "metrics.json").read_text())
+    (unbroken / "metrics.json").unlink()
+    lines = (unbroken / "metrics.csv").read_text().splitlines(keepends=True)
+    kept_lines = [line for line in lines if not line.startswith("4,") or ",train/" in line]
+    (unbroken / "metrics.csv").write_text("".join(kept_lines))
+    for part in WRITES.get(find_task(name), []):
+        shutil.rmtree(tmp_path / "backbone" / part)
+    for grid in (unbroken / "grids").iterdir() if name not in ("joint", "paint_by_example") else ():
+        grid.unlink()  # of tasks that draw while they validate
+    main(composed(name, *words))
+    figures_again = json.loads((unbroken / "metrics.json").read_text())
+    for each in (figures, figures_again):
+        each.pop("train/images_per_second", None)  # measured anew
+    assert figures_again == pytest.approx(figures, rel=1e-4)
+    assert hash_parts(tmp_path / "backbone") == parts and any((unbroken / "grids").iterdir())
+    assert len(kept_lines) < len(lines) or name == "backbone_inpaint", "which draws, but measures nothing"
 
 
 def test_a_training_without_evaluation_exports_all_the_same(random_backbone, prepared_work, tmp_path):

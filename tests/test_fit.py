@@ -334,6 +334,15 @@ def type_in(monkeypatch, overrides: list[str]) -> int:
     return 0
 
 
+def test_a_refused_training_leaves_no_folder(tmp_path, monkeypatch, capsys, random_backbone):
+    """Guards ``runs/``: what is refused late, when the run folder is there, leaves nothing, not even W&B's files."""
+    (tmp_path / "pictures").mkdir()
+    words = [f"model.path={random_backbone}", f"paths.runs={tmp_path / 'runs'}", "trainer.accelerator=cpu"]
+    words += ["experiment=textual_inversion", "token=<mug>", "init=car", f"dataset.dir={tmp_path / 'pictures'}"]
+    assert type_in(monkeypatch, words) == 2
+    assert "no pictures" in capsys.readouterr().err and not (tmp_path / "runs").exists()
+
+
 def test_nan_stops_with_one_line(command, tmp_path, monkeypatch, capsys):
     """Guards the NaN guard from the outside: exit code 2, one line, the checkpoint it names loads and is finite."""
     more = [

@@ -33,7 +33,7 @@ from harmony.cli.explain import (
 )
 from harmony.cli.help import help_text
 from harmony.cli.logger import quiet_libraries
-from harmony.cli.run_folder import rank
+from harmony.cli.run_folder import made, rank, remove_made
 from harmony.cli.values import check_groups, check_values, flatten
 from harmony.core.errors import UserError
 from harmony.core.signals import Interrupt, obey
@@ -113,6 +113,7 @@ def run(
             raise _Leave from error
 
     failure: BaseException | None = None
+    made.clear()
     try:
         with obey(INTERRUPTED if rank() == 0 else "", program):
             if args.help:
@@ -131,7 +132,10 @@ def run(
         if "Config group override" not in str(error):
             raise
         failure = UserError(one_line(error))
-    return report(failure)
+    code = report(failure)
+    if code == 2:
+        remove_made()
+    return code
 
 
 def check_options(cfg: DictConfig, name: str, choices: Mapping[str, str | None], config_dir: Path) -> None:
@@ -171,7 +175,8 @@ def report(error: BaseException | None) -> int:
     if isinstance(error, InstantiationException) and isinstance(error.__cause__, (UserError, OSError)):
         error = error.__cause__  # raised by what a _target_ names
     if isinstance(error, OSError) and error.errno == errno.ENOSPC:
-        error = UserError(f"disk full ({error.filename or os.getcwd()}); free some space, the same command goes on")
+        place = f" ({error.filename})" if error.filename else ""
+        error = UserError(f"disk full{place}; free some space, the same command goes on")
     if not isinstance(error, UserError):
         raise error
     print(f"harmony: error: {one_line(error)}", file=sys.stderr)

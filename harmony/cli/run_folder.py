@@ -10,9 +10,10 @@ from omegaconf import DictConfig, OmegaConf, open_dict
 
 from harmony.cli.compose import load_yaml
 from harmony.core.errors import UserError
-from harmony.core.files import write_text
+from harmony.core.files import list_missing, remove_unused, write_text
 
 held: dict[Path, int] = {}  # run folders of this process, with the handle of each lock
+made: list[list[Path]] = []  # folders that this process has made to write into, each with those above that it made
 WAIT_SECONDS = 60  # how long a rank that was started from outside waits for rank 0 to make the run folder
 
 
@@ -77,13 +78,26 @@ def let_go() -> None:
 os.register_at_fork(after_in_child=let_go)
 
 
+def remove_made() -> None:
+    """Remove the folders that this process has made, where a refused command has written nothing into them."""
+    for folders in made:
+        remove_unused(folders, "config.yaml")
+        for folder in folders[:1]:
+            if folder in held and not folder.exists():
+                os.close(held.pop(folder))
+    made.clear()
+
+
 def new_folder(parent: Path) -> Path:
     """``parent/<timestamp>``; runs that begin in the same second get a number."""
     stamp = datetime.now().strftime("%Y-%m-%d_%H-%M-%S")
     for name in (stamp, *(f"{stamp}_{i:02d}" for i in range(1, 100))):
+        folder = parent / name
+        missing = list_missing(folder)
         try:
-            (parent / name).mkdir(parents=True)
-            return parent / name
+            folder.mkdir(parents=True)
+            made.append(missing)
+            return folder
         except FileExistsError:
             continue
     raise UserError(f"{parent} holds 100 runs of this very second; wait and start again")
@@ -141,8 +155,10 @@ def follow_rank_zero(parent: Path, text: str, resume: bool | str) -> Path:
 def make_folder(path: str | Path) -> Path:
     """The folder ``path``, absolute, made if need be. Raises UserError where it cannot be."""
     folder = Path(path).resolve()
+    missing = list_missing(folder)
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except (FileExistsError, NotADirectoryError, PermissionError) as error:
         raise UserError(f"cannot write into {folder} ({error.strerror}): choose another folder") from None
+    made.append(missing)
     return folder

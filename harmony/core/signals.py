@@ -30,8 +30,8 @@ PARENT = "HARMONY_PARENT"  # environment variable: process id of the command tha
 # The resource tracker of multiprocessing removes the semaphores of a killed program; this hides its warning.
 WARNINGS, QUIET_TRACKER = "PYTHONWARNINGS", "ignore:resource_tracker:UserWarning"
 # Helper processes that clean up and exit after the last process that uses them: FiftyOne's database (which other
-# programs may use too) and the trackers of shared memory of multiprocessing and torch.
-HELPERS = (b"--51-service", b"multiprocessing.resource_tracker", b"torch_shm_manager")
+# programs may use too, unlike its web server) and the trackers of shared memory of multiprocessing and torch.
+HELPERS = (b"--51-service\0db", b"multiprocessing.resource_tracker", b"torch_shm_manager")
 SET_PDEATHSIG, SET_CHILD_SUBREAPER = 1, 36  # of prctl(2)
 
 

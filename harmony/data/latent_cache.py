@@ -7,7 +7,6 @@ shard is moved into place when it is complete: a killed process loses at most on
 shard with a wrong checksum is built again, never trained on.
 """
 
-import errno
 import hashlib
 import json
 from collections.abc import Callable, Sequence
@@ -220,17 +219,8 @@ def encode(examples: list[Example], backbone: Codec, recipe: Recipe) -> dict[str
 
 
 def write_shard(path: Path, tensors: dict[str, torch.Tensor]) -> str:
-    """Write a shard atomically; returns its sha256. UserError if the disk is full."""
-    try:
-        write_tensors(path, tensors)
-    except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            raise UserError(f"disk full while writing {path}: free some space; the same command resumes") from None
-        raise
-    except Exception as error:  # safetensors wraps the system's error
-        if "No space left" in str(error) or "os error 28" in str(error):
-            raise UserError(f"disk full while writing {path}: free some space; the same command resumes") from None
-        raise
+    """Write a shard atomically; returns its sha256."""
+    write_tensors(path, tensors)
     return sha256(path)
 
 
@@ -296,9 +286,7 @@ class Cache:
             self.say(f"{name}: {squash_count} items are squashed pictures, no square holds their extended box")
 
     def finish(self) -> None:
-        """Write the index, which marks the cache as complete; remove temporary files of killed processes."""
-        for file in self.folder.glob(".*.partial"):
-            file.unlink()
+        """Write the index, which marks the cache as complete."""
         names = [self.file(n).name for n in range(len(self.shards))]
         sizes = dict(zip(names, map(len, self.shards), strict=True))
         digests = {name: read_digest(self.record(n)) for n, name in enumerate(names)}

@@ -6,10 +6,11 @@ from pathlib import Path
 import lightning
 import numpy as np
 import torch
-from torch.utils.data import DataLoader, WeightedRandomSampler
+from torch.utils.data import DataLoader
 
-from harmony.core.row import SPLITS, Row
+from harmony.core.row import Row
 from harmony.data.manifest import read_split
+from harmony.data.stream import Stream
 from harmony.pixels.images import Crop, crop_resize, read_image, resize, square_around, to_model
 
 
@@ -17,7 +18,8 @@ class PixelData(lightning.LightningDataModule):
     """Squares of ``size`` pixels from a manifest; ``photos`` is the share of photographs in a batch.
 
     ``share`` is the range of a photograph's shorter side that a random crop takes (low for the VAE, near 1 if the
-    caption must stay true). A batch is ``image`` B x 3 x H x W in [-1, 1], ``caption`` list, ``render`` B bool.
+    caption must stay true). A batch is ``image`` B x 3 x H x W in [-1, 1], ``caption`` list, ``render`` B bool, and
+    ``noise_seed`` B for what a task draws.
     """
 
     def __init__(
@@ -40,14 +42,18 @@ class PixelData(lightning.LightningDataModule):
             self.pools["train"] = PixelPool(h.manifest, "train", h.size, tuple(h.share), h.seed)
             self.pools["test"] = PixelPool(h.manifest, "test", h.size)
 
+    @property
+    def shares(self) -> np.ndarray:
+        """The share of each training picture in what is trained on, sum 1."""
+        pool, photos = self.pools["train"], self.hparams.photos
+        render = np.array([pool.is_render(i) for i in range(len(pool))])
+        shares = np.where(render, (1 - photos) / max(1, render.sum()), photos / max(1, (~render).sum()))
+        return shares / shares.sum()
+
     def train_dataloader(self) -> DataLoader:
         h, pool = self.hparams, self.pools["train"]
-        render = torch.tensor([pool.is_render(i) for i in range(len(pool))])
-        total = max(1, int((~render).sum()))
-        weight = torch.where(render, (1 - h.photos) / max(1, int(render.sum())), h.photos / total)
-        count = max(len(pool), h.batch_size)  # at least one batch per epoch
-        sampler = WeightedRandomSampler(weight, count, generator=torch.Generator().manual_seed(h.seed))
-        return DataLoader(pool, h.batch_size, sampler=sampler, num_workers=h.workers, drop_last=True)
+        stream = Stream.of(self.trainer, len(pool), h.batch_size, h.seed, self.shares)
+        return DataLoader(pool, h.batch_size, sampler=stream, num_workers=h.workers)
 
     def val_dataloader(self) -> DataLoader:
         return DataLoader([0])
@@ -63,7 +69,7 @@ class PixelData(lightning.LightningDataModule):
         for i in range(len(pool)):
             images = kinds["renders" if pool.is_render(i) else "photos"]
             if len(images) < limit:
-                images.append(pool[i]["image"])
+                images.append(pool.read(i)["image"])
         return {kind: torch.stack(images) for kind, images in kinds.items() if images}
 
     def retrieval(self, limit: int = 64) -> tuple[torch.Tensor, list[str]]:
@@ -71,33 +77,32 @@ class PixelData(lightning.LightningDataModule):
         pool, images, captions = self.pools["test"], [], []
         for i in range(len(pool)):
             if pool.is_render(i) and pool.rows[i].caption not in captions and len(images) < limit:
-                item = pool[i]
+                item = pool.read(i)
                 images.append(item["image"])
                 captions.append(item["caption"])
         return torch.stack(images), captions
 
     def sample(self, count: int) -> torch.Tensor:
         """``count`` training pictures in the proportions of a batch, N x 3 x H x W in [-1, 1]."""
-        pool, sampler = self.pools["train"], self.train_dataloader().sampler
-        order = itertools.chain.from_iterable(itertools.repeat(sampler))
-        return torch.stack([pool[i]["image"] for i in itertools.islice(order, count)])
+        pool = self.pools["train"]
+        order = Stream(len(pool), count, self.hparams.seed, shares=self.shares)
+        return torch.stack([pool[key]["image"] for key in itertools.islice(order, count)])
 
 
 class PixelPool(torch.utils.data.Dataset):
     """Decoded pictures of one split of a manifest as squares of ``size`` pixels.
 
-    An item is ``image`` float 3 x size x size in [-1, 1], ``caption`` and ``render`` (bool). With ``share`` = (low,
-    high) < 1 a photograph gives a random square of that share of its shorter side, mirrored half of the time;
-    renders are not cropped, because their captions name what they show. Without ``share`` every picture gives the
-    square around its instance.
+    An item is ``image`` float 3 x size x size in [-1, 1], ``caption`` and ``render`` (bool). By its number alone
+    (``read``) a picture gives the square around its instance. By (position, number) everything random depends on (seed,
+    position): a photograph gives a random square of a ``share`` from low to high of its shorter side; renders are not
+    cropped, because their captions name what they show; half of the squares are mirrored.
     """
 
     def __init__(
         self, manifest: str | Path, split: str, size: int, share: tuple[float, float] | None = None, seed: int = 0
     ):
         self.rows = read_split(manifest, split)
-        self.size, self.share = size, share
-        self.rng = np.random.default_rng([seed, SPLITS.index(split)])
+        self.size, self.share, self.seed = size, share, seed
         root = Path(manifest).parent
         self.pictures = []
         for row in self.rows:
@@ -113,22 +118,28 @@ class PixelPool(torch.utils.data.Dataset):
     def is_render(self, i: int) -> bool:
         return is_render(self.rows[i])
 
-    def crop(self, i: int) -> Crop:
-        """The square of picture ``i``, random for photographs with ``share``."""
+    def crop(self, i: int, rng: np.random.Generator | None = None) -> Crop:
+        """The square of picture ``i``: with ``rng`` a random one of a photograph, else that around the instance."""
         row, picture = self.rows[i], self.pictures[i]
         height, width = picture.shape[:2]
-        if self.share is None or is_render(row):
+        if rng is None or is_render(row):
             box = [v * width / row.width for v in row.box]
             return square_around(box, width, height)
-        side = max(1, int(min(width, height) * self.rng.uniform(*self.share)))
-        return Crop(int(self.rng.integers(0, width - side + 1)), int(self.rng.integers(0, height - side + 1)), side)
+        side = max(1, int(min(width, height) * rng.uniform(*self.share)))
+        return Crop(int(rng.integers(0, width - side + 1)), int(rng.integers(0, height - side + 1)), side)
 
-    def __getitem__(self, i: int) -> dict:
-        square = crop_resize(self.pictures[i], self.crop(i), self.size)
-        if self.share is not None and self.rng.random() < 0.5:
+    def read(self, i: int, rng: np.random.Generator | None = None) -> dict:
+        """Picture ``i``, with ``rng`` cropped and mirrored at random."""
+        square = crop_resize(self.pictures[i], self.crop(i, rng), self.size)
+        if rng is not None and rng.random() < 0.5:
             square = square[:, ::-1]
         row = self.rows[i]
         return {"image": to_model(np.ascontiguousarray(square)), "caption": row.caption, "render": is_render(row)}
+
+    def __getitem__(self, key: tuple[int, int]) -> dict:
+        position, i = key
+        rng = np.random.default_rng([self.seed, position, 1])  # 1: not the numbers that chose the picture
+        return self.read(i, rng) | {"noise_seed": int(rng.integers(2**32))}
 
 
 def is_render(row: Row) -> bool:

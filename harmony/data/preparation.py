@@ -1,8 +1,9 @@
 """Preparation of datasets: from a recipe in any layout to a manifest, once for each recipe."""
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
+from contextlib import contextmanager
 from multiprocessing import get_context
 from pathlib import Path
 from typing import NamedTuple
@@ -11,7 +12,7 @@ import lightning
 from filelock import FileLock
 
 from harmony.core.errors import UserError
-from harmony.core.files import write_json
+from harmony.core.files import list_missing, remove_unused, write_json
 from harmony.core.foreign import path_inside, read_json
 from harmony.core.progress import tell
 from harmony.core.signals import end_with, ignore_ctrl_c_in_children
@@ -158,10 +159,20 @@ def ensure(recipe: dict, backbone: str, work: str) -> Path:
                 raise
 
 
-def lock(folder: Path) -> FileLock:
-    """The lock of the process that prepares ``folder``; the system releases it if that process dies."""
+@contextmanager
+def lock(folder: Path) -> Iterator[None]:
+    """The lock of the process that prepares ``folder``; the system releases it if that process dies.
+
+    A folder that is new goes again where the dataset is refused before anything is written.
+    """
+    missing, mark = list_missing(folder), ".preparing"
     folder.mkdir(parents=True, exist_ok=True)
-    return FileLock(folder / ".preparing")
+    try:
+        with FileLock(folder / mark):
+            yield
+    except UserError:
+        remove_unused(missing, mark)
+        raise
 
 
 def is_prepared(folder: Path, recipe: dict) -> bool:

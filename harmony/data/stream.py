@@ -14,20 +14,34 @@ class Stream(Sampler[tuple[int, int]]):
 
     The items are shuffled again in each pass, by (seed, pass). Rank r of R takes its share of each global batch, and a
     resumed run starts at the position where it stopped. So one process, eight processes and a resumed run get the same
-    samples.
+    samples. With ``shares`` (of each item, sum 1) there are no passes: each item is drawn by (seed, position).
     """
 
-    def __init__(self, length: int, batch: int, seed: int = 0, rank: int = 0, world: int = 1, start: int = 0):
+    def __init__(
+        self,
+        length: int,
+        batch: int,
+        seed: int = 0,
+        rank: int = 0,
+        world: int = 1,
+        start: int = 0,
+        shares: np.ndarray | None = None,
+    ):
         self.length, self.batch, self.seed, self.rank, self.world, self.start = length, batch, seed, rank, world, start
+        self.shares = shares
 
     @classmethod
-    def of(cls, trainer: lightning.Trainer, length: int, batch: int, seed: int) -> "Stream":
+    def of(
+        cls, trainer: lightning.Trainer, length: int, batch: int, seed: int, shares: np.ndarray | None = None
+    ) -> "Stream":
         """The stream of this process of ``trainer``, from its current step on."""
         start = trainer.global_step * trainer.accumulate_grad_batches
-        return cls(length, batch, seed, trainer.global_rank, trainer.world_size, start)
+        return cls(length, batch, seed, trainer.global_rank, trainer.world_size, start, shares)
 
     def item(self, position: int) -> int:
         """The item at ``position``."""
+        if self.shares is not None:
+            return int(np.random.default_rng([self.seed, position]).choice(self.length, p=self.shares))
         number = position // self.length
         if getattr(self, "number", None) != number:  # shuffle once for each pass
             self.number = number

@@ -32,6 +32,7 @@ from harmony.training.schedule import count_steps, decay_linearly
 from harmony.training.task import Task
 
 if TYPE_CHECKING:
+    from tokenizers import Tokenizer
     from transformers import BertTokenizer, BlipForConditionalGeneration, CLIPModel, CLIPTokenizer
 
 logging.getLogger("transformers").setLevel(logging.ERROR)
@@ -86,8 +87,9 @@ class BackboneTask(Task):
     def on_fit_start(self) -> None:
         self.average.to(self.device)
 
-    def on_train_batch_end(self, *_) -> None:
-        self.average.step(self.net.parameters())
+    def optimizer_step(self, *args: Any, **options: Any) -> None:
+        super().optimizer_step(*args, **options)
+        self.average.step(self.net.parameters())  # before the callbacks, of which one writes checkpoints
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         checkpoint["averaged"] = self.average.state_dict()
@@ -103,11 +105,11 @@ class BackboneTask(Task):
         self.measure(self.trainer.datamodule)
         self.average.restore(self.net.parameters())
 
-    def on_train_end(self) -> None:
-        if self.trainer.is_global_zero and not self.trainer.interrupted:
-            self.average.copy_to(self.net.parameters())
-            self.net.eval()
-            self.save()
+    def export(self, folder: Path) -> None:
+        """Write the part into the backbone folder instead of ``folder``, with the averaged weights."""
+        self.average.copy_to(self.net.parameters())
+        self.net.eval()
+        self.save()
 
     def validation_step(self, batch: Any, index: int) -> None:
         """Nothing: ``measure`` runs at the end of the validation epoch."""
@@ -121,7 +123,7 @@ class BackboneTask(Task):
         raise NotImplementedError
 
     def save(self) -> None:
-        """Write the part into the backbone folder, with the averaged weights."""
+        """Write the part into the backbone folder."""
         raise NotImplementedError
 
 
@@ -129,6 +131,12 @@ def compute_chroma(x: torch.Tensor) -> torch.Tensor:
     """Opponent colors, B x 3 x H x W -> B x 2 x H x W: red - green and blue - (red + green) / 2."""
     red, green, blue = x.unbind(1)
     return torch.stack([red - green, blue - (red + green) / 2], 1)
+
+
+def draw_noise(seeds: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
+    """Unit normal noise of the shape of ``like``, B x ..., of which sample i depends on ``seeds[i]`` alone."""
+    draws = [torch.randn(like.shape[1:], generator=torch.Generator().manual_seed(seed)) for seed in seeds.tolist()]
+    return torch.stack(draws).to(like)
 
 
 def psnr(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
@@ -170,7 +178,7 @@ class VAETask(BackboneTask):
     def training_step(self, batch: dict[str, Any], index: int) -> torch.Tensor:
         x = batch["image"]
         q = self.net.encode(x).latent_dist
-        y = self.net.decode(q.sample()).sample
+        y = self.net.decode(q.mean + q.std * draw_noise(batch["noise_seed"], q.mean)).sample
         mse = F.mse_loss(y, x)
         edges = sum((y.diff(dim=d) - x.diff(dim=d)).abs().mean() for d in (2, 3))
         kl = 0.5 * (q.mean.square() + q.var - 1 - q.logvar).mean()
@@ -204,11 +212,21 @@ class VAETask(BackboneTask):
 # ---------------------------------------------------------------------------------------------------- CLIP
 
 
+def list_words(backend: "Tokenizer", texts: Iterable[str]) -> set[str]:
+    """The words of texts as a tokenizer cuts them."""
+    texts = map(backend.normalizer.normalize_str, texts)
+    return {word for text in texts for word, _ in backend.pre_tokenizer.pre_tokenize_str(text)}
+
+
 def train_tokenizer(texts: Iterable[str], vocabulary: int, length: int) -> "CLIPTokenizer":
     """Train CLIP's byte-pair encoding on texts; ``length``: the tokens of a padded prompt."""
     from transformers import CLIPTokenizer
 
-    tokenizer = CLIPTokenizer(model_max_length=length).train_new_from_iterator(texts, vocabulary)
+    texts, tokenizer = list(texts), CLIPTokenizer(model_max_length=length)
+    # The trainer numbers the letters at the end of words by chance, which decides between equally frequent pairs, so
+    # that each run would have other tokens. Special tokens have their numbers before.
+    ends = sorted({f"{word[-1]}</w>" for word in list_words(tokenizer.backend_tokenizer, texts)})
+    tokenizer = tokenizer.train_new_from_iterator(texts, vocabulary, new_special_tokens=ends, show_progress=False)
     model = json.loads(tokenizer.backend_tokenizer.to_str())["model"]
     merges = [tuple(m.split(" ")) if isinstance(m, str) else tuple(m) for m in model["merges"]]
     return CLIPTokenizer(vocab=model["vocab"], merges=merges, model_max_length=length)
@@ -286,13 +304,18 @@ class CLIPTask(BackboneTask):
 # ---------------------------------------------------------------------------------------------------- captioner
 
 
+SPECIAL_TOKENS = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")  # BERT's
+
+
 def train_wordpiece(texts: Iterable[str], vocabulary: int) -> "BertTokenizer":
     """Train a BERT tokenizer on texts, without BLIP's two extra tokens, which are for retrieval."""
     from tokenizers import BertWordPieceTokenizer
     from transformers import BertTokenizer
 
-    tokenizer = BertWordPieceTokenizer()
-    tokenizer.train_from_iterator(texts, vocab_size=vocabulary, min_frequency=2)
+    texts, tokenizer = list(texts), BertWordPieceTokenizer()
+    marks = sorted({f"##{letter}" for word in list_words(tokenizer, texts) for letter in word[1:]})  # as above
+    options = {"vocab_size": vocabulary, "min_frequency": 2, "special_tokens": [*SPECIAL_TOKENS, *marks]}
+    tokenizer.train_from_iterator(texts, show_progress=False, **options)
     return BertTokenizer(vocab=tokenizer.get_vocab())
 
 

@@ -10,13 +10,12 @@ import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from tempfile import TemporaryDirectory
 
 import torch
 from safetensors.torch import save_file
 
 from harmony.core.errors import UserError
-from harmony.core.files import write_text
+from harmony.core.files import make_scratch, write_text
 from harmony.models.backbone import ship
 from harmony.models.controlnet import export_controlnet, from_unet, read_hint
 from harmony.models.paint_by_example import backbone_facts, export_painter, load_painter
@@ -36,11 +35,11 @@ RENDERS = 512  # bundled studio scenes, beside those that a training renders
 
 
 @contextmanager
-def make_scratch(output: Path) -> Iterator[Path]:
+def open_scratch(output: Path) -> Iterator[Path]:
     """A temporary folder in ``output``; after an error an empty ``output`` is removed too."""
     try:
-        with TemporaryDirectory(dir=output, prefix=".export-") as folder:
-            yield Path(folder)
+        with make_scratch(output / "export") as folder:
+            yield folder
     except BaseException:
         with suppress(OSError):  # it is not empty
             output.rmdir()
@@ -134,7 +133,7 @@ def write_networks(run: RunFolder, path: Path, output: Path, half: bool) -> Path
 
 def write_controlnet(run: RunFolder, path: Path, output: Path, license: str | None, half: bool) -> Path:
     """Write the folder ``output`` for diffusers: ``controlnet/``, a model card, the last sample grid."""
-    with make_scratch(output) as folder:
+    with open_scratch(output) as folder:
         controlnet = write_networks(run, path, folder, half)
         card = render_controlnet_card(run, read_hint(controlnet), has_grid(run, output), license)
         publish(run, controlnet, card, output)
@@ -143,7 +142,7 @@ def write_controlnet(run: RunFolder, path: Path, output: Path, license: str | No
 
 def write_single_file(run: RunFolder, path: Path, output: Path, half: bool) -> Path:
     """Write one file for ComfyUI with the keys of diffusers, and hint and configuration in its metadata."""
-    with make_scratch(output) as folder:
+    with open_scratch(output) as folder:
         controlnet = write_networks(run, path, folder, half)
         facts = read_hint(controlnet)
         target = output / f"harmony-{facts.get('branch', 'controlnet')}.safetensors"
@@ -158,7 +157,7 @@ def write_single_file(run: RunFolder, path: Path, output: Path, half: bool) -> P
 
 def write_painter(run: RunFolder, output: Path, license: str | None, half: bool, tower: bool) -> Path:
     """Write the folder ``output``: ``paint_by_example/``, a model card, the last sample grid."""
-    with make_scratch(output) as folder:
+    with open_scratch(output) as folder:
         if not run.has_ended:
             raise UserError(f"{run.path} has not ended: continue it with the command of its training")
         run.check_all(find_weights(PAINTER, run.path))
@@ -187,7 +186,7 @@ def write_backbone(source: Path, output: Path, runs: Path) -> Path:
     trainings = {part: find_newest_run(runs, f"backbone_{part}") for part in BACKBONE_PARTS}
     sizes = ship(source, output)
     figures, pictures = [], []
-    with make_scratch(output) as folder:
+    with open_scratch(output) as folder:
         for part, run in trainings.items():
             figures += [(f"{part}: {key}", value) for key, value in sorted(run.metrics.items()) if "validation" in key]
             if run.grid:

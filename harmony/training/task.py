@@ -33,7 +33,8 @@ class Task(lightning.LightningModule):
         raise NotImplementedError
 
     def export(self, folder: Path) -> None:
-        """Write the trained networks into ``folder``; trainings of backbone parts have written theirs already."""
+        """Write the trained networks into ``folder``; those of backbone parts go into the backbone folder instead."""
+        raise NotImplementedError
 
     def grid_file(self, name: str, suffix: str = ".png") -> Path:
         """The file of a picture of the present step, in ``grids`` of the run folder."""

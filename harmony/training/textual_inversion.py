@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 
 from harmony.core.errors import UserError
+from harmony.data.picture_data import PicturesData
 from harmony.methods.method import make_seeds
 from harmony.metrics.similarity import clip_t, embeddings
 from harmony.models.backbone import DIFFUSION, Backbone, scaled_latent
@@ -78,13 +79,16 @@ class TextualInversionTask(Task):
         self.first_token = add_tokens(backbone, token, vectors)
         self.clip = clip_of(backbone)
 
+    def check(self, data: PicturesData) -> None:
+        """UserError unless there are pictures, and their captions hold the word where the model reads it."""
+        if long_captions := [text for text in data.captions if text and not self.is_read(text)]:
+            raise UserError(f"captions.json: {long_captions[0]!r} is cut off before the word: shorten it")
+
     def on_fit_start(self) -> None:
         self.backbone.to(self.device)
         data, self.condition = self.trainer.datamodule, full_hole_condition(self.backbone)
         templates = [template for template in self.templates if self.is_read(template)]
         self.prompts = [[text] if text else templates for text in data.captions]
-        if long_captions := [text for text in data.captions if text and not self.is_read(text)]:
-            raise UserError(f"captions.json: {long_captions[0]!r} is cut off before the word: shorten it")
         if self.clip is not None:
             self.concept_features = embeddings(data.pictures, self.clip)
 

@@ -18,7 +18,6 @@ from harmony.benchmarks.data import (
     write_annotations,
     write_photographs,
 )
-from harmony.data.sources.open_images.database import load_fiftyone
 from harmony.data.sources.open_images.layout import FULL_HEADER
 from harmony.pixels.images import read_image
 
@@ -55,9 +54,8 @@ def test_the_bench_of_selection(tmp_path, monkeypatch):
         bench_selection(tmp_path, 5_000, 1_000, 1, say=lambda line: None)
 
 
-def test_the_bench_of_import(tmp_path):
+def test_the_bench_of_import(fo, tmp_path):
     """Guards the comparison in the real database: both import every photograph with its mask, and leave nothing."""
-    fo = load_fiftyone()
     folder = write_photographs(tmp_path / "few", 6, say=lambda line: None)
     assert import_by_harmony(folder) == 6
     sample = fo.load_dataset(DATASET_NAME).first()

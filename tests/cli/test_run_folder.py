@@ -8,7 +8,7 @@ import pytest
 from omegaconf import OmegaConf
 
 from harmony.cli import run_folder as folders
-from harmony.cli.run_folder import run_folder
+from harmony.cli.run_folder import make_folder, remove_made, run_folder
 from harmony.core.errors import UserError
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -49,6 +49,31 @@ def test_a_run_belongs_to_one_process(configuration, tmp_path):
         other.kill()
     (fresh / "metrics.json").write_text("{}")
     assert run_folder(configuration()) == folder == run_folder(configuration()), "twice in one process is no conflict"
+
+
+def test_a_refused_command_leaves_no_folder(configuration, tmp_path, monkeypatch):
+    """Guards ``runs/``: what a command made and wrote nothing into goes again, with the folders above it; nothing that
+    was there before, that holds results, or that another run is in.
+    """
+    monkeypatch.setattr(folders, "made", [])
+    runs = tmp_path / "new" / "runs"
+    refused = run_folder(configuration(paths={"runs": str(runs), "run": None}))
+    (refused / "checkpoints").mkdir()
+    remove_made()
+    assert not runs.parent.exists() and not folders.held
+    refused = run_folder(configuration(paths={"runs": str(runs), "run": None}))
+    beside = runs / "mine" / "of another process"
+    beside.mkdir()
+    remove_made()
+    assert list((runs / "mine").iterdir()) == [beside]
+    beside.rmdir()
+    kept = run_folder(configuration(paths={"runs": str(runs), "run": None}))
+    (kept / "metrics.csv").write_text("step,name,value\n")
+    make_folder(tmp_path / "there")
+    folders.made.clear()
+    make_folder(tmp_path / "there")
+    remove_made()
+    assert kept.exists() and (tmp_path / "there").exists()
 
 
 def test_only_a_run_of_the_experiment_is_resumed(configuration, tmp_path):

@@ -32,12 +32,6 @@ def prepare_dataset(recipe: dict, work: Path, captioner: str | Path | None = Non
     return preparation.prepare_dataset(recipe, work, SOURCES[recipe["layout"]], captioner)
 
 
-@pytest.fixture(scope="module")
-def fo():
-    """FiftyOne on the tests' own database."""
-    return database.load_fiftyone()
-
-
 @pytest.fixture
 def recipe(fo, tmp_path, request):
     """A recipe whose FiftyOne dataset is gone after the test."""

@@ -42,3 +42,14 @@ def test_datasets_without_a_manifest_are_read_as_they_are(command, tmp_path, mon
     assert command(edits | {"count": 3}, "tiny", work) == folder / "edits.jsonl" and renders == [(folder, 3)]
     with pytest.raises(UserError, match="dataset.dir=nowhere: no such folder"):
         command(pictures | {"dir": "nowhere"}, "tiny", work)
+
+
+def test_a_refused_preparation_leaves_no_folder(tmp_path):
+    """Guards ``work/``: a dataset that is refused under the lock leaves no folder; one that was there stays."""
+    work = tmp_path / "new" / "work"
+    for exists in (False, True):
+        if exists:
+            (work / "mine").mkdir(parents=True)
+        with pytest.raises(UserError, match="refused"), preparation.lock(work / "mine"):
+            raise UserError("refused")
+        assert (work / "mine").exists() == exists and work.parent.exists() == exists

@@ -19,6 +19,7 @@ from harmony.training.backbone import (
     parse_kind_and_color,
     psnr,
     train_tokenizer,
+    train_wordpiece,
 )
 from harmony.training.callbacks import AtomicCheckpoints
 
@@ -55,6 +56,7 @@ def fit(folder, task, data, steps, resume=None):
         num_sanity_val_steps=0, val_check_interval=1,
     )  # fmt: skip
     run.fit(task, data, ckpt_path=resume)
+    task.export(folder / "export")
     return run
 
 
@@ -152,6 +154,7 @@ def test_the_average_is_what_is_written(manifest, tmp_path):
         enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False, num_sanity_val_steps=0,
     )  # fmt: skip
     run.fit(task, pixels(manifest))
+    task.export(tmp_path / "export")
     written = load_part(str(tmp_path / "backbone"), "vae")
     shadow = dict(zip((n for n, _ in task.net.named_parameters()), task.average.shadow_params, strict=True))
     assert all(torch.equal(shadow[name], p) for name, p in written.named_parameters())
@@ -193,6 +196,7 @@ def test_a_stopped_training_goes_on(manifest, tmp_path):
     )  # fmt: skip
     run.fit(second, pixels(manifest), ckpt_path=tmp_path / "two.ckpt")
     assert begun[0] == (2, True) and begun[1] > 0 and run.global_step == 4
+    second.export(tmp_path / "export")
     assert (tmp_path / "backbone" / "vae" / "config.json").exists()
 
 
@@ -208,3 +212,13 @@ def test_small_helpers():
         ids[1][1] == tokenizer.eos_token_id
         and tokenizer.decode(ids[0], skip_special_tokens=True).strip() == "a red mushroom"
     )
+
+
+def test_tokenizers_are_the_same_each_time():
+    """Guards exact resume: a run that goes on trains its tokenizer anew; pairs that are equally frequent are no lot."""
+    words = ["red", "blue", "mushroom", "car", "snow", "sand", "light", "warm", "pink", "neon", "tree"]
+    texts = [f"a {a} {b} on {c}" for a, b, c in zip(words, words[3:] + words, words[5:] + words, strict=False)]
+    for train in (lambda: train_tokenizer(texts, 330, 16), lambda: train_wordpiece(texts, 60)):
+        tokens = [train()(texts).input_ids for _ in range(4)]
+        assert all(ids == tokens[0] for ids in tokens[1:])
+        assert len({i for ids in tokens[0] for i in ids}) > len(words), "whole words and letters"

@@ -55,7 +55,7 @@ def test_a_failed_write_leaves_the_old_checkpoint(tmp_path, monkeypatch, failure
         raise failure
 
     monkeypatch.setattr(torch, "save", half)
-    with pytest.raises(UserError, match="cannot write checkpoint .*last.ckpt") as full:
+    with pytest.raises(UserError, match="cannot write (checkpoint|into) .*/checkpoints") as full:
         io.save_checkpoint({"state_dict": {"a": torch.arange(9)}}, path)
     assert "\n" not in str(full.value)
     assert path.read_bytes() == before and [p.name for p in path.parent.iterdir()] == ["last.ckpt"]

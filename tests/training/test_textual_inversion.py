@@ -213,7 +213,7 @@ def test_a_word_that_is_cut_off_is_refused(backbone, pictures, tmp_path):
     folder = shutil.copytree(pictures, tmp_path / "pictures")
     (folder / "captions.json").write_text('{"0": "a red mushroom on snow, a red mushroom on snow, and a {}"}')
     with pytest.raises(UserError, match="captions.json: 'a red.*is cut off before the word"):
-        trainer(tmp_path, 1).fit(fresh(backbone), data_of(folder, backbone))
+        fresh(backbone).check(data_of(folder, backbone))
 
 
 def test_what_cannot_be_learnt_is_refused(backbone):

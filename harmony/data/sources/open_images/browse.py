@@ -1,6 +1,7 @@
 """The FiftyOne App on a prepared dataset."""
 
 from harmony.core.errors import UserError
+from harmony.core.signals import ignore_ctrl_c_in_children
 from harmony.data.sources.files import locate
 from harmony.data.sources.open_images.database import dataset_name, load_fiftyone
 
@@ -14,6 +15,7 @@ def browse(recipe: dict, port: int, address: str | None) -> None:
         raise UserError(f"FiftyOne has no dataset {name} (it has: {names}); run harmony.prepare first")
     dataset = fo.load_dataset(name)
     print(f"{name}: {dataset.count_sample_tags()}; saved views: {', '.join(dataset.list_saved_views())}", flush=True)
-    session = fo.launch_app(dataset, remote=True, port=port, address=address)
+    with ignore_ctrl_c_in_children():
+        session = fo.launch_app(dataset, remote=True, port=port, address=address)
     print(f"{session.url}\nCtrl-C ends it.", flush=True)
     session.wait(-1)

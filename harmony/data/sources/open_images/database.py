@@ -15,6 +15,7 @@ Fields of a sample
 import hashlib
 import json
 import os
+import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -27,6 +28,7 @@ import numpy as np
 from harmony.core.errors import UserError
 from harmony.core.files import replace_file
 from harmony.core.foreign import path_inside
+from harmony.core.signals import ignore_ctrl_c_in_children
 from harmony.data.sources.open_images.batches import batches
 from harmony.data.sources.selection import BAD_NAME, KEPT, Selection
 from harmony.pixels.masks import read_mask
@@ -34,26 +36,82 @@ from harmony.pixels.masks import read_mask
 if TYPE_CHECKING:
     from fiftyone import Dataset, Sample
 
+REMEDY = "python -m harmony.doctor tells what is missing"
+WAIT_SECONDS = 90  # for a database that is slow to come up; FiftyOne itself waits 60 s for each start
+END_SECONDS = 10  # for the server of a program that is ending
+slow_services: list = []  # kept, because a service ends with its last reference, and FiftyOne joins it once it is up
+
 
 def load_fiftyone() -> ModuleType:
     """Load the library and connect to its database. Raises UserError if that fails."""
     os.environ.setdefault("FIFTYONE_DO_NOT_TRACK", "1")
     os.environ.setdefault("FIFTYONE_DATABASE_VALIDATION", "false")  # no message about old servers at each start
     os.environ.setdefault("FIFTYONE_SHOW_PROGRESS_BARS", "false")
-    remedy = "python -m harmony.doctor tells what is missing"
     try:
         import fiftyone
-        from fiftyone.core.service import ServiceException
     except ImportError as error:
-        raise UserError(f"FiftyOne cannot be imported ({error}); {remedy}") from None
-    try:
-        fiftyone.list_datasets()
-    except (ServiceException, ConnectionError, RuntimeError, OSError) as error:
-        reason = " ".join(str(error).split())[:200] or type(error).__name__
-        raise UserError(
-            f"FiftyOne's database did not start ({reason}) in {fiftyone.config.database_dir}; {remedy}"
-        ) from None
+        raise UserError(f"FiftyOne cannot be imported ({error}); {REMEDY}") from None
+    connect(fiftyone)
     return fiftyone
+
+
+def connect(fiftyone: ModuleType) -> None:
+    """Connect to FiftyOne's database, again where it is slow to come up. UserError if it does not, or is another's."""
+    import psutil
+    from eta.core.config import EnvConfigError
+    from fiftyone.core.odm import database
+    from fiftyone.core.service import ServiceException, ServiceListenTimeout
+    from pymongo.errors import PyMongoError
+
+    if not (fiftyone.config.database_uri or os.environ.get("FIFTYONE_PRIVATE_DATABASE_PORT")):  # of this process
+        refuse_other_server(Path(fiftyone.config.database_dir))
+    end = time.monotonic() + WAIT_SECONDS
+    while True:
+        try:
+            with ignore_ctrl_c_in_children():
+                fiftyone.list_datasets()
+            return
+        except (ServiceException, EnvConfigError, PyMongoError, psutil.Error, RuntimeError, OSError) as error:
+            slow = isinstance(error, (ServiceListenTimeout, PyMongoError, psutil.Error, ConnectionError))
+            if not slow or time.monotonic() > end:
+                reason = " ".join(str(error).split())[:200] or type(error).__name__
+                place = fiftyone.config.database_dir
+                raise UserError(f"FiftyOne's database did not start ({reason}) in {place}; {REMEDY}") from None
+        slow_services.append(database._db_service)
+        database._disconnect()
+        database._db_service = None  # otherwise FiftyOne goes on to the port of somebody else's MongoDB
+        time.sleep(1)
+
+
+def refuse_other_server(folder: Path) -> None:
+    """UserError where FiftyOne would join a running server whose database does not lie in ``folder``.
+
+    FiftyOne joins any server of the user, wherever its files are. One that is about to end is waited for.
+    """
+    end = time.monotonic() + END_SECONDS
+    while (other := find_other_server(folder.resolve())) is not None:
+        if time.monotonic() > end:
+            raise UserError(
+                f"FiftyOne would join the database in {other}, which another program of yours runs, instead of that in "
+                f"{folder}: end that program first, or set FIFTYONE_DATABASE_DIR={other}"
+            )
+        time.sleep(0.5)
+
+
+def find_other_server(folder: Path) -> Path | None:
+    """The folder of a running FiftyOne server's database that is not ``folder``, or None."""
+    import psutil
+    from fiftyone.core.service import DatabaseService
+    from fiftyone.service.util import find_processes_by_args
+
+    for process in find_processes_by_args(["--51-service", DatabaseService.service_name]):
+        try:
+            words = process.cmdline()
+        except psutil.Error:  # it has ended
+            continue
+        if "--dbpath" in words and (other := Path(words[words.index("--dbpath") + 1]).resolve()) != folder:
+            return other
+    return None
 
 
 def open_images_downloader() -> Callable:
