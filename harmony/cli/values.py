@@ -205,6 +205,8 @@ OPTIONS: dict[str, Rule] = {
     "max_area": SHARE,
     "max_samples": Whole(1, none=True),
     "mismatch": SHARE,
+    "elsewhere": SHARE,
+    "noisiest": SHARE,
     "crop": Choice(("center", "jitter", "extended")),
     "low": Number(0, 10_000),
     "high": Number(0, 10_000),

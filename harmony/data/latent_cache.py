@@ -27,7 +27,7 @@ from harmony.pixels.composites import change_light
 from harmony.pixels.exemplars import SHAPE_SHARE, cut_out, draw_crop, draw_hole, exemplar, extend_box
 from harmony.pixels.hints import hint
 from harmony.pixels.images import Crop, crop_resize, read_image, resize, sha256, square_around, to_model
-from harmony.pixels.masks import bounding_box, coverage, hole, read_mask, resize_mask, to_latent
+from harmony.pixels.masks import bounding_box, coverage, draw_region, hole, read_mask, resize_mask, to_latent
 
 CACHE_SCHEMA = 1
 SHARD = 256  # items in a shard
@@ -60,6 +60,9 @@ class Recipe:
     ``mismatch``: share of items whose hints show the instance under another light than the picture's: the render under
     a second light if the dataset has one, else a random change of exposure, contrast and white balance. Exemplars keep
     the picture's light.
+
+    ``elsewhere``: share of items, of ``jitter`` crops, in which a random region of the photograph takes the place of
+    the instance. What light an object needs can be learned on any part of a photograph.
     """
 
     crop: str = "center"
@@ -68,6 +71,7 @@ class Recipe:
     hints: dict[str, dict] = field(default_factory=dict)
     seed: int = 0
     mismatch: float = 0.0
+    elsewhere: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -120,7 +124,11 @@ def example(row: Row, root: Path, recipe: Recipe, resolution: int, variant: int 
             raise empty_mask_error(row, resolution)
         return square
     jitter = recipe.crop == "jitter"
-    crop = draw_jitter_crop(row.box, width, height, rng) if jitter else square_around(row.box, width, height)
+    if jitter and recipe.elsewhere and rng.random() < recipe.elsewhere:
+        mask = draw_region(width, height, rng)
+        crop = draw_jitter_crop(bounding_box(mask), width, height, rng)
+    else:
+        crop = draw_jitter_crop(row.box, width, height, rng) if jitter else square_around(row.box, width, height)
     mirrored = bool(jitter and rng.random() < 0.5)
     image, mask = crop_resize(image, crop, resolution), crop_resize(mask, crop, resolution)
     if mirrored:
@@ -213,7 +221,7 @@ def encode(examples: list[Example], backbone: Codec, recipe: Recipe) -> dict[str
         if branch == "exemplar":
             hints = np.stack([exemplar(e.exemplar, **parameters) for e in examples])
         else:
-            hints = np.stack([hint(branch, e.instance, e.mask, **parameters) for e in examples])
+            hints = np.stack([hint(branch, e.instance, e.mask, e.image, e.hole, **parameters) for e in examples])
         tensors[f"hint_{branch}"] = torch.from_numpy(hints).permute(0, 3, 1, 2).contiguous()
     return tensors
 

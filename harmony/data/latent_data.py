@@ -107,6 +107,7 @@ class LatentData(lightning.LightningDataModule):
         workers: int = 0,
         seed: int = 0,
         mismatch: float = 0.0,
+        elsewhere: float = 0.0,
         augment: bool = False,
     ):
         super().__init__()
@@ -115,7 +116,7 @@ class LatentData(lightning.LightningDataModule):
         self.batch_size, self.workers, self.seed = batch_size, workers, seed
         self.branches = [branch] if isinstance(branch, str) else list(branch or ())
         self.recipes = {
-            "train": Recipe(crop, hole, variants, hints or {}, seed, mismatch),
+            "train": Recipe(crop, hole, variants, hints or {}, seed, mismatch, elsewhere),
             "validation": Recipe(
                 "center", "backbone" if hole == "backbone" else "dilate", 1, hints or {}, seed, mismatch
             ),

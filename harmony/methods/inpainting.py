@@ -105,7 +105,9 @@ def encode_and_decode(backbone: Backbone, composites: Sequence[Composite], batch
 
 def draw_hints(branch: Branch, composites: Sequence[Composite]) -> list[np.ndarray]:
     """The hint of each composite by the branch's operator, uint8 R x R x 3."""
-    return [hint(branch.name, c.instance, c.mask, **(branch.parameters or {})) for c in composites]
+    return [
+        hint(branch.name, c.instance, c.mask, c.background, c.hole, **(branch.parameters or {})) for c in composites
+    ]
 
 
 class Inpainting(Method):

@@ -65,11 +65,28 @@ def raw_hint(image: np.ndarray, mask: np.ndarray) -> np.ndarray:
 HINTS = {"color": blur_hint, "structure": edge_hint, "raw": raw_hint}
 
 
-def hint(branch: str, image: np.ndarray, mask: np.ndarray, **params) -> np.ndarray:
-    """The hint of ``branch``, uint8; ``params`` are its operator's. Raises UserError for an unknown branch."""
+def hint(
+    branch: str,
+    image: np.ndarray,
+    mask: np.ndarray,
+    background: np.ndarray | None = None,
+    hole: np.ndarray | None = None,
+    surroundings: bool = False,
+    **params,
+) -> np.ndarray:
+    """The hint of ``branch``, uint8; ``params`` are its operator's. Raises UserError for an unknown branch.
+
+    ``surroundings``: outside ``hole`` it shows ``background`` instead of black, so that a ControlNet, which otherwise
+    sees the object alone, can compare the object's light with the light around it.
+    """
     if branch not in HINTS:
         raise UserError(f"branch '{branch}' is unknown; use one of {', '.join(HINTS)}")
-    return HINTS[branch](image, mask, **params)
+    picture = HINTS[branch](image, mask, **params)
+    if not surroundings:
+        return picture
+    if background is None or hole is None:
+        raise UserError(f"the {branch} hint shows its surroundings: give background and hole")
+    return np.where((hole | mask)[..., None], picture, background)
 
 
 def check_hint(tensor: torch.Tensor) -> torch.Tensor:

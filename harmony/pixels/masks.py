@@ -232,6 +232,11 @@ def _backbone_hole(mask: np.ndarray, rng: np.random.Generator) -> np.ndarray:
             return np.ones_like(mask)
 
 
+def draw_region(width: int, height: int, rng: np.random.Generator) -> np.ndarray:
+    """A free-form region anywhere in a picture, bool ``height`` x ``width``: one thick brush stroke."""
+    return _draw_stroke((height, width), rng)
+
+
 def _draw_rectangle(shape: tuple[int, int], rng: np.random.Generator) -> np.ndarray:
     """A rectangle anywhere, its sides 15 % to 60 % of the image's."""
     h, w = (max(1, round(rng.uniform(0.15, 0.6) * length)) for length in shape)

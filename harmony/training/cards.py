@@ -125,7 +125,9 @@ def render_controlnet_card(run: RunFolder, facts: Mapping[str, Any], grid: bool,
     """The card of a ControlNet; ``facts``: those of ``hint.json``."""
     backbone, branch = read_fact(facts, "backbone"), facts.get("branch")
     license = license or read_license(backbone)
-    arguments = "".join(f", {name}={value!r}" for name, value in facts.get("parameters", {}).items())
+    parameters = facts.get("parameters", {})
+    arguments = ", image, hole" if parameters.get("surroundings") else ""
+    arguments += "".join(f", {name}={value!r}" for name, value in parameters.items())
     return render(
         ("controlnet", "training"),
         make_metadata(license, backbone, "adapter", ("controlnet", "inpainting", "image-harmonization")),

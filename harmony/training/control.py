@@ -211,7 +211,7 @@ class ControlTask(Controls):
         text = backbone.text(batch["tokens"])
         text = torch.where((batch["drop"] < self.prompt_dropout)[:, None, None], self.empty_text, text)
         scale, abar = backbone.vae.config.scaling_factor, backbone.alphas_cumprod
-        z, condition, t = add_noise(batch, scale, abar, self.objective.t_min)
+        z, condition, t = add_noise(batch, scale, abar, self.objective.t_min, self.objective.noisiest)
         target = compute_target(backbone.prediction_type, z, batch["noise"], abar[t])
         return torch.cat([z, condition], 1).to(backbone.dtype), t, text.to(backbone.dtype), target
 

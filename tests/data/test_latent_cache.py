@@ -336,3 +336,15 @@ def test_hints_may_come_from_another_light(backbone, manifest, tmp_path):
     stored = Latents(folder)[1]["hint_color"]
     seen = hint("color", e.instance, e.mask, **HINTS["color"])
     assert np.array_equal((stored.numpy() * 255).round().astype(np.uint8), np.moveaxis(seen, -1, 0))
+
+
+def test_a_region_elsewhere_takes_the_instances_place(small_manifest, tmp_path):
+    """Guards ``elsewhere``: another mask on the same photograph, drawn anew for each variant, inside its hole."""
+    manifest = small_manifest(tmp_path / "data")
+    row = read_manifest(manifest, "train")[1][0]
+    plain, moved = (Recipe("jitter", "train", 2, HINTS, elsewhere=share) for share in (0.0, 1.0))
+    own, first, second = (example(row, manifest.parent, r, 32, v) for r, v in ((plain, 0), (moved, 0), (moved, 1)))
+    assert first.mask.any() and not first.mask.all() and (first.hole | ~first.mask).all()
+    assert not np.array_equal(first.mask, own.mask) and not np.array_equal(first.mask, second.mask)
+    again = example(row, manifest.parent, moved, 32)
+    assert np.array_equal(first.mask, again.mask) and np.array_equal(first.image, again.image)

@@ -116,3 +116,16 @@ def test_unknown_branch_is_named():
 def test_a_hint_in_another_range_is_refused(spoil):
     with pytest.raises(UserError, match=r"\[0, 1\]"):
         hints.check_hint(spoil(images.to_hint(noise())))
+
+
+def test_a_hint_with_its_surroundings():
+    """Guards what a harmonizing net compares: the blurred object, a black rim, the photograph around the hole."""
+    image, background, mask = noise(), noise()[::-1].copy(), disc()
+    hole = np.roll(mask, 3, axis=0) | mask | np.roll(mask, -3, axis=0)
+    result = hints.hint("color", image, mask, background, hole, surroundings=True, sigma=20)
+    assert np.array_equal(result[mask], hints.blur_hint(image, mask, sigma=20)[mask])
+    assert (hole & ~mask).any() and not result[hole & ~mask].any()
+    assert np.array_equal(result[~hole], background[~hole])
+    assert np.array_equal(hints.hint("color", image, mask, background, hole), hints.blur_hint(image, mask))
+    with pytest.raises(UserError, match="give background and hole"):
+        hints.hint("color", image, mask, surroundings=True)

@@ -103,3 +103,14 @@ def test_timesteps_fill_their_range(t_min):
     assert t.min() == t_min and t.max() == 999
     counts = torch.bincount(t, minlength=1000)[t_min:]
     assert counts.min() >= 1 and counts.max() - counts.min() <= 2
+
+
+def test_a_share_of_the_timesteps_is_the_noisiest():
+    """Guards ``noisiest``: that share, evenly over the last 50 timesteps, the rest as without it."""
+    times = torch.linspace(0, 1, 8001)[:-1].tolist() + [1 - 2**-24]
+    t = add_noise(batch(times), 1.0, ABAR, 200, 0.5)[2]
+    assert t.min() == 200 and t.max() == 999
+    share = (t >= 950).float().mean().item()
+    assert share == pytest.approx(0.5 + 0.5 * 50 / 800, abs=0.002)
+    counts = torch.bincount(t, minlength=1000)
+    assert counts[950:].min() >= 80 and 4 <= counts[200:950].min() <= counts[200:950].max() <= 6
