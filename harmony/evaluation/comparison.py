@@ -33,6 +33,7 @@ from harmony.evaluation.figures import Fidelity, scores
 from harmony.evaluation.report import Report
 from harmony.evaluation.study import Study, StudyRun
 from harmony.evaluation.tables import curves, flat, heat, mosaics, pictures, write_table
+from harmony.methods.insert import FULL, NONE, Detailed
 from harmony.methods.method import Composite, Method, Seed, fingerprint
 from harmony.metrics.fidelity import aggregate, fmse
 from harmony.models.features import feature_extractor
@@ -155,6 +156,13 @@ class Comparison(Study):
 
     # --- rows
 
+    def build(self, options: dict) -> Method:
+        """The method of a row; with ``detail: full`` the composite keeps its own detail."""
+        options = dict(options)
+        detail = options.pop("detail", NONE)
+        method = self.run.build(options)
+        return Detailed(method) if detail == FULL else method
+
     def sweep_methods(self) -> dict[str, Method]:
         """The method of ``sweep`` at each weight, or at each pair of them, named ``structure color``."""
         if self.sweep is None:
@@ -163,9 +171,9 @@ class Comparison(Study):
             raise UserError(f"{self.run.name} needs {' and '.join(self.sweep.lacking)}, trained and not shipped")
         options, lambdas = self.sweep.options, self.lambdas
         if self.pairs == "same":
-            return {f"{v:g}": self.run.build(options | dict.fromkeys(SWEPT, v)) for v in lambdas}
+            return {f"{v:g}": self.build(options | dict.fromkeys(SWEPT, v)) for v in lambdas}
         low, high = SWEPT
-        return {f"{h:g} {v:g}": self.run.build(options | {low: v, high: h}) for h in lambdas for v in lambdas}
+        return {f"{h:g} {v:g}": self.build(options | {low: v, high: h}) for h in lambdas for v in lambdas}
 
     @cached_property
     def has_validation(self) -> bool:
@@ -177,7 +185,7 @@ class Comparison(Study):
         if not self.lambdas:
             raise UserError(f"study.rows.{name} chooses among study.lambdas: list some")
         items = self.load("validation")
-        methods = {v: self.run.build(row.options | dict.fromkeys(row.best, v)) for v in self.lambdas}
+        methods = {v: self.build(row.options | dict.fromkeys(row.best, v)) for v in self.lambdas}
         self.fill(items, {f"{v:g}": method for v, method in methods.items()})
         results = {}
         for value, method in methods.items():
@@ -201,7 +209,7 @@ class Comparison(Study):
             elif row.best:
                 methods[name] = self.best(name, row)
             else:
-                methods[name] = self.run.build(row.options)
+                methods[name] = self.build(row.options)
                 if (guidance := row.options.get("guidance")) is not None:
                     self.notes.append(f"{name}: guidance {guidance:g}")
         if not methods:

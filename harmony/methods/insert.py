@@ -11,8 +11,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from harmony.core.errors import UserError
-from harmony.methods.method import Composite, Method, make_seeds
-from harmony.pixels.composites import carry_change, copy_paste, paste_back
+from harmony.methods.method import Composite, Method, Seed, fingerprint, make_seeds
+from harmony.pixels.composites import CHANGE_SIGMA, carry_change, copy_paste, paste_back
 from harmony.pixels.images import Crop, crop_resize, paste_crop, square_around
 from harmony.pixels.masks import TEST_RADIUS, bounding_box, box_mask, dilate, inscribed_radius, scale_length
 
@@ -65,18 +65,13 @@ class Insertion:
         return Result(image, output, self.composite, self.hole, self.crop)
 
     def carry(self, before: np.ndarray, after: np.ndarray) -> np.ndarray:
-        """The square of the composite at full size, S x S x 3, with the change of light between two squares R x R x 3.
-
-        The object takes it in large; in ``region`` it is a shadow, with a rim that fades into the photograph.
-        """
-        side = self.crop.side
-        composite, mask = (crop_resize(array, self.crop, side) for array in (self.composite, self.mask))
-        pixels = carry_change(before, after, self.square.mask, composite, mask)
-        if self.region is None:
-            return pixels
-        small_rest, rest = (crop_resize(self.region & ~self.mask, self.crop, n) for n in (len(after), side))
-        shaded = carry_change(before, after, small_rest, pixels, rest, SHADOW_SIGMA)
-        return paste_back(shaded, pixels, mask | rest, scale_length(SHADOW_RIM, rest.shape))
+        """The composite's square at full size, S x S x 3, with the change of light between two squares R x R x 3."""
+        rest = None if self.region is None else self.region & ~self.mask
+        large, small = (
+            [None if m is None else crop_resize(m, self.crop, n) for m in (self.mask, rest)]
+            for n in (self.crop.side, len(after))
+        )
+        return carry(crop_resize(self.composite, self.crop, self.crop.side), *large, *small, before, after)
 
 
 def cut(
@@ -132,6 +127,50 @@ def insert(
         for i, (before, output) in zip(indices, outputs, strict=True):
             results[i] = insertions[i].paste(output, feather, before)
     return [results[i] for i in range(len(insertions))]
+
+
+class Detailed(Method):
+    """A method whose change of light is carried to the composites themselves, at the method's own resolution."""
+
+    def __init__(self, method: Method):
+        if not method.relights:
+            raise UserError("detail=full: this method paints the object anew, so that its light alone cannot be taken")
+        self.method = method
+        self.resolution, self.device = method.resolution, method.device
+        self.wants, self.radius = method.wants, method.radius
+
+    @property
+    def fingerprint(self) -> str:
+        return fingerprint("detailed", self.method.fingerprint, CHANGE_SIGMA, SHADOW_SIGMA)
+
+    def describe(self) -> str:
+        return f"{self.method.describe()}, the composite's own detail"
+
+    def fill(self, composites: Sequence[Composite], seeds: Sequence[Seed]) -> list[np.ndarray]:
+        return [
+            carry(c.copy_paste(), c.mask, c.hole & ~c.mask, c.mask, c.hole & ~c.mask, before, after)
+            for c, (before, after) in zip(composites, self.method.relight(composites, seeds), strict=True)
+        ]
+
+
+def carry(
+    picture: np.ndarray,
+    mask: np.ndarray,
+    rest: np.ndarray | None,
+    small_mask: np.ndarray,
+    small_rest: np.ndarray | None,
+    before: np.ndarray,
+    after: np.ndarray,
+) -> np.ndarray:
+    """``picture``, uint8 S x S x 3, with the change of light between two squares R x R x 3.
+
+    The object, ``mask``, takes it in large; ``rest``, what may be repainted beside it, as a shadow whose rim fades.
+    """
+    pixels = carry_change(before, after, small_mask, picture, mask)
+    if rest is None:
+        return pixels
+    shaded = carry_change(before, after, small_rest, pixels, rest, SHADOW_SIGMA)
+    return paste_back(shaded, pixels, mask | rest, scale_length(SHADOW_RIM, rest.shape))
 
 
 def keeps_detail(method: Method, insertion: Insertion, detail: str) -> bool:
