@@ -86,6 +86,11 @@ def build(caches: Sequence[Cache], trainer: lightning.Trainer | None = None) -> 
     return [cache.folder for cache in caches]
 
 
+def only_set(parameters: dict) -> dict:
+    """A hint's parameters without ``surroundings`` where it is false, so that older nets have the same parameters."""
+    return {name: value for name, value in parameters.items() if name != "surroundings" or value}
+
+
 class LatentData(lightning.LightningDataModule):
     """Cached latents of a manifest's train and validation split; reads only manifest and cache.
 
@@ -115,11 +120,11 @@ class LatentData(lightning.LightningDataModule):
         self.manifest, self.backbone, self.cache = Path(manifest), backbone, Path(cache)
         self.batch_size, self.workers, self.seed = batch_size, workers, seed
         self.branches = [branch] if isinstance(branch, str) else list(branch or ())
+        hints = {branch: only_set(parameters) for branch, parameters in (hints or {}).items()}
+        rule = "backbone" if hole == "backbone" else "dilate"
         self.recipes = {
-            "train": Recipe(crop, hole, variants, hints or {}, seed, mismatch, elsewhere),
-            "validation": Recipe(
-                "center", "backbone" if hole == "backbone" else "dilate", 1, hints or {}, seed, mismatch
-            ),
+            "train": Recipe(crop, hole, variants, hints, seed, mismatch, elsewhere),
+            "validation": Recipe("center", rule, 1, hints, seed, mismatch),
         }
         self.sets: dict[str, Draws] = {}
 
