@@ -6,7 +6,7 @@ import torch
 
 from harmony.core.errors import UserError
 from harmony.methods.inpainting import Branch, Inpainting, load_branch
-from harmony.methods.insert import cut, insert
+from harmony.methods.insert import Detailed, cut, insert
 from harmony.methods.method import Composite, make_seeds
 from harmony.models.backbone import Backbone
 from harmony.models.controlnet import export_controlnet
@@ -226,3 +226,43 @@ def test_a_controlnet_of_another_backbone_is_refused(backbone, color, tmp_path):
     other.unet.register_to_config(cross_attention_dim=64)
     with pytest.raises(UserError, match="does not fit backbone"):
         load_branch(str(tmp_path), other, WEIGHTS)
+
+
+def test_a_larger_photograph_keeps_its_detail(backbone, color):
+    """Guards detail=: the light alone comes from the method where the square is larger than it, as asked elsewhere."""
+    method = Inpainting(backbone, [color], FAST)
+    background, foreground = picture(150, 120), picture(150, 120, 1)
+    mask = rectangle(150, 120, 50, 40, 90, 80)
+    large = cut(backbone.resolution, background, foreground, mask, caption="a car")
+    (auto,), (full,), (none,) = (insert(method, [large], detail=detail) for detail in ("auto", "full", "none"))
+    assert np.array_equal(auto.image, full.image) and not np.array_equal(auto.image, none.image)
+    assert np.array_equal(auto.image[~mask], background[~mask]), "the rim of the hole stays"
+    gray, truth = (image[mask].astype(float).mean(1) for image in (auto.image, foreground))
+    assert np.corrcoef(gray, truth)[0, 1] > 0.9 and not np.array_equal(auto.image[mask], foreground[mask])
+    small = cut(backbone.resolution, picture(20, 20), picture(20, 20, 1), rectangle(20, 20, 6, 6, 14, 14), caption="x")
+    (auto,), (none,) = (insert(method, [small], detail=detail) for detail in ("auto", "none"))
+    assert np.array_equal(auto.image, none.image)
+    together = insert(method, [large, small])
+    assert np.array_equal(together[0].image, full.image) and np.array_equal(together[1].image, none.image)
+
+
+def test_what_is_painted_anew_has_no_light_to_take(backbone):
+    words = Inpainting(backbone, [], FAST)
+    insertion = cut(backbone.resolution, picture(90, 90), picture(90, 90, 1), rectangle(90, 90, 30, 30, 60, 60))
+    assert np.array_equal(insert(words, [insertion])[0].image, insert(words, [insertion], detail="none")[0].image)
+    for refuse in (lambda: insert(words, [insertion], detail="full"), lambda: Detailed(words)):
+        with pytest.raises(UserError, match="paints the object anew"):
+            refuse()
+
+
+def test_a_comparison_at_the_backbones_size_keeps_detail_too(backbone, color):
+    """Guards ``Detailed``: the composite outside the hole, its own detail inside, another fingerprint."""
+    method = Inpainting(backbone, [color], FAST)
+    background, instance = picture(32, 32), picture(32, 32, 1)
+    mask = rectangle(32, 32, 10, 10, 22, 22)
+    composite = Composite(background, instance, mask, dilate(mask, 3), "a car")
+    (image,) = Detailed(method).fill([composite], [(0, 0)])
+    assert np.array_equal(image[~composite.hole], background[~composite.hole])
+    gray, truth = (picture_[mask].astype(float).mean(1) for picture_ in (image, instance))
+    assert np.corrcoef(gray, truth)[0, 1] > 0.9
+    assert Detailed(method).fingerprint != method.fingerprint

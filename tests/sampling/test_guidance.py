@@ -23,6 +23,7 @@ from harmony.sampling.guidance import (
     embed_hints,
     inpaint,
     predict,
+    predict_mean,
 )
 
 
@@ -354,3 +355,29 @@ def test_graphs_replay_the_same_latents(random_backbone, awake, more):
             for g in (False, True)
         )
         torch.testing.assert_close(replayed, plain, rtol=1e-4, atol=1e-4)
+
+
+def test_the_mean_is_the_noisiest_prediction_in_one_evaluation(scene, count):
+    """Guards ``predict_mean``: the clean latent of the last timestep, the same for a noise and its negative, from one
+    pass through the networks; guidance counts.
+    """
+    s = scene
+    controls = [(s.nets[0], s.hints[0], 0.7)]
+
+    def mean(noise: torch.Tensor, guidance: float = 1.0) -> torch.Tensor:
+        schedule = Schedule(50, guidance)
+        return predict_mean(s.backbone, noise, s.hole, s.masked, s.text, s.empty, schedule, controls)
+
+    result = mean(s.noise)
+    assert count == {"net": [4], "unet": [4]}
+    torch.testing.assert_close(mean(-s.noise), result, atol=1e-4, rtol=1e-4)
+    assert not torch.allclose(mean(s.noise, 3.0), result, atol=1e-3)
+    t, a, clean = torch.full((2,), 999), s.backbone.alphas_cumprod[-1], []
+    for noise in (s.noise, -s.noise):
+        parts = control_residuals(embed_hints(controls), torch.cat([noise, s.known], 1), t, s.text)
+        output = s.backbone.unet(
+            torch.cat([noise, s.known], 1), t, s.text, down_block_additional_residuals=parts[0],
+            mid_block_additional_residual=parts[1],
+        ).sample  # fmt: skip
+        clean.append((noise - (1 - a).sqrt() * output) / a.sqrt())
+    torch.testing.assert_close(result, (clean[0] + clean[1]) / 2, atol=1e-3, rtol=1e-3)
