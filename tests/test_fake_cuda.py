@@ -240,13 +240,14 @@ def test_a_backbone_trains(part, sd2, tmp_path, monkeypatch):
     attached(module, monkeypatch)
     module.on_fit_start()
     batch = make_batch(sd2, 2, ()) if part == "inpaint" else {"image": torch.rand(2, 3, 256, 256), "caption": said[:2]}
-    assert module.training_step(on_gpu(batch), 0).requires_grad
+    seeds = {"noise_seed": torch.tensor([0, 1])}  # a seed's value is read, which a tensor without values has not
+    assert module.training_step(on_gpu(batch) | seeds, 0).requires_grad
     for p in module.net.parameters():
         p.grad = torch.empty_like(p)
     optimizer = module.optimizer_class
     if optimizer is Muon:
         optimizer([p for p in module.net.parameters() if p.ndim >= 2]).step()
-    module.on_train_batch_end()
+    module.average.step(module.net.parameters())
 
 
 # --- methods

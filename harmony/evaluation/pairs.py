@@ -133,28 +133,26 @@ class Pairs(Study):
         settings = fingerprint(rows, run.seed, self.details[name], LARGEST)
         return run.folder / "outputs" / self.methods[name].fingerprint[:16] / settings[:16] / f"{block.start:05d}.json"
 
-    def results(self, name: str, items: Sequence[tuple[Row, bool]]) -> list[tuple[Pair, Result | None]]:
-        """The results of a row; None for an object that is too small for it, which stays as it is."""
-        run, method = self.run, self.methods[name]
-        pairs = [read_pair(row, run.manifest.parent, run.seed, changed) for row, changed in items]
-        insertions = {}
-        for i, pair in enumerate(pairs):
-            try:
-                insertions[i] = pair.cut(method)
-            except UserError:
-                continue
-        results = insert(method, list(insertions.values()), run.seed, 0, self.details[name])
-        results = dict(zip(insertions, results, strict=True))
-        return [(pair, results.get(i)) for i, pair in enumerate(pairs)]
+    def results(self, name: str, items: Sequence[tuple[Row, bool]]) -> list[tuple[Pair, Result | UserError]]:
+        """The results of a row; an error for an object that is too small for it, or words that are too long."""
+        pairs = [read_pair(row, self.run.manifest.parent, self.run.seed, changed) for row, changed in items]
+        return list(zip(pairs, self.insert(name, pairs), strict=True))
+
+    def insert(self, name: str, pairs: Sequence[Pair]) -> list[Result | UserError]:
+        """Insert some pairs together; where that fails, each alone."""
+        method = self.methods[name]
+        try:
+            return insert(method, [pair.cut(method) for pair in pairs], self.run.seed, 0, self.details[name])
+        except UserError as error:
+            return [error] if len(pairs) == 1 else [self.insert(name, [pair])[0] for pair in pairs]
 
     def make(self, name: str, block: range) -> None:
-        """Measure one row on some of the items."""
-        figures = []
-        for pair, result in self.results(name, [self.items[i] for i in block]):
-            figures.append(None if result is None else score(result, pair))
+        """Measure one row on some of the items; an item that it cannot take is stored as the reason."""
+        results = self.results(name, [self.items[i] for i in block])
+        figures = [str(r) if isinstance(r, UserError) else score(r, pair) for pair, r in results]
         write_json(self.file(name, block), figures)
 
-    def read(self, name: str) -> list[dict[str, float] | None]:
+    def read(self, name: str) -> list[dict[str, float] | str]:
         """The figures of a row, an item each."""
         return [row for block in blocks(len(self.items)) for row in json.loads(self.file(name, block).read_text())]
 
@@ -190,15 +188,20 @@ class Pairs(Study):
         return Report(flat(table), facts, text, [self.draw()])
 
     def table(self) -> dict[str, dict[str, float]]:
-        """Row -> figures, over the photographs in which no row left the object out."""
+        """Row -> figures, over the photographs that all rows can take."""
         figures = {name: self.read(name) for name in self.methods}
-        common = [i for i in range(len(self.items)) if all(rows[i] is not None for rows in figures.values())]
-        if left_out := len(self.items) - len(common):
-            self.notes.append(f"{left_out} left out: their object is too small for the backbone")
+        failures = [
+            (name, rows[i], i) for name, rows in figures.items() for i in range(len(rows)) if isinstance(rows[i], str)
+        ]
+        common = sorted({*range(len(self.items))} - {i for _, _, i in failures})
+        if failures:
+            name, reason, i = failures[0]
+            count = len(self.items) - len(common)
+            self.notes.append(f"{count} left out for all rows, such as {self.items[i][0].id} for {name}: {reason}")
         changed = [i for i in common if self.items[i][1]]
         unchanged = [i for i in common if not self.items[i][1]]
         if len(changed) < 2:
-            raise UserError("fewer than two objects are large enough for the backbone: take a larger one")
+            raise UserError(f"fewer than two pictures are left: {'; '.join(self.notes)}")
         table = {}
         for name, rows in figures.items():
             parts = [[of[i] for i in changed] for of in (rows, figures[COPY_PASTE])]
@@ -213,7 +216,10 @@ class Pairs(Study):
         columns: dict[str, list[np.ndarray]] = {}
         for name in self.methods:
             results = self.results(name, few)
-            images = [copy_paste(p.photograph, p.foreground, p.mask) if r is None else r.image for p, r in results]
+            images = [
+                copy_paste(p.photograph, p.foreground, p.mask) if isinstance(r, UserError) else r.image
+                for p, r in results
+            ]
             columns[name] = [
                 crop_resize(y, find_square(p.mask), SIDE) for y, (p, _) in zip(images, results, strict=True)
             ]

@@ -48,7 +48,7 @@ def test_a_failed_write_leaves_the_old_manifest(tmp_path, monkeypatch):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(os, "fsync", full)
-    with pytest.raises(OSError, match="No space"):
+    with pytest.raises(UserError, match="disk full"):
         write_manifest(path, ROWS, "mini")
     assert path.read_bytes() == before
 

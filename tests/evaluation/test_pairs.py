@@ -134,5 +134,5 @@ def test_an_object_that_vanishes_is_left_out_for_all(study, monkeypatch):
     pair_id = make().items[0][0].id
     monkeypatch.setattr(pairs.Pair, "cut", fail)
     report = make().measure()
-    assert "left out: their object is too small" in report.text
+    assert f"left out for all rows, such as {pair_id} for small: too small" in report.text
     assert report.figures["truth/fmse"] == 0

@@ -216,7 +216,7 @@ def test_a_write_that_fails_leaves_nothing(keep, tmp_path, monkeypatch):
 
     with monkeypatch.context() as patch:
         patch.setattr("os.replace", full)
-        with pytest.raises(OSError, match="No space"):
+        with pytest.raises(UserError, match="disk full"):
             keep()
     assert not list((tmp_path / "kept").glob("*"))
     assert keep()[1] == 2 and keep()[1] == 2

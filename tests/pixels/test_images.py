@@ -48,7 +48,7 @@ def test_failed_write_keeps_the_old_file(tmp_path, monkeypatch):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(Image.Image, "save", full_disk)
-    with pytest.raises(OSError, match="No space"):
+    with pytest.raises(UserError, match="disk full"):
         images.write_image(path, noise(4, 4, seed=1))
     assert path.read_bytes() == before and os.listdir(tmp_path) == ["a.png"]
 
