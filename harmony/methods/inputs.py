@@ -14,7 +14,7 @@ from harmony.core.foreign import is_file_name, read_table
 from harmony.data.descriptions import Description, parse_descriptions, read_descriptions
 from harmony.methods.insert import Insertion, Result, check_sizes, cut, find_square
 from harmony.methods.method import EXEMPLAR, LIGHTS, Method
-from harmony.pixels.color_profiles import read_in_space, read_photograph
+from harmony.pixels.color_profiles import Photograph, read_in_space, read_photograph
 from harmony.pixels.composites import copy_paste, place, poisson, reinhard
 from harmony.pixels.exemplars import cut_out
 from harmony.pixels.images import crop_resize, grid, open_image, resize
@@ -29,7 +29,8 @@ class Inputs:
     """The pictures and words of one composite.
 
     ``background``, ``foreground`` uint8 H x W x 3 and ``mask``, ``region`` bool H x W have one size; ``region`` may be
-    None. ``reference``: the exemplar, uint8 of any size, where it is a separate picture. ``lights``: descriptions of
+    None. ``plate``: the photograph without the object, for Poisson's baseline, where a composite's is known.
+    ``reference``: the exemplar, uint8 of any size, where it is a separate picture. ``lights``: descriptions of
     the object's light and of the light around it. ``name``: the name of the results. ``profile``: the photograph's
     color profile, which all colors are in. ``notes``: lines on what happened to colors.
     """
@@ -39,6 +40,7 @@ class Inputs:
     mask: np.ndarray
     region: np.ndarray | None = None
     reference: np.ndarray | None = None
+    plate: np.ndarray | None = None
     lights: tuple[Description, ...] = ()
     name: str = ""
     profile: bytes | None = None
@@ -100,7 +102,7 @@ def choose_box(width: int, height: int) -> tuple[int, ...]:
 
 def read_inputs(options: Mapping[str, Any]) -> Inputs:
     """Read, place and check the pictures and prompts in ``options``. UserError for what does not fit."""
-    o = {name: None for name in (*PICTURES, "prompts")} | dict(options)
+    o = {name: None for name in (*PICTURES, "prompts", "plate")} | dict(options)
     name = Path(o["composite"] or o["foreground"] or o["background"] or "").stem
     if o["reference"] is not None:
         return replace(read_reference(o), name=name)
@@ -125,7 +127,17 @@ def read_inputs(options: Mapping[str, Any]) -> Inputs:
     region = read_mask(o["region"], get_size(image)) if o["region"] else None
     check_sizes(image, foreground=foreground, mask=mask, region=region)
     lights = read_lights(o["prompts"], name)
-    return Inputs(image, foreground, mask, region, None, lights, name, photograph.profile, notes)
+    plate = read_plate(o["plate"], photograph)
+    return Inputs(image, foreground, mask, region, None, plate, lights, name, photograph.profile, notes)
+
+
+def read_plate(path: str | None, photograph: Photograph) -> np.ndarray | None:
+    """The photograph without the object; None where it is unknown, unreadable or of another size."""
+    try:
+        plate = path and read_in_space(path, photograph.profile).pixels
+    except UserError:
+        return None
+    return plate if plate is not None and plate.shape == photograph.pixels.shape else None
 
 
 def read_reference(o: Mapping[str, Any]) -> Inputs:
@@ -158,7 +170,8 @@ def list_composites(folder: Path) -> tuple[list[tuple[str, dict]], list[str]]:
 
     Second, what is left out because something of it is missing; a line names it.
     A row of ``index.csv`` has ``composite`` and ``mask``, or ``background``, ``foreground``, ``foreground_mask`` and
-    ``bbox`` (x0 y0 x1 y1 in pixels of the background); paths are relative to the folder.
+    ``bbox`` (x0 y0 x1 y1 in pixels of the background); paths are relative to the folder. The ``background`` of a
+    finished composite serves the Poisson baseline of the contact sheet.
     """
     if not folder.is_dir():
         raise UserError(f"dir={folder}: there is no such folder; give one that exists")
@@ -212,7 +225,7 @@ def read_row(folder: Path, row: Mapping[str, str]) -> dict | None:
     """The options of a row of ``index.csv``; None for an incomplete one and for a box that is none."""
     paths = {key: str(folder / value) for key, value in row.items() if value}
     if {"composite", "mask"} <= set(paths):
-        return {"composite": paths["composite"], "mask": paths["mask"]}
+        return {"composite": paths["composite"], "mask": paths["mask"], "plate": paths.get("background")}
     box = parse_box(row.get("bbox", ""))
     if box is None or not {"background", "foreground", "foreground_mask"} <= set(paths):
         return None
@@ -251,7 +264,7 @@ def draw_sheet(inputs: Inputs, result: Result, image: np.ndarray) -> np.ndarray:
 def compare_baselines(inputs: Inputs, image: np.ndarray) -> list[np.ndarray]:
     """Small pictures of the square: composite, harmonized, and Reinhard's and Poisson's baselines.
 
-    Poisson blending needs the surroundings of the object, which a composite has lost: its picture is gray there.
+    Poisson blending needs what was behind the object, which a composite has lost: without a plate its picture is gray.
     """
     background, foreground, mask = inputs.background, inputs.foreground, inputs.mask
     crop, side = find_square(mask, inputs.region), SHEET_SIDE // 2
@@ -259,6 +272,8 @@ def compare_baselines(inputs: Inputs, image: np.ndarray) -> list[np.ndarray]:
     pictures = [copy_paste(background, foreground, mask), image, reinhard_picture]
     squares = [crop_resize(picture, crop, side) for picture in pictures]
     if foreground is background:
-        return [*squares, np.full_like(squares[0], 128)]
+        if inputs.plate is None:
+            return [*squares, np.full_like(squares[0], 128)]
+        background = inputs.plate
     parts = (crop_resize(array, crop, side) for array in (background, foreground, mask))
     return [*squares, poisson(*parts, surroundings=False)]

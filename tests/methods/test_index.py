@@ -1,8 +1,10 @@
 """``index.csv`` of a folder of composites, as spreadsheets and pandas write it."""
 
+import numpy as np
 import pytest
 
-from harmony.methods.inputs import list_composites, parse_box
+from harmony.methods.inputs import compare_baselines, list_composites, parse_box, read_inputs
+from harmony.pixels.images import write_image
 
 HEAD = "background,id,foreground,foreground_mask,bbox\r\n"
 
@@ -26,3 +28,22 @@ def test_a_spreadsheets_index_is_read_and_a_wrong_row_left_out_with_a_line(tmp_p
         "2 left out, the row of index.csv names neither a composite with its mask nor a foreground with mask and box: "
         "['bad', 'cut']\n"
     )
+
+
+def test_the_background_of_a_finished_composite_serves_poisson_alone(tmp_path):
+    """Guards the contact sheet: a gray square where nobody knows what was behind the object, Poisson where a row says
+    it; the result starts from the composite either way, and a background of another size is not used.
+    """
+    rng = np.random.default_rng(0)
+    composite, plate = rng.integers(0, 256, (2, 40, 60, 3)).astype(np.uint8)
+    mask = np.zeros((40, 60), bool)
+    mask[10:30, 20:40] = True
+    for name, picture in {"c": composite, "m": mask, "b": plate, "small": plate[:20]}.items():
+        write_image(tmp_path / f"{name}.png", picture)
+    rows = "1,c.png,m.png,b.png\n2,c.png,m.png,\n3,c.png,m.png,small.png\n4,c.png,m.png,none.png\n"
+    (tmp_path / "index.csv").write_text(f"id,composite,mask,background\n{rows}")
+    items, _ = list_composites(tmp_path)
+    inputs = [read_inputs(options) for _, options in items]
+    assert all(np.array_equal(each.background, composite) for each in inputs)
+    blended = [compare_baselines(each, composite)[-1] for each in inputs]
+    assert [int(np.ptp(picture)) > 0 for picture in blended] == [True, False, False, False]
