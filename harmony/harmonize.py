@@ -69,7 +69,7 @@ def main(cfg: DictConfig) -> None:
     for each in inputs or ():
         each.cut(method)  # what the method cannot use is refused before a folder is made
     folder = folder_of(cfg)
-    inserter = Inserter(method, backbone, cfg.seed, cfg.feather, cfg.raw, cfg.detail)
+    inserter = Inserter(method, backbone, cfg.seed, cfg.feather, cfg.raw, cfg.detail, cfg.shadow)
     if inputs is not None:
         (files,) = inserter.run([Request(options, folder, cfg.prompt)], inputs)
         print(*files.values(), sep="\n")

@@ -176,6 +176,7 @@ OPTIONS: dict[str, Rule] = {
     "square": Either((Text(), Items(Whole(0))), none=True),
     "feather": Number(0, 10_000),
     "detail": Choice(("auto", "full", "none")),
+    "shadow": Switch(),
     "mode": Choice(("replace", "insert", "style", "reweight"), none=True),
     "local": Switch(none=True),
     "words": Either((Text(), Items(Text())), none=True),

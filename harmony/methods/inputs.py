@@ -12,7 +12,7 @@ import numpy as np
 from harmony.core.errors import UserError
 from harmony.core.foreign import is_file_name, read_table
 from harmony.data.descriptions import Description, parse_descriptions, read_descriptions
-from harmony.methods.insert import Insertion, Result, check_sizes, cut, find_square
+from harmony.methods.insert import Insertion, Result, check_sizes, cut, find_shadow_region, find_square
 from harmony.methods.method import EXEMPLAR, LIGHTS, Method
 from harmony.pixels.color_profiles import Photograph, read_in_space, read_photograph
 from harmony.pixels.composites import copy_paste, place, poisson, reinhard
@@ -46,8 +46,17 @@ class Inputs:
     profile: bytes | None = None
     notes: tuple[str, ...] = ()
 
-    def cut(self, method: Method, caption: str = "") -> Insertion:
-        """The square that ``method`` fills. UserError for inputs that it cannot use or that it lacks."""
+    @property
+    def is_placed(self) -> bool:
+        """Whether the object comes from a picture of its own, and the background shows nothing of it."""
+        return self.foreground is not self.background
+
+    def cut(self, method: Method, caption: str = "", shadow: bool = False) -> Insertion:
+        """The square that ``method`` fills. UserError for inputs that it cannot use or that it lacks.
+
+        ``shadow``: an object that is placed may also darken what is around its lower part, if no region is given and
+        the method relights.
+        """
         if LIGHTS in method.wants and not self.lights:
             raise UserError("describer=given needs the words for both lights: give prompts=")
         if self.reference is not None and EXEMPLAR not in method.wants:
@@ -60,8 +69,11 @@ class Inputs:
         exemplar = None
         if EXEMPLAR in method.wants:
             exemplar = cut_out(self.foreground, self.mask) if self.reference is None else self.reference
+        region = self.region
+        if region is None and shadow and self.is_placed and method.relights and radius:
+            region = find_shadow_region(self.mask)
         fields = {"caption": caption, "exemplar": exemplar, "lights": self.lights, "name": self.name}
-        pictures = (self.background, self.foreground, self.mask, self.region)
+        pictures = (self.background, self.foreground, self.mask, region)
         return cut(method.resolution, *pictures, radius, **fields)
 
 
@@ -271,7 +283,7 @@ def compare_baselines(inputs: Inputs, image: np.ndarray) -> list[np.ndarray]:
     reinhard_picture = copy_paste(background, reinhard(foreground, mask, background), mask)
     pictures = [copy_paste(background, foreground, mask), image, reinhard_picture]
     squares = [crop_resize(picture, crop, side) for picture in pictures]
-    if foreground is background:
+    if not inputs.is_placed:
         if inputs.plate is None:
             return [*squares, np.full_like(squares[0], 128)]
         background = inputs.plate

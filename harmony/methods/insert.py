@@ -14,12 +14,21 @@ from harmony.core.errors import UserError
 from harmony.methods.method import Composite, Method, Seed, fingerprint, make_seeds
 from harmony.pixels.composites import CHANGE_SIGMA, carry_change, copy_paste, paste_back
 from harmony.pixels.images import Crop, crop_resize, paste_crop, square_around
-from harmony.pixels.masks import TEST_RADIUS, bounding_box, box_mask, dilate, inscribed_radius, scale_length
+from harmony.pixels.masks import (
+    TEST_RADIUS,
+    bounding_box,
+    box_mask,
+    dilate,
+    inscribed_radius,
+    scale_length,
+    shadow_region,
+)
 
 AUTO, FULL, NONE = DETAILS = ("auto", "full", "none")  # whether a photograph keeps its own detail
 SMALLEST_RIM = 0.25  # of the usual rim: so that the hole of a thin object still has a place among the latents
 SHADOW_SIGMA = 24  # px at a square of 512: below this length a change beside the object is texture, not shadow
 SHADOW_RIM = 24  # px at a square of 512: over this length a shadow fades at the rim of its region
+SHADOW_RADIUS = 48  # px at a square of 512: how far beside an object that was placed its shadow may fall
 CONTEXT = 1.6  # side of the square relative to the longer side of the hole
 
 
@@ -169,7 +178,7 @@ def carry(
     pixels = carry_change(before, after, small_mask, picture, mask)
     if rest is None:
         return pixels
-    shaded = carry_change(before, after, small_rest, pixels, rest, SHADOW_SIGMA)
+    shaded = carry_change(before, after, small_rest, pixels, rest, SHADOW_SIGMA, largest=1)
     return paste_back(shaded, pixels, mask | rest, scale_length(SHADOW_RIM, rest.shape))
 
 
@@ -185,6 +194,11 @@ def find_square(mask: np.ndarray, region: np.ndarray | None = None) -> Crop:
     """The square of the photograph that a method fills."""
     height, width = mask.shape
     return square_around(bounding_box(mask if region is None else mask | region), width, height, context=CONTEXT)
+
+
+def find_shadow_region(mask: np.ndarray) -> np.ndarray:
+    """Where an object that was placed in a photograph may cast a shadow, bool H x W."""
+    return shadow_region(mask, round(scale_length(SHADOW_RADIUS, (find_square(mask).side,))))
 
 
 def find_rim(mask: np.ndarray, crop: Crop, side: int, radius: float) -> int:

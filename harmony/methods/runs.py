@@ -17,7 +17,7 @@ from harmony.core.pieces import make_pieces
 from harmony.core.progress import tell
 from harmony.data.captions import caption_images, find_captioner
 from harmony.methods.inputs import Inputs, compare_baselines, draw_sheet, read_inputs
-from harmony.methods.insert import AUTO, Insertion, Result, insert
+from harmony.methods.insert import AUTO, NONE, Insertion, Result, insert
 from harmony.methods.method import CAPTION, Method, fingerprint
 from harmony.models.backbone import Backbone
 from harmony.models.timing import measure_time, now
@@ -42,7 +42,8 @@ class Request:
 class Inserter:
     """A method with the settings that all insertions of a command share.
 
-    ``detail``: see ``insert.insert``. ``raw``: paste the whole square that the method returns, not the hole alone.
+    ``detail``: see ``insert.insert``. ``shadow``: see ``Inputs.cut``; never where the detail is not kept. ``raw``:
+    paste the whole square that the method returns, not the hole alone.
     """
 
     method: Method
@@ -51,6 +52,7 @@ class Inserter:
     feather: float = 0
     raw: bool = False
     detail: str = AUTO
+    shadow: bool = True
     say: Callable[[str], None] = tell
 
     def collect_facts(self, request: Request) -> dict:
@@ -61,7 +63,7 @@ class Inserter:
             if isinstance(value, str) and os.path.isfile(value)  # unlike Path's, no error for a long prompt
         }
         options = {name: value for name, value in request.options.items() if value is not None}
-        names = ("seed", "feather", "raw", "detail")
+        names = ("seed", "feather", "raw", "detail", "shadow")
         settings = {name: getattr(self, name) for name in names} | {"prompt": request.prompt}
         return {"method": self.method.fingerprint, "options": options, "files": files, **settings}
 
@@ -107,7 +109,7 @@ class Inserter:
         """The square of a request, with a caption where the method needs one."""
         for note in inputs.notes:
             self.say(note)
-        insertion = inputs.cut(self.method, request.prompt or "")
+        insertion = inputs.cut(self.method, request.prompt or "", self.shadow and self.detail != NONE)
         request.folder.mkdir(parents=True, exist_ok=True)
         (request.folder / FINGERPRINT_FILE).unlink(missing_ok=True)
         write_image(request.folder / "composite.png", insertion.composite, icc_profile=inputs.profile)

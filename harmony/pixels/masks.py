@@ -145,6 +145,14 @@ def bounding_box(mask: np.ndarray) -> tuple[int, int, int, int]:
     return int(columns[0]), int(rows[0]), int(columns[-1]) + 1, int(rows[-1]) + 1
 
 
+def shadow_region(mask: np.ndarray, radius_px: int) -> np.ndarray:
+    """Where an object that stands on something may cast a shadow beside itself: around its lower third, bool H x W."""
+    x0, y0, x1, y1 = bounding_box(mask)
+    lower_part = mask.copy()
+    lower_part[: y1 - max(1, (y1 - y0) // 3)] = False
+    return dilate(lower_part, radius_px)
+
+
 def inscribed_radius(mask: np.ndarray) -> float:
     """The radius in pixels of the largest disc that ``mask`` holds: half of how thick the object is."""
     x0, y0, x1, y1 = bounding_box(mask)

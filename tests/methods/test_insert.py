@@ -6,7 +6,7 @@ import torch
 
 from harmony.core.errors import UserError
 from harmony.methods.inpainting import Branch, Inpainting, load_branch
-from harmony.methods.insert import Detailed, cut, insert
+from harmony.methods.insert import Detailed, cut, find_shadow_region, insert
 from harmony.methods.method import Composite, make_seeds
 from harmony.models.backbone import Backbone
 from harmony.models.controlnet import export_controlnet
@@ -92,7 +92,7 @@ def test_region_and_feather(backbone, color):
     inputs = (backbone, background, foreground, mask, "a blue car", [color], FAST)
     result = harmonize(*inputs, region=region)
     assert result.hole[region].all()
-    assert (result.image != background)[region & result.hole].mean() > 0.5
+    assert (result.image != background)[region & ~mask].mean() > 0.1
     assert np.array_equal(result.image[~result.hole], background[~result.hole])
     soft = harmonize(*inputs, feather=6)
     hard = harmonize(*inputs)
@@ -266,3 +266,21 @@ def test_a_comparison_at_the_backbones_size_keeps_detail_too(backbone, color):
     gray, truth = (picture_[mask].astype(float).mean(1) for picture_ in (image, instance))
     assert np.corrcoef(gray, truth)[0, 1] > 0.9
     assert Detailed(method).fingerprint != method.fingerprint
+
+
+def test_a_shadow_darkens_and_fades(backbone, color):
+    """Guards ``region``: beside the object the photograph keeps its detail, nothing gets brighter, and at the rim of
+    the region nothing changes.
+    """
+    method = Inpainting(backbone, [color], FAST)
+    background, foreground = picture(150, 120), picture(150, 120, 1)
+    mask = rectangle(150, 120, 50, 40, 90, 80)
+    region = find_shadow_region(mask)
+    insertion = cut(backbone.resolution, background, foreground, mask, region, caption="a car")
+    image = insert(method, [insertion])[0].image.astype(int)
+    rest = region & ~mask
+    assert (image[rest] <= background[rest]).all() and (image[rest] < background[rest]).any()
+    rim = rest & dilate(~(region | mask), 1)
+    assert np.abs(image - background)[rim].mean() < 0.5 * np.abs(image - background)[rest].mean()
+    alone = insert(method, [cut(backbone.resolution, background, foreground, mask, caption="a car")])[0].image
+    assert np.array_equal(alone[rest], background[rest])

@@ -225,3 +225,13 @@ def test_same_seed_same_hole():
 def test_unknown_rule_is_named():
     with pytest.raises(UserError, match="'bigger'.*instance, dilate, train, backbone"):
         masks.hole(disc(), "bigger")
+
+
+def test_a_shadow_lies_around_the_lower_third():
+    """Guards ``shadow_region``: beside and below the object's foot, nothing at its head, nothing farther than asked."""
+    mask = np.zeros((60, 60), bool)
+    mask[10:40, 20:30] = True
+    region = masks.shadow_region(mask, 6)
+    rows, columns = np.flatnonzero(region.any(1)), np.flatnonzero(region.any(0))
+    assert (rows.min(), rows.max()) == (24, 45) and (columns.min(), columns.max()) == (14, 35)
+    assert masks.shadow_region(mask[:1] | True, 3).all(), "an object of one row is its own foot"
