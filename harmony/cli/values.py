@@ -223,6 +223,7 @@ OPTIONS: dict[str, Rule] = {
     "module.share": SHARE,
     "dropout": SHARE,
     "ema": SHARE,
+    "average.decay": Number(0, 0.999999),
     "vectors": Whole(1, 64),
     "in_channels": Whole(1, none=True),
     "t_min": Whole(0, 999),

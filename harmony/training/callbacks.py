@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from diffusers.training_utils import EMAModel
 from lightning import LightningModule, Trainer
 from lightning.fabric.plugins import TorchCheckpointIO
 from lightning.pytorch.callbacks import Callback
@@ -78,6 +79,53 @@ class NaNGuard(Callback):
         parameters = [p.detach() for p in module.parameters() if p.requires_grad]
         self.add(torch.stack([~torch.isfinite(p).all() for p in parameters]).any())
         self.check(trainer)
+
+
+class WeightAverage(Callback):
+    """Validates and exports an exponential moving average of the trained weights, and goes on training the last ones.
+
+    ``decay``: about the last 1 / (1 - decay) steps count; fewer at the beginning. 0: there is no average. The average
+    is part of every checkpoint.
+    """
+
+    def __init__(self, decay: float = 0.0):
+        self.decay, self.average, self.state, self.step = decay, None, None, -1
+
+    @staticmethod
+    def parameters(module: LightningModule) -> list[torch.nn.Parameter]:
+        """The trained weights."""
+        return [p for p in module.parameters() if p.requires_grad]
+
+    def on_fit_start(self, trainer: Trainer, module: LightningModule) -> None:
+        if self.decay:
+            self.average = EMAModel(self.parameters(module), self.decay, use_ema_warmup=True, power=0.75)
+            if self.state is not None:
+                self.average.load_state_dict(self.state)
+            self.average.to(module.device)
+
+    def on_train_batch_end(self, trainer: Trainer, module: LightningModule, *_: Any) -> None:
+        if self.average is not None and trainer.global_step != self.step:  # gradients may be accumulated
+            self.average.step(self.parameters(module))
+            self.step = trainer.global_step
+
+    def on_validation_start(self, trainer: Trainer, module: LightningModule) -> None:
+        if self.average is not None:
+            self.average.store(self.parameters(module))
+            self.average.copy_to(self.parameters(module))
+
+    def on_validation_end(self, trainer: Trainer, module: LightningModule) -> None:
+        if self.average is not None:
+            self.average.restore(self.parameters(module))
+
+    def on_fit_end(self, trainer: Trainer, module: LightningModule) -> None:
+        if self.average is not None:
+            self.average.copy_to(self.parameters(module))
+
+    def state_dict(self) -> dict[str, Any]:
+        return {} if self.average is None else self.average.state_dict()
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.state = state or None
 
 
 def read_last_metrics(path: Path) -> dict[str, float]:

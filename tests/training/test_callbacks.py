@@ -8,6 +8,7 @@ import lightning
 import numpy as np
 import pytest
 import torch
+from diffusers.training_utils import EMAModel
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 
 from harmony.core.errors import UserError
@@ -19,6 +20,7 @@ from harmony.training.callbacks import (
     NaNGuard,
     SampleGrid,
     Throughput,
+    WeightAverage,
     list_callbacks,
 )
 from harmony.training.control import ControlTask
@@ -179,3 +181,49 @@ def test_grids_show_the_same_pictures_with_the_same_noise(task, latent_data, tmp
 def test_callbacks_that_are_switched_off_are_left_out():
     guard = NaNGuard()
     assert list_callbacks({"a": None, "guard": guard}) == [guard]
+
+
+class Record(Callback):
+    """The trained weights after each step, and those that are validated."""
+
+    def __init__(self):
+        self.steps, self.validated = [], []
+
+    def on_train_batch_end(self, trainer, module, *_):
+        self.steps.append(flat(module))
+
+    def on_validation_batch_end(self, trainer, module, *_):
+        self.validated.append(flat(module))
+
+
+def flat(module) -> torch.Tensor:
+    return torch.cat([p.detach().flatten() for p in module.parameters() if p.requires_grad])
+
+
+def test_the_average_of_the_weights_is_validated_and_exported(random_backbone, latent_data, tmp_path):
+    """Guards ``WeightAverage``: the moving average of the weights after each step; training goes on as without it; a
+    run that is stopped ends with the same average to the last bit, also where no step is left.
+    """
+
+    def run(folder: str, steps: int, *callbacks, resume=None):
+        torch.manual_seed(0)
+        module, record = ControlTask(Backbone(str(random_backbone)), lr=1e-3, warmup=0), Record()
+        data = latent_data()
+        options = {"resume": resume, "val_check_interval": 4}
+        fit(tmp_path / folder, module, data, steps, record, *callbacks, checkpoints(tmp_path / folder), **options)
+        return flat(module), record
+
+    last, plain = run("plain", 4)
+    end, record = run("whole", 4, WeightAverage(0.9))
+    assert torch.equal(last, plain.steps[-1]) and all(map(torch.equal, plain.steps, record.steps))
+    start = torch.nn.Parameter(record.steps[0].clone())
+    average = EMAModel([start], 0.9, use_ema_warmup=True, power=0.75)
+    for weights in record.steps:
+        average.step([torch.nn.Parameter(weights)])
+    average.copy_to([start])
+    torch.testing.assert_close(end, start.detach(), atol=1e-6, rtol=1e-4)
+    assert not torch.equal(end, last) and torch.equal(record.validated[-1], end)
+    run("parts", 2, WeightAverage(0.9))
+    assert torch.equal(run("parts", 4, WeightAverage(0.9), resume=tmp_path / "parts" / "last.ckpt")[0], end)
+    assert torch.equal(run("parts", 4, WeightAverage(0.9), resume=tmp_path / "parts" / "last.ckpt")[0], end)
+    assert torch.equal(run("off", 4, WeightAverage(0.0))[0], last)
