@@ -9,6 +9,7 @@ Pixels outside the hole (the mask and a small rim) stay as they are, bit for bit
   method=zero_shot composite=C.jpg mask=M.png              by words for two lights, with nothing trained
 """
 
+from collections.abc import Sequence
 from pathlib import Path
 
 from hydra.utils import instantiate
@@ -31,6 +32,16 @@ def overrides(words: list[str]) -> list[str]:
     """The command line for Hydra: paths and prompts are text, and ``box=1,2,3,4`` is a list rather than a sweep."""
     boxed = [f"box=[{w[4:]}]" if w.startswith("box=") and "," in w and "[" not in w else w for w in words]
     return [literal(word, TEXTS) for word in boxed]
+
+
+def refuse_overwriting(cfg: DictConfig, inputs: Sequence[str]) -> None:
+    """UserError where a result would take the place of one of the ``inputs`` of the command line."""
+    from harmony.methods.runs import PICTURE_NAMES
+
+    targets = {Path(cfg.output).resolve() / f"{name}.png" for name in PICTURE_NAMES} if cfg.output else set()
+    for path in inputs:
+        if Path(path).resolve() in targets:
+            raise UserError(f"output={cfg.output}: its results would overwrite {path}; choose another folder")
 
 
 def folder_of(cfg: DictConfig) -> Path:
@@ -56,6 +67,7 @@ def main(cfg: DictConfig) -> None:
     if cfg.dir is not None and (pictures := [name for name in PICTURES if cfg[name] is not None]):
         raise UserError(f"dir= brings pictures of its own: leave out {', '.join(pictures)}")
     refuse_unread(cfg)
+    refuse_overwriting(cfg, [value for value in options.values() if isinstance(value, str)])
     # bad input is refused before any weights are loaded
     items, incomplete_ids = list_composites(Path(cfg.dir)) if cfg.dir else ([], [])
     inputs = None if cfg.dir else [read_inputs(options)]

@@ -472,7 +472,7 @@ def test_an_id_must_be_a_name_of_its_own(desk, command, name):
     before = {path.name for path in desk.parent.iterdir()}
     code, lines, errors = command("dir=.", "output=out", "prompt=x")
     assert code == 0, errors
-    assert f"1 left out, the id is no file name or that of an earlier row: ['{name}']" in lines
+    assert f"1 left out, the id is no file name, of an earlier row, or of a file of ours: ['{name}']" in lines
     assert {path.name for path in (desk / "out").iterdir() if path.is_dir()} == {"one"}
     assert np.array_equal(read_image(desk / "out" / "one" / "composite.png"), read_image(desk / "b.png"))
     assert {path.name for path in desk.parent.iterdir()} == before

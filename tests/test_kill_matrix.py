@@ -178,7 +178,7 @@ MOMENTS = {
         STUDY, says("waiting for"), says("waiting for"), never="pictures,", environment={"WORLD_SIZE": "2", "RANK": "0"}
     ),
     "harmonize": Moment(
-        "harmony.harmonize background={photo} foreground={photo} mask={mask} prompt=tree detail=none steps=999 paths.runs=runs",
+        "harmony.harmonize composite={photo} mask={mask} prompt=x detail=none steps=999 paths.runs=runs",
         says("^(backbone|prompt) "),
         says("^(backbone|prompt) "),
         prepared=False,

@@ -177,9 +177,14 @@ def report(error: BaseException | None) -> int:
     if isinstance(error, OSError) and error.errno == errno.ENOSPC:
         place = f" ({error.filename})" if error.filename else ""
         error = UserError(f"disk full{place}; free some space, the same command goes on")
+    elif isinstance(error, OSError) and error.filename and error.strerror:
+        error = UserError(f"{str(error.filename)[:200]}: {error.strerror}; check this path")
+    elif isinstance(error, RuntimeError) and "Symlink loop" in str(error):
+        error = UserError(f"{one_line(error)}: give another path")
     if not isinstance(error, UserError):
         raise error
-    print(f"harmony: error: {one_line(error)}", file=sys.stderr)
+    line = one_line(error).encode("utf-8", "replace").decode()  # a word of the command line need not be UTF-8
+    print(f"harmony: error: {line}", file=sys.stderr)
     return 2
 
 

@@ -11,6 +11,7 @@ from omegaconf import DictConfig, OmegaConf, open_dict
 from harmony.cli.compose import load_yaml
 from harmony.core.errors import UserError
 from harmony.core.files import list_missing, remove_unused, write_text
+from harmony.core.foreign import is_file_name
 
 held: dict[Path, int] = {}  # run folders of this process, with the handle of each lock
 made: list[list[Path]] = []  # folders that this process has made to write into, each with those above that it made
@@ -46,7 +47,9 @@ def identity(cfg: DictConfig) -> str:
 
 def unfinished(folder: Path, text: str) -> Path | None:
     """The newest run in ``folder`` of the configuration ``text`` that has no final ``metrics.json``."""
-    runs = (path.parent for path in folder.glob("*/config.yaml") if path.read_text() == text)
+    wanted = text.encode()
+    files = (path for path in folder.glob("*/config.yaml") if path.is_file())
+    runs = (path.parent for path in files if path.read_bytes() == wanted)
     return max((run for run in runs if not (run / "metrics.json").exists()), default=None)
 
 
@@ -111,6 +114,8 @@ def run_folder(cfg: DictConfig) -> Path:
     HARMONY_RUN_DIR, processes started from outside (torchrun, SLURM) wait for the folder of their configuration.
     """
     text, resume = identity(cfg), cfg.get("resume", True)
+    if not is_file_name(str(cfg.name or "unnamed")):
+        raise UserError(f"name={str(cfg.name)[:100]}: give a name for a folder below paths.runs, without a path")
     parent = Path(cfg.paths.runs).resolve() / str(cfg.name or "unnamed")
     if rank() > 0:
         folder = follow_rank_zero(parent, text, resume)

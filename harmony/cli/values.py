@@ -54,13 +54,21 @@ class Switch:
         return "true or false"
 
 
+def is_text(value: str) -> bool:
+    """Whether UTF-8 can write it, and the system take it."""
+    try:
+        return b"\0" not in value.encode()
+    except UnicodeEncodeError:
+        return False
+
+
 @dataclass(frozen=True)
 class Text:
     none: bool = False
     empty: bool = False
 
     def accepts(self, value: Any) -> bool:
-        return isinstance(value, str) and (self.empty or value.strip() != "") and "\0" not in value
+        return isinstance(value, str) and (self.empty or value.strip() != "") and is_text(value)
 
     def __str__(self) -> str:
         return "text"
@@ -182,7 +190,7 @@ OPTIONS: dict[str, Rule] = {
     "words": Either((Text(), Items(Text())), none=True),
     "look_at": Either((Text(), Items(Text())), none=True),
     "reweight": Either((Keys(), Text()), none=True),
-    "reweight.*": Number(),
+    "reweight.*": Number(-1000, 1000),
     "output": Text(none=True),
     # models
     "model.path": Text(),

@@ -21,6 +21,8 @@ NAME_BYTES = 200  # the system allows 255, of which suffixes and temporary files
 def read_text(path: str | Path) -> str:
     """Read a UTF-8 text file, with or without a byte order mark. UserError if that fails."""
     try:
+        if os.path.exists(path) and not os.path.isfile(path):  # a pipe or a device would be waited for without end
+            raise UserError(f"{path} cannot be read: it is no file")
         return Path(path).read_text(encoding="utf-8-sig")
     except FileNotFoundError:
         raise UserError(f"{path} cannot be read: it does not exist") from None

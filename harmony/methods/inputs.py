@@ -21,6 +21,7 @@ from harmony.pixels.images import crop_resize, grid, open_image, resize
 from harmony.pixels.masks import OBJECT, read_mask
 
 PICTURES = ("background", "foreground", "composite", "mask", "box", "region", "reference")  # options that give pixels
+OWN_NAMES = ("sheet.png", "metrics.json", "config.yaml")  # files of ours beside the folders of composites
 SHEET_SIDE = 384  # pixels of the longer side of a picture on the contact sheet
 
 
@@ -195,7 +196,7 @@ def list_composites(folder: Path) -> tuple[list[tuple[str, dict]], list[str]]:
         options = read_row(folder, row)
         if options is None:
             incomplete_ids.append(name)
-        elif name in items or not is_file_name(name):
+        elif name in items or name in OWN_NAMES or not is_file_name(name):
             bad_ids.append(name)
         else:
             items[name] = options
@@ -203,7 +204,7 @@ def list_composites(folder: Path) -> tuple[list[tuple[str, dict]], list[str]]:
         parts = "neither a composite with its mask nor a foreground with mask and box"
         print(f"{len(incomplete_ids)} left out, the row of index.csv names {parts}: {incomplete_ids}")
     if bad_ids:
-        print(f"{len(bad_ids)} left out, the id is no file name or that of an earlier row: {bad_ids}")
+        print(f"{len(bad_ids)} left out, the id is no file name, of an earlier row, or of a file of ours: {bad_ids}")
     if not items:
         raise UserError(f"{folder / 'index.csv'} has no row that can be harmonized: give each an id, pictures and mask")
     return list(items.items()), incomplete_ids + bad_ids
@@ -213,7 +214,7 @@ def pair_files(folder: Path) -> tuple[list[tuple[str, dict]], list[str]]:
     """(id, options) of each picture in ``composite/`` with the mask of its name, and the pictures without one."""
     masks, items, lonely_names = group_files(folder / "mask"), [], []
     for name, files in group_files(folder / "composite").items():
-        if len(files) == len(masks.get(name, ())) == 1:
+        if len(files) == len(masks.get(name, ())) == 1 and name not in OWN_NAMES:
             items.append((name, {"composite": str(files[0]), "mask": str(masks[name][0])}))
         else:
             lonely_names += [file.name for file in files]

@@ -184,6 +184,8 @@ def carry(
 
 def keeps_detail(method: Method, insertion: Insertion, detail: str) -> bool:
     """Whether the photograph keeps its own detail. UserError where it must and the method paints anew."""
+    if method.resolution is None:  # it works on the photograph itself
+        return False
     if detail == FULL and not method.relights:
         raise UserError("detail=full: this method paints the object anew, so that its light alone cannot be taken")
     is_larger = insertion.crop.side > len(insertion.square.mask)

@@ -23,6 +23,7 @@ from harmony.models.backbone import Backbone
 from harmony.models.timing import measure_time, now
 from harmony.pixels.images import grid, paste_crop, read_image, sha256, write_image
 
+PICTURE_NAMES = ("harmonized", "raw", "composite", "hole", "sheet")  # of the PNG files of a result
 FINGERPRINT_FILE = "made_of.json"  # written last: the pictures are complete, and what they depend on
 
 
@@ -126,8 +127,7 @@ class Inserter:
 
     def write(self, request: Request, inputs: Inputs, result: Result) -> dict[str, Path]:
         """Write all pictures of one result; name -> file."""
-        names = ("harmonized", "raw", "composite", "hole", "sheet")
-        files = {name: request.folder / f"{name}.png" for name in names}
+        files = {name: request.folder / f"{name}.png" for name in PICTURE_NAMES}
         image = paste_crop(inputs.background, result.output, result.crop) if self.raw else result.image
         write_image(files["hole"], result.hole)
         pictures = {"raw": result.output, "sheet": draw_sheet(inputs, result, image), "harmonized": image}

@@ -26,8 +26,9 @@ class Stored(Method):
     def files(self) -> dict[str, list[Path]]:
         """Name -> the picture files of this name, one if all is well."""
         files: dict[str, list[Path]] = {}
-        for path in sorted(path for path in self.folder.iterdir() if path.suffix.lower() in SUFFIXES):
-            files.setdefault(path.stem, []).append(path)
+        for path in sorted(self.folder.iterdir()):
+            if path.suffix.lower() in SUFFIXES and path.is_file():
+                files.setdefault(path.stem, []).append(path)
         return files
 
     @functools.cached_property

@@ -5,7 +5,6 @@ Liu 2025. It is also the only form that the stock ``StableDiffusionControlNetInp
 """
 
 import inspect
-import json
 import math
 import os
 from pathlib import Path
@@ -15,6 +14,7 @@ from diffusers import ControlNetModel, UNet2DConditionModel
 
 from harmony.core.errors import UserError
 from harmony.core.files import replace_folder, write_json
+from harmony.core.foreign import read_json
 from harmony.models.backbone import Backbone
 from harmony.models.shipped import CONTROLNET, fetch_weights, find_weights
 from harmony.models.weights import load_network
@@ -66,7 +66,7 @@ def load_controlnet(path: str | os.PathLike, dtype: torch.dtype = torch.float32)
     try:
         source = fetch_weights(CONTROLNET, path)
         net = load_network(ControlNetModel, source, torch_dtype=dtype, use_safetensors=True)
-    except (OSError, ValueError, RuntimeError) as error:
+    except (OSError, ValueError, RuntimeError, TypeError, AttributeError) as error:
         raise UserError(f"cannot load a ControlNet from {path}: {str(error).splitlines()[0]}") from error
     return net.requires_grad_(False).eval()
 
@@ -77,20 +77,27 @@ def read_hint(path: str | os.PathLike) -> dict:
     if folder is None or not (folder / "hint.json").exists():
         return {}
     try:
-        facts = json.loads((folder / "hint.json").read_text())
+        facts = read_json(folder / "hint.json")
         check_parameters(facts["branch"], facts["parameters"])
         return {"backbone": facts.get("kit"), **facts}  # the key of version 0.1
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise UserError(f"{folder}/hint.json is damaged ({error}): export the ControlNet again") from None
 
 
+RANGES = {"sigma": (0, 512), "low": (0, 10_000), "high": (0, 10_000)}  # of a hint's numbers, which files may bring
+
+
 def check_parameters(branch: str, parameters: dict) -> None:
-    """Raise ValueError unless ``branch`` exists and ``parameters`` are plain values that its operator takes."""
+    """Raise ValueError unless ``branch`` exists and ``parameters`` are values that its operator takes."""
     if branch not in HINTS:
         raise ValueError(f"branch {branch!r} is none of {', '.join(HINTS)}")
-    names = set(inspect.signature(HINTS[branch]).parameters) - {"image", "mask"}
+    defaults = {name: p.default for name, p in inspect.signature(HINTS[branch]).parameters.items()}
+    defaults = {name: value for name, value in defaults.items() if name not in ("image", "mask")}
+    defaults["surroundings"] = False
     for name, value in parameters.items():
-        if name not in names or not isinstance(value, str | int | float):
+        low, high = RANGES.get(name, (0, 0))
+        number = name in RANGES and type(value) in (int, float) and low <= value <= high
+        if name not in defaults or not (number or (name not in RANGES and type(value) is type(defaults[name]))):
             raise ValueError(f"the {branch} hint takes no {name}={value!r}")
 
 

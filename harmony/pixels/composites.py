@@ -13,6 +13,7 @@ from harmony.pixels.images import resize
 from harmony.pixels.masks import bounding_box, feather, scale_length
 
 CHANGE_SIGMA = 128  # px at 512: below this length a change is texture, not light
+LARGEST_PLACED = 8  # times the picture's longer side: what an object that is placed may measure
 DARK = 0.04  # radiance in 0..1 that is added before radiances are divided: darkness says little about the light
 BEFORE, BEHIND, ALL = slice(None, -1), slice(1, None), slice(None)
 NEIGHBORS = (  # (pixels, their neighbors) in the four directions
@@ -184,6 +185,8 @@ def place(
         raise UserError(f"box {tuple(box)} has no area; give x0, y0, x1, y1 with x0 < x1 and y0 < y1")
     scale = min((box[2] - box[0]) / (x1 - x0), (box[3] - box[1]) / (y1 - y0))
     w, h = max(1, round(scale * (x1 - x0))), max(1, round(scale * (y1 - y0)))
+    if max(w, h) > LARGEST_PLACED * max(width, height):
+        raise UserError(f"box {tuple(box)} makes the object {w} x {h} in {width} x {height} pixels: give a smaller one")
     # weighted by the mask, so that the foreground's background does not bleed into the rim
     weight = resize(alpha, w, h)
     color = resize(patch * alpha[..., None], w, h) / np.maximum(weight, 1e-3)[..., None]

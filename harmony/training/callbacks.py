@@ -133,7 +133,8 @@ def read_last_metrics(path: Path) -> dict[str, float]:
     if not path.is_file():
         return {}
     with open(path, newline="") as file:
-        return {row["name"]: float(row["value"]) for row in csv.DictReader(file)}
+        rows = csv.DictReader(file, ("step", "name", "value"))  # a run that was stopped early has no header
+        return {row["name"]: float(row["value"]) for row in rows if row["step"] != "step"}
 
 
 class Throughput(Callback):

@@ -16,8 +16,9 @@ from safetensors.torch import save_file
 
 from harmony.core.errors import UserError
 from harmony.core.files import make_scratch, write_text
+from harmony.data.latent_data import only_set
 from harmony.models.backbone import ship
-from harmony.models.controlnet import export_controlnet, from_unet, read_hint
+from harmony.models.controlnet import export_controlnet, from_unet, load_controlnet, read_hint
 from harmony.models.paint_by_example import backbone_facts, export_painter, load_painter
 from harmony.models.shipped import CONTROLNET, PAINTER, find_weights
 from harmony.models.weights import read_weights
@@ -99,13 +100,17 @@ def restore_controlnet(run: RunFolder, output: Path) -> Path:
         raise UserError(
             f"{checkpoint} does not fit backbone {backbone.name}: restore that of the training, it has changed since"
         ) from None
-    parameters = run.read_option(f"data.hints.{branch}", dict) or {}
+    parameters = only_set(run.read_option(f"data.hints.{branch}", dict) or {})
     return export_controlnet(net, output, branch, parameters, backbone)
 
 
 def copy_controlnet(run: RunFolder, path: Path, output: Path) -> Path:
     """Copy the ControlNet at ``path`` in the run to ``output/controlnet``."""
     source, target = find_weights(CONTROLNET, path), output / "controlnet"
+    for name in FILES:
+        run.find_file(source.relative_to(run.path) / name)  # no link is followed
+    load_controlnet(source)  # what nobody can load is not handed on
+    read_hint(source)
     target.mkdir()
     for name in FILES:
         file = run.find_file(source.relative_to(run.path) / name)
