@@ -65,7 +65,7 @@ def load_yaml(path: Path) -> DictConfig:
     """A YAML file that holds a mapping. Raises UserError when it does not."""
     try:
         node = OmegaConf.load(path)
-    except YAMLError as error:
+    except (YAMLError, UnicodeDecodeError) as error:
         raise UserError(f"{path} is no valid YAML: {one_line(error)}") from error
     if not isinstance(node, DictConfig):
         raise UserError(f"{path} must hold a mapping of keys to values")
