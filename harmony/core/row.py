@@ -11,6 +11,7 @@ Value ranges
     mask   {0, 1}; 1 = hole, 0 = keep. M is the instance, M_e (the hole) contains M
 """
 
+import hashlib
 from dataclasses import dataclass, field
 
 SCHEMA_VERSION = 1
@@ -38,3 +39,8 @@ class Row:
     height: int
     sha256: str
     extras: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def number(self) -> int:
+        """A number below 2^32 that depends on the id alone: what is drawn at random for a row starts from it."""
+        return int(hashlib.sha256(self.id.encode()).hexdigest()[:8], 16)

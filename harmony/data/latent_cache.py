@@ -27,7 +27,7 @@ from harmony.pixels.composites import change_light
 from harmony.pixels.exemplars import SHAPE_SHARE, cut_out, draw_crop, draw_hole, exemplar, extend_box
 from harmony.pixels.hints import hint
 from harmony.pixels.images import Crop, crop_resize, read_image, resize, sha256, square_around, to_model
-from harmony.pixels.masks import bounding_box, coverage, draw_region, hole, read_mask, resize_mask, to_latent
+from harmony.pixels.masks import bounding_box, coverage, draw_stroke, hole, read_mask, resize_mask, to_latent
 
 CACHE_SCHEMA = 1
 SHARD = 256  # items in a shard
@@ -116,7 +116,7 @@ def example(row: Row, root: Path, recipe: Recipe, resolution: int, variant: int 
     image = read_image(root / row.image)
     height, width = image.shape[:2]
     mask = read_mask(root / row.mask, (width, height), resize=True)
-    rng = np.random.default_rng([recipe.seed, variant, int(hashlib.sha256(row.id.encode()).hexdigest()[:8], 16)])
+    rng = np.random.default_rng([recipe.seed, variant, row.number])
     object_ = cut_out(image, mask) if "exemplar" in recipe.hints else None
     if recipe.crop == "extended":
         square = replace(build_extended_example(image, mask, recipe, resolution, rng), exemplar=object_)
@@ -125,7 +125,7 @@ def example(row: Row, root: Path, recipe: Recipe, resolution: int, variant: int 
         return square
     jitter = recipe.crop == "jitter"
     if jitter and recipe.elsewhere and rng.random() < recipe.elsewhere:
-        mask = draw_region(width, height, rng)
+        mask = draw_stroke((height, width), rng)
         crop = draw_jitter_crop(bounding_box(mask), width, height, rng)
     else:
         crop = draw_jitter_crop(row.box, width, height, rng) if jitter else square_around(row.box, width, height)

@@ -5,7 +5,6 @@ and the truth the photograph itself. Figures are at the photograph's own size, n
 are left as they are, to see what a method does where nothing is to be done.
 """
 
-import hashlib
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -71,8 +70,7 @@ def read_pair(row: Row, root: Path, seed: int, is_changed: bool) -> Pair:
     if scale < 1:
         width, height = (max(1, round(scale * length)) for length in (row.width, row.height))
         photograph, mask = resize(photograph, width, height), resize_mask(mask, width, height)
-    number = int(hashlib.sha256(row.id.encode()).hexdigest()[:8], 16)
-    light = change_light(photograph, np.random.default_rng([seed, number])) if is_changed else photograph
+    light = change_light(photograph, np.random.default_rng([seed, row.number])) if is_changed else photograph
     return Pair(row, photograph, light, mask, is_changed)
 
 
@@ -85,7 +83,7 @@ def score(result: Result, pair: Pair) -> dict[str, float]:
 
 @dataclass
 class Pairs(Study):
-    """The study of pairs; options are those of ``configs/study/pairs.yaml``."""
+    """The study of pairs, rows as in ``comparison``; its options are those of ``configs/study/pairs.yaml``."""
 
     run: StudyRun
     rows: dict[str, dict]

@@ -24,7 +24,7 @@ from harmony.pixels.masks import (
     shadow_region,
 )
 
-AUTO, FULL, NONE = DETAILS = ("auto", "full", "none")  # whether a photograph keeps its own detail
+AUTO, FULL, NONE = ("auto", "full", "none")  # whether a photograph keeps its own detail
 SMALLEST_RIM = 0.25  # of the usual rim: so that the hole of a thin object still has a place among the latents
 SHADOW_SIGMA = 24  # px at a square of 512: below this length a change beside the object is texture, not shadow
 SHADOW_RIM = 24  # px at a square of 512: over this length a shadow fades at the rim of its region
@@ -94,8 +94,7 @@ def cut(
 ) -> Insertion:
     """Cut out the square of ``side`` pixels in which the masked object of ``foreground`` goes into ``background``.
 
-    ``side`` None: as many pixels as it has in the photograph.
-
+    ``side`` None: as many pixels as the square has in the photograph.
     ``background``, ``foreground`` uint8 H x W x 3 and ``mask`` bool H x W have one size (see ``composites.place`` for a
     cut-out of another size). The hole is the mask dilated by ``radius`` (px at a square of 512; less for a thin object)
     and the optional ``region``, in which a method may also repaint (for a shadow). ``fields``: further fields of
@@ -142,8 +141,7 @@ class Detailed(Method):
     """A method whose change of light is carried to the composites themselves, at the method's own resolution."""
 
     def __init__(self, method: Method):
-        if not method.relights:
-            raise UserError("detail=full: this method paints the object anew, so that its light alone cannot be taken")
+        refuse_painting(method)
         self.method = method
         self.resolution, self.device = method.resolution, method.device
         self.wants, self.radius = method.wants, method.radius
@@ -186,10 +184,16 @@ def keeps_detail(method: Method, insertion: Insertion, detail: str) -> bool:
     """Whether the photograph keeps its own detail. UserError where it must and the method paints anew."""
     if method.resolution is None:  # it works on the photograph itself
         return False
-    if detail == FULL and not method.relights:
-        raise UserError("detail=full: this method paints the object anew, so that its light alone cannot be taken")
+    if detail == FULL:
+        refuse_painting(method)
     is_larger = insertion.crop.side > len(insertion.square.mask)
     return method.relights and (detail == FULL or (detail == AUTO and is_larger))
+
+
+def refuse_painting(method: Method) -> None:
+    """UserError for a method that cannot keep an object's detail."""
+    if not method.relights:
+        raise UserError("detail=full: this method paints the object anew, so that its light alone cannot be taken")
 
 
 def find_square(mask: np.ndarray, region: np.ndarray | None = None) -> Crop:

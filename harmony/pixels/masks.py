@@ -235,14 +235,9 @@ def _backbone_hole(mask: np.ndarray, rng: np.random.Generator) -> np.ndarray:
         case "box":
             return _box_hole(mask)
         case "elsewhere":
-            return _draw_rectangle(mask.shape, rng) if rng.random() < 0.5 else _draw_stroke(mask.shape, rng)
+            return _draw_rectangle(mask.shape, rng) if rng.random() < 0.5 else draw_stroke(mask.shape, rng)
         case _:
             return np.ones_like(mask)
-
-
-def draw_region(width: int, height: int, rng: np.random.Generator) -> np.ndarray:
-    """A free-form region anywhere in a picture, bool ``height`` x ``width``: one thick brush stroke."""
-    return _draw_stroke((height, width), rng)
 
 
 def _draw_rectangle(shape: tuple[int, int], rng: np.random.Generator) -> np.ndarray:
@@ -252,7 +247,7 @@ def _draw_rectangle(shape: tuple[int, int], rng: np.random.Generator) -> np.ndar
     return box_mask((x, y, x + w, y + h), shape[1], shape[0])
 
 
-def _draw_stroke(shape: tuple[int, int], rng: np.random.Generator) -> np.ndarray:
+def draw_stroke(shape: tuple[int, int], rng: np.random.Generator) -> np.ndarray:
     """A free-form blob anywhere: one thick brush stroke through 3 to 6 random points."""
     points = (rng.random((rng.integers(3, 7), 2)) * (shape[1], shape[0])).astype(np.int32)
     thickness = max(1, round(rng.uniform(0.06, 0.2) * max(shape)))

@@ -18,7 +18,7 @@ from harmony.models.attention import cached_cross_attention, keys_and_values
 from harmony.models.backbone import Backbone
 from harmony.models.unet_halves import Activations, Residuals, decode, embed_time, encode, residuals
 from harmony.sampling.cuda_graphs import get_recording, identity, run_concurrently
-from harmony.sampling.ddim import level, sample, to_eps
+from harmony.sampling.ddim import clean_latent, level, sample, to_eps
 
 Control = tuple[torch.nn.Module, torch.Tensor, float]  # ControlNet, hint B x 3 x H x W in [0, 1], weight
 SOLVERS = {"ddim": "DDIMScheduler", "dpmsolver++": "DPMSolverMultistepScheduler", "unipc": "UniPCMultistepScheduler"}
@@ -289,7 +289,7 @@ def predict_mean(
     t = len(backbone.alphas_cumprod) - 1
     a = level(backbone.alphas_cumprod, t).to(latents.dtype)
     with eps.cache_text():
-        clean = (latents - (1 - a).sqrt() * eps(latents, t)) / a.sqrt()
+        clean = clean_latent(latents, eps(latents, t), a)
     return torch.stack(clean.chunk(2)).mean(0)
 
 

@@ -6,6 +6,8 @@ import torch
 
 from harmony.models.backbone import scaled_latent
 
+NOISIEST = 50  # timesteps at the end, where a latent says next to nothing about its picture
+
 
 def add_noise(
     batch: dict[str, torch.Tensor], scale: float, abar: torch.Tensor, t_min: int = 0, noisiest: float = 0.0
@@ -39,9 +41,6 @@ def compute_target(kind: str, z: torch.Tensor, noise: torch.Tensor, a: torch.Ten
         return noise
     a = a.view(-1, 1, 1, 1)
     return (noise - (1 - a).sqrt() * z) / a.sqrt()
-
-
-NOISIEST = 50  # timesteps at the end, where a latent says next to nothing about its picture
 
 
 @dataclass(frozen=True)
