@@ -32,10 +32,10 @@ from harmony.cli.explain import (
     refuse_parallel_sweep,
 )
 from harmony.cli.help import help_text
-from harmony.cli.logger import quiet_libraries
 from harmony.cli.run_folder import made, rank, remove_made
 from harmony.cli.values import check_groups, check_values, flatten
 from harmony.core.errors import UserError
+from harmony.core.quiet import quiet_libraries
 from harmony.core.signals import Interrupt, obey
 
 # Hydra must not change the folder, write its own files or touch logging: the run folder is ours.

@@ -1,8 +1,6 @@
-"""The experiment logger of a command, and what else of the libraries' talk reaches the user."""
+"""The experiment logger of a command."""
 
-import logging
 import os
-import warnings
 from typing import TYPE_CHECKING, Any
 
 from hydra.utils import instantiate
@@ -33,11 +31,3 @@ def build_logger(cfg: DictConfig) -> "Logger":
     logger._wandb_init.pop("anonymous", None)  # Lightning always passes it, and W&B warns of it
     logger.log_hyperparams({"config": OmegaConf.to_container(cfg, resolve=True)})
     return logger
-
-
-def quiet_libraries() -> None:
-    """Leave out what a user cannot act on: Lightning's devices and tips, a deprecation in it, a folder that resumes."""
-    for package in ("pytorch", "fabric"):
-        logging.getLogger(f"lightning.{package}.utilities.rank_zero").setLevel(logging.WARNING)
-    for message in (".*LeafSpec.*is deprecated", "Checkpoint directory .* exists and is not empty"):
-        warnings.filterwarnings("ignore", message)

@@ -15,6 +15,7 @@ from harmony.core.errors import UserError
 from harmony.core.files import list_missing, remove_unused, write_json
 from harmony.core.foreign import path_inside, read_json
 from harmony.core.progress import tell
+from harmony.core.quiet import quiet_libraries
 from harmony.core.signals import end_with, ignore_ctrl_c_in_children
 from harmony.data.captions import BLIP
 from harmony.data.shards import predictor
@@ -148,7 +149,7 @@ def ensure(recipe: dict, backbone: str, work: str) -> Path:
         if is_prepared(folder, recipe):  # prepared by another process in the meantime
             return manifest
         context, pid = get_context("spawn"), os.getpid()
-        with ProcessPoolExecutor(1, mp_context=context, initializer=end_with, initargs=(pid,)) as pool:
+        with ProcessPoolExecutor(1, mp_context=context, initializer=begin, initargs=(pid,)) as pool:
             with ignore_ctrl_c_in_children():
                 future = pool.submit(prepare, recipe, backbone, work)
             try:
@@ -157,6 +158,12 @@ def ensure(recipe: dict, backbone: str, work: str) -> Path:
                 for worker in pool._processes.values():  # ``kill_workers`` of Python 3.14
                     worker.kill()
                 raise
+
+
+def begin(parent: int) -> None:
+    """What the process that prepares for ``parent`` begins with: it ends with it, and its libraries are as quiet."""
+    end_with(parent)
+    quiet_libraries()
 
 
 @contextmanager

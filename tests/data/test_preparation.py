@@ -1,13 +1,17 @@
 """Each layout has one way from its recipe to what is read."""
 
+import re
 from pathlib import Path
 
+import numpy as np
 import pytest
 from omegaconf import OmegaConf
 
+from harmony.cli.compose import compose
 from harmony.core.errors import UserError
 from harmony.data import preparation
 from harmony.data.sources import editing
+from harmony.pixels.images import write_image
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -53,3 +57,18 @@ def test_a_refused_preparation_leaves_no_folder(tmp_path):
         with pytest.raises(UserError, match="refused"), preparation.lock(work / "mine"):
             raise UserError("refused")
         assert (work / "mine").exists() == exists and work.parent.exists() == exists
+
+
+def test_the_process_that_prepares_is_as_quiet(tmp_path, capfd):
+    """Guards the first run of a clone: preparation has a process of its own, whose libraries are quiet too."""
+    rng, folder, mask = np.random.default_rng(0), tmp_path / "mine", np.zeros((48, 48), bool)
+    mask[10:30, 10:30] = True
+    for i in range(4):
+        write_image(folder / "images" / f"{i}.png", rng.integers(0, 256, (48, 48, 3)).astype(np.uint8))
+        write_image(folder / "masks" / f"{i}.png", mask)
+    cfg = compose("fit", ["experiment=color", "dataset=folder", f"dataset.dir={folder}"])
+    recipe = OmegaConf.to_container(cfg.dataset, resolve=True)
+    assert preparation.ensure(recipe, "tiny", str(tmp_path / "work")).exists()
+    out, err = capfd.readouterr()
+    assert "kept" in out, "it does say what it does"
+    assert not re.search("GPU available|Tip:|deprecated", out + err), out + err
