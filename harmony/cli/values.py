@@ -215,6 +215,8 @@ OPTIONS: dict[str, Rule] = {
     "max_samples": Whole(1, none=True),
     "mismatch": SHARE,
     "elsewhere": SHARE,
+    "recolor": SHARE,
+    "data.photos": Number(0, 1, none=True),
     "noisiest": SHARE,
     "crop": Choice(("center", "jitter", "extended")),
     "low": Number(0, 10_000),

@@ -63,6 +63,9 @@ class Recipe:
 
     ``elsewhere``: share of items, of ``jitter`` crops, in which a random region of the photograph takes the place of
     the instance. What light an object needs can be learned on any part of a photograph.
+
+    ``recolor``: share of items whose whole picture, and the render under a second light with it, is first put under a
+    random other light, so that a net cannot learn the colors of each photograph by heart.
     """
 
     crop: str = "center"
@@ -72,6 +75,7 @@ class Recipe:
     seed: int = 0
     mismatch: float = 0.0
     elsewhere: float = 0.0
+    recolor: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -137,14 +141,21 @@ def example(row: Row, root: Path, recipe: Recipe, resolution: int, variant: int 
     if not mask.any():
         raise empty_mask_error(row, resolution)
     hole_mask = hole(mask, recipe.hole, rng)
+    light = int(rng.integers(2**32)) if recipe.recolor and rng.random() < recipe.recolor else None
+    image = recolor(image, light)
     relit = None
     if recipe.mismatch and rng.random() < recipe.mismatch:
         if "relit" in row.extras:
             relit = crop_resize(read_image(root / row.extras["relit"]), crop, resolution)
-            relit = np.ascontiguousarray(relit[:, ::-1]) if mirrored else relit
+            relit = recolor(np.ascontiguousarray(relit[:, ::-1]) if mirrored else relit, light)
         else:
             relit = change_light(image, rng)
     return Example(image, mask, hole_mask, crop, mirrored, relit, object_)
+
+
+def recolor(image: np.ndarray, light: int | None) -> np.ndarray:
+    """The picture under the random light of the seed ``light``; None: as it is."""
+    return image if light is None else change_light(image, np.random.default_rng(light))
 
 
 def empty_mask_error(row: Row, resolution: int) -> UserError:

@@ -8,9 +8,10 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader
 
+from harmony.core.errors import UserError
 from harmony.core.progress import tell
 from harmony.data.latent_cache import Cache, Latents, Recipe, cache_key, describe, example
-from harmony.data.manifest import read_manifest
+from harmony.data.manifest import is_render, read_manifest
 from harmony.data.shards import Shards, make_shards, predictor
 from harmony.data.stream import Stream, generator
 from harmony.models.backbone import Backbone
@@ -94,8 +95,10 @@ def only_set(parameters: dict) -> dict:
 class LatentData(lightning.LightningDataModule):
     """Cached latents of a manifest's train and validation split; reads only manifest and cache.
 
-    ``batch_size`` is that of one process. ``branch`` names the hint or hints of a batch (None: no hint). ``augment``:
-    exemplars are augmented in training. Every process of the trainer must call ``prepare`` before training.
+    ``batch_size`` is that of one process. ``branch`` names the hint or hints of a batch (None: no hint). ``photos``:
+    share of photographs in what is trained on, where the dataset has renders too (None: as many as there are).
+    ``augment``: exemplars are augmented in training. Every process of the trainer must call ``prepare`` before
+    training.
     """
 
     def __init__(
@@ -113,17 +116,19 @@ class LatentData(lightning.LightningDataModule):
         seed: int = 0,
         mismatch: float = 0.0,
         elsewhere: float = 0.0,
+        recolor: float = 0.0,
+        photos: float | None = None,
         augment: bool = False,
     ):
         super().__init__()
-        self.augment = augment
+        self.augment, self.photos = augment, photos
         self.manifest, self.backbone, self.cache = Path(manifest), backbone, Path(cache)
         self.batch_size, self.workers, self.seed = batch_size, workers, seed
         self.branches = [branch] if isinstance(branch, str) else list(branch or ())
         hints = {branch: only_set(parameters) for branch, parameters in (hints or {}).items()}
         rule = "backbone" if hole == "backbone" else "dilate"
         self.recipes = {
-            "train": Recipe(crop, hole, variants, hints, seed, mismatch, elsewhere),
+            "train": Recipe(crop, hole, variants, hints, seed, mismatch, elsewhere, recolor),
             "validation": Recipe("center", rule, 1, hints, seed, mismatch),
         }
         self.sets: dict[str, Draws] = {}
@@ -148,7 +153,18 @@ class LatentData(lightning.LightningDataModule):
 
     def train_dataloader(self) -> DataLoader:
         draws = self.sets["train"]
-        return self.loader(draws, Stream.of(self.trainer, len(draws), self.batch_size, self.seed))
+        shares = None if self.photos is None else self.share_out(self.photos)
+        return self.loader(draws, Stream.of(self.trainer, len(draws), self.batch_size, self.seed, shares))
+
+    def share_out(self, photos: float) -> np.ndarray:
+        """The share of each training item in what is trained on, sum 1. UserError where one kind is missing."""
+        rows = read_manifest(self.manifest, "train")[1]
+        render = np.repeat([is_render(row) for row in rows], self.recipes["train"].variants)
+        if render.all() or not render.any():
+            raise UserError(
+                f"data.photos={photos}: {self.manifest} has no {'photographs' if render.all() else 'renders'}"
+            )
+        return np.where(render, (1 - photos) / render.sum(), photos / (~render).sum())
 
     def val_dataloader(self) -> DataLoader:
         draws = self.sets["validation"]

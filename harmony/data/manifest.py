@@ -121,3 +121,8 @@ def manifest_hash(path: str | Path) -> str:
             return hashlib.file_digest(file, "sha256").hexdigest()
     except FileNotFoundError:
         raise UserError(f"{path}: no manifest; run harmony.prepare for this dataset first") from None
+
+
+def is_render(row: Row) -> bool:
+    """Whether the row shows a studio scene; everything else is a photograph."""
+    return row.extras.get("source") == "studio"

@@ -8,8 +8,7 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader
 
-from harmony.core.row import Row
-from harmony.data.manifest import read_split
+from harmony.data.manifest import is_render, read_split
 from harmony.data.stream import Stream
 from harmony.pixels.images import Crop, crop_resize, read_image, resize, square_around, to_model
 
@@ -140,8 +139,3 @@ class PixelPool(torch.utils.data.Dataset):
         position, i = key
         rng = np.random.default_rng([self.seed, position, 1])  # 1: not the numbers that chose the picture
         return self.read(i, rng) | {"noise_seed": int(rng.integers(2**32))}
-
-
-def is_render(row: Row) -> bool:
-    """Whether the row shows a studio scene; everything else is a photograph."""
-    return row.extras.get("source") == "studio"

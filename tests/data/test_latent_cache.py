@@ -348,3 +348,19 @@ def test_a_region_elsewhere_takes_the_instances_place(small_manifest, tmp_path):
     assert not np.array_equal(first.mask, own.mask) and not np.array_equal(first.mask, second.mask)
     again = example(row, manifest.parent, moved, 32)
     assert np.array_equal(first.mask, again.mask) and np.array_equal(first.image, again.image)
+
+
+def test_a_recolored_picture_keeps_hint_and_truth_in_one_light(small_manifest, tmp_path):
+    """Guards ``recolor``: another light for each variant, on the truth and on what its hints are made from alike."""
+    manifest = small_manifest(tmp_path / "data")
+    row = read_manifest(manifest, "train")[1][0]
+    plain, other = (Recipe("jitter", "train", 2, HINTS, recolor=share) for share in (0.0, 1.0))
+    own, first, second = (example(row, manifest.parent, r, 32, v) for r, v in ((plain, 0), (other, 0), (other, 1)))
+    assert np.array_equal(first.mask, own.mask) and not np.array_equal(first.image, own.image)
+    assert np.array_equal(first.instance, first.image)
+    assert not np.array_equal(first.image.mean((0, 1)).round(), second.image.mean((0, 1)).round())
+    # where the object is under another light, that light falls on the recolored picture; a second render gets the same
+    twice = replace(row, extras=row.extras | {"relit": row.image})
+    assert np.array_equal(
+        *(getattr(example(twice, manifest.parent, replace(other, mismatch=1.0), 32), n) for n in ("image", "relit"))
+    )

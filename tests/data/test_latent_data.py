@@ -1,13 +1,17 @@
 """Cached latents as batches: randomness by seed and position alone, loaders that go on where a run stopped."""
 
+from dataclasses import replace
 from itertools import islice
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 
+from harmony.core.errors import UserError
 from harmony.data.latent_data import Draws
-from harmony.data.manifest import read_manifest
+from harmony.data.manifest import read_manifest, write_manifest
+from harmony.data.stream import Stream
 
 
 @pytest.fixture(scope="module")
@@ -89,3 +93,24 @@ def test_examples_are_held_out_rows(data):
     assert batch["image"].shape == (3, 3, 32, 32) and batch["image"].abs().max() <= 1
     assert torch.equal(batch["hole"], batch["pixel_hole"][:, :, ::4, ::4])
     assert torch.equal(batch["tokens"], data.backbone.tokens([row.caption for row in rows[:3]]))
+
+
+def test_photographs_have_their_share(latent_data):
+    """Guards ``photos``: in batches, whatever there are more of; the same item at the same position; one kind alone."""
+    data = latent_data(batch_size=2, photos=0.75)
+    original = data.manifest.read_text()
+    rows = read_manifest(data.manifest, "train")[1]
+    with pytest.raises(UserError, match=r"data.photos=0.75: .* has no photographs"):
+        data.share_out(0.75)
+    try:
+        photograph = replace(rows[0], extras={name: v for name, v in rows[0].extras.items() if name != "source"})
+        write_manifest(data.manifest, [photograph, *rows[1:]], "studio")
+        shares = data.share_out(0.75)
+        photographs = np.arange(len(shares)) < data.recipes["train"].variants
+        assert shares[photographs].sum() == pytest.approx(0.75) and shares.sum() == pytest.approx(1)
+        assert len(rows) > 4 and len(set(shares)) == 2
+        items = [i for _, i in islice(Stream(len(shares), 2, shares=shares), 400)]
+        assert abs(np.mean(photographs[items]) - 0.75) < 0.07
+        assert items == [i for _, i in islice(Stream(len(shares), 2, shares=shares), 400)]
+    finally:
+        data.manifest.write_text(original)
