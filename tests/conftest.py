@@ -238,7 +238,7 @@ def latent_data(random_backbone, small_manifest, tmp_path_factory):
 
     folder = tmp_path_factory.mktemp("latents")
     manifest = small_manifest(folder)
-    hints = {"color": {"sigma": 10, "normalize": True}, "structure": {"low": 100, "high": 200}}
+    hints = {"color": {"blur": 1.25, "normalize": True}, "structure": {"low": 100, "high": 200}}
 
     def make(**options):
         options = {"batch_size": 2, "hints": hints} | options

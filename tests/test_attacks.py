@@ -99,12 +99,12 @@ def test_an_object_far_larger_than_the_picture_is_refused_before_it_is_enlarged(
 
 
 @pytest.mark.parametrize(
-    "parameters", [{"sigma": float("nan")}, {"sigma": 1e308}, {"sigma": -1}, {"normalize": 3}, {"surroundings": "yes"}]
+    "parameters", [{"blur": float("nan")}, {"blur": 1e308}, {"blur": -1}, {"normalize": 3}, {"surroundings": "yes"}]
 )
 def test_parameters_of_a_hint_are_checked(parameters):
     with pytest.raises(ValueError, match="takes no"):
         check_parameters("color", parameters)
-    check_parameters("color", {"sigma": 40, "normalize": True, "surroundings": True})
+    check_parameters("color", {"blur": 40, "normalize": True, "surroundings": True})
     check_parameters("raw", {"surroundings": True})
     check_parameters("structure", {"low": 100, "high": 200, "edge_source": "masked"})
 

@@ -77,7 +77,7 @@ BAD = {
         module.prompt_dropout=abc module.branch=[1] module.share=2 module.objective.t_min=1000
         module.objective.weighting=none module.objective.clip=[1] module.compile=perhaps module.in_channels=0
         data.batch_size=0 data.batch_size=-4 data.batch_size=abc data.workers=-1 data.workers=abc data.variants=0
-        data.mismatch=2 data.mismatch=abc data.crop=round data.hints.color.sigma=-1 data.hints.color.sigma=abc
+        data.mismatch=2 data.mismatch=abc data.crop=round data.hints.color.blur=-1 data.hints.color.blur=abc
         data.hints.color=3 trainer.max_steps=abc trainer.max_steps=-2 trainer.max_steps=1.5 trainer.devices=0
         trainer.devices=-2 trainer.accelerator=abacus trainer.accumulate_grad_batches=0 trainer.gradient_clip_val=abc
         trainer.val_check_interval=abc trainer.val_check_interval=-1 trainer.log_every_n_steps=0

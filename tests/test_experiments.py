@@ -147,7 +147,7 @@ def test_it_runs(name, random_backbone, awake, prepared_work, tmp_path):
     words = make_small(name, tmp_path, random_backbone, prepared_work)
     runs, backbone = tmp_path / "runs", tmp_path / "backbone"
     if composed(name).module.get("companion"):
-        small, taught = Backbone(str(random_backbone)), {"sigma": 10, "normalize": True}
+        small, taught = Backbone(str(random_backbone)), {"blur": 1.25, "normalize": True}
         export_controlnet(awake(small, 0), tmp_path / "companion", "color", taught, small)
         words.append(f"module.companion={tmp_path / 'companion'}")
     began = time.time_ns()

@@ -33,7 +33,7 @@ from harmony.sampling.guidance import Schedule, inpaint
 from harmony.training.cards import escape_cell, format_code, render_controlnet_card
 from harmony.training.run_folder import RunFolder
 
-HINTS = {"color": {"sigma": 10, "normalize": True}, "structure": {"low": 100, "high": 200, "edge_source": "masked"}}
+HINTS = {"color": {"blur": 1.25, "normalize": True}, "structure": {"low": 100, "high": 200, "edge_source": "masked"}}
 
 
 @pytest.fixture(scope="module")
@@ -169,7 +169,7 @@ def test_the_card_says_what_it_is(run, command, backbone):
         backbone.hash("unet"),
         backbone.hash("vae"),
         "python -m harmony.fit experiment=color 'dataset.name=my set'",
-        'hint("color", image, mask, sigma=10, normalize=True)',
+        'hint("color", image, mask, cell=4, blur=1.25, normalize=True)',
         "| test/pasted/color_de | 20.5 | 5.25 |",
         "64 held-out pictures (test): DDIM, 20 steps, guidance\n2.0, seed 0; fid and kid on backbone-clip features",
         "Nothing changes outside the hole",
@@ -489,7 +489,7 @@ def test_a_run_from_before_the_modules_moved(run, command, backbone, ended):
     assert same_weights(load_controlnet(folder), net)
 
 
-@pytest.mark.parametrize("place", ["model", "module", "model.path", "data.hints.color.sigma", "data", "callbacks.x"])
+@pytest.mark.parametrize("place", ["model", "module", "model.path", "data.hints.color.blur", "data", "callbacks.x"])
 @pytest.mark.parametrize("ended", [False, True])
 def test_nothing_that_a_config_names_is_called(run, command, backbone, tmp_path, place, ended):
     """A stranger's run is refused in one line, or exported where nothing reads what it names."""
@@ -506,7 +506,7 @@ def test_nothing_that_a_config_names_is_called(run, command, backbone, tmp_path,
     OmegaConf.save(cfg, folder / "config.yaml")
     code, _, err = command(folder)
     assert not proof.exists()
-    read = place in ("model", "module") or (not ended and place in ("model.path", "data.hints.color.sigma"))
+    read = place in ("model", "module") or (not ended and place in ("model.path", "data.hints.color.blur"))
     assert (code, len(err)) == ((2, 1) if read else (0, 0)), err
 
 
@@ -584,7 +584,7 @@ def test_a_pipe_is_no_picture(run, refused, backbone, tmp_path):
         {"branch": "../../../escaped"},
         {"branch": "edges"},
         {"branch": ["color"]},
-        {"parameters": {"sigma": {"a": 1}}},
+        {"parameters": {"blur": {"a": 1}}},
         {"parameters": {"__class__": 1}},
         {"parameters": []},
     ],

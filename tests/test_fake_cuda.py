@@ -256,7 +256,7 @@ def test_a_backbone_trains(part, sd2, tmp_path, monkeypatch):
 def test_controlnets_fill(sd2, composites):
     """Guards two nets, with guidance and without; DDIM alone: the other solvers look for their step by its value."""
     nets = [move_module(from_unet(sd2.unet, sd2.factor).requires_grad_(False).to(sd2.dtype), GPU) for _ in range(2)]
-    branches = [Branch("color", nets[0], 1.0, {"sigma": 10}), Branch("structure", nets[1], 0.5, {})]
+    branches = [Branch("color", nets[0], 1.0, {"blur": 1.25}), Branch("structure", nets[1], 0.5, {})]
     squares = [Composite(*item) for item in zip(*composites, ["a mushroom", "a car"], strict=True)]
     for settings in (Settings(1, 1.0), Settings(3, 7.5, encoder_every=2, guided=0.5)):
         assert checked(Inpainting(sd2, branches, settings).fill(squares, SEEDS), sd2.resolution)

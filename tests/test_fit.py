@@ -134,7 +134,7 @@ def test_the_export_is_what_was_trained(finished):
     assert {f"net.{name}" for name in exported} == set(trained)
     assert all(torch.equal(tensor, trained[f"net.{name}"]) for name, tensor in exported.items())
     hint = json.loads((folder / "export" / "controlnet" / "hint.json").read_text())
-    assert hint["branch"] == "color" and hint["parameters"] == {"sigma": 10, "normalize": True}
+    assert hint["branch"] == "color" and hint["parameters"] == {"blur": 1.25, "normalize": True}
 
 
 def test_it_ends_with_a_table_and_absolute_paths(finished):

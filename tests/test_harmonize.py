@@ -240,7 +240,7 @@ def test_the_backbones_captioner_is_asked(desk, command, monkeypatch):
 
 def test_two_controlnets_and_their_weights(desk, command, random_backbone, awake):
     backbone = Backbone(str(random_backbone))
-    export_controlnet(awake(backbone, 1), desk / "colour", "color", {"sigma": 10, "normalize": True}, backbone)
+    export_controlnet(awake(backbone, 1), desk / "colour", "color", {"blur": 1.25, "normalize": True}, backbone)
     export_controlnet(awake(backbone, 2), desk / "edges", "structure", {}, backbone)
 
     def raw(*words):

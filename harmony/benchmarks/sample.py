@@ -88,7 +88,7 @@ class Scene:
             "image": torch.stack([to_model(x) for x in self.pictures]),
             "mask_image": torch.from_numpy(np.stack(masks)[:, None]).float(),
             "control_image": [
-                torch.stack([to_hint(picture) for picture in draw_hints(branch, composites)])
+                torch.stack([to_hint(picture) for picture in draw_hints(branch, composites, self.backbone.factor)])
                 for branch in self.branches
             ],
         }

@@ -221,7 +221,7 @@ OPTIONS: dict[str, Rule] = {
     "crop": Choice(("center", "jitter", "extended")),
     "low": Number(0, 10_000),
     "high": Number(0, 10_000),
-    "sigma": Number(0, 512),
+    "blur": Number(0, 64),
     "hints.*": Keys(),
     "data.share": Items(SHARE, 2),
     # training

@@ -232,7 +232,12 @@ def encode(examples: list[Example], backbone: Codec, recipe: Recipe) -> dict[str
         if branch == "exemplar":
             hints = np.stack([exemplar(e.exemplar, **parameters) for e in examples])
         else:
-            hints = np.stack([hint(branch, e.instance, e.mask, e.image, e.hole, **parameters) for e in examples])
+            hints = np.stack(
+                [
+                    hint(branch, e.instance, e.mask, e.image, e.hole, cell=backbone.factor, **parameters)
+                    for e in examples
+                ]
+            )
         tensors[f"hint_{branch}"] = torch.from_numpy(hints).permute(0, 3, 1, 2).contiguous()
     return tensors
 

@@ -10,7 +10,7 @@ import torch
 from harmony.core.errors import UserError
 from harmony.methods.method import CAPTION, Composite, Method, Seed, fingerprint
 from harmony.models.backbone import DIFFUSION, Backbone, move_module, weights_hash
-from harmony.models.controlnet import load_controlnet, net_hash, read_hint
+from harmony.models.controlnet import load_controlnet, net_hash, read_hint, to_cells
 from harmony.models.timing import blocks
 from harmony.pixels.hints import HINTS, hint
 from harmony.pixels.images import from_model, to_hint, to_model
@@ -65,7 +65,9 @@ def read_branch(path: str, backbone: Backbone, operator: str | None) -> Branch:
             raise UserError(
                 f"{path}, trained on {origin}, does not fit backbone {backbone.name} ({key}): give its model.path"
             )
-    return Branch(name, net, 1.0, facts.get("parameters"), net_hash(path))
+    parameters = facts.get("parameters")
+    parameters = parameters and to_cells(parameters, backbone.resolution // backbone.factor)
+    return Branch(name, net, 1.0, parameters, net_hash(path))
 
 
 # (items of the batch, noise, hole B x 1 x h x w, scaled masked latent) -> clean latents B x C x h x w
@@ -103,10 +105,11 @@ def encode_and_decode(backbone: Backbone, composites: Sequence[Composite], batch
     return outputs
 
 
-def draw_hints(branch: Branch, composites: Sequence[Composite]) -> list[np.ndarray]:
-    """The hint of each composite by the branch's operator, uint8 R x R x 3."""
+def draw_hints(branch: Branch, composites: Sequence[Composite], cell: int) -> list[np.ndarray]:
+    """The hint of each composite by the branch's operator, uint8 R x R x 3; ``cell``: pixels of a latent cell."""
     return [
-        hint(branch.name, c.instance, c.mask, c.background, c.hole, **(branch.parameters or {})) for c in composites
+        hint(branch.name, c.instance, c.mask, c.background, c.hole, cell=cell, **(branch.parameters or {}))
+        for c in composites
     ]
 
 
@@ -137,7 +140,9 @@ class Inpainting(Method):
         def draw(part: slice, noise: torch.Tensor, hole: torch.Tensor, masked: torch.Tensor) -> torch.Tensor:
             controls = []
             for b in self.branches:
-                hints = torch.stack([to_hint(picture) for picture in draw_hints(b, composites[part])])
+                hints = torch.stack(
+                    [to_hint(picture) for picture in draw_hints(b, composites[part], self.backbone.factor)]
+                )
                 controls.append((b.net, hints.to(backbone.device), b.weight))
             text = backbone.prompt([c.caption for c in composites[part]])
             return sampler(backbone, noise, hole, masked, text, empty_text, self.settings, controls)
@@ -164,7 +169,8 @@ class Inpainting(Method):
 
     def views(self, composites: Sequence[Composite]) -> dict[str, list[np.ndarray]]:
         titles = [f"hint {b.name}" for b in self.branches] if len(self.branches) > 1 else ["hint"]
-        return {title: draw_hints(b, composites) for title, b in zip(titles, self.branches, strict=False)}
+        cell = self.backbone.factor
+        return {title: draw_hints(b, composites, cell) for title, b in zip(titles, self.branches, strict=False)}
 
     def networks(self) -> dict[str, list[torch.nn.Module]]:
         vae = self.backbone.vae

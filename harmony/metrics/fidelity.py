@@ -11,10 +11,11 @@ import cv2
 import numpy as np
 from skimage.color import deltaE_ciede2000
 
-from harmony.pixels.hints import blur_hint, edge_hint
+from harmony.pixels.hints import blur_instance, edge_hint
+from harmony.pixels.masks import scale_length
 
 PSNR_LIMIT = 100.0  # dB: the value of an identical image in a mean; a single gray step in a 128 px image gives 95 dB
-COLOR_SIGMA = 10  # px at a side of 512, as in the color hint
+COLOR_SIGMA = 10  # px at a side of 512, as Liu 2025 blurs the color hint
 
 
 # --- pixels
@@ -97,7 +98,7 @@ def color_de(output: np.ndarray, instance: np.ndarray, mask: np.ndarray) -> floa
     """
     if not mask.any():
         return math.nan
-    colors = (blur_hint(image, mask, sigma=COLOR_SIGMA)[mask] for image in (output, instance))
+    colors = (blur_instance(image, mask, scale_length(COLOR_SIGMA, mask.shape))[mask] for image in (output, instance))
     return _mean(deltaE_ciede2000(*(_lab(pixels) for pixels in colors)))
 
 

@@ -78,13 +78,24 @@ def read_hint(path: str | os.PathLike) -> dict:
         return {}
     try:
         facts = read_json(folder / "hint.json")
-        check_parameters(facts["branch"], facts["parameters"])
+        check_parameters(facts["branch"], to_cells(facts["parameters"]))
+        if type(facts.get("cell", 8)) is not int or not 1 <= facts.get("cell", 8) <= 64:
+            raise ValueError(f"cell={facts['cell']!r} is no number of pixels")
         return {"backbone": facts.get("kit"), **facts}  # the key of version 0.1
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise UserError(f"{folder}/hint.json is damaged ({error}): export the ControlNet again") from None
 
 
-RANGES = {"sigma": (0, 512), "low": (0, 10_000), "high": (0, 10_000)}  # of a hint's numbers, which files may bring
+def to_cells(parameters: dict, side: int = 64) -> dict:
+    """A hint's parameters, with lengths in latent cells; in version 0.1 ``sigma`` was in pixels at a side of 512.
+
+    ``side``: cells of a latent's side.
+    """
+    rest = {name: value for name, value in parameters.items() if name != "sigma"}
+    return parameters if "sigma" not in parameters else {"blur": parameters["sigma"] * side / 512, **rest}
+
+
+RANGES = {"blur": (0, 64), "low": (0, 10_000), "high": (0, 10_000)}  # of a hint's numbers, which files may bring
 
 
 def check_parameters(branch: str, parameters: dict) -> None:
@@ -92,7 +103,7 @@ def check_parameters(branch: str, parameters: dict) -> None:
     if branch not in HINTS:
         raise ValueError(f"branch {branch!r} is none of {', '.join(HINTS)}")
     defaults = {name: p.default for name, p in inspect.signature(HINTS[branch]).parameters.items()}
-    defaults = {name: value for name, value in defaults.items() if name not in ("image", "mask")}
+    defaults = {name: value for name, value in defaults.items() if name not in ("image", "mask", "cell")}
     defaults["surroundings"] = False
     for name, value in parameters.items():
         low, high = RANGES.get(name, (0, 0))
@@ -104,7 +115,7 @@ def check_parameters(branch: str, parameters: dict) -> None:
 def export_controlnet(net: ControlNetModel, folder: Path, branch: str, parameters: dict, backbone: Backbone) -> Path:
     """Write ``folder/controlnet`` in diffusers layout; ``hint.json`` beside the weights describes its hint."""
     target, hashes = Path(folder) / "controlnet", {part: backbone.hash(part) for part in ("vae", "unet")}
-    facts = {"branch": branch, "parameters": parameters, "backbone": backbone.name, **hashes}
+    facts = {"branch": branch, "parameters": parameters, "cell": backbone.factor, "backbone": backbone.name, **hashes}
     with replace_folder(target) as temp_folder:
         net.save_pretrained(temp_folder)
         write_json(temp_folder / "hint.json", facts)

@@ -127,6 +127,7 @@ def render_controlnet_card(run: RunFolder, facts: Mapping[str, Any], grid: bool,
     license = license or read_license(backbone)
     parameters = facts.get("parameters", {})
     arguments = ", image, hole" if parameters.get("surroundings") else ""
+    arguments += f", cell={facts.get('cell', 8)}" if branch == "color" else ""
     arguments += "".join(f", {name}={value!r}" for name, value in parameters.items())
     return render(
         ("controlnet", "training"),

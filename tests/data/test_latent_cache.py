@@ -23,7 +23,7 @@ from harmony.models.backbone import Backbone
 from harmony.pixels.hints import hint
 from harmony.pixels.images import to_model
 
-HINTS = {"color": {"sigma": 10, "normalize": True}, "structure": {"low": 100, "high": 200}}
+HINTS = {"color": {"blur": 1.25, "normalize": True}, "structure": {"low": 100, "high": 200}}
 RECIPE = Recipe("jitter", "train", 2, HINTS, seed=3)
 ITEMS = 24  # 12 rows, 2 variants
 
@@ -191,7 +191,7 @@ def test_foreign_caches_are_refused_by_name(cache, backbone, manifest):
     class Larger(Backbone):
         resolution = 64
 
-    other_hints = HINTS | {"color": {"sigma": 4, "normalize": True}}
+    other_hints = HINTS | {"color": {"blur": 0.5, "normalize": True}}
     others = {
         "resolution": describe(Larger(backbone.path), RECIPE, rows),
         "rows": describe(backbone, RECIPE, rows[1:]),
@@ -334,7 +334,7 @@ def test_hints_may_come_from_another_light(backbone, manifest, tmp_path):
     folder = built(manifest, "train", backbone, other, tmp_path / "cache", lambda line: None)
     e = example(rows[1], manifest.parent, other, backbone.resolution)
     stored = Latents(folder)[1]["hint_color"]
-    seen = hint("color", e.instance, e.mask, **HINTS["color"])
+    seen = hint("color", e.instance, e.mask, cell=backbone.factor, **HINTS["color"])
     assert np.array_equal((stored.numpy() * 255).round().astype(np.uint8), np.moveaxis(seen, -1, 0))
 
 

@@ -6,13 +6,14 @@ import pytest
 import torch
 
 from harmony.core.errors import UserError
+from harmony.methods.inpainting import load_branch
 from harmony.models.backbone import Backbone
 from harmony.models.controlnet import export_controlnet, from_unet, load_controlnet, read_hint
 from harmony.models.shipped import CONTROLNET, find_weights
 from harmony.models.unet_halves import decode, encode
 from harmony.sampling.guidance import control_residuals, embed_hints, predict
 
-PARAMETERS = {"sigma": 10, "normalize": True}
+PARAMETERS = {"blur": 1.25, "normalize": True}
 
 
 @pytest.fixture(scope="module")
@@ -114,3 +115,17 @@ def test_what_is_no_controlnet_is_said(backbone, awake, tmp_path):
         read_hint(folder)
     (folder / "hint.json").unlink()
     assert read_hint(folder) == {}
+
+
+def test_lengths_of_version_01_are_converted(backbone, awake, tmp_path):
+    """Guards old exports, whose blur is in pixels at 512: as many pixels here as they were trained on."""
+    folder = export_controlnet(awake(backbone), tmp_path, "color", PARAMETERS, backbone)
+    facts = json.loads((folder / "hint.json").read_text())
+    assert facts["cell"] == backbone.factor == 4 and facts["parameters"] == PARAMETERS
+    del facts["cell"]
+    (folder / "hint.json").write_text(json.dumps(facts | {"parameters": {"sigma": 32, "normalize": False}}))
+    side = backbone.resolution // backbone.factor
+    assert load_branch(str(folder), backbone).parameters == {"blur": 32 * side / 512, "normalize": False}
+    (folder / "hint.json").write_text(json.dumps(facts | {"cell": 0}))
+    with pytest.raises(UserError, match="cell=0 is no number of pixels"):
+        read_hint(folder)

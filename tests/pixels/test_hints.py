@@ -46,11 +46,11 @@ def test_masked_image_and_instance_recombine():
 # --- color
 
 
-@pytest.mark.parametrize("sigma", [4, 10, 32])
-def test_normalised_blur_keeps_a_constant_colour_up_to_the_rim(sigma):
+@pytest.mark.parametrize("blur", [0.5, 1.25, 4])
+def test_normalised_blur_keeps_a_constant_colour_up_to_the_rim(blur):
     colour = np.array([200, 30, 90], np.uint8)
     image = np.where(disc()[..., None], colour, np.array([0, 255, 0], np.uint8))
-    assert (hints.blur_hint(image, disc(), sigma)[disc()] == colour).all()
+    assert (hints.blur_hint(image, disc(), blur)[disc()] == colour).all()
 
 
 def test_plain_blur_darkens_the_rim():
@@ -58,15 +58,15 @@ def test_plain_blur_darkens_the_rim():
     assert hints.blur_hint(image, disc(), normalize=False)[rim].mean() < 150
 
 
-def test_sigma_is_given_at_512():
-    """The kernel scales with the side: 61 taps at 512, and a point spreads over the sigma that it should."""
-    for side in (512, 128):
-        image = np.zeros((side, side, 3), np.uint8)
-        image[:, : side // 2] = 255
-        row = hints.blur_hint(image, np.ones((side, side), bool), sigma=10)[side // 2, :, 0] / 255
-        spread = (row > 0.16).sum() - (row > 0.84).sum()
-        assert abs(spread - 2 * 10 * side / 512) <= 1.5
-        assert (row[: side // 2 - round(31 * side / 512)] == 1).all()
+@pytest.mark.parametrize(("side", "cell", "sigma"), [(512, 8, 10), (64, 4, 5)])
+def test_blur_is_given_in_latent_cells(side, cell, sigma):
+    """1.25 cells are 10 pixels at 512 on Stable Diffusion, as in Liu 2025, and 5 at 64 on the tiny backbone."""
+    image = np.zeros((side, side, 3), np.uint8)
+    image[:, : side // 2] = 255
+    row = hints.hint("color", image, np.ones((side, side), bool), cell=cell)[side // 2, :, 0] / 255
+    spread = (row > 0.16).sum() - (row > 0.84).sum()
+    assert abs(spread - 2 * sigma) <= 1.5
+    assert (row[: side // 2 - 3 * sigma - 1] == 1).all()  # no tap reaches farther
 
 
 def test_blur_removes_high_frequencies():
@@ -122,8 +122,8 @@ def test_a_hint_with_its_surroundings():
     """Guards what a harmonizing net compares: the blurred object, a black rim, the photograph around the hole."""
     image, background, mask = noise(), noise()[::-1].copy(), disc()
     hole = np.roll(mask, 3, axis=0) | mask | np.roll(mask, -3, axis=0)
-    result = hints.hint("color", image, mask, background, hole, surroundings=True, sigma=20)
-    assert np.array_equal(result[mask], hints.blur_hint(image, mask, sigma=20)[mask])
+    result = hints.hint("color", image, mask, background, hole, surroundings=True, blur=2.5)
+    assert np.array_equal(result[mask], hints.blur_hint(image, mask, blur=2.5)[mask])
     assert (hole & ~mask).any() and not result[hole & ~mask].any()
     assert np.array_equal(result[~hole], background[~hole])
     assert np.array_equal(hints.hint("color", image, mask, background, hole), hints.blur_hint(image, mask))

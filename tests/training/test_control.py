@@ -233,7 +233,7 @@ def test_a_companion_runs_in_its_share_and_stays_as_it_is(backbone, awake, laten
     data = latent_data(batch_size=4, branch=["structure", "color"])
     data.setup()
     net = awake(backbone, 3)
-    folder = export_controlnet(net, tmp_path, "color", {"sigma": 10, "normalize": True}, backbone)
+    folder = export_controlnet(net, tmp_path, "color", {"blur": 1.25, "normalize": True}, backbone)
     batch = batch_of(data)
     batch["beside"] = torch.tensor([0.1, 0.4, 0.6, 0.9])
     alone, beside = (
@@ -252,7 +252,7 @@ def test_a_companion_runs_in_its_share_and_stays_as_it_is(backbone, awake, laten
     beside.check(data)
     with pytest.raises(UserError, match=r"data.branch=\[structure,color\]"):
         beside.check(latent_data(branch="structure"))
-    data.recipes["train"].hints["color"] = {"sigma": 32, "normalize": True}
+    data.recipes["train"].hints["color"] = {"blur": 4, "normalize": True}
     with pytest.raises(UserError, match="the companion was trained on color hints .*data.hints.color="):
         beside.check(data)
 
@@ -465,7 +465,7 @@ def test_channels_last_changes_no_run(backbone, data, tmp_path, monkeypatch):
     elsewhere = trained(last, 4, tmp_path / "2.ckpt").net
     end = flat(unbroken.net)
     assert (flat(elsewhere) - end).norm() < 0.05 * (end - halfway).norm()
-    folder = export_controlnet(unbroken.net, tmp_path, "color", {"sigma": 10, "normalize": True}, backbone)
+    folder = export_controlnet(unbroken.net, tmp_path, "color", {"blur": 1.25, "normalize": True}, backbone)
     exported = load_controlnet(folder).state_dict()
     assert all(torch.equal(v, exported[name]) for name, v in unbroken.net.state_dict().items())
     assert all(v.is_contiguous() for v in exported.values())
