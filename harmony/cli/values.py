@@ -216,6 +216,7 @@ OPTIONS: dict[str, Rule] = {
     "mismatch": SHARE,
     "elsewhere": SHARE,
     "recolor": SHARE,
+    "data.context": Number(1, 100, none=True),
     "data.photos": Number(0, 1, none=True),
     "noisiest": SHARE,
     "crop": Choice(("center", "jitter", "extended")),

@@ -27,7 +27,7 @@ from harmony.pixels.composites import change_light
 from harmony.pixels.exemplars import SHAPE_SHARE, cut_out, draw_crop, draw_hole, exemplar, extend_box
 from harmony.pixels.hints import hint
 from harmony.pixels.images import Crop, crop_resize, read_image, resize, sha256, square_around, to_model
-from harmony.pixels.masks import bounding_box, coverage, draw_stroke, hole, read_mask, resize_mask, to_latent
+from harmony.pixels.masks import bounding_box, coverage, hole, move_mask, read_mask, resize_mask, to_latent
 
 CACHE_SCHEMA = 1
 SHARD = 256  # items in a shard
@@ -61,8 +61,11 @@ class Recipe:
     a second light if the dataset has one, else a random change of exposure, contrast and white balance. Exemplars keep
     the picture's light.
 
-    ``elsewhere``: share of items, of ``jitter`` crops, in which a random region of the photograph takes the place of
-    the instance. What light an object needs can be learned on any part of a photograph.
+    ``context``: side of the square relative to the longer side of the instance's box, as ``harmonize`` cuts it; random
+    around it for ``jitter``. None: as large as the photograph allows.
+
+    ``elsewhere``: share of items, of ``jitter`` crops, in which the mask is moved to another region of the photograph,
+    which takes the place of the instance. What light an object needs can be learned on any part of a photograph.
 
     ``recolor``: share of items whose whole picture, and the render under a second light with it, is first put under a
     random other light, so that a net cannot learn the colors of each photograph by heart.
@@ -76,6 +79,7 @@ class Recipe:
     mismatch: float = 0.0
     elsewhere: float = 0.0
     recolor: float = 0.0
+    context: float | None = None
 
 
 @dataclass(frozen=True)
@@ -101,11 +105,18 @@ class Example:
         return self.image if self.relit is None else self.relit
 
 
-def draw_jitter_crop(box: Sequence[float], width: int, height: int, rng: np.random.Generator) -> Crop:
-    """A random square of 70 to 100 % of the short side that contains the box if possible."""
+def draw_jitter_crop(
+    box: Sequence[float], width: int, height: int, rng: np.random.Generator, context: float | None = None
+) -> Crop:
+    """A random square that contains the box if possible: 70 to 100 % of the short side, or of ``context`` boxes.
+
+    With ``context`` it is 75 to 150 % of that many box sides, but not more than the short side.
+    """
     x0, y0, x1, y1 = box
-    whole = square_around(box, width, height)
-    side = round(max(max(x1 - x0, y1 - y0) + 1, whole.side * rng.uniform(0.7, 1)))
+    whole, longer = square_around(box, width, height), max(x1 - x0, y1 - y0)
+    share = rng.uniform(0.7, 1) if context is None else rng.uniform(0.75, 1.5)
+    usual = whole.side if context is None else context * longer
+    side = round(max(longer + 1, min(whole.side, usual * share)))
     if side >= whole.side:
         return whole
 
@@ -129,10 +140,12 @@ def example(row: Row, root: Path, recipe: Recipe, resolution: int, variant: int 
         return square
     jitter = recipe.crop == "jitter"
     if jitter and recipe.elsewhere and rng.random() < recipe.elsewhere:
-        mask = draw_stroke((height, width), rng)
-        crop = draw_jitter_crop(bounding_box(mask), width, height, rng)
+        mask = move_mask(mask, rng)
+        crop = draw_jitter_crop(bounding_box(mask), width, height, rng, recipe.context)
+    elif jitter:
+        crop = draw_jitter_crop(row.box, width, height, rng, recipe.context)
     else:
-        crop = draw_jitter_crop(row.box, width, height, rng) if jitter else square_around(row.box, width, height)
+        crop = square_around(row.box, width, height, recipe.context)
     mirrored = bool(jitter and rng.random() < 0.5)
     image, mask = crop_resize(image, crop, resolution), crop_resize(mask, crop, resolution)
     if mirrored:

@@ -117,6 +117,7 @@ class LatentData(lightning.LightningDataModule):
         mismatch: float = 0.0,
         elsewhere: float = 0.0,
         recolor: float = 0.0,
+        context: float | None = None,
         photos: float | None = None,
         augment: bool = False,
     ):
@@ -128,8 +129,8 @@ class LatentData(lightning.LightningDataModule):
         hints = {branch: only_set(parameters) for branch, parameters in (hints or {}).items()}
         rule = "backbone" if hole == "backbone" else "dilate"
         self.recipes = {
-            "train": Recipe(crop, hole, variants, hints, seed, mismatch, elsewhere, recolor),
-            "validation": Recipe("center", rule, 1, hints, seed, mismatch),
+            "train": Recipe(crop, hole, variants, hints, seed, mismatch, elsewhere, recolor, context),
+            "validation": Recipe("center", rule, 1, hints, seed, mismatch, context=context),
         }
         self.sets: dict[str, Draws] = {}
 

@@ -145,6 +145,19 @@ def bounding_box(mask: np.ndarray) -> tuple[int, int, int, int]:
     return int(columns[0]), int(rows[0]), int(columns[-1]) + 1, int(rows[-1]) + 1
 
 
+def move_mask(mask: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    """The shape of ``mask`` at 50 to 100 % of its size somewhere else in the picture, bool H x W."""
+    x0, y0, x1, y1 = bounding_box(mask)
+    scale = rng.uniform(0.5, 1)
+    shape = resize_mask(mask[y0:y1, x0:x1], max(1, round(scale * (x1 - x0))), max(1, round(scale * (y1 - y0))))
+    if not shape.any():  # nothing is left of what is thinner than a pixel
+        shape[:] = True
+    top, left = (int(rng.integers(0, whole - part + 1)) for whole, part in zip(mask.shape, shape.shape, strict=True))
+    moved = np.zeros_like(mask)
+    moved[top : top + shape.shape[0], left : left + shape.shape[1]] = shape
+    return moved
+
+
 def shadow_region(mask: np.ndarray, radius_px: int) -> np.ndarray:
     """Where an object that stands on something may cast a shadow beside itself: around its lower third, bool H x W."""
     x0, y0, x1, y1 = bounding_box(mask)
