@@ -90,7 +90,7 @@ class WeightAverage(Callback):
     """
 
     def __init__(self, decay: float = 0.0):
-        self.decay, self.average, self.state, self.step = decay, None, None, -1
+        self.decay, self.average, self.state = decay, None, None
 
     def on_fit_start(self, trainer: Trainer, module: LightningModule) -> None:
         if self.decay:
@@ -98,6 +98,9 @@ class WeightAverage(Callback):
             if self.state is not None:
                 self.average.load_state_dict(self.state)
             self.average.to(module.device)
+
+    def on_train_start(self, trainer: Trainer, module: LightningModule) -> None:
+        self.step = trainer.global_step
 
     def on_train_batch_end(self, trainer: Trainer, module: LightningModule, *_: Any) -> None:
         if self.average is not None and trainer.global_step != self.step:  # gradients may be accumulated

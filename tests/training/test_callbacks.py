@@ -233,6 +233,25 @@ def test_the_average_of_the_weights_is_validated_and_exported(random_backbone, l
     assert torch.equal(run("off", 4, WeightAverage(0.0))[0], last)
 
 
+def test_the_average_counts_each_step_once(random_backbone, latent_data, tmp_path):
+    """Guards ``WeightAverage`` with accumulated batches: a batch without a step does not count, and a run that goes on
+    has the average of the unbroken one.
+    """
+
+    def run(folder: str, steps: int, resume=None):
+        torch.manual_seed(0)
+        module, average = ControlTask(Backbone(str(random_backbone)), lr=1e-3, warmup=0), WeightAverage(0.9)
+        options = {"resume": resume, "accumulate_grad_batches": 2, "limit_val_batches": 0}
+        fit(tmp_path / folder, module, latent_data(), steps, average, checkpoints(tmp_path / folder), **options)
+        return flat(module), average.average.optimization_step
+
+    end, count = run("whole", 4)
+    assert count == 4
+    run("parts", 2)
+    again, count = run("parts", 4, resume=tmp_path / "parts" / "last.ckpt")
+    assert count == 4 and torch.equal(again, end)
+
+
 class Scored(ControlTask):
     """Its validation loss after each step is given, and better than all of them when it is checked at the start."""
 
