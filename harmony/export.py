@@ -11,7 +11,7 @@ from omegaconf import DictConfig
 from harmony.cli.command import entry, literal
 from harmony.cli.run_folder import make_folder
 from harmony.core.errors import UserError
-from harmony.training.export import write_backbone, write_controlnet, write_painter, write_single_file
+from harmony.training.export import ITS_TRAINING, write_backbone, write_controlnet, write_painter, write_single_file
 from harmony.training.run_folder import RunFolder, find_run
 
 
@@ -36,8 +36,9 @@ def output_folder(cfg: DictConfig, path: Path, run: RunFolder) -> Path:
         output = place if place.is_relative_to(weights) else weights
         if output.exists():
             run.check(output)
-    if (cfg.half or not cfg.tower) and output.is_relative_to(weights):
-        raise UserError("half=true and tower=false would change the run's own weights: add output=FOLDER")
+    is_other = cfg.half or not cfg.tower or (cfg.checkpoint is not None and run.has_ended)
+    if is_other and output.is_relative_to(weights):
+        raise UserError("half=true, tower=false and checkpoint= would change the run's own weights: add output=FOLDER")
     return output
 
 
@@ -52,12 +53,16 @@ def export_run(cfg: DictConfig) -> Path:
     paints = run.task == "ExemplarTask"
     if paints and cfg.format != "diffusers":
         raise UserError(f"format={cfg.format} is for ControlNets; Paint by Example has its own nodes: leave it out")
+    if paints and cfg.checkpoint is not None:
+        raise UserError(f"checkpoint={cfg.checkpoint} is for ControlNets; networks of Paint by Example: {ITS_TRAINING}")
+    if cfg.checkpoint is not None and not run.config:
+        raise UserError(f"{path} belongs to no run: leave out checkpoint={cfg.checkpoint}")
     output = make_folder(output_folder(cfg, path, run))
     if paints:
         return write_painter(run, output, cfg.license, cfg.half, cfg.tower)
     if cfg.format == "comfyui":
-        return write_single_file(run, path, output, cfg.half)
-    return write_controlnet(run, path, output, cfg.license, cfg.half)
+        return write_single_file(run, path, output, cfg.half, cfg.checkpoint)
+    return write_controlnet(run, path, output, cfg.license, cfg.half, cfg.checkpoint)
 
 
 def export_backbone(cfg: DictConfig) -> Path:

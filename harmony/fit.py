@@ -23,7 +23,8 @@ from harmony.data.manifest import manifest_hash
 from harmony.data.preparation import ensure
 from harmony.data.shards import hand_over, predictor
 from harmony.models.backbone import DIFFUSION
-from harmony.training.callbacks import AtomicCheckpoints, list_callbacks, read_last_metrics
+from harmony.training.callbacks import AtomicCheckpoints, list_callbacks, read_last_metrics, read_validation
+from harmony.training.checkpoints import Facts, checkpoint_name, describe, restore_best
 from harmony.training.task import Task
 
 
@@ -53,6 +54,10 @@ def build_trainer(cfg: DictConfig, **options: Any) -> lightning.Trainer:
 
 def build(cfg: DictConfig) -> tuple[lightning.LightningDataModule, Task]:
     """Build data and task from the configuration; nothing is read yet. UserError for what does not fit."""
+    if cfg.checkpoint == "best" and (cfg.callbacks.get("best") is None or cfg.trainer.limit_val_batches == 0):
+        raise UserError(
+            "checkpoint=best needs callbacks.best and trainer.limit_val_batches: switch neither off, or take the last"
+        )
     lightning.seed_everything(cfg.seed, workers=True, verbose=False)
     data, task = (instantiate(node, _convert_="all") for node in (cfg.data, cfg.module))
     task.check(data)
@@ -65,19 +70,21 @@ def train(cfg: DictConfig, folder: Path, data: lightning.LightningDataModule, ta
     if hasattr(data, "prepare"):
         data.prepare(first := predictor(partial(build_trainer, cfg)))
     logger = build_logger(cfg)
-    callbacks = list_callbacks(instantiate(cfg.callbacks, _convert_="all"))
+    callbacks = instantiate(cfg.callbacks, _convert_="all")
+    if cfg.checkpoint == "best":
+        callbacks["best"].is_required = True
     trainer = build_trainer(
         cfg,
         default_root_dir=str(folder),
         logger=logger,
-        callbacks=callbacks,
+        callbacks=list_callbacks(callbacks),
         plugins=[AtomicCheckpoints()],
         use_distributed_sampler=False,  # the stream shares out the samples itself
         enable_progress_bar=False,  # Throughput reports rate and end in lines that a log file can hold
     )
     if hasattr(data, "prepare"):
         hand_over(first, trainer)
-    last = folder / "checkpoints" / "last.ckpt"
+    last = folder / checkpoint_name("last")
     trainer.fit(task, data, ckpt_path=str(last) if last.exists() else None)
     if trainer.interrupted:
         raise KeyboardInterrupt
@@ -89,6 +96,15 @@ def train(cfg: DictConfig, folder: Path, data: lightning.LightningDataModule, ta
 def is_validation_due(trainer: lightning.Trainer) -> bool:
     """Whether the present step is one after which the trainer validates."""
     return trainer.global_step * trainer.accumulate_grad_batches % trainer.val_check_batch == 0
+
+
+def choose_weights(cfg: DictConfig, folder: Path, task: Task) -> Facts:
+    """Give the task the weights that ``checkpoint`` names; the facts of that checkpoint."""
+    if cfg.checkpoint == "best":
+        return restore_best(folder, task)
+    facts, best = {"kind": "last", "step": task.trainer.global_step}, cfg.callbacks.get("best")
+    value = read_validation(folder / "metrics.csv", facts["step"]).get(best.monitor) if best else None
+    return facts if value is None else facts | {"figure": best.monitor, "value": value}
 
 
 def overrides(words: list[str]) -> list[str]:
@@ -133,13 +149,17 @@ def main(cfg: DictConfig) -> None:
         return
     figures = read_last_metrics(folder / "metrics.csv")  # also those of steps before an interruption
     figures |= {k: float(v) for k, v in trainer.callback_metrics.items() if not k.endswith(("_step", "_epoch"))}
+    checkpoint = choose_weights(cfg, folder, task)
+    if cfg.checkpoint == "best":
+        figures |= read_validation(folder / "metrics.csv", checkpoint["step"])
     task.eval().requires_grad_(False).to(task.home)  # Lightning has moved it to the CPU
     task.export(folder / "export")
+    tell(f"exported checkpoint: {describe(checkpoint)}")
     measured, facts, text = measure(cfg, task) if cfg.evaluate is not None else ({}, {}, "")
     figures |= measured
     backbone = instantiate(cfg.model)
     facts |= {"backbone": {part: backbone.hash(part) for part in DIFFUSION}, **data_facts(cfg, trainer.datamodule)}
-    facts |= {"wall_time_s": round(time.monotonic() - start, 1)}
+    facts |= {"checkpoint": checkpoint, "wall_time_s": round(time.monotonic() - start, 1)}
     write_json(folder / "provenance.json", provenance(cfg, **precision, **facts))
     if trainer.logger is not None:
         trainer.logger.log_metrics(figures, step=trainer.global_step)

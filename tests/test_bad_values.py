@@ -64,7 +64,9 @@ BAD = {
         dataset.select.allow_truncated=abc dataset.count=0 dataset.count=many dataset=none_such trainer.devices=0
         trainer.devices=many trainer.accelerator=abacus trainer=3
     """,
-    "export": "format=onnx format=1 half=2 half=abc tower=abc license=[1] output=[1] run=[1]",
+    "export": """
+        format=onnx format=1 half=2 half=abc tower=abc license=[1] output=[1] run=[1] checkpoint=first checkpoint=1
+    """,
     "bench": """
         what=[nothing] what=abc batch=0 batch=abc steps=0 blocks=0 blocks=-1 blocks=abc compile=abc checkpointing=3
         offload=[1,2] sampling.batch=0 sampling.steps=abc data.boxes=0 data.masks=abc limit=0 sampling.guidance=nan
@@ -81,7 +83,8 @@ BAD = {
         data.hints.color=3 trainer.max_steps=abc trainer.max_steps=-2 trainer.max_steps=1.5 trainer.devices=0
         trainer.devices=-2 trainer.accelerator=abacus trainer.accumulate_grad_batches=0 trainer.gradient_clip_val=abc
         trainer.val_check_interval=abc trainer.val_check_interval=-1 trainer.log_every_n_steps=0
-        checkpoint_every=0 checkpoint_every=abc seed=-1 seed=4294967296 seed=abc evaluate.steps=0 evaluate.limit=0
+        checkpoint_every=0 checkpoint_every=abc checkpoint=abc checkpoint=null checkpoint=3 callbacks.best.mode=most
+        callbacks.best=3 seed=-1 seed=4294967296 seed=abc evaluate.steps=0 evaluate.limit=0
         evaluate.split=none evaluate=3 callbacks.samples.every=0 callbacks.samples.steps=abc module=true data=3
         data.backbone={} data.backbone=null data.backbone={path:tiny} module.backbone={} module.backbone=null
         module.lrr=1 data.batchsize=3 trainer.max_step=3 resume=5 guidance=abc

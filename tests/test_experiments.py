@@ -156,6 +156,7 @@ def test_it_runs(name, random_backbone, awake, prepared_work, tmp_path):
     metrics = json.loads((folder / "metrics.json").read_text())
     assert metrics and all(isinstance(value, float) for value in metrics.values())
     assert (folder / "metrics.csv").read_text().count("\n") > 2 and (folder / "checkpoints" / "last.ckpt").exists()
+    assert (folder / "checkpoints" / "best.ckpt").exists() == ("validation/loss" in metrics)
     assert list((folder / "grids").iterdir())
     if task in ("ControlTask", "JointTask"):
         exports = [""] if task == "ControlTask" else ["color", "structure"]
@@ -241,7 +242,12 @@ def test_stopped_it_goes_on_exactly(name, random_backbone, prepared_work, tmp_pa
         shutil.rmtree(tmp_path / "backbone" / part)
     for grid in (unbroken / "grids").iterdir() if name not in ("joint", "paint_by_example") else ():
         grid.unlink()  # of tasks that draw while they validate
+    best = unbroken / "checkpoints" / "best.ckpt"
+    best.unlink(missing_ok=True)
     main(composed(name, *words))
+    assert best.exists() == ("validation/loss" in figures)
+    if best.exists():  # what the last validation was of
+        assert torch.load(best, weights_only=True)["global_step"] == 4
     figures_again = json.loads((unbroken / "metrics.json").read_text())
     for each in (figures, figures_again):
         each.pop("train/images_per_second", None)  # measured anew

@@ -8,6 +8,7 @@ import re
 import shutil
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -61,9 +62,22 @@ def run(tmp_path, backbone, awake):
     (folder / "checkpoints").mkdir(parents=True)
     net = awake(backbone)
     OmegaConf.save(configuration(backbone), folder / "config.yaml")
-    state = {f"net.{name}": value for name, value in net.state_dict().items()}
-    torch.save({"state_dict": state}, folder / "checkpoints" / "last.ckpt")
+    save_checkpoint(folder, "last", net.state_dict(), 400)
     return folder, net
+
+
+def save_checkpoint(folder: Path, kind: str, state: dict, step: int, **callbacks) -> None:
+    """A checkpoint as a training writes it, as far as export looks at it."""
+    content = {"state_dict": {f"net.{name}": value for name, value in state.items()}, "global_step": step}
+    torch.save(content | {"callbacks": callbacks}, folder / "checkpoints" / f"{kind}.ckpt")
+
+
+def shift(net, by: float) -> dict[str, torch.Tensor]:
+    """The weights of a network, each changed by the same number."""
+    return {name: value + by for name, value in net.state_dict().items()}
+
+
+BEST = {"BestCheckpoint": {"monitor": "validation/loss", "best_model_score": torch.tensor(0.25)}}
 
 
 def finish(folder: Path, net, backbone) -> None:
@@ -137,11 +151,104 @@ def test_the_last_checkpoint_of_a_run_that_goes_on(run, command, backbone):
     assert same_weights(load_controlnet(folder), net)
     facts = read_hint(folder)
     assert (facts["branch"], facts["parameters"], facts["unet"]) == ("color", HINTS["color"], backbone.hash("unet"))
-    with torch.no_grad():  # the run goes on, and is exported again
-        later = {f"net.{k}": v + 1 for k, v in net.state_dict().items()}
-    torch.save({"state_dict": later}, folder / "checkpoints" / "last.ckpt")
+    save_checkpoint(folder, "last", shift(net, 1), 800)  # the run goes on, and is exported again
     assert command(folder)[0] == 0
     assert torch.equal(load_controlnet(folder).conv_in.weight, net.conv_in.weight + 1)
+
+
+def test_the_checkpoint_that_is_asked_for(run, command, backbone, refused, tmp_path):
+    """Guards ``checkpoint=`` of a run that goes on: the file, what its own option says, and the line of the card."""
+    folder, net = run
+    assert "has no best checkpoint" in refused(folder, checkpoint="best", output=tmp_path / "x")
+    assert not (tmp_path / "x").exists()
+    save_checkpoint(folder, "best", shift(net, 1), 200, **BEST)
+    best, last = "- checkpoint: best, step 200, validation/loss 0.25\n", "- checkpoint: last, step 400\n"
+
+    def exported(*words) -> tuple[bool, str]:
+        code, _, err = command(folder, *words)
+        assert code == 0, err
+        is_best = torch.equal(load_controlnet(folder).conv_in.weight, net.conv_in.weight + 1)
+        assert is_best or same_weights(load_controlnet(folder), net)
+        return is_best, next(line for line in card.open() if line.startswith("- checkpoint: "))
+
+    card = folder / "export" / "README.md"
+    assert exported("checkpoint=best") == (True, best)
+    assert exported("checkpoint=last") == exported() == (False, last)
+    OmegaConf.save(configuration(backbone) | {"checkpoint": "best"}, folder / "config.yaml")
+    assert exported() == (True, best) and exported("checkpoint=last") == (False, last)
+    assert command(folder, "checkpoint=best", "format=comfyui", f"output={tmp_path}")[0] == 0
+    stored = load_file(tmp_path / "harmony-color.safetensors")
+    assert torch.equal(stored["conv_in.weight"], net.conv_in.weight + 1)
+    OmegaConf.save(configuration(backbone) | {"checkpoint": "first"}, folder / "config.yaml")
+    assert "checkpoint is first, not one of last, best" in refused(folder)
+
+
+def test_the_average_of_a_run_that_goes_on(run, command):
+    """Guards ``callbacks.average``: what the end would export is exported, not the weights that go on."""
+    folder, net = run
+    average = [parameter.detach() + 2 for parameter in net.parameters()]
+    save_checkpoint(folder, "last", net.state_dict(), 400, WeightAverage={"shadow_params": average, "decay": 0.9})
+    assert command(folder)[0] == 0
+    assert all(map(torch.equal, load_controlnet(folder).parameters(), average))
+    best = [tensor + 1 for tensor in average]
+    save_checkpoint(folder, "best", net.state_dict(), 200, WeightAverage={"shadow_params": best}, **BEST)
+    assert command(folder, "checkpoint=best")[0] == 0
+    assert all(map(torch.equal, load_controlnet(folder).parameters(), best))
+
+
+def test_another_checkpoint_of_a_run_that_has_ended(run, command, backbone, tmp_path):
+    """Guards the run's own export and figures: another checkpoint goes elsewhere, and has a card without them."""
+    folder, net = run
+    finish(folder, net, backbone)
+    save_checkpoint(folder, "best", shift(net, 1), 200, **BEST)
+    facts = json.loads((folder / "provenance.json").read_text())
+    facts["checkpoint"] = {"kind": "last", "step": 400, "figure": "validation/loss", "value": 0.5}
+    (folder / "provenance.json").write_text(json.dumps(facts))
+    code, _, err = command(folder, "checkpoint=best")
+    assert code == 2 and len(err) == 1 and "would change the run's own weights: add output=FOLDER" in err[0]
+    for n, (words, line) in enumerate(
+        (
+            (("checkpoint=best",), "- checkpoint: best, step 200, validation/loss 0.25\n"),
+            (("checkpoint=last",), "- checkpoint: last, step 400, validation/loss 0.5\n"),
+            ((), "- checkpoint: last, step 400, validation/loss 0.5\n"),
+        )
+    ):
+        output, is_best = tmp_path / str(n), words == ("checkpoint=best",)
+        assert command(folder, *words, f"output={output}")[0] == 0
+        text = (output / "README.md").read_text()
+        assert line in text and ("| test/pasted/color_de | 20.5 | 5.25 |" not in text) == is_best
+        assert same_weights(load_controlnet(output), net) != is_best
+
+
+@pytest.mark.parametrize(
+    ("average", "message"),
+    [
+        ([torch.zeros(3)], "does not fit backbone"),
+        ([1, 2], r"cannot read .*TypeError"),
+        ({"a": 1}, "shadow_params must not be a dict"),
+        (None, "tensor 0 of the average holds NaN or infinite numbers"),
+    ],
+)
+def test_a_strange_average_is_refused(run, refused, tmp_path, average, message):
+    """Guards what is read from a checkpoint: it is data, checked like all weights, and nothing is half-written."""
+    folder, net = run
+    if average is None:
+        average = [torch.full_like(parameter, float("nan")) for parameter in net.parameters()]
+    save_checkpoint(folder, "last", net.state_dict(), 400, WeightAverage={"shadow_params": average})
+    line = refused(folder, output=tmp_path / "x")
+    assert re.search(message, line) and "\n" not in line and not (tmp_path / "x").exists()
+
+
+@pytest.mark.parametrize(
+    "content",
+    [{"state_dict": {}}, {"state_dict": {"net.a": SimpleNamespace()}, "global_step": 1}, [1], {"global_step": 1}],
+)
+def test_a_strange_checkpoint_is_refused(run, refused, tmp_path, content):
+    """Guards what is no checkpoint, or has code in it."""
+    folder, _ = run
+    torch.save(content, folder / "checkpoints" / "best.ckpt")
+    line = refused(folder, checkpoint="best", output=tmp_path / "x")
+    assert "cannot read" in line and "\n" not in line and not (tmp_path / "x").exists()
 
 
 def test_the_export_of_a_run_that_has_ended(run, command, backbone, tmp_path):
@@ -266,6 +373,8 @@ def test_paint_by_example(command, backbone, tmp_path):
     assert load_painter(tmp_path / "shipped", backbone).encoder.size == 32
     code, _, err = command(folder, "format=comfyui")
     assert code == 2 and "format=comfyui is for ControlNets" in err[-1]
+    code, _, err = command(folder, "checkpoint=best", f"output={tmp_path / 'x'}")
+    assert code == 2 and "checkpoint=best is for ControlNets" in err[-1] and not (tmp_path / "x").exists()
 
 
 def test_a_backbone(command, random_backbone, tmp_path):
@@ -303,6 +412,7 @@ def test_mistakes(run, command, tmp_path, backbone, awake):
         ((folder,), "cannot read"),
         ((folder, "format=onnx"), "give one of diffusers, comfyui"),
         ((other,), "belongs to no run; add output="),
+        ((other, "checkpoint=last", f"output={tmp_path / 'x'}"), "belongs to no run: leave out checkpoint=last"),
         ((tmp_path / "empty", f"output={tmp_path / 'x'}"), "holds no ControlNet"),
     ):
         code, _, err = command(*words)

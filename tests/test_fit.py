@@ -246,6 +246,10 @@ def test_two_processes_train_as_one(command, work, tmp_path, environment):
             with open(folder / "metrics.csv", newline="") as file:
                 figures.append([float(r["value"]) for r in csv.DictReader(file) if r["name"] == name])
         assert figures[0] and figures[0] == pytest.approx(figures[1], rel=1e-4), name
+    best = [read_checkpoint(folder, "best") for folder in (one, two)]
+    values = [float(checkpoint["callbacks"]["BestCheckpoint"]["best_model_score"]) for checkpoint in best]
+    assert [checkpoint["global_step"] for checkpoint in best] == [4, 4]
+    assert values[0] == pytest.approx(values[1], rel=1e-4)
     ours, theirs = weights(one), weights(two)
     assert set(ours) == set(theirs)
     # AdamW divides a gradient by its own size, and so the rounding of one that is nearly zero: single weights may
@@ -260,6 +264,108 @@ def test_two_processes_train_as_one(command, work, tmp_path, environment):
     for name in ("psnr", "fpsnr", "color_de", "bg_drift"):
         figure = f"test/pasted/{name}"
         assert measured[0][figure] == pytest.approx(measured[1][figure], rel=1e-3), name
+
+
+class Spoil(Callback):
+    """Adds noise to the weights after step 5, so that what is validated later is worse."""
+
+    def on_train_batch_end(self, trainer, module, outputs, batch, index):
+        if trainer.global_step == 5:
+            for parameter in module.net.parameters():
+                parameter.data += 0.5 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(0))
+
+
+def read_checkpoint(folder: Path, kind: str) -> dict:
+    return torch.load(folder / "checkpoints" / f"{kind}.ckpt", weights_only=True)
+
+
+def list_average(checkpoint: dict) -> list[torch.Tensor]:
+    return checkpoint["callbacks"]["WeightAverage"]["shadow_params"]
+
+
+@pytest.fixture
+def spoiled(command, tmp_path, monkeypatch, capsys):
+    """``spoiled(word, ...)``: the folder and the lines of a run whose best validation is not its last one."""
+
+    def run(word: str, *more: str) -> tuple[Path, list[str]]:
+        original = harmony.fit.list_callbacks
+        with monkeypatch.context() as patch:
+            patch.setattr(harmony.fit, "list_callbacks", lambda node: [Spoil(), *original(node)])
+            words = [f"checkpoint={word}", "trainer.val_check_interval=2", "callbacks.samples=null", *more]
+            main(compose("fit", command(tmp_path / "spoiled", *words)))
+        return max((tmp_path / "spoiled" / "color").iterdir()), capsys.readouterr().out.splitlines()
+
+    return run
+
+
+def read_losses(folder: Path) -> dict[int, float]:
+    """Step -> validation loss."""
+    with open(folder / "metrics.csv", newline="") as file:
+        rows = [row for row in csv.DictReader(file) if row["name"] == "validation/loss"]
+    return {int(row["step"]): float(row["value"]) for row in rows}
+
+
+@pytest.mark.parametrize("word", ["best", "last"])
+def test_the_checkpoint_that_is_asked_for_is_exported(spoiled, word):
+    """Guards ``checkpoint=``: the weights of that step are exported and evaluated, a line and the provenance say which;
+    the other one comes from the same command on the finished run, or from export.
+    """
+    folder, lines = spoiled(word)
+    losses = read_losses(folder)
+    steps = {"best": min(losses, key=losses.get), "last": STEPS}
+    assert sorted(losses) == [2, 4, 6, 8] and steps["best"] < 5 and losses[STEPS] > losses[steps["best"]]
+    facts = json.loads((folder / "provenance.json").read_text())["checkpoint"]
+    value = facts.pop("value")
+    assert facts == {"kind": word, "step": steps[word], "figure": "validation/loss"}
+    assert value == pytest.approx(losses[steps[word]], rel=1e-5)
+    assert f"exported checkpoint: {word}, step {steps[word]}, validation/loss {value:.4g}" in lines
+    metrics = json.loads((folder / "metrics.json").read_text())
+    assert metrics["validation/loss"] == pytest.approx(value, rel=1e-5)
+    for other in ("best", "last"):
+        stored, exported = read_checkpoint(folder, other), load_controlnet(folder).state_dict()
+        assert stored["global_step"] == steps[other]
+        same = [torch.equal(tensor, stored["state_dict"][f"net.{name}"]) for name, tensor in exported.items()]
+        assert all(same) == (other == word)
+    other = {"best": "last", "last": "best"}[word]
+    again, lines = spoiled(other, f"resume={folder}")
+    assert again == folder and any(
+        line.startswith(f"exported checkpoint: {other}, step {steps[other]}") for line in lines
+    )
+    stored, exported = read_checkpoint(folder, other)["state_dict"], load_controlnet(folder).state_dict()
+    assert all(torch.equal(tensor, stored[f"net.{name}"]) for name, tensor in exported.items())
+    measured = json.loads((folder / "metrics.json").read_text())
+    assert measured["test/raw/mse"] != metrics["test/raw/mse"]
+
+
+def test_the_best_average_is_exported(spoiled):
+    """Guards the average beside ``checkpoint=best``: what was validated is the average of that step, so is what is
+    exported.
+    """
+    folder, _ = spoiled("best", "callbacks.average.decay=0.9", "evaluate=null")
+    best, exported = read_checkpoint(folder, "best"), load_controlnet(folder)
+    losses = read_losses(folder)
+    assert best["global_step"] == min(losses, key=losses.get) < 5
+    assert all(map(torch.equal, exported.parameters(), list_average(best)))
+    assert not torch.equal(exported.conv_in.weight, best["state_dict"]["net.conv_in.weight"])
+    folder, _ = spoiled("last", "callbacks.average.decay=0.9", "evaluate=null")
+    assert all(map(torch.equal, load_controlnet(folder).parameters(), list_average(read_checkpoint(folder, "last"))))
+
+
+def test_a_training_without_a_best_checkpoint_says_so(command, tmp_path, monkeypatch, capsys):
+    """Guards ``checkpoint=best`` of a training that ends before its first validation: one line, and what it says
+    exports the last.
+    """
+    words = command(tmp_path / "runs", "evaluate=null", "callbacks.samples=null", "trainer.max_steps=1")
+    assert type_in(monkeypatch, [*words, "checkpoint=best"]) == 2
+    (line,) = [line for line in capsys.readouterr().err.splitlines() if "error" in line]
+    (folder,) = (tmp_path / "runs" / "color").iterdir()
+    assert "no validation was due until step 1" in line and line.endswith(
+        f"resume={folder} checkpoint=last exports the last"
+    )
+    assert not (folder / "export").exists() and not (folder / "metrics.json").exists()
+    assert type_in(monkeypatch, [*words, f"resume={folder}", "checkpoint=last"]) == 0
+    assert "exported checkpoint: last, step 1" in capsys.readouterr().out.splitlines()
+    assert load_controlnet(folder) and (folder / "metrics.json").exists()
 
 
 def free_port() -> int:
@@ -422,6 +528,8 @@ def test_a_run_on_another_backbone_does_not_go_on(command, tmp_path, monkeypatch
     ("words", "said"),
     [
         (["module.branch=colour", "data.branch=color"], "module.branch=colour: choose one of color"),
+        (["checkpoint=best", "callbacks.best=null"], "checkpoint=best needs callbacks.best"),
+        (["checkpoint=best", "trainer.limit_val_batches=0"], "checkpoint=best needs callbacks.best and trainer.limit"),
         (["data.branch=structure"], "data.branch=['structure'] must have color"),
         (["experiment=textual_inversion", "token=<|endoftext|>", "init=car"], "knows this word already"),
         (["experiment=textual_inversion", "token=<b>", "init=zzzzqq"], "give a plain word that is a single one"),

@@ -1,4 +1,4 @@
-"""Callbacks of a training: sample grids, throughput, the NaN guard, atomic checkpoints, the CSV of metrics."""
+"""Callbacks of a training: sample grids, throughput, the NaN guard, checkpoints, the CSV of metrics."""
 
 import csv
 import pickle
@@ -11,7 +11,7 @@ import torch
 from diffusers.training_utils import EMAModel
 from lightning import LightningModule, Trainer
 from lightning.fabric.plugins import TorchCheckpointIO
-from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 from torch import Tensor
 
 from harmony.core.errors import UserError
@@ -20,6 +20,7 @@ from harmony.evaluation.eval_sets import load_reconstruct, sample_grid
 from harmony.methods.method import make_seeds
 from harmony.pixels.images import write_image
 from harmony.sampling.guidance import Settings
+from harmony.training.checkpoints import list_trained, read_checkpoint, read_facts
 from harmony.training.task import Task
 
 
@@ -89,37 +90,35 @@ class WeightAverage(Callback):
     """
 
     def __init__(self, decay: float = 0.0):
-        self.decay, self.average, self.state, self.step = decay, None, None, -1
-
-    @staticmethod
-    def parameters(module: LightningModule) -> list[torch.nn.Parameter]:
-        """The trained weights."""
-        return [p for p in module.parameters() if p.requires_grad]
+        self.decay, self.average, self.state = decay, None, None
 
     def on_fit_start(self, trainer: Trainer, module: LightningModule) -> None:
         if self.decay:
-            self.average = EMAModel(self.parameters(module), self.decay, use_ema_warmup=True, power=0.75)
+            self.average = EMAModel(list_trained(module), self.decay, use_ema_warmup=True, power=0.75)
             if self.state is not None:
                 self.average.load_state_dict(self.state)
             self.average.to(module.device)
 
+    def on_train_start(self, trainer: Trainer, module: LightningModule) -> None:
+        self.step = trainer.global_step
+
     def on_train_batch_end(self, trainer: Trainer, module: LightningModule, *_: Any) -> None:
         if self.average is not None and trainer.global_step != self.step:  # gradients may be accumulated
-            self.average.step(self.parameters(module))
+            self.average.step(list_trained(module))
             self.step = trainer.global_step
 
     def on_validation_start(self, trainer: Trainer, module: LightningModule) -> None:
         if self.average is not None:
-            self.average.store(self.parameters(module))
-            self.average.copy_to(self.parameters(module))
+            self.average.store(list_trained(module))
+            self.average.copy_to(list_trained(module))
 
     def on_validation_end(self, trainer: Trainer, module: LightningModule) -> None:
         if self.average is not None:
-            self.average.restore(self.parameters(module))
+            self.average.restore(list_trained(module))
 
     def on_fit_end(self, trainer: Trainer, module: LightningModule) -> None:
         if self.average is not None:
-            self.average.copy_to(self.parameters(module))
+            self.average.copy_to(list_trained(module))
 
     def state_dict(self) -> dict[str, Any]:
         return {} if self.average is None else self.average.state_dict()
@@ -128,13 +127,72 @@ class WeightAverage(Callback):
         self.state = state or None
 
 
-def read_last_metrics(path: Path) -> dict[str, float]:
-    """The last value of each name in a ``metrics.csv``; empty where there is none."""
+class BestCheckpoint(ModelCheckpoint):
+    """Keeps the checkpoint with the best value of a validation figure, ``best.ckpt``.
+
+    A training that does not log the figure has none: UserError where ``is_required``, else nothing happens. What the
+    best value is says the file itself, because the last checkpoint, from which a run goes on, may be older.
+    """
+
+    is_required = False
+
+    def __init__(self, dirpath: str, monitor: str, mode: str):
+        options = {"save_on_train_epoch_end": False, "enable_version_counter": False}
+        super().__init__(dirpath, "best", monitor=monitor, mode=mode, **options)
+
+    @property
+    def state_key(self) -> str:
+        return type(self).__name__
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Nothing: ``on_fit_start`` reads the file."""
+
+    def on_fit_start(self, trainer: Trainer, module: LightningModule) -> None:
+        path = self.format_checkpoint_name({})
+        value = trainer.strategy.broadcast(self.read_value(Path(path)) if trainer.is_global_zero else None)
+        if value is not None:
+            self.best_model_path = self.kth_best_model_path = path
+            self.best_model_score = self.kth_value = torch.tensor(value)
+            self.best_k_models = {path: self.best_model_score}
+
+    def read_value(self, path: Path) -> float | None:
+        """The value of the figure in the file; None where there is no file, or one by another figure."""
+        facts = read_facts("best", read_checkpoint(path), path) if path.exists() else {}
+        return facts["value"] if facts.get("figure") == self.monitor else None
+
+    def on_validation_end(self, trainer: Trainer, module: LightningModule) -> None:
+        """Keep the checkpoint if it is the best; also in ``validate`` behind the last step of a run that was killed."""
+        if trainer.sanity_checking or trainer.fast_dev_run:
+            return
+        value = trainer.callback_metrics.get(self.monitor)
+        if value is None and self.is_required:
+            names = ", ".join(sorted(n for n in trainer.callback_metrics if not n.startswith("train/"))) or "none"
+            raise UserError(
+                f"checkpoint=best: the validation logs no {self.monitor} but {names}: give one of them as "
+                "callbacks.best.monitor, or checkpoint=last"
+            )
+        if value is not None and trainer.strategy.reduce_boolean_decision(bool(value.isfinite())):
+            self._save_topk_checkpoint(trainer, self._monitor_candidates(trainer))
+
+
+def read_metrics(path: Path) -> list[tuple[int, str, float]]:
+    """The rows (step, name, value) of a ``metrics.csv``; none where there is no file."""
     if not path.is_file():
-        return {}
+        return []
     with open(path, newline="") as file:
         rows = csv.DictReader(file, ("step", "name", "value"))  # a run that was stopped early has no header
-        return {row["name"]: float(row["value"]) for row in rows if row["step"] != "step"}
+        whole = (row for row in rows if row["step"].isdigit() and row["value"])  # not where a killed run broke off
+        return [(int(row["step"]), row["name"], float(row["value"])) for row in whole]
+
+
+def read_last_metrics(path: Path) -> dict[str, float]:
+    """The last value of each name in a ``metrics.csv``."""
+    return {name: value for _, name, value in read_metrics(path)}
+
+
+def read_validation(path: Path, step: int) -> dict[str, float]:
+    """The figures in a ``metrics.csv`` of the validation after a step."""
+    return {name: value for n, name, value in read_metrics(path) if n == step and not name.startswith("train/")}
 
 
 class Throughput(Callback):

@@ -18,6 +18,7 @@ from huggingface_hub.utils import validate_repo_id
 from yaml import YAMLError
 
 from harmony.models.shipped import ASSETS, backbone_path
+from harmony.training.checkpoints import Facts, describe
 from harmony.training.run_folder import RunFolder, select
 
 TEMPLATES = ASSETS / "cards"
@@ -86,15 +87,26 @@ def format_model_option(backbone: str) -> str:
     return "" if backbone == DEFAULT_BACKBONE else shlex.quote(join_lines(f"model.path={backbone}"))
 
 
-def collect_training_values(run: RunFolder, facts: Mapping[str, Any], baseline: str) -> dict[str, object]:
-    """The values of the template ``training``; ``facts``: those of ``hint.json`` or ``backbone.json``."""
-    figures, words, limit = run.metrics, run.read_fact("command", list), run.read_option("evaluate.limit")
+def collect_training_values(
+    run: RunFolder, facts: Mapping[str, Any], baseline: str, checkpoint: Facts | None
+) -> dict[str, object]:
+    """The values of the template ``training``.
+
+    ``facts``: those of ``hint.json`` or ``backbone.json``; ``checkpoint``: those of the weights. The figures of the run
+    are left out where they were measured with other weights.
+    """
+    exported = run.checkpoint
+    if checkpoint and exported and all(checkpoint[name] == exported[name] for name in ("kind", "step")):
+        checkpoint = exported
+    figures = run.metrics if checkpoint == exported else {}
+    words, limit = run.read_fact("command", list), run.read_option("evaluate.limit")
     return {
         "backbone": read_fact(facts, "backbone"),
         "hashes": {part: read_fact(facts, part) for part in ("unet", "vae") if part in facts},
         "command": words and join_lines(f"python -m harmony.fit {shlex.join(map(str, words[1:]))}"),
         "dataset": run.read_option("dataset.name"),
         "manifest": run.read_fact("manifest"),
+        "checkpoint": checkpoint and describe(checkpoint),
         "steps": run.read_option("trainer.max_steps"),
         "batch": run.read_option("data.batch_size"),
         "seed": run.read_option("seed"),
@@ -121,8 +133,10 @@ def read_fact(facts: Mapping[str, Any], name: str) -> str:
 # --- one function a card
 
 
-def render_controlnet_card(run: RunFolder, facts: Mapping[str, Any], grid: bool, license: str | None) -> str:
-    """The card of a ControlNet; ``facts``: those of ``hint.json``."""
+def render_controlnet_card(
+    run: RunFolder, facts: Mapping[str, Any], grid: bool, license: str | None, checkpoint: Facts | None = None
+) -> str:
+    """The card of a ControlNet; ``facts``: those of ``hint.json``; ``checkpoint``: those of the weights."""
     backbone, branch = read_fact(facts, "backbone"), facts.get("branch")
     license = license or read_license(backbone)
     parameters = facts.get("parameters", {})
@@ -132,7 +146,7 @@ def render_controlnet_card(run: RunFolder, facts: Mapping[str, Any], grid: bool,
     return render(
         ("controlnet", "training"),
         make_metadata(license, backbone, "adapter", ("controlnet", "inpainting", "image-harmonization")),
-        **collect_training_values(run, facts, "without the ControlNet"),
+        **collect_training_values(run, facts, "without the ControlNet", checkpoint),
         branch=branch,
         call=f'hint("{branch}", image, mask{arguments})',
         model=format_model_option(backbone),
@@ -149,7 +163,7 @@ def render_painter_card(
     return render(
         ("paint_by_example", "training"),
         make_metadata(license, backbone, "finetune", ("inpainting", "paint-by-example")),
-        **collect_training_values(run, facts, "without an exemplar"),
+        **collect_training_values(run, facts, "without an exemplar", run.checkpoint),
         all_tokens=all_tokens,
         tower=tower,
         model=format_model_option(backbone),

@@ -24,10 +24,12 @@ from harmony.models.shipped import CONTROLNET, PAINTER, find_weights
 from harmony.models.weights import read_weights
 from harmony.pixels.hints import HINTS
 from harmony.training.cards import render_backbone_card, render_controlnet_card, render_painter_card
+from harmony.training.checkpoints import KINDS, Facts, find_checkpoint, read_checkpoint, read_facts, restore
 from harmony.training.run_folder import RunFolder
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 FILES = ("config.json", "hint.json", WEIGHTS)  # of a ControlNet; hint.json may be missing
+ITS_TRAINING = "the command of its training exports them, with resume=RUN checkpoint=best those of the best checkpoint"
 BACKBONE_PARTS = ("vae", "clip", "captioner", "inpaint")  # in the order of their trainings
 RENDERS = 512  # bundled studio scenes, beside those that a training renders
 
@@ -74,34 +76,31 @@ def publish(run: RunFolder, networks: Path, card: str, output: Path) -> None:
 def read_branch(run: RunFolder) -> str:
     """The branch of a run that trains one ControlNet. UserError for other runs."""
     if run.task == "JointTask":
-        raise UserError(f"{run.path} trains several ControlNets and has not ended: its end writes each into export/")
+        raise UserError(f"{run.path} trains several ControlNets at once: {ITS_TRAINING}")
     branch = run.read_option("module.branch")
     if branch not in HINTS:
         raise UserError(f"{run.path}/config.yaml: module.branch is {branch}, not one of {', '.join(HINTS)}")
     return branch
 
 
-def restore_controlnet(run: RunFolder, output: Path) -> Path:
-    """Write ``output/controlnet`` from the last checkpoint of a run that has not ended."""
-    branch, checkpoint = read_branch(run), run.find_file("checkpoints/last.ckpt")
-    try:
-        state = torch.load(checkpoint, map_location="cpu", weights_only=True, mmap=True)["state_dict"]
-        state = {name.removeprefix("net."): value for name, value in state.items()}
-    except Exception as error:  # pickle, zip and torch each have their own
-        kind = type(error).__name__
-        raise UserError(
-            f"cannot read {checkpoint} ({kind}): continue the run, its next checkpoint replaces it"
-        ) from None
-    backbone = run.load_backbone()
+def choose_checkpoint(run: RunFolder, kind: str | None) -> str | None:
+    """The kind of checkpoint to export; None: what the run has exported already, or what is no run."""
+    if kind is not None or run.has_ended or not (run.path / "checkpoints").is_dir():
+        return kind
+    kind = run.read_option("checkpoint") or "last"
+    if kind not in KINDS:
+        raise UserError(f"{run.path}/config.yaml: checkpoint is {kind}, not one of {', '.join(KINDS)}")
+    return kind
+
+
+def restore_controlnet(run: RunFolder, output: Path, kind: str) -> tuple[Path, Facts]:
+    """Write ``output/controlnet`` from a checkpoint of the run; its folder and the facts of the checkpoint."""
+    branch, path = read_branch(run), find_checkpoint(run, kind)
+    content, backbone = read_checkpoint(path), run.load_backbone()
     net = from_unet(backbone.unet, backbone.factor, run.read_option("module.in_channels", int))
-    try:
-        net.load_state_dict(state)
-    except RuntimeError:
-        raise UserError(
-            f"{checkpoint} does not fit backbone {backbone.name}: restore that of the training, it has changed since"
-        ) from None
+    restore(torch.nn.ModuleDict({"net": net}), content, path, f"backbone {backbone.name}")
     parameters = only_set(run.read_option(f"data.hints.{branch}", dict) or {})
-    return export_controlnet(net, output, branch, parameters, backbone)
+    return export_controlnet(net, output, branch, parameters, backbone), read_facts(kind, content, path)
 
 
 def copy_controlnet(run: RunFolder, path: Path, output: Path) -> Path:
@@ -121,34 +120,41 @@ def copy_controlnet(run: RunFolder, path: Path, output: Path) -> Path:
     return target
 
 
-def write_networks(run: RunFolder, path: Path, output: Path, half: bool) -> Path:
-    """Write ``output/controlnet``, from the last checkpoint of a run that has not ended, else from its export.
+def write_networks(
+    run: RunFolder, path: Path, output: Path, half: bool, checkpoint: str | None
+) -> tuple[Path, Facts | None]:
+    """Write ``output/controlnet`` from a checkpoint of the run, or from its export; its folder, what it is of.
 
     ``half``: weights in float16, as everything that is shipped; loaders convert them to their own precision.
     """
-    is_running = run.find_file("checkpoints/last.ckpt") and not run.has_ended
-    controlnet = restore_controlnet(run, output) if is_running else copy_controlnet(run, path, output)
+    kind = choose_checkpoint(run, checkpoint)
+    if kind is None:
+        controlnet, facts = copy_controlnet(run, path, output), run.checkpoint
+    else:
+        controlnet, facts = restore_controlnet(run, output, kind)
     if half:
         tensors = {name: tensor.half() for name, tensor in read_weights(controlnet / WEIGHTS).items()}
         # to another name first: tensors that were in half precision already are still mapped to the file
         save_file(tensors, output / WEIGHTS, metadata={"format": "pt"})
         os.replace(output / WEIGHTS, controlnet / WEIGHTS)
-    return controlnet
+    return controlnet, facts
 
 
-def write_controlnet(run: RunFolder, path: Path, output: Path, license: str | None, half: bool) -> Path:
+def write_controlnet(
+    run: RunFolder, path: Path, output: Path, license: str | None, half: bool, checkpoint: str | None
+) -> Path:
     """Write the folder ``output`` for diffusers: ``controlnet/``, a model card, the last sample grid."""
     with open_scratch(output) as folder:
-        controlnet = write_networks(run, path, folder, half)
-        card = render_controlnet_card(run, read_hint(controlnet), has_grid(run, output), license)
+        controlnet, facts = write_networks(run, path, folder, half, checkpoint)
+        card = render_controlnet_card(run, read_hint(controlnet), has_grid(run, output), license, facts)
         publish(run, controlnet, card, output)
     return output
 
 
-def write_single_file(run: RunFolder, path: Path, output: Path, half: bool) -> Path:
+def write_single_file(run: RunFolder, path: Path, output: Path, half: bool, checkpoint: str | None) -> Path:
     """Write one file for ComfyUI with the keys of diffusers, and hint and configuration in its metadata."""
     with open_scratch(output) as folder:
-        controlnet = write_networks(run, path, folder, half)
+        controlnet, _ = write_networks(run, path, folder, half, checkpoint)
         facts = read_hint(controlnet)
         target = output / f"harmony-{facts.get('branch', 'controlnet')}.safetensors"
         texts = {"format": "pt", "config": (controlnet / "config.json").read_text(), "hint": json.dumps(facts)}

@@ -118,6 +118,16 @@ class RunFolder:
         """A value of ``provenance.json``, or None."""
         return select(self.provenance, key, kind, f"{self.path}/provenance.json")
 
+    @property
+    def checkpoint(self) -> dict[str, PlainValue] | None:
+        """The facts of the checkpoint that the end of the run has exported; None for a run of an older version."""
+        kinds = {"kind": str, "step": int, "figure": str, "value": (int, float)}
+        facts = {name: self.read_fact(f"checkpoint.{name}", kind) for name, kind in kinds.items()}
+        if facts["kind"] is None or facts["step"] is None:
+            return None
+        is_validated = facts["figure"] is not None and facts["value"] is not None
+        return facts if is_validated else {name: facts[name] for name in ("kind", "step")}
+
     # ------------------------------------------------------------------------------------------------ classes
 
     def check_class(self, node: str, names: tuple[str, ...]) -> str:

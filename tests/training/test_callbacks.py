@@ -2,6 +2,7 @@
 
 import csv
 import errno
+import shutil
 from types import SimpleNamespace
 
 import lightning
@@ -16,12 +17,14 @@ from harmony.models.backbone import Backbone
 from harmony.pixels.images import read_image
 from harmony.training.callbacks import (
     AtomicCheckpoints,
+    BestCheckpoint,
     MetricsCSV,
     NaNGuard,
     SampleGrid,
     Throughput,
     WeightAverage,
     list_callbacks,
+    read_last_metrics,
 )
 from harmony.training.control import ControlTask
 
@@ -132,6 +135,7 @@ def test_metrics_csv_goes_on(task, latent_data, tmp_path):
     assert validated["4"] == f"{float(run.callback_metrics['validation/loss']):.6g}" != validated["2"]
     with open(tmp_path / "metrics.csv", "a") as file:
         file.write("5,train/loss,0.1\n6,train/lo")  # what a killed run did after its last checkpoint
+    assert read_last_metrics(tmp_path / "metrics.csv")["train/loss"] == 0.1
     again = ControlTask(task.backbone, lr=1e-3, warmup=0)
     fit(tmp_path, again, data, 6, MetricsCSV(str(tmp_path)), resume=tmp_path / "last.ckpt", enable_checkpointing=False)
     after = {int(r["step"]): r["value"] for r in read(tmp_path) if r["name"] == "train/loss"}
@@ -227,3 +231,108 @@ def test_the_average_of_the_weights_is_validated_and_exported(random_backbone, l
     assert torch.equal(run("parts", 4, WeightAverage(0.9), resume=tmp_path / "parts" / "last.ckpt")[0], end)
     assert torch.equal(run("parts", 4, WeightAverage(0.9), resume=tmp_path / "parts" / "last.ckpt")[0], end)
     assert torch.equal(run("off", 4, WeightAverage(0.0))[0], last)
+
+
+def test_the_average_counts_each_step_once(random_backbone, latent_data, tmp_path):
+    """Guards ``WeightAverage`` with accumulated batches: a batch without a step does not count, and a run that goes on
+    has the average of the unbroken one.
+    """
+
+    def run(folder: str, steps: int, resume=None):
+        torch.manual_seed(0)
+        module, average = ControlTask(Backbone(str(random_backbone)), lr=1e-3, warmup=0), WeightAverage(0.9)
+        options = {"resume": resume, "accumulate_grad_batches": 2, "limit_val_batches": 0}
+        fit(tmp_path / folder, module, latent_data(), steps, average, checkpoints(tmp_path / folder), **options)
+        return flat(module), average.average.optimization_step
+
+    end, count = run("whole", 4)
+    assert count == 4
+    run("parts", 2)
+    again, count = run("parts", 4, resume=tmp_path / "parts" / "last.ckpt")
+    assert count == 4 and torch.equal(again, end)
+
+
+class Scored(ControlTask):
+    """Its validation loss after each step is given, and better than all of them when it is checked at the start."""
+
+    scores, figure = {}, "validation/loss"
+
+    def validation_step(self, batch, index):
+        self.log(self.figure, self.scores.get(self.global_step, -9.0), batch_size=len(batch["noise"]))
+
+
+@pytest.fixture
+def score(random_backbone, latent_data):
+    """``score(folder, scores, ...)``: train as many steps as there are scores, and validate after each of them."""
+
+    def run(folder, scores, resume=False, figure="validation/loss", required=False, mode="min", every=1, **options):
+        torch.manual_seed(0)
+        task, best = Scored(Backbone(str(random_backbone)), lr=1e-3, warmup=0), BestCheckpoint(folder, FIGURE, mode)
+        task.scores, task.figure, best.is_required = dict(enumerate(scores, 1)), figure, required
+        resume = folder / "last.ckpt" if resume else None
+        options = {"val_check_interval": every, "accumulate_grad_batches": every} | options
+        trainer = fit(folder, task, latent_data(), len(scores), checkpoints(folder), best, resume=resume, **options)
+        return trainer, best
+
+    return run
+
+
+FIGURE = "validation/loss"
+NAN = float("nan")
+
+
+def read_best(folder) -> tuple[int, float]:
+    """(step, value) of the best checkpoint."""
+    content = torch.load(folder / "best.ckpt", weights_only=True)
+    return content["global_step"], round(float(content["callbacks"]["BestCheckpoint"]["best_model_score"]), 4)
+
+
+@pytest.mark.parametrize(
+    ("scores", "mode", "best"),
+    [
+        ([3, 1, 2, 5], "min", (2, 1)),
+        ([3, 1, 2, 5], "max", (4, 5)),
+        ([4, 3, 2, 1], "min", (4, 1)),
+        ([1, 1, 1, 1], "min", (1, 1)),
+        ([NAN, 2, NAN, 3], "min", (2, 2)),
+        ([NAN, 2, float("inf"), 3], "max", (4, 3)),
+    ],
+)
+def test_the_best_checkpoint_is_one_file(score, tmp_path, scores, mode, best):
+    """Guards ``BestCheckpoint``: the weights after the best validation, in one file beside those to go on from."""
+    score(tmp_path, scores, mode=mode)
+    assert read_best(tmp_path) == best
+    assert {path.name for path in tmp_path.glob("*.ckpt")} == {"best.ckpt", "last.ckpt", "step=4.ckpt"}
+    shutil.copy(tmp_path / "best.ckpt", tmp_path / "before.ckpt")
+    score(tmp_path / "again", scores[: best[0]], mode=mode)  # a run that ends in this very step
+    ours, theirs = (torch.load(tmp_path / f, weights_only=True)["state_dict"] for f in ("best.ckpt", "again/last.ckpt"))
+    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+
+
+def test_a_run_that_goes_on_keeps_its_best(score, tmp_path):
+    """Guards resume: the last checkpoint was written before the best validation, whose value only the best one knows;
+    the run folder was moved meanwhile; batches are accumulated.
+    """
+    score(tmp_path / "a", [3, 1], every=2)
+    last = torch.load(tmp_path / "a" / "last.ckpt", weights_only=True)
+    assert last["global_step"] == 2 and float(last["callbacks"]["BestCheckpoint"]["best_model_score"]) == 3
+    shutil.copytree(tmp_path / "a", tmp_path / "b")
+    for folder in (tmp_path / "a", tmp_path / "b"):
+        score(folder, [3, 1, 2, 4], resume=True, every=2)
+        assert read_best(folder) == (2, 1)
+        score(folder, [3, 1, 2, 4, 0.5], resume=True, every=2)
+        assert read_best(folder) == (5, 0.5)
+    (tmp_path / "a" / "best.ckpt").write_bytes(b"PK")
+    with pytest.raises(UserError, match="cannot read .*best.ckpt .*remove it and continue"):
+        score(tmp_path / "a", [3, 1, 2, 4, 0.5, 7], resume=True, every=2)
+
+
+def test_a_training_without_the_figure_has_no_best(score, tmp_path, recwarn):
+    """Guards the other tasks: nothing is kept and nothing said, and what was asked for and cannot be is one line."""
+    score(tmp_path, [1, 2], figure="validation/auc")
+    score(tmp_path / "off", [1, 2], limit_val_batches=0)
+    score(tmp_path / "fast", [1, 2], fast_dev_run=2)
+    assert not list(tmp_path.rglob("best.ckpt")) and not [w for w in recwarn if "ModelCheckpoint" in str(w.message)]
+    with pytest.raises(UserError, match="logs no validation/loss but validation/auc: .*callbacks.best.monitor") as line:
+        score(tmp_path, [1, 2], figure="validation/auc", required=True)
+    assert "\n" not in str(line.value)
