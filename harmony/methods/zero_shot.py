@@ -7,6 +7,7 @@ attention maps those of the composite. ``harmonize_once`` is one such round; ``r
 
 import functools
 import math
+import re
 from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -33,6 +34,7 @@ from harmony.sampling.null_text import Search, denoiser, distance, null_texts
 from harmony.sampling.prompt_to_prompt import edit_latents, spans
 
 DEFAULT_OBJECT = "an object,"  # where no captioner names it
+PICTURE_OF = re.compile(r"^an? (photo|photograph|picture|image) of ", re.IGNORECASE)
 PIVOT = 10.0  # weight of the distance to the trajectory in the loss of the null texts, beside the edges
 NUMBERS = {
     "refine": int,
@@ -405,8 +407,12 @@ def make_word_scorer(backbone: Backbone, clip: str | None = None) -> WordScorer:
 
 
 def shorten_caption(caption: str) -> str:
-    """The object phrase of a caption: it up to its last comma, behind which the light is described."""
-    return f"{caption.rpartition(',')[0]}," if "," in caption else caption
+    """The object phrase of a caption: up to its last comma, behind which the light is described, and no "a photo of".
+
+    It ends in a comma, as in the captions that name a light.
+    """
+    phrase = PICTURE_OF.sub("", (caption.rpartition(",")[0] or caption).strip(" ,"))
+    return f"{phrase}," if phrase else DEFAULT_OBJECT
 
 
 class ZeroShot(Method):

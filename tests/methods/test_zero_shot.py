@@ -672,9 +672,10 @@ def test_the_object_phrase(monkeypatch, capsys, scene, knows_photographs):
     monkeypatch.setattr(captions, "knows_photographs", lambda folder: knows_photographs)
     monkeypatch.setattr(zero_shot, "caption_picture", lambda *given: "a red mug, warm light")
     scorer = zero_shot.make_word_scorer(Backbone("tiny"))
-    phrases = [scorer.name(scene[0], caption) for caption in ("a photo of a cow", "a cow, a dog, rain", "", None)]
-    known = ["a photo of a cow", "a cow, a dog,", DEFAULT_OBJECT, "a red mug,"]
-    assert phrases == (["a red mug,"] * 4 if knows_photographs else known)
+    texts = ("a photo of a cow", "A photograph of an owl, dim light", "a cow, a dog, rain", "", " , ", None)
+    phrases = [scorer.name(scene[0], caption) for caption in texts]
+    known = ["a cow,", "an owl,", "a cow, a dog,", DEFAULT_OBJECT, DEFAULT_OBJECT, "a red mug,"]
+    assert phrases == (["a red mug,"] * 6 if knows_photographs else known)
     assert capsys.readouterr().out.count("does not know photographs") == (not knows_photographs)
 
 
