@@ -276,10 +276,13 @@ UNDO = 2  # rounds that are undone when another description is tried
 
 @dataclass(frozen=True)
 class Round:
-    """The result of a round: ``image`` with the photograph's background, by description number ``prompt``."""
+    """The result of a round: ``image`` with the photograph's background, by description number ``prompt``.
+
+    Round 0 is the composite as it is, by no description.
+    """
 
     number: int
-    prompt: int
+    prompt: int | None
     image: np.ndarray
     score: float | None
     decision: str
@@ -308,7 +311,8 @@ def run_rounds(
 
     This is the policy of Chen 2023. The first round tries each of the ``prompts`` descriptions, and the best continues
     from its own result, at most ``count`` rounds, until ``decide`` switches or ends it. Without an evaluator there are
-    ``count`` rounds of the first description. ``say`` is called with each round when it ends.
+    ``count`` rounds of the first description. Before them stands round 0, the composite, so that the evaluator may
+    choose it; where there are no descriptions it is all. ``say`` is called with each round when it ends.
     """
     results: list[Round] = []
 
@@ -320,6 +324,9 @@ def run_rounds(
         image = copy_paste(composite, raw, mask)
         return image, None if evaluator is None else evaluator(image, mask)
 
+    add_round(0, None, *score_output(composite), CONTINUE if prompts else CONCLUDE)
+    if not prompts:
+        return results
     trials = []
     for prompt in range(prompts if evaluator else 1):
         trials.append(score_output((yield composite, prompt)))
@@ -344,7 +351,7 @@ def run_rounds(
 
 
 def choose_best(results: Sequence[Round]) -> Round:
-    """The round with the highest score; the last where there are no scores."""
+    """The round with the highest score, the earliest of equals; the last where there are no scores."""
     return results[-1] if results[-1].score is None else max(results, key=lambda r: r.score)
 
 
@@ -357,17 +364,23 @@ def run_together(
 ) -> list[list[Round]]:
     """Run several ``run_rounds`` side by side; the pictures that they yield at a time are one batch."""
     results: list[list[Round] | None] = [None] * len(generators)
-    requests = {i: next(generator) for i, generator in enumerate(generators)}
+    requests: dict[int, tuple[np.ndarray, int]] = {}
+
+    def advance(i: int, raw: np.ndarray | None) -> None:
+        try:
+            requests[i] = generators[i].send(raw)
+        except StopIteration as end:
+            results[i] = end.value
+            requests.pop(i, None)
+
+    for i in range(len(generators)):
+        advance(i, None)
     while requests:
         indices = list(requests)
         pictures, words = zip(*((requests[i][0], descriptions[i][requests[i][1]]) for i in indices), strict=True)
         outputs = harmonize_once(backbone, pictures, [masks[i] for i in indices], words, parts)
         for i, raw in zip(indices, outputs, strict=True):
-            try:
-                requests[i] = generators[i].send(raw)
-            except StopIteration as end:
-                results[i] = end.value
-                del requests[i]
+            advance(i, raw)
     return results
 
 
@@ -445,7 +458,7 @@ class ZeroShot(Method):
         weights = {part: self.backbone.hash(part) for part in DIFFUSION}
         facts = {name: value for name, value in vars(self.parts).items() if name != "edge_detector"}
         deep = self.parts.edge_detector and weights_hash(self.parts.edge_detector)
-        evaluator = self.evaluator.fingerprint if self.count > 1 and self.evaluator else None
+        evaluator = ["round 0", self.evaluator.fingerprint] if self.evaluator else None
         kind = str(self.backbone.dtype)
         return fingerprint("zero_shot", weights, kind, facts, deep, self.describer_name, self.count, evaluator)
 
@@ -470,6 +483,8 @@ class ZeroShot(Method):
         """All rounds of each composite; ``say`` is called with a line for each when it ends."""
         descriptions = [self.find_descriptions(c) for c in composites]
         for items in descriptions:
+            if not items:
+                self.say("no light can be named: the composite is left as it is, or give prompts=")
             for n, d in enumerate(items):
                 self.say(f"description {n}: {d.object!r}, from {d.foreground!r} to {d.background!r}")
         pictures = [c.copy_paste() for c in composites]
@@ -483,7 +498,11 @@ class ZeroShot(Method):
     def fill(self, composites: Sequence[Composite], seeds: Sequence[Seed]) -> list[np.ndarray]:
         """Fill the holes; the seeds are unused, since inversion and sampling are deterministic."""
         self.outcomes = self.run_all(composites)
-        return [choose_best(outcome).image for outcome in self.outcomes]
+        results = [choose_best(outcome) for outcome in self.outcomes]
+        for result, outcome in zip(results, self.outcomes, strict=True):
+            if result.number == 0 and len(outcome) > 1:
+                self.say("no round is better: the composite is left as it is (evaluator=null: the last round)")
+        return [result.image for result in results]
 
     def write_beside(self, index: int, composite: Composite, folder: Path) -> dict[str, Path]:
         """Write all rounds: their pictures, ``rounds.json`` (score and decision of each) and a film strip."""
@@ -491,10 +510,10 @@ class ZeroShot(Method):
         facts = [{key: value for key, value in vars(r).items() if key != "image"} for r in outcome]
         write_json(folder / "rounds.json", facts)
         (folder / "rounds").mkdir(exist_ok=True)
-        for r in outcome:
+        for r in outcome[1:]:
             write_image(folder / "rounds" / f"{r.number:02d}_{r.prompt}.png", r.image)
-        titles = ["composite", *(f"{r.number}" + ("" if r.score is None else f": {r.score:.2f}") for r in outcome)]
-        write_image(folder / "film.png", grid([[composite.copy_paste(), *(r.image for r in outcome)]], titles))
+        titles = [f"{r.number or 'composite'}" + ("" if r.score is None else f": {r.score:.2f}") for r in outcome]
+        write_image(folder / "film.png", grid([[r.image for r in outcome]], titles))
         return {"rounds": folder / "rounds.json", "film": folder / "film.png"}
 
     def networks(self) -> dict[str, list[torch.nn.Module]]:
@@ -505,7 +524,8 @@ class ZeroShot(Method):
 def format_round(result: Round) -> str:
     """One line about a round."""
     score = "" if result.score is None else f", score {result.score:.3f}"
-    return f"round {result.number}, description {result.prompt}{score}: {result.decision}"
+    title = f"round {result.number}, description {result.prompt}" if result.number else "the composite"
+    return f"{title}{score}: {result.decision}"
 
 
 def load(
