@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from harmony.core.errors import UserError
 from harmony.core.files import write_json
 from harmony.data.captions import caption_picture, find_captioner
-from harmony.data.descriptions import Describer, Description, VisionLanguageModel, WordScorer
+from harmony.data.descriptions import BrightnessMeter, Describer, Description, VisionLanguageModel, WordScorer
 from harmony.methods.method import LIGHTS, Composite, Method, Seed, fingerprint
 from harmony.models.attention import Layer, conditional_rows, control_attention, map_side
 from harmony.models.backbone import DIFFUSION, Backbone, weights_hash
@@ -265,7 +265,9 @@ def harmonize_once(
     noise = trajectory[-1].repeat(2, 1, 1, 1)
     outputs = backbone.decode(edit_latents(backbone, noise, texts, nulls, parts.guidance, control)).float()
     reconstruction, result = outputs.split(count)
-    return list(from_model(pictures + result - reconstruction if parts.detail else result))
+    change = result - (reconstruction if parts.detail else pictures)
+    strengths = torch.tensor([d.strength for d in descriptions], device=change.device).view(-1, 1, 1, 1)
+    return list(from_model(pictures + strengths * change))
 
 
 # --- rounds
@@ -393,7 +395,7 @@ def make_word_scorer(backbone: Backbone, clip: str | None = None) -> WordScorer:
     ``clip``: open_clip's NAME/WEIGHTS; None: the backbone's own. It uses words that are one token of the backbone. The
     captioner of the backbone names the object: its caption up to the last comma. Where the backbone has none, or none
     that knows photographs, the caption that is known does, as the dataset's label. UserError for a backbone without
-    CLIP.
+    CLIP. Where neither the backbone's captioner nor its CLIP knows photographs, their lights are measured.
     """
 
     def is_token(word: str) -> bool:
@@ -416,7 +418,8 @@ def make_word_scorer(backbone: Backbone, clip: str | None = None) -> WordScorer:
             caption = caption_picture(composite, *captioner, backbone.device)
         return shorten_caption(caption) if caption else DEFAULT_OBJECT
 
-    return WordScorer(scores, name_object, is_token)
+    photographs = BrightnessMeter(name_object) if clip is None and not knows_all else None
+    return WordScorer(scores, name_object, is_token, photographs=photographs)
 
 
 def shorten_caption(caption: str) -> str:
@@ -486,7 +489,8 @@ class ZeroShot(Method):
             if not items:
                 self.say("no light can be named: the composite is left as it is, or give prompts=")
             for n, d in enumerate(items):
-                self.say(f"description {n}: {d.object!r}, from {d.foreground!r} to {d.background!r}")
+                share = "" if d.strength == 1 else f", {d.strength:.0%} of the change"
+                self.say(f"description {n}: {d.object!r}, from {d.foreground!r} to {d.background!r}{share}")
         pictures = [c.copy_paste() for c in composites]
         masks = [c.mask for c in composites]
         generators = [
@@ -540,8 +544,8 @@ def load(
 ) -> ZeroShot:
     """Build ``ZeroShot`` from options.
 
-    ``describer``: ``given`` (each composite brings its descriptions), ``words`` (scored by CLIP: ``clip``, open_clip's
-    NAME/WEIGHTS, or the backbone's own), or a vision-language model, hub id or folder.
+    ``describer``: ``given`` (each composite brings its descriptions), ``words`` (see ``make_word_scorer``; ``clip``:
+    open_clip's NAME/WEIGHTS), or a vision-language model, hub id or folder.
     """
     if type(rounds) is not int or rounds < 1:
         raise UserError(f"rounds={rounds}: must be at least 1")
@@ -559,4 +563,6 @@ def load(
         word_describer = VisionLanguageModel(describer, backbone.device)
     score = load_evaluator(evaluator, backbone.device)
     facts = [backbone.hash(part) for part in ("image_encoder", "captioner")] if describer == "words" else []
+    if describer == "words" and word_describer.photographs is not None:
+        facts.append("measured brightness of photographs")
     return ZeroShot(backbone, settings, word_describer, rounds, score, " ".join([describer, clip or "", *facts]))

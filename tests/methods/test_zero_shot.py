@@ -705,6 +705,31 @@ def test_several_composites_side_by_side(backbone, scene, second, monkeypatch):
     assert (together[0][1].image != scene[0]).any() and (together[0][2].image == scene[0]).all()
 
 
+def test_a_share_of_the_change(backbone, scene):
+    """Guards the strength of a description: half of the change is half-way between the composite and all of it."""
+
+    class Half(Description):
+        strength = 0.5
+
+    for parts in (BARE, replace(BARE, detail=False)):
+        whole, half = (once(backbone, scene, words, parts).astype(int) for words in (WORDS, Half(**vars(WORDS))))
+        inner = (whole > 0) & (whole < 255)  # elsewhere the whole change is cut off
+        assert (abs(half - (scene[0].astype(int) + whole) / 2)[inner] <= 1).all() and (whole != scene[0]).any()
+
+
+@pytest.mark.parametrize(
+    "knows_photographs, clip, is_measured", [(False, None, True), (True, None, False), (False, "NAME/WEIGHTS", False)]
+)
+def test_whose_words_photographs_get(monkeypatch, knows_photographs, clip, is_measured):
+    """Guards the describer: brightness is measured where no model of the backbone knows photographs; a CLIP that was
+    asked for scores its words.
+    """
+    monkeypatch.setattr(captions, "knows_photographs", lambda folder: knows_photographs)
+    backbone = Backbone("tiny")
+    monkeypatch.setattr(zero_shot, "clip_of", lambda *given, usual=zero_shot.clip_of: usual(backbone))
+    assert (zero_shot.make_word_scorer(backbone, clip).photographs is not None) == is_measured
+
+
 @pytest.mark.parametrize("knows_photographs", [False, True])
 def test_the_object_phrase(monkeypatch, capsys, scene, knows_photographs):
     """Guards the words for the object: a captioner that does not know photographs names objects of renders alone."""
