@@ -8,6 +8,7 @@ attention maps those of the composite. ``harmonize_once`` is one such round; ``r
 import functools
 import math
 import re
+from collections import deque
 from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -454,7 +455,8 @@ class ZeroShot(Method):
         self.resolution, self.device = backbone.resolution, backbone.device
         self.relights = parts.detail
         self.wants = frozenset({LIGHTS}) if describer is None else frozenset()
-        self.outcomes: list[list[Round]] = []  # the rounds of the last ``fill``
+        # each composite with its rounds, of the last two fills: ``insert`` fills small and large squares apart
+        self.outcomes: deque[list[tuple[Composite, list[Round]]]] = deque(maxlen=2)
 
     @functools.cached_property
     def fingerprint(self) -> str:
@@ -501,16 +503,17 @@ class ZeroShot(Method):
 
     def fill(self, composites: Sequence[Composite], seeds: Sequence[Seed]) -> list[np.ndarray]:
         """Fill the holes; the seeds are unused, since inversion and sampling are deterministic."""
-        self.outcomes = self.run_all(composites)
-        results = [choose_best(outcome) for outcome in self.outcomes]
-        for result, outcome in zip(results, self.outcomes, strict=True):
+        outcomes = self.run_all(composites)
+        self.outcomes.append(list(zip(composites, outcomes, strict=True)))
+        results = [choose_best(outcome) for outcome in outcomes]
+        for result, outcome in zip(results, outcomes, strict=True):
             if result.number == 0 and len(outcome) > 1:
                 self.say("no round is better: the composite is left as it is (evaluator=null: the last round)")
         return [result.image for result in results]
 
     def write_beside(self, index: int, composite: Composite, folder: Path) -> dict[str, Path]:
         """Write all rounds: their pictures, ``rounds.json`` (score and decision of each) and a film strip."""
-        outcome = self.outcomes[index]
+        outcome = next(rounds for fill in reversed(self.outcomes) for square, rounds in fill if square is composite)
         facts = [{key: value for key, value in vars(r).items() if key != "image"} for r in outcome]
         write_json(folder / "rounds.json", facts)
         (folder / "rounds").mkdir(exist_ok=True)

@@ -18,6 +18,7 @@ from harmony.core.errors import UserError
 from harmony.data import captions
 from harmony.data.descriptions import Description
 from harmony.methods import zero_shot
+from harmony.methods.insert import cut, insert
 from harmony.methods.method import Composite
 from harmony.methods.zero_shot import (
     CONCLUDE,
@@ -656,7 +657,7 @@ def test_the_evaluator_may_choose_the_composite(backbone, scene, monkeypatch, sc
     method, lines = zero_shot.ZeroShot(backbone, BARE, evaluator=judge), []
     method.say = lines.append
     ((before, after),) = method.relight([composite], [(0, 0)])
-    assert [r.number for r in method.outcomes[0]] == [0, 1]
+    assert [r.number for r in method.outcomes[-1][0][1]] == [0, 1]
     assert np.array_equal(after, np.where(scene[1][..., None] & (number == 1), 255 - scene[0], scene[0]))
     assert np.array_equal(before, scene[0]) and any("is left as it is" in line for line in lines) == (number == 0)
 
@@ -668,12 +669,28 @@ def test_a_composite_without_descriptions_is_left_as_it_is(backbone, scene, seco
     method = zero_shot.ZeroShot(backbone, BARE, lambda *given: next(words), count=2)
     outputs = method.fill(composites, [(0, 0)] * 2)
     assert np.array_equal(outputs[0], scene[0])
-    assert [[r.number for r in outcome] for outcome in method.outcomes] == [[0], [0, 1, 2]]
-    assert [outcome[-1].decision for outcome in method.outcomes] == [CONCLUDE, CONCLUDE]
+    outcomes = [outcome for _, outcome in method.outcomes[-1]]
+    assert [[r.number for r in outcome] for outcome in outcomes] == [[0], [0, 1, 2]]
+    assert [outcome[-1].decision for outcome in outcomes] == [CONCLUDE, CONCLUDE]
     method.write_beside(0, composites[0], tmp_path)
     told = json.loads((tmp_path / "rounds.json").read_text())
     assert told == [{"number": 0, "prompt": None, "score": None, "decision": CONCLUDE}]
     assert not list((tmp_path / "rounds").iterdir())
+
+
+def test_small_and_large_squares_of_a_batch_have_rounds_of_their_own(backbone, scene, tmp_path):
+    """Guards a folder of photographs of any size: ``insert`` fills small and large squares apart, in two calls."""
+    large = [np.kron(part, np.ones((4, 4, *[1] * (part.ndim - 2)), part.dtype)) for part in scene]
+    small = [part[6:24, 4:22] for part in scene]
+    descriptions = {18: [SAME], 128: []}
+    method = zero_shot.ZeroShot(backbone, BARE)
+    insertions = [cut(32, picture, picture, mask, None, 0) for picture, mask in (large, small)]
+    method.find_descriptions = lambda composite: descriptions[max(composite.size)]
+    insert(method, insertions)
+    for n, (insertion, numbers) in enumerate(zip(insertions, ([0], [0, 1]), strict=True)):
+        (folder := tmp_path / str(n)).mkdir()
+        method.write_beside(n, insertion.square, folder)
+        assert [r["number"] for r in json.loads((folder / "rounds.json").read_text())] == numbers
 
 
 def test_outputs_depend_on_the_evaluator(backbone):
