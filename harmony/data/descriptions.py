@@ -1,13 +1,14 @@
 """Descriptions of a composite: words for the object, its own light and the light around it.
 
 Zero-shot harmonization (Chen 2023) moves an object from its own light to the light around it. The words come from the
-user, a file, a vision-language model, or word lists that are scored by CLIP and by the colors of the picture.
+user, a file, a vision-language model, word lists that are scored by CLIP and by the colors of the picture, or, on
+photographs that the backbone's CLIP does not know, from the brightness of object and surroundings.
 """
 
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import ClassVar, Protocol
 
 import cv2
 import numpy as np
@@ -18,6 +19,7 @@ from harmony.core.foreign import read_json
 from harmony.data.sources.files import picture_name
 from harmony.metrics.similarity import Clip, crop_to_box, embeddings
 from harmony.models.weights import load_network
+from harmony.pixels.composites import to_radiance
 
 FORM = "OBJECT: its own light -> the light around it"
 FIELDS = ("object", "foreground", "background")
@@ -43,16 +45,30 @@ PLAIN_LIGHT = "light"  # the word for a light that is uncertain
 
 @dataclass(frozen=True)
 class Description:
-    """Words for a composite: the ``object``, its own light ``foreground`` and the light around it, ``background``."""
+    """Words for a composite: the ``object``, its own light ``foreground`` and the light around it, ``background``.
+
+    ``strength``: the share that is made of the change from one light to the other.
+    """
 
     object: str
     foreground: str
     background: str
+    strength: ClassVar[float] = 1.0
 
     @property
     def prompts(self) -> tuple[str, str]:
         """The prompts of both lights, which begin with the same words."""
         return f"{self.object} {self.foreground}", f"{self.object} {self.background}"
+
+
+class MeasuredDescription(Description):
+    """A description by measured brightness: half of the change, since the words say more than was measured.
+
+    Over 439 photographs under another light, half of the words' mean change takes 7 % off the squared error, all of it
+    1 %.
+    """
+
+    strength = 0.5
 
 
 class Describer(Protocol):
@@ -139,13 +155,42 @@ def color_words(pixels: np.ndarray) -> set[str]:
     return words | {next((tone for end, tone in tones if hue < end), "pink")}
 
 
+class BrightnessMeter:
+    """Describes a photograph whose object is far darker or brighter than objects are beside their surroundings.
+
+    Otherwise there is nothing to say: objects have brightness and colors of their own, and the warmth of object and
+    surroundings tells too little of their lights. ``name``: see ``WordScorer``.
+    """
+
+    USUAL, DEVIATION = -0.63, 0.84  # of ``compare`` over 305 photographs as they were taken
+    FLOOR = 1e-3  # radiance in 0..1 that is added, so that black has a logarithm
+    LEAST = 1.5  # deviations from there at which words are worth it: the direction is right in 85 %
+    LIGHTS = ("grey overcast light", "bright noon light")  # of a darker and of a brighter object
+
+    def __init__(self, name: Callable[[np.ndarray, str | None], str]):
+        self.name = name
+
+    def __call__(self, composite: np.ndarray, mask: np.ndarray, caption: str | None = None) -> list[Description]:
+        deviation = (self.compare(composite, mask) - self.USUAL) / self.DEVIATION
+        if abs(deviation) < self.LEAST:
+            return []
+        foreground, background = self.LIGHTS if deviation < 0 else self.LIGHTS[::-1]
+        return [MeasuredDescription(self.name(composite, caption), foreground, background)]
+
+    def compare(self, composite: np.ndarray, mask: np.ndarray) -> float:
+        """The logarithm of the object's mean radiance relative to that around it, mean over channels."""
+        radiance = to_radiance(composite)
+        inside, outside = (np.log(radiance[m].mean(0) + self.FLOOR) for m in (mask, ~mask))
+        return float((inside - outside).mean())
+
+
 class WordScorer:
     """Chooses words for both lights from ``LIGHTS``, by CLIP scores and mean colors of the object and its background.
 
     ``name`` returns the object phrase of a composite and its caption (by a captioner, say), ``is_known`` tells whether
     CLIP knows a word, and ``count`` is the number of descriptions. The object's light is named only if its probability
     is at least ``min_probability``: the color may be that of the object, and a wrong word is worse than
-    ``PLAIN_LIGHT``.
+    ``PLAIN_LIGHT``. Photographs are left to ``photographs``, where that is given.
     """
 
     TRUST = 0.03  # added to a cosine for each word that fits the mean color
@@ -158,7 +203,9 @@ class WordScorer:
         is_known: Callable[[str], bool] = lambda word: True,
         count: int = 2,
         min_probability: float = 0.95,
+        photographs: Describer | None = None,
     ):
+        self.photographs = photographs
         self.clip, self.name, self.count, self.min_probability = clip, name, count, min_probability
         self.lights = [
             (look, source) for source, looks in LIGHTS.items() for look in looks if is_known(look) and is_known(source)
@@ -169,6 +216,8 @@ class WordScorer:
     def __call__(self, composite: np.ndarray, mask: np.ndarray, caption: str | None = None) -> list[Description]:
         if mask.all():
             raise UserError("the mask is white everywhere: there is no light around the object to describe")
+        if self.photographs is not None and caption is not None:
+            return self.photographs(composite, mask, caption)
         object_ = self.name(composite, caption)
         foreground, probability = self.rank_phrases(object_, cut_object(composite, mask), composite[mask])[0]
         background = self.rank_phrases(object_, remove_object(composite, mask), composite[~mask])

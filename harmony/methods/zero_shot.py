@@ -7,6 +7,8 @@ attention maps those of the composite. ``harmonize_once`` is one such round; ``r
 
 import functools
 import math
+import re
+from collections import deque
 from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,7 +20,7 @@ import torch.nn.functional as F
 from harmony.core.errors import UserError
 from harmony.core.files import write_json
 from harmony.data.captions import caption_picture, find_captioner
-from harmony.data.descriptions import Describer, Description, VisionLanguageModel, WordScorer
+from harmony.data.descriptions import BrightnessMeter, Describer, Description, VisionLanguageModel, WordScorer
 from harmony.methods.method import LIGHTS, Composite, Method, Seed, fingerprint
 from harmony.models.attention import Layer, conditional_rows, control_attention, map_side
 from harmony.models.backbone import DIFFUSION, Backbone, weights_hash
@@ -33,6 +35,7 @@ from harmony.sampling.null_text import Search, denoiser, distance, null_texts
 from harmony.sampling.prompt_to_prompt import edit_latents, spans
 
 DEFAULT_OBJECT = "an object,"  # where no captioner names it
+PICTURE_OF = re.compile(r"^an? (photo|photograph|picture|image) of ", re.IGNORECASE)
 PIVOT = 10.0  # weight of the distance to the trajectory in the loss of the null texts, beside the edges
 NUMBERS = {
     "refine": int,
@@ -263,7 +266,9 @@ def harmonize_once(
     noise = trajectory[-1].repeat(2, 1, 1, 1)
     outputs = backbone.decode(edit_latents(backbone, noise, texts, nulls, parts.guidance, control)).float()
     reconstruction, result = outputs.split(count)
-    return list(from_model(pictures + result - reconstruction if parts.detail else result))
+    change = result - (reconstruction if parts.detail else pictures)
+    strengths = torch.tensor([d.strength for d in descriptions], device=change.device).view(-1, 1, 1, 1)
+    return list(from_model(pictures + strengths * change))
 
 
 # --- rounds
@@ -274,10 +279,13 @@ UNDO = 2  # rounds that are undone when another description is tried
 
 @dataclass(frozen=True)
 class Round:
-    """The result of a round: ``image`` with the photograph's background, by description number ``prompt``."""
+    """The result of a round: ``image`` with the photograph's background, by description number ``prompt``.
+
+    Round 0 is the composite as it is, by no description.
+    """
 
     number: int
-    prompt: int
+    prompt: int | None
     image: np.ndarray
     score: float | None
     decision: str
@@ -306,7 +314,8 @@ def run_rounds(
 
     This is the policy of Chen 2023. The first round tries each of the ``prompts`` descriptions, and the best continues
     from its own result, at most ``count`` rounds, until ``decide`` switches or ends it. Without an evaluator there are
-    ``count`` rounds of the first description. ``say`` is called with each round when it ends.
+    ``count`` rounds of the first description. Before them stands round 0, the composite, so that the evaluator may
+    choose it; where there are no descriptions it is all. ``say`` is called with each round when it ends.
     """
     results: list[Round] = []
 
@@ -318,6 +327,9 @@ def run_rounds(
         image = copy_paste(composite, raw, mask)
         return image, None if evaluator is None else evaluator(image, mask)
 
+    add_round(0, None, *score_output(composite), CONTINUE if prompts else CONCLUDE)
+    if not prompts:
+        return results
     trials = []
     for prompt in range(prompts if evaluator else 1):
         trials.append(score_output((yield composite, prompt)))
@@ -342,7 +354,7 @@ def run_rounds(
 
 
 def choose_best(results: Sequence[Round]) -> Round:
-    """The round with the highest score; the last where there are no scores."""
+    """The round with the highest score, the earliest of equals; the last where there are no scores."""
     return results[-1] if results[-1].score is None else max(results, key=lambda r: r.score)
 
 
@@ -355,17 +367,23 @@ def run_together(
 ) -> list[list[Round]]:
     """Run several ``run_rounds`` side by side; the pictures that they yield at a time are one batch."""
     results: list[list[Round] | None] = [None] * len(generators)
-    requests = {i: next(generator) for i, generator in enumerate(generators)}
+    requests: dict[int, tuple[np.ndarray, int]] = {}
+
+    def advance(i: int, raw: np.ndarray | None) -> None:
+        try:
+            requests[i] = generators[i].send(raw)
+        except StopIteration as end:
+            results[i] = end.value
+            requests.pop(i, None)
+
+    for i in range(len(generators)):
+        advance(i, None)
     while requests:
         indices = list(requests)
         pictures, words = zip(*((requests[i][0], descriptions[i][requests[i][1]]) for i in indices), strict=True)
         outputs = harmonize_once(backbone, pictures, [masks[i] for i in indices], words, parts)
         for i, raw in zip(indices, outputs, strict=True):
-            try:
-                requests[i] = generators[i].send(raw)
-            except StopIteration as end:
-                results[i] = end.value
-                del requests[i]
+            advance(i, raw)
     return results
 
 
@@ -378,7 +396,7 @@ def make_word_scorer(backbone: Backbone, clip: str | None = None) -> WordScorer:
     ``clip``: open_clip's NAME/WEIGHTS; None: the backbone's own. It uses words that are one token of the backbone. The
     captioner of the backbone names the object: its caption up to the last comma. Where the backbone has none, or none
     that knows photographs, the caption that is known does, as the dataset's label. UserError for a backbone without
-    CLIP.
+    CLIP. Where neither the backbone's captioner nor its CLIP knows photographs, their lights are measured.
     """
 
     def is_token(word: str) -> bool:
@@ -401,12 +419,17 @@ def make_word_scorer(backbone: Backbone, clip: str | None = None) -> WordScorer:
             caption = caption_picture(composite, *captioner, backbone.device)
         return shorten_caption(caption) if caption else DEFAULT_OBJECT
 
-    return WordScorer(scores, name_object, is_token)
+    photographs = BrightnessMeter(name_object) if clip is None and not knows_all else None
+    return WordScorer(scores, name_object, is_token, photographs=photographs)
 
 
 def shorten_caption(caption: str) -> str:
-    """The object phrase of a caption: it up to its last comma, behind which the light is described."""
-    return f"{caption.rpartition(',')[0]}," if "," in caption else caption
+    """The object phrase of a caption: up to its last comma, behind which the light is described, and no "a photo of".
+
+    It ends in a comma, as in the captions that name a light.
+    """
+    phrase = PICTURE_OF.sub("", (caption.rpartition(",")[0] or caption).strip(" ,"))
+    return f"{phrase}," if phrase else DEFAULT_OBJECT
 
 
 class ZeroShot(Method):
@@ -432,14 +455,15 @@ class ZeroShot(Method):
         self.resolution, self.device = backbone.resolution, backbone.device
         self.relights = parts.detail
         self.wants = frozenset({LIGHTS}) if describer is None else frozenset()
-        self.outcomes: list[list[Round]] = []  # the rounds of the last ``fill``
+        # each composite with its rounds, of the last two fills: ``insert`` fills small and large squares apart
+        self.outcomes: deque[list[tuple[Composite, list[Round]]]] = deque(maxlen=2)
 
     @functools.cached_property
     def fingerprint(self) -> str:
         weights = {part: self.backbone.hash(part) for part in DIFFUSION}
         facts = {name: value for name, value in vars(self.parts).items() if name != "edge_detector"}
         deep = self.parts.edge_detector and weights_hash(self.parts.edge_detector)
-        evaluator = self.evaluator.fingerprint if self.count > 1 and self.evaluator else None
+        evaluator = ["round 0", self.evaluator.fingerprint] if self.evaluator else None
         kind = str(self.backbone.dtype)
         return fingerprint("zero_shot", weights, kind, facts, deep, self.describer_name, self.count, evaluator)
 
@@ -464,8 +488,11 @@ class ZeroShot(Method):
         """All rounds of each composite; ``say`` is called with a line for each when it ends."""
         descriptions = [self.find_descriptions(c) for c in composites]
         for items in descriptions:
+            if not items:
+                self.say("no light can be named: the composite is left as it is, or give prompts=")
             for n, d in enumerate(items):
-                self.say(f"description {n}: {d.object!r}, from {d.foreground!r} to {d.background!r}")
+                share = "" if d.strength == 1 else f", {d.strength:.0%} of the change"
+                self.say(f"description {n}: {d.object!r}, from {d.foreground!r} to {d.background!r}{share}")
         pictures = [c.copy_paste() for c in composites]
         masks = [c.mask for c in composites]
         generators = [
@@ -476,19 +503,24 @@ class ZeroShot(Method):
 
     def fill(self, composites: Sequence[Composite], seeds: Sequence[Seed]) -> list[np.ndarray]:
         """Fill the holes; the seeds are unused, since inversion and sampling are deterministic."""
-        self.outcomes = self.run_all(composites)
-        return [choose_best(outcome).image for outcome in self.outcomes]
+        outcomes = self.run_all(composites)
+        self.outcomes.append(list(zip(composites, outcomes, strict=True)))
+        results = [choose_best(outcome) for outcome in outcomes]
+        for result, outcome in zip(results, outcomes, strict=True):
+            if result.number == 0 and len(outcome) > 1:
+                self.say("no round is better: the composite is left as it is (evaluator=null: the last round)")
+        return [result.image for result in results]
 
     def write_beside(self, index: int, composite: Composite, folder: Path) -> dict[str, Path]:
         """Write all rounds: their pictures, ``rounds.json`` (score and decision of each) and a film strip."""
-        outcome = self.outcomes[index]
+        outcome = next(rounds for fill in reversed(self.outcomes) for square, rounds in fill if square is composite)
         facts = [{key: value for key, value in vars(r).items() if key != "image"} for r in outcome]
         write_json(folder / "rounds.json", facts)
         (folder / "rounds").mkdir(exist_ok=True)
-        for r in outcome:
+        for r in outcome[1:]:
             write_image(folder / "rounds" / f"{r.number:02d}_{r.prompt}.png", r.image)
-        titles = ["composite", *(f"{r.number}" + ("" if r.score is None else f": {r.score:.2f}") for r in outcome)]
-        write_image(folder / "film.png", grid([[composite.copy_paste(), *(r.image for r in outcome)]], titles))
+        titles = [f"{r.number or 'composite'}" + ("" if r.score is None else f": {r.score:.2f}") for r in outcome]
+        write_image(folder / "film.png", grid([[r.image for r in outcome]], titles))
         return {"rounds": folder / "rounds.json", "film": folder / "film.png"}
 
     def networks(self) -> dict[str, list[torch.nn.Module]]:
@@ -499,7 +531,8 @@ class ZeroShot(Method):
 def format_round(result: Round) -> str:
     """One line about a round."""
     score = "" if result.score is None else f", score {result.score:.3f}"
-    return f"round {result.number}, description {result.prompt}{score}: {result.decision}"
+    title = f"round {result.number}, description {result.prompt}" if result.number else "the composite"
+    return f"{title}{score}: {result.decision}"
 
 
 def load(
@@ -514,8 +547,8 @@ def load(
 ) -> ZeroShot:
     """Build ``ZeroShot`` from options.
 
-    ``describer``: ``given`` (each composite brings its descriptions), ``words`` (scored by CLIP: ``clip``, open_clip's
-    NAME/WEIGHTS, or the backbone's own), or a vision-language model, hub id or folder.
+    ``describer``: ``given`` (each composite brings its descriptions), ``words`` (see ``make_word_scorer``; ``clip``:
+    open_clip's NAME/WEIGHTS), or a vision-language model, hub id or folder.
     """
     if type(rounds) is not int or rounds < 1:
         raise UserError(f"rounds={rounds}: must be at least 1")
@@ -533,4 +566,6 @@ def load(
         word_describer = VisionLanguageModel(describer, backbone.device)
     score = load_evaluator(evaluator, backbone.device)
     facts = [backbone.hash(part) for part in ("image_encoder", "captioner")] if describer == "words" else []
+    if describer == "words" and word_describer.photographs is not None:
+        facts.append("measured brightness of photographs")
     return ZeroShot(backbone, settings, word_describer, rounds, score, " ".join([describer, clip or "", *facts]))

@@ -31,6 +31,7 @@ from harmony.core.errors import UserError
 from harmony.data.descriptions import (
     LIGHTS,
     PLAIN_LIGHT,
+    BrightnessMeter,
     Description,
     VisionLanguageModel,
     WordScorer,
@@ -214,6 +215,55 @@ def test_the_mean_is_measured():
     black, white = np.zeros((4, 3), np.uint8), np.full((4, 3), 255, np.uint8)
     assert color_words(np.concatenate([black, white])) == {"grey", "neutral"}
     assert "dark" in color_words(np.concatenate([black, white[:1]]))
+
+
+# --- words of measured brightness
+
+
+def scene_of(inside: int, outside: int) -> tuple[np.ndarray, np.ndarray]:
+    """(composite, mask) of one gray on another."""
+    mask = np.zeros((16, 16), bool)
+    mask[4:12, 4:12] = True
+    return np.where(mask[..., None], np.uint8(inside), np.full((16, 16, 3), outside, np.uint8)), mask
+
+
+@pytest.mark.parametrize(
+    "inside, outside, lights",
+    [
+        (20, 200, ("grey overcast light", "bright noon light")),
+        (200, 60, ("bright noon light", "grey overcast light")),
+        (128, 128, None),
+        (90, 128, None),  # objects are a little darker than what is around them
+        (60, 128, None),
+        (0, 255, ("grey overcast light", "bright noon light")),
+    ],
+)
+def test_brightness_is_named_where_it_is_unusual(inside, outside, lights):
+    """Guards what statistics allow: nothing is said of a usual difference, the right direction of an unusual one."""
+    descriptions = BrightnessMeter(lambda image, caption: caption)(*scene_of(inside, outside), "a cow,")
+    assert [(d.object, d.foreground, d.background) for d in descriptions] == ([("a cow,", *lights)] if lights else [])
+    assert all(d.strength == 0.5 for d in descriptions)
+
+
+def test_the_color_of_an_object_is_no_light():
+    """Guards colored objects: as bright as what is around them, they say nothing."""
+    image, mask = scene_of(128, 128)
+    image[mask] = 150, 110, 60
+    assert BrightnessMeter(lambda image, caption: caption)(image, mask, "a cow,") == []
+
+
+def test_brightness_is_compared_in_radiance():
+    """Guards the measure: ln of the ratio of mean radiance, as it was measured over photographs."""
+    radiance = [(value / 255) ** 2.2 + 1e-3 for value in (60, 120)]
+    compare = BrightnessMeter(lambda image, caption: caption).compare
+    assert compare(*scene_of(60, 120)) == pytest.approx(np.log(radiance[0] / radiance[1]), abs=1e-4)
+
+
+def test_photographs_are_left_to_their_own_describer(backbone, picture):
+    """Guards the choice of the describer: a photograph has a caption, empty or not, a render has none."""
+    describe = scorer(backbone, photographs=lambda image, mask, caption: [caption])
+    assert [describe(*picture, caption) for caption in ("a cow", "")] == [["a cow"], [""]]
+    assert describe(*picture) == scorer(backbone)(*picture)
 
 
 # --- words that CLIP scores

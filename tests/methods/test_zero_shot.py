@@ -1,5 +1,6 @@
 """Zero-shot harmonization (Chen 2023): its invariants on a random backbone, and the policy on scripted scores."""
 
+import json
 import resource
 from contextlib import contextmanager
 from dataclasses import replace
@@ -17,6 +18,7 @@ from harmony.core.errors import UserError
 from harmony.data import captions
 from harmony.data.descriptions import Description
 from harmony.methods import zero_shot
+from harmony.methods.insert import cut, insert
 from harmony.methods.method import Composite
 from harmony.methods.zero_shot import (
     CONCLUDE,
@@ -503,7 +505,7 @@ def test_an_empty_mask_gives_the_composite_back(backbone, scene):
     """Guards the empty mask: nothing to look at and no edges, but every loss is a number, and all is background."""
     nothing = np.zeros_like(scene[1])
     (made,) = run_together(backbone, [run_rounds(scene[0], nothing, 1, 2)], [[WORDS]], [nothing], SHORT)
-    assert len(made) == 2 and all(np.array_equal(r.image, scene[0]) for r in made)
+    assert len(made) == 3 and all(np.array_equal(r.image, scene[0]) for r in made)
 
 
 @pytest.mark.parametrize("where", [None, "refinement", "null texts", "copy"])
@@ -553,10 +555,10 @@ BLACK, SPOT = np.zeros((4, 4, 3), np.uint8), np.eye(4, dtype=bool)
 
 
 def play(scores, prompts: int = 1, count: int = 10, judge: bool = True, mask: np.ndarray = SPOT, say=lambda made: None):
-    """(all rounds, what was asked for) where the evaluator says ``scores`` one by one. The n-th raw output is full of n
-    everywhere, so that a picture is known by what it shows; 0 is the composite.
+    """(the rounds after the composite, what was asked for) where the evaluator says 0 of it and ``scores`` one by one.
+    The n-th raw output is full of n everywhere, so that a picture is known by what it shows; 0 is the composite.
     """
-    script, asked = iter(scores), []
+    script, asked = iter([0.0, *scores]), []
     generator = run_rounds(BLACK, mask, prompts, count, (lambda image, mask: next(script)) if judge else None, say)
     try:
         wanted = next(generator)
@@ -565,7 +567,9 @@ def play(scores, prompts: int = 1, count: int = 10, judge: bool = True, mask: np
             wanted = generator.send(np.full_like(BLACK, len(asked)))
     except StopIteration as end:
         assert not judge or next(script, None) is None, "every score was asked for"
-        return end.value, asked
+        start, *rounds = end.value
+        assert (start.number, start.prompt, start.decision) == (0, None, CONTINUE) and start.image.max() == 0
+        return rounds, asked
 
 
 def test_golden_decisions():
@@ -640,7 +644,59 @@ def test_rounds_are_told_as_they_end():
     """Guards the progress of a long run: each as it is returned, its decision included."""
     told: list[Round] = []
     made, _ = play([0.1, 0.2, 0.3], count=3, say=told.append)
-    assert [(r.number, r.score, r.decision) for r in told] == [(r.number, r.score, r.decision) for r in made]
+    assert [(r.number, r.score, r.decision) for r in told[1:]] == [(r.number, r.score, r.decision) for r in made]
+    assert (told[0].number, told[0].score) == (0, 0.0)
+
+
+@pytest.mark.parametrize("score, number", [(0.1, 1), (0.5, 0), (0.9, 0)])
+def test_the_evaluator_may_choose_the_composite(backbone, scene, monkeypatch, score, number):
+    """Guards the answer "leave it": the composite is a candidate, and is taken where no round is better."""
+    monkeypatch.setattr(zero_shot, "harmonize_once", lambda b, images, *rest: [255 - image for image in images])
+    composite = Composite(scene[0], scene[0], scene[1], scene[1], lights=(WORDS,))
+    judge = zero_shot.Evaluator("statistic", lambda image, mask: score if (image == scene[0]).all() else 0.5)
+    method, lines = zero_shot.ZeroShot(backbone, BARE, evaluator=judge), []
+    method.say = lines.append
+    ((before, after),) = method.relight([composite], [(0, 0)])
+    assert [r.number for r in method.outcomes[-1][0][1]] == [0, 1]
+    assert np.array_equal(after, np.where(scene[1][..., None] & (number == 1), 255 - scene[0], scene[0]))
+    assert np.array_equal(before, scene[0]) and any("is left as it is" in line for line in lines) == (number == 0)
+
+
+def test_a_composite_without_descriptions_is_left_as_it_is(backbone, scene, second, tmp_path):
+    """Guards a describer that says nothing: no round is run for it, beside one that has words; its files say so."""
+    composites = [Composite(image, image, mask, mask) for image, mask in (scene, second)]
+    words = iter([[], [SAME]])
+    method = zero_shot.ZeroShot(backbone, BARE, lambda *given: next(words), count=2)
+    outputs = method.fill(composites, [(0, 0)] * 2)
+    assert np.array_equal(outputs[0], scene[0])
+    outcomes = [outcome for _, outcome in method.outcomes[-1]]
+    assert [[r.number for r in outcome] for outcome in outcomes] == [[0], [0, 1, 2]]
+    assert [outcome[-1].decision for outcome in outcomes] == [CONCLUDE, CONCLUDE]
+    method.write_beside(0, composites[0], tmp_path)
+    told = json.loads((tmp_path / "rounds.json").read_text())
+    assert told == [{"number": 0, "prompt": None, "score": None, "decision": CONCLUDE}]
+    assert not list((tmp_path / "rounds").iterdir())
+
+
+def test_small_and_large_squares_of_a_batch_have_rounds_of_their_own(backbone, scene, tmp_path):
+    """Guards a folder of photographs of any size: ``insert`` fills small and large squares apart, in two calls."""
+    large = [np.kron(part, np.ones((4, 4, *[1] * (part.ndim - 2)), part.dtype)) for part in scene]
+    small = [part[6:24, 4:22] for part in scene]
+    descriptions = {18: [SAME], 128: []}
+    method = zero_shot.ZeroShot(backbone, BARE)
+    insertions = [cut(32, picture, picture, mask, None, 0) for picture, mask in (large, small)]
+    method.find_descriptions = lambda composite: descriptions[max(composite.size)]
+    insert(method, insertions)
+    for n, (insertion, numbers) in enumerate(zip(insertions, ([0], [0, 1]), strict=True)):
+        (folder := tmp_path / str(n)).mkdir()
+        method.write_beside(n, insertion.square, folder)
+        assert [r["number"] for r in json.loads((folder / "rounds.json").read_text())] == numbers
+
+
+def test_outputs_depend_on_the_evaluator(backbone):
+    """Guards stored outputs: the evaluator chooses between the composite and even a single round."""
+    judges = (None, zero_shot.Evaluator("statistic", lambda image, mask: 0.5))
+    assert len({zero_shot.ZeroShot(backbone, BARE, evaluator=judge).fingerprint for judge in judges}) == 2
 
 
 def test_several_composites_side_by_side(backbone, scene, second, monkeypatch):
@@ -652,18 +708,43 @@ def test_several_composites_side_by_side(backbone, scene, second, monkeypatch):
     descriptions, masks = [[WORDS, SAME], [OTHER]], [scene[1], second[1]]
 
     def asked() -> list:
-        judge = iter([0.1, 0.9, 0.8])  # of the first: two descriptions, then the better one goes on
+        judge = iter([0.0, 0.1, 0.9, 0.8])  # of the first: the composite, two descriptions, then the better one goes on
         return [run_rounds(*scene, 2, 2, lambda *given: next(judge)), run_rounds(*second, 1, 1)]
 
     together = run_together(backbone, asked(), descriptions, masks, BARE)
     assert [len(pictures) for _, pictures, *_ in batches] == [2, 1, 1]
     assert [[m is scene[1] for m in given] for _, _, given, *_ in batches] == [[True, False], [True], [True]]
-    assert [[r.prompt for r in made] for made in together] == [[0, 1, 1], [0]]
+    assert [[r.prompt for r in made] for made in together] == [[None, 0, 1, 1], [None, 0]]
     for n, (image, mask) in enumerate((scene, second)):
         (alone,) = run_together(backbone, [asked()[n]], [descriptions[n]], [mask], BARE)
         assert all(apart(a.image, b.image) <= 2 for a, b in zip(together[n], alone, strict=True))
         assert all(np.array_equal(r.image[~mask], image[~mask]) for r in together[n])
-    assert (together[0][0].image != scene[0]).any() and (together[0][1].image == scene[0]).all()
+    assert (together[0][1].image != scene[0]).any() and (together[0][2].image == scene[0]).all()
+
+
+def test_a_share_of_the_change(backbone, scene):
+    """Guards the strength of a description: half of the change is half-way between the composite and all of it."""
+
+    class Half(Description):
+        strength = 0.5
+
+    for parts in (BARE, replace(BARE, detail=False)):
+        whole, half = (once(backbone, scene, words, parts).astype(int) for words in (WORDS, Half(**vars(WORDS))))
+        inner = (whole > 0) & (whole < 255)  # elsewhere the whole change is cut off
+        assert (abs(half - (scene[0].astype(int) + whole) / 2)[inner] <= 1).all() and (whole != scene[0]).any()
+
+
+@pytest.mark.parametrize(
+    "knows_photographs, clip, is_measured", [(False, None, True), (True, None, False), (False, "NAME/WEIGHTS", False)]
+)
+def test_whose_words_photographs_get(monkeypatch, knows_photographs, clip, is_measured):
+    """Guards the describer: brightness is measured where no model of the backbone knows photographs; a CLIP that was
+    asked for scores its words.
+    """
+    monkeypatch.setattr(captions, "knows_photographs", lambda folder: knows_photographs)
+    backbone = Backbone("tiny")
+    monkeypatch.setattr(zero_shot, "clip_of", lambda *given, usual=zero_shot.clip_of: usual(backbone))
+    assert (zero_shot.make_word_scorer(backbone, clip).photographs is not None) == is_measured
 
 
 @pytest.mark.parametrize("knows_photographs", [False, True])
@@ -672,9 +753,10 @@ def test_the_object_phrase(monkeypatch, capsys, scene, knows_photographs):
     monkeypatch.setattr(captions, "knows_photographs", lambda folder: knows_photographs)
     monkeypatch.setattr(zero_shot, "caption_picture", lambda *given: "a red mug, warm light")
     scorer = zero_shot.make_word_scorer(Backbone("tiny"))
-    phrases = [scorer.name(scene[0], caption) for caption in ("a photo of a cow", "a cow, a dog, rain", "", None)]
-    known = ["a photo of a cow", "a cow, a dog,", DEFAULT_OBJECT, "a red mug,"]
-    assert phrases == (["a red mug,"] * 4 if knows_photographs else known)
+    texts = ("a photo of a cow", "A photograph of an owl, dim light", "a cow, a dog, rain", "", " , ", None)
+    phrases = [scorer.name(scene[0], caption) for caption in texts]
+    known = ["a cow,", "an owl,", "a cow, a dog,", DEFAULT_OBJECT, DEFAULT_OBJECT, "a red mug,"]
+    assert phrases == (["a red mug,"] * 6 if knows_photographs else known)
     assert capsys.readouterr().out.count("does not know photographs") == (not knows_photographs)
 
 
@@ -699,7 +781,7 @@ def test_a_round_at_true_size(capsys):
     picture, before = rng.integers(0, 256, (512, 512, 3), np.uint8), dict(backbone.unet.attn_processors)
     words = Description("a red car on snow,", "pink neon light", "grey overcast light")
     (made,) = run_together(backbone, [run_rounds(picture, mask, 1, 1)], [[words]], [mask], Parts(steps=2, refine=1))
-    assert made[0].image.shape == (512, 512, 3) and np.array_equal(made[0].image[~mask], picture[~mask])
-    assert (made[0].image != picture)[mask].any() and backbone.unet.attn_processors == before
+    assert made[1].image.shape == (512, 512, 3) and np.array_equal(made[1].image[~mask], picture[~mask])
+    assert (made[1].image != picture)[mask].any() and backbone.unet.attn_processors == before
     with capsys.disabled():
         print(f"\n{resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20:.1f} GiB at most")
