@@ -1,6 +1,7 @@
 """What ``make gpu`` runs: commands that exist, hard limits, and results that are written as they come."""
 
 import json
+import subprocess
 import sys
 import time
 from dataclasses import dataclass
@@ -9,7 +10,15 @@ import psutil
 import pytest
 from omegaconf import OmegaConf
 
-from harmony.benchmarks.gpu import Part, list_parts, measure_difference, run_parts, write_composite
+from harmony.benchmarks.gpu import (
+    ROOT,
+    Part,
+    find_gpu_tests,
+    list_parts,
+    measure_difference,
+    run_parts,
+    write_composite,
+)
 from harmony.cli.compose import compose
 from harmony.cli.explain import missing_keys
 from harmony.edit import overrides as edit_overrides
@@ -18,6 +27,16 @@ from harmony.harmonize import overrides as harmonize_overrides
 from harmony.pixels.images import read_image
 
 READ = {"fit": fit_overrides, "harmonize": harmonize_overrides, "edit": edit_overrides}
+
+
+def test_a_bare_machine_can_collect_the_gpu_tests():
+    """Guards ``make gpu`` where polars, FiftyOne and notebooks are missing, as on the first GPU that was tried."""
+    program = (
+        "import sys; sys.modules.update(dict.fromkeys(['polars', 'fiftyone', 'nbformat', 'wandb'])); import pytest;"
+        f"sys.exit(pytest.main(['-q', '--collect-only', '-m', 'gpu', *{find_gpu_tests()!r}]))"
+    )
+    result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, cwd=ROOT)
+    assert result.returncode == 0 and "test_guidance.py" in result.stdout, result.stdout + result.stderr
 
 
 @pytest.mark.parametrize("gpu", [True, False])

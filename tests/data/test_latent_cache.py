@@ -79,7 +79,7 @@ def test_items_equal_a_direct_computation(cache, backbone, manifest):
         covered = torch.from_numpy(e.mask).float().view(8, 4, 8, 4).mean((1, 3))
         assert torch.allclose(item["weight"][0], covered, atol=0.5 / 255)
         for branch, parameters in HINTS.items():
-            pixels = hint(branch, e.image, e.mask, **parameters)
+            pixels = hint(branch, e.image, e.mask, cell=4, **parameters)
             assert torch.equal(
                 (item[f"hint_{branch}"] * 255).round(), torch.from_numpy(pixels).permute(2, 0, 1).float()
             )
@@ -348,6 +348,23 @@ def test_a_region_elsewhere_takes_the_instances_place(small_manifest, tmp_path):
     assert not np.array_equal(first.mask, own.mask) and not np.array_equal(first.mask, second.mask)
     again = example(row, manifest.parent, moved, 32)
     assert np.array_equal(first.mask, again.mask) and np.array_equal(first.image, again.image)
+
+
+@pytest.mark.parametrize("crop", ["center", "jitter"])
+def test_squares_as_harmonize_cuts_them(small_manifest, tmp_path, crop):
+    """Guards ``context``: a square of so many sides of the instance's box, which it holds whole; fixed for center."""
+    manifest = small_manifest(tmp_path / "data")
+    vary = []
+    for row in read_manifest(manifest, "train")[1]:
+        longer, shorter = max(row.box[2] - row.box[0], row.box[3] - row.box[1]), min(row.width, row.height)
+        crops = [example(row, manifest.parent, Recipe(crop, context=1.6), 32, v).crop for v in range(6)]
+        low, high = (1.6, 1.6) if crop == "center" else (0.75 * 1.6, 1.5 * 1.6)
+        for c in crops:
+            assert min(low * longer, shorter) - 1 <= c.side <= min(high * longer, shorter) + 1
+            assert c.x0 <= row.box[0] and row.box[2] <= c.x0 + c.side
+            assert c.y0 <= row.box[1] and row.box[3] <= c.y0 + c.side
+        vary.append(len(set(crops)) > 1)
+    assert any(vary) == (crop == "jitter")
 
 
 def test_a_recolored_picture_keeps_hint_and_truth_in_one_light(small_manifest, tmp_path):

@@ -235,3 +235,17 @@ def test_a_shadow_lies_around_the_lower_third():
     rows, columns = np.flatnonzero(region.any(1)), np.flatnonzero(region.any(0))
     assert (rows.min(), rows.max()) == (24, 45) and (columns.min(), columns.max()) == (14, 35)
     assert masks.shadow_region(mask[:1] | True, 3).all(), "an object of one row is its own foot"
+
+
+@pytest.mark.parametrize("shape", [(40, 60), (7, 5)])
+def test_a_shape_moves_within_the_picture(shape):
+    """Guards ``move_mask``: the same shape, whole, at half its size at least, anywhere; never empty."""
+    mask = np.zeros(shape, bool)
+    mask[1:5, 1:4] = True
+    mask[1, 1] = False
+    moved = [masks.move_mask(mask, np.random.default_rng(seed)) for seed in range(200)]
+    boxes = np.array([masks.bounding_box(m) for m in moved])
+    sides = boxes[:, 2:] - boxes[:, :2]
+    assert sides.min() >= 1 and (sides <= (3, 4)).all() and (sides == (3, 4)).all(1).any()
+    assert boxes[:, :2].min() == 0 and (boxes[:, 2:].max(0) == (shape[1], shape[0])).all()
+    assert all(m.shape == shape and m.dtype == bool for m in moved)
