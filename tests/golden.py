@@ -159,10 +159,10 @@ CASES = (
         files=("kit/unet",)),
     fit("judge", "dataset=kit", "dataset.count=0", PHOTOS, "data.batch_size=8"),
     # each method on photographs
-    harmonize("harmonize_color", *COMPOSITE, "steps=10"),
-    harmonize("harmonize_both", *COMPOSITE, "box=20,30,90,100", "structure=structure", "lambda_l=0.8", "lambda_h=0.6",
+    harmonize("harmonize_default", *COMPOSITE, "steps=10"),
+    harmonize("harmonize_color", *COMPOSITE, "box=20,30,90,100", "controlnet=color", "lambda_l=0.8",
               "guidance=3.0", "feather=3", "prompt=a white boat on wood, bright noon light", "steps=10"),
-    harmonize("harmonize_near_exact", *COMPOSITE, "structure=structure", "prompt=a white boat", "guidance=3.0",
+    harmonize("harmonize_near_exact", *COMPOSITE, "controlnet=color", "prompt=a white boat", "guidance=3.0",
               "steps=8", "solver=unipc", "guided=0.5", "encoder_every=2", "raw=true"),
     harmonize("harmonize_run", *COMPOSITE, "controlnet=$color", "solver=dpmsolver++", "steps=5", "prompt=a white boat"),
     harmonize("harmonize_inpainting", "composite=$shared/composites/diff_harmonization/composite/010.jpg",
@@ -176,7 +176,7 @@ CASES = (
               "prompts=a white boat: grey overcast -> bright noon; a boat: grey -> bright"),
     harmonize("harmonize_zero_shot_words", "method=zero_shot", *COMPOSITE, "steps=4", "rounds=2",
               "zero_shot.detail=false", "zero_shot.hold=500.0", "zero_shot.edges=0.5"),
-    harmonize("harmonize_dir", "dir=$inputs/composites", "structure=structure", "steps=10"),
+    harmonize("harmonize_dir", "dir=$inputs/composites", "controlnet=color", "steps=10"),
     # edits
     edit("edit_replace", *CAR, "target=a green car on snow, grey overcast light", "inner=3"),
     edit("edit_insert", *CAR, "target=a red shiny car on snow, grey overcast light", "inner=3",

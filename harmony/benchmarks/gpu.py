@@ -88,7 +88,7 @@ def list_parts(folder: Path) -> list[Part]:
     concept = ROOT / "datasets" / "editing" / "concepts" / "pink_car"
     word = ("token=<pink_car>", "init=car", f"dataset.dir={concept}")
     lights = ("prompts=a red car: grey overcast light -> warm sunset light", "rounds=1", "evaluator=null", "steps=10")
-    near_exact = ("solver=unipc", "guided=0.5", "encoder_every=2", "guidance=2", "steps=10")
+    near_exact = ("detail=none", "solver=unipc", "guided=0.5", "encoder_every=2", "guidance=2", "steps=10")
     commands = [
         Part("fit_color", compose_fit("color"), 150, cpu=(*SHORT_TRAINING, "evaluate.limit=4", "evaluate.steps=2")),
         Part("tests", ("pytest", "-q", "-m", "gpu", "--no-header", *find_gpu_tests()), 150, cpu=None),
@@ -96,8 +96,8 @@ def list_parts(folder: Path) -> list[Part]:
         *(
             Part(f"harmonize_{name}", compose_harmonize(method, folder, *words, f"output={folder}/{name}"), 60, cpu=cpu)
             for name, method, words, cpu in (
-                ("controlnet", "controlnet", ("structure=structure",), ()),
-                ("controlnet_graphs", "controlnet", ("structure=structure", "graphs=true"), None),
+                ("controlnet", "controlnet", ("detail=none",), ()),
+                ("controlnet_graphs", "controlnet", ("detail=none", "graphs=true"), None),
                 ("near", "controlnet", near_exact, ()),
                 ("near_graphs", "controlnet", (*near_exact, "graphs=true"), None),
                 ("paint_by_example", "paint_by_example", (), ()),

@@ -159,8 +159,13 @@ def move_mask(mask: np.ndarray, rng: np.random.Generator) -> np.ndarray:
 
 
 def shadow_region(mask: np.ndarray, radius_px: int) -> np.ndarray:
-    """Where an object that stands on something may cast a shadow beside itself: around its lower third, bool H x W."""
+    """Where an object that stands on something may cast a shadow beside itself: around its lower third, bool H x W.
+
+    Nowhere if the picture's lower edge cuts the object off: what it stands on is not in the picture.
+    """
     x0, y0, x1, y1 = bounding_box(mask)
+    if y1 == len(mask):
+        return np.zeros_like(mask)
     lower_part = mask.copy()
     lower_part[: y1 - max(1, (y1 - y0) // 3)] = False
     return dilate(lower_part, radius_px)

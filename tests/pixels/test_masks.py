@@ -234,7 +234,10 @@ def test_a_shadow_lies_around_the_lower_third():
     region = masks.shadow_region(mask, 6)
     rows, columns = np.flatnonzero(region.any(1)), np.flatnonzero(region.any(0))
     assert (rows.min(), rows.max()) == (24, 45) and (columns.min(), columns.max()) == (14, 35)
-    assert masks.shadow_region(mask[:1] | True, 3).all(), "an object of one row is its own foot"
+    one_row = np.zeros((3, 9), bool)
+    one_row[1] = True
+    assert masks.shadow_region(one_row, 3).all(), "an object of one row is its own foot"
+    assert not masks.shadow_region(mask[:40], 6).any(), "an object that the lower edge cuts off has no foot"
 
 
 @pytest.mark.parametrize("shape", [(40, 60), (7, 5)])
