@@ -148,6 +148,7 @@ def render_controlnet_card(
         make_metadata(license, backbone, "adapter", ("controlnet", "inpainting", "image-harmonization")),
         **collect_training_values(run, facts, "without the ControlNet", checkpoint),
         branch=branch,
+        surroundings=bool(parameters.get("surroundings")),
         call=f'hint("{branch}", image, mask{arguments})',
         model=format_model_option(backbone),
         grid=grid,

@@ -7,7 +7,6 @@ from typing import Any
 
 import lightning
 import torch
-import torch.nn.functional as F
 
 from harmony.core.errors import UserError
 from harmony.data.latent_data import LatentData
@@ -237,8 +236,7 @@ class ControlTask(Controls):
             residuals = others if residuals is None else add_residuals(residuals, others)
         output = run(decode)(self.backbone.unet, encoding, text, residuals)
         kind, a = self.backbone.prediction_type, self.backbone.alphas_cumprod[t]
-        weight = self.objective.compute_weight(a, batch["weight"], kind)
-        return weight * F.mse_loss(output.float(), target, reduction="none")
+        return self.objective.compute_error(output.float(), target, a, batch["weight"], kind)
 
     @torch.no_grad()
     def compute_companion(
