@@ -241,7 +241,6 @@ OPTIONS: dict[str, Rule] = {
     "objective.clip": Items(Number(0), 2),
     "objective.weighting": Choice(("plain", "x0")),
     "inside": POSITIVE,
-    "objective.light": Number(0),
     "checkpoint": Choice(("best", "last")),
     "checkpoint_every": COUNT,
     "best.mode": Choice(("min", "max")),

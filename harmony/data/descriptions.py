@@ -64,8 +64,8 @@ class Description:
 class MeasuredDescription(Description):
     """A description by measured brightness: half of the change, since the words say more than was measured.
 
-    Over 439 photographs under another light, half of the words' mean change takes 7 % off the squared error, all of it
-    1 %.
+    Over 439 photographs under another light, half of the words' mean change takes 7 % off the squared error; the whole
+    of it takes 1 %.
     """
 
     strength = 0.5

@@ -9,6 +9,7 @@ shard with a wrong checksum is built again, never trained on.
 
 import hashlib
 import json
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -67,8 +68,10 @@ class Recipe:
     ``elsewhere``: share of items, of ``jitter`` crops, in which the mask is moved to another region of the photograph,
     which takes the place of the instance. What light an object needs can be learned on any part of a photograph.
 
-    ``recolor``: share of items whose whole picture, and the render under a second light with it, is first put under a
-    random other light, so that a net cannot learn the colors of each photograph by heart.
+    ``recolor``: share of items, of photographs alone, whose whole picture is first put under a random other light, so
+    that a net cannot learn the colors of each photograph by heart.
+
+    UserError for options that ``extended`` crops do not know, and for ``recolor`` with exemplars.
     """
 
     crop: str = "center"
@@ -80,6 +83,12 @@ class Recipe:
     elsewhere: float = 0.0
     recolor: float = 0.0
     context: float | None = None
+
+    def __post_init__(self) -> None:
+        extended = ("mismatch", "elsewhere", "recolor", "context") if self.crop == "extended" else ()
+        for name in (*extended, *(("recolor",) if "exemplar" in self.hints else ())):
+            if getattr(self, name):
+                raise UserError(f"data.{name} is for ControlNets: leave it out where there are exemplars")
 
 
 @dataclass(frozen=True)
@@ -112,7 +121,8 @@ def draw_jitter_crop(
 
     With ``context`` it is 75 to 150 % of that many box sides, but not more than the short side.
     """
-    x0, y0, x1, y1 = box
+    x0, y0 = (max(0, math.floor(value)) for value in box[:2])
+    x1, y1 = (min(length, math.ceil(value)) for value, length in zip(box[2:], (width, height), strict=True))
     whole, longer = square_around(box, width, height), max(x1 - x0, y1 - y0)
     share = rng.uniform(0.7, 1) if context is None else rng.uniform(0.75, 1.5)
     usual = whole.side if context is None else context * longer
@@ -120,8 +130,8 @@ def draw_jitter_crop(
     if side >= whole.side:
         return whole
 
-    def start(low: float, high: float, length: int) -> int:
-        return int(rng.integers(max(0, int(np.ceil(high)) - side), min(int(low), length - side) + 1))
+    def start(low: int, high: int, length: int) -> int:
+        return int(rng.integers(max(0, high - side), min(low, length - side) + 1))
 
     return Crop(start(x0, x1, width), start(y0, y1, height), side)
 
@@ -139,13 +149,15 @@ def example(row: Row, root: Path, recipe: Recipe, resolution: int, variant: int 
             raise empty_mask_error(row, resolution)
         return square
     jitter = recipe.crop == "jitter"
-    if jitter and recipe.elsewhere and rng.random() < recipe.elsewhere:
-        mask = move_mask(mask, rng)
-        crop = draw_jitter_crop(bounding_box(mask), width, height, rng, recipe.context)
-    elif jitter:
+    if jitter:
         crop = draw_jitter_crop(row.box, width, height, rng, recipe.context)
     else:
         crop = square_around(row.box, width, height, recipe.context)
+    if jitter and recipe.elsewhere and rng.random() < recipe.elsewhere:
+        moved = move_mask(mask, rng)
+        place = draw_jitter_crop(bounding_box(moved), width, height, rng, recipe.context)
+        if crop_resize(moved, place, resolution).any():  # a thin shape may vanish where the instance did not
+            mask, crop = moved, place
     mirrored = bool(jitter and rng.random() < 0.5)
     image, mask = crop_resize(image, crop, resolution), crop_resize(mask, crop, resolution)
     if mirrored:
@@ -154,21 +166,16 @@ def example(row: Row, root: Path, recipe: Recipe, resolution: int, variant: int 
     if not mask.any():
         raise empty_mask_error(row, resolution)
     hole_mask = hole(mask, recipe.hole, rng)
-    light = int(rng.integers(2**32)) if recipe.recolor and rng.random() < recipe.recolor else None
-    image = recolor(image, light)
+    if recipe.recolor and "relit" not in row.extras and rng.random() < recipe.recolor:
+        image = change_light(image, rng)
     relit = None
     if recipe.mismatch and rng.random() < recipe.mismatch:
         if "relit" in row.extras:
             relit = crop_resize(read_image(root / row.extras["relit"]), crop, resolution)
-            relit = recolor(np.ascontiguousarray(relit[:, ::-1]) if mirrored else relit, light)
+            relit = np.ascontiguousarray(relit[:, ::-1]) if mirrored else relit
         else:
             relit = change_light(image, rng)
     return Example(image, mask, hole_mask, crop, mirrored, relit, object_)
-
-
-def recolor(image: np.ndarray, light: int | None) -> np.ndarray:
-    """The picture under the random light of the seed ``light``; None: as it is."""
-    return image if light is None else change_light(image, np.random.default_rng(light))
 
 
 def empty_mask_error(row: Row, resolution: int) -> UserError:

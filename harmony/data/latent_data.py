@@ -8,10 +8,9 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader
 
-from harmony.core.errors import UserError
 from harmony.core.progress import tell
 from harmony.data.latent_cache import Cache, Latents, Recipe, cache_key, describe, example
-from harmony.data.manifest import is_render, read_manifest
+from harmony.data.manifest import is_render, read_manifest, share_out
 from harmony.data.shards import Shards, make_shards, predictor
 from harmony.data.stream import Stream, generator
 from harmony.models.backbone import Backbone
@@ -154,18 +153,15 @@ class LatentData(lightning.LightningDataModule):
 
     def train_dataloader(self) -> DataLoader:
         draws = self.sets["train"]
-        shares = None if self.photos is None else self.share_out(self.photos)
-        return self.loader(draws, Stream.of(self.trainer, len(draws), self.batch_size, self.seed, shares))
+        return self.loader(draws, Stream.of(self.trainer, len(draws), self.batch_size, self.seed, self.shares))
 
-    def share_out(self, photos: float) -> np.ndarray:
-        """The share of each training item in what is trained on, sum 1. UserError where one kind is missing."""
+    @property
+    def shares(self) -> np.ndarray | None:
+        """The share of each training item in what is trained on, sum 1; None: each item once in a pass."""
+        if self.photos is None:
+            return None
         rows = read_manifest(self.manifest, "train")[1]
-        render = np.repeat([is_render(row) for row in rows], self.recipes["train"].variants)
-        if render.all() or not render.any():
-            raise UserError(
-                f"data.photos={photos}: {self.manifest} has no {'photographs' if render.all() else 'renders'}"
-            )
-        return np.where(render, (1 - photos) / render.sum(), photos / (~render).sum())
+        return share_out(np.repeat([is_render(row) for row in rows], self.recipes["train"].variants), self.photos)
 
     def val_dataloader(self) -> DataLoader:
         draws = self.sets["validation"]

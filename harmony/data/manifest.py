@@ -11,6 +11,8 @@ from collections.abc import Iterable
 from dataclasses import asdict, fields
 from pathlib import Path
 
+import numpy as np
+
 from harmony.core.errors import UserError
 from harmony.core.files import replace_file
 from harmony.core.foreign import is_file_name, parse_json, read_lines
@@ -121,6 +123,17 @@ def manifest_hash(path: str | Path) -> str:
             return hashlib.file_digest(file, "sha256").hexdigest()
     except FileNotFoundError:
         raise UserError(f"{path}: no manifest; run harmony.prepare for this dataset first") from None
+
+
+def share_out(render: np.ndarray, photos: float) -> np.ndarray:
+    """The share of each of N items in what is trained on, sum 1: ``photos`` for all photographs together.
+
+    ``render``: whether an item shows a render, bool N. Where there is one kind alone, all items have the same share.
+    """
+    counts = (~render).sum(), render.sum()
+    if not all(counts):
+        return np.full(len(render), 1 / len(render))
+    return np.where(render, (1 - photos) / counts[1], photos / counts[0])
 
 
 def is_render(row: Row) -> bool:

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader
 
-from harmony.data.manifest import is_render, read_split
+from harmony.data.manifest import is_render, read_split, share_out
 from harmony.data.stream import Stream
 from harmony.pixels.images import Crop, crop_resize, read_image, resize, square_around, to_model
 
@@ -44,10 +44,8 @@ class PixelData(lightning.LightningDataModule):
     @property
     def shares(self) -> np.ndarray:
         """The share of each training picture in what is trained on, sum 1."""
-        pool, photos = self.pools["train"], self.hparams.photos
-        render = np.array([pool.is_render(i) for i in range(len(pool))])
-        shares = np.where(render, (1 - photos) / max(1, render.sum()), photos / max(1, (~render).sum()))
-        return shares / shares.sum()
+        pool = self.pools["train"]
+        return share_out(np.array([pool.is_render(i) for i in range(len(pool))]), self.hparams.photos)
 
     def train_dataloader(self) -> DataLoader:
         h, pool = self.hparams, self.pools["train"]

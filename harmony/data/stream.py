@@ -28,7 +28,7 @@ class Stream(Sampler[tuple[int, int]]):
         shares: np.ndarray | None = None,
     ):
         self.length, self.batch, self.seed, self.rank, self.world, self.start = length, batch, seed, rank, world, start
-        self.ends = None if shares is None else np.cumsum(shares) / np.sum(shares)
+        self.ends = None if shares is None else np.cumsum(shares) / np.cumsum(shares)[-1]
 
     @classmethod
     def of(
@@ -41,8 +41,8 @@ class Stream(Sampler[tuple[int, int]]):
     def item(self, position: int) -> int:
         """The item at ``position``."""
         if self.ends is not None:
-            place = np.random.default_rng([self.seed, position]).random()
-            return int(np.searchsorted(self.ends, place, side="right"))
+            draw = np.random.default_rng([self.seed, position]).random()
+            return int(np.searchsorted(self.ends, draw, side="right"))
         number = position // self.length
         if getattr(self, "number", None) != number:  # shuffle once for each pass
             self.number = number

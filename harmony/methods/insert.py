@@ -202,9 +202,10 @@ def find_square(mask: np.ndarray, region: np.ndarray | None = None) -> Crop:
     return square_around(bounding_box(mask if region is None else mask | region), width, height, context=CONTEXT)
 
 
-def find_shadow_region(mask: np.ndarray) -> np.ndarray:
-    """Where an object that was placed in a photograph may cast a shadow, bool H x W."""
-    return shadow_region(mask, round(scale_length(SHADOW_RADIUS, (find_square(mask).side,))))
+def find_shadow_region(mask: np.ndarray) -> np.ndarray | None:
+    """Where an object that was placed in a photograph may cast a shadow, bool H x W; None: nowhere in the picture."""
+    region = shadow_region(mask, round(scale_length(SHADOW_RADIUS, (find_square(mask).side,))))
+    return region if region.any() else None
 
 
 def find_rim(mask: np.ndarray, crop: Crop, side: int, radius: float) -> int:

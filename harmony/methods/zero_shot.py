@@ -20,7 +20,14 @@ import torch.nn.functional as F
 from harmony.core.errors import UserError
 from harmony.core.files import write_json
 from harmony.data.captions import caption_picture, find_captioner
-from harmony.data.descriptions import BrightnessMeter, Describer, Description, VisionLanguageModel, WordScorer
+from harmony.data.descriptions import (
+    BrightnessMeter,
+    Describer,
+    Description,
+    MeasuredDescription,
+    VisionLanguageModel,
+    WordScorer,
+)
 from harmony.methods.method import LIGHTS, Composite, Method, Seed, fingerprint
 from harmony.models.attention import Layer, conditional_rows, control_attention, map_side
 from harmony.models.backbone import DIFFUSION, Backbone, weights_hash
@@ -567,5 +574,8 @@ def load(
     score = load_evaluator(evaluator, backbone.device)
     facts = [backbone.hash(part) for part in ("image_encoder", "captioner")] if describer == "words" else []
     if describer == "words" and word_describer.photographs is not None:
-        facts.append("measured brightness of photographs")
+        meter = word_describer.photographs
+        facts += [
+            str(v) for v in (meter.USUAL, meter.DEVIATION, meter.FLOOR, meter.LEAST, MeasuredDescription.strength)
+        ]
     return ZeroShot(backbone, settings, word_describer, rounds, score, " ".join([describer, clip or "", *facts]))

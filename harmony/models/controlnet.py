@@ -91,8 +91,12 @@ def to_cells(parameters: dict, side: int = 64) -> dict:
 
     ``side``: cells of a latent's side.
     """
-    rest = {name: value for name, value in parameters.items() if name != "sigma"}
-    return parameters if "sigma" not in parameters else {"blur": parameters["sigma"] * side / 512, **rest}
+    if "sigma" not in parameters:
+        return parameters
+    sigma, rest = parameters["sigma"], {name: value for name, value in parameters.items() if name != "sigma"}
+    if type(sigma) not in (int, float) or not 0 <= sigma <= 512 or "blur" in rest:
+        raise ValueError(f"the color hint takes no sigma={sigma!r}")
+    return {"blur": sigma * side / 512, **rest}
 
 
 RANGES = {"blur": (0, 64), "low": (0, 10_000), "high": (0, 10_000)}  # of a hint's numbers, which files may bring

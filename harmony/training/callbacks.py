@@ -130,8 +130,8 @@ class WeightAverage(Callback):
 class BestCheckpoint(ModelCheckpoint):
     """Keeps the checkpoint with the best value of a validation figure, ``best.ckpt``.
 
-    A training that does not log the figure has none: UserError where ``is_required``, else nothing happens. What the
-    best value is says the file itself, because the last checkpoint, from which a run goes on, may be older.
+    A training that does not log the figure has none: UserError where ``is_required``, else nothing happens. The file
+    itself holds the best value, because the last checkpoint, from which a run goes on, may be older.
     """
 
     is_required = False
@@ -149,16 +149,21 @@ class BestCheckpoint(ModelCheckpoint):
 
     def on_fit_start(self, trainer: Trainer, module: LightningModule) -> None:
         path = self.format_checkpoint_name({})
-        value = trainer.strategy.broadcast(self.read_value(Path(path)) if trainer.is_global_zero else None)
+        value, failure = trainer.strategy.broadcast(self.read_value(Path(path)) if trainer.is_global_zero else None)
+        if failure:  # on all ranks, none of which must wait for the others
+            raise UserError(failure)
         if value is not None:
             self.best_model_path = self.kth_best_model_path = path
             self.best_model_score = self.kth_value = torch.tensor(value)
             self.best_k_models = {path: self.best_model_score}
 
-    def read_value(self, path: Path) -> float | None:
-        """The value of the figure in the file; None where there is no file, or one by another figure."""
-        facts = read_facts("best", read_checkpoint(path), path) if path.exists() else {}
-        return facts["value"] if facts.get("figure") == self.monitor else None
+    def read_value(self, path: Path) -> tuple[float | None, str]:
+        """(value of the figure in the file, None where there is no file or one by another figure; what is wrong)."""
+        try:
+            facts = read_facts("best", read_checkpoint(path), path) if path.exists() else {}
+        except UserError as error:
+            return None, str(error)
+        return facts["value"] if facts.get("figure") == self.monitor else None, ""
 
     def on_validation_end(self, trainer: Trainer, module: LightningModule) -> None:
         """Keep the checkpoint if it is the best; also in ``validate`` behind the last step of a run that was killed."""

@@ -7,6 +7,7 @@ from typing import Any
 
 import lightning
 import torch
+import torch.nn.functional as F
 
 from harmony.core.errors import UserError
 from harmony.data.latent_data import LatentData
@@ -236,7 +237,8 @@ class ControlTask(Controls):
             residuals = others if residuals is None else add_residuals(residuals, others)
         output = run(decode)(self.backbone.unet, encoding, text, residuals)
         kind, a = self.backbone.prediction_type, self.backbone.alphas_cumprod[t]
-        return self.objective.compute_error(output.float(), target, a, batch["weight"], kind)
+        weight = self.objective.compute_weight(a, batch["weight"], kind)
+        return weight * F.mse_loss(output.float(), target, reduction="none")
 
     @torch.no_grad()
     def compute_companion(

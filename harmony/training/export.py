@@ -15,10 +15,10 @@ import torch
 from safetensors.torch import save_file
 
 from harmony.core.errors import UserError
-from harmony.core.files import make_scratch, write_text
+from harmony.core.files import make_scratch, write_json, write_text
 from harmony.data.latent_data import only_set
 from harmony.models.backbone import ship
-from harmony.models.controlnet import export_controlnet, from_unet, load_controlnet, read_hint
+from harmony.models.controlnet import export_controlnet, from_unet, load_controlnet, read_hint, to_cells
 from harmony.models.paint_by_example import backbone_facts, export_painter, load_painter
 from harmony.models.shipped import CONTROLNET, PAINTER, find_weights
 from harmony.models.weights import read_weights
@@ -100,6 +100,7 @@ def restore_controlnet(run: RunFolder, output: Path, kind: str) -> tuple[Path, F
     net = from_unet(backbone.unet, backbone.factor, run.read_option("module.in_channels", int))
     restore(torch.nn.ModuleDict({"net": net}), content, path, f"backbone {backbone.name}")
     parameters = only_set(run.read_option(f"data.hints.{branch}", dict) or {})
+    parameters = to_cells(parameters, backbone.resolution // backbone.factor)
     return export_controlnet(net, output, branch, parameters, backbone), read_facts(kind, content, path)
 
 
@@ -109,7 +110,7 @@ def copy_controlnet(run: RunFolder, path: Path, output: Path) -> Path:
     for name in FILES:
         run.find_file(source.relative_to(run.path) / name)  # no link is followed
     load_controlnet(source)  # what nobody can load is not handed on
-    read_hint(source)
+    facts = read_hint(source)
     target.mkdir()
     for name in FILES:
         file = run.find_file(source.relative_to(run.path) / name)
@@ -117,6 +118,10 @@ def copy_controlnet(run: RunFolder, path: Path, output: Path) -> Path:
             raise UserError(f"{source} has no {name}: give a run folder or a diffusers folder")
         if file is not None:
             shutil.copyfile(file, target / name)
+    if facts and "cell" not in facts and run.config:  # of version 0.1: cards and scripts count in latent cells
+        backbone = run.load_backbone()
+        parameters = to_cells(facts["parameters"], backbone.resolution // backbone.factor)
+        write_json(target / "hint.json", facts | {"parameters": parameters, "cell": backbone.factor})
     return target
 
 

@@ -53,9 +53,7 @@ class Objective:
     1 - abar, without a clip.
     ``t_min``: smallest timestep. ``noisiest``: share of the samples at the last timesteps. ``inside``: extra weight of
     latent cells that the instance covers; the weights of an image are normalized to mean 1, so that the scale of the
-    loss does not depend on the size of the instance. ``light``: weight of the squared error of the instance's mean
-    beside that of its cells: light and color are in the mean, and what a network cannot know of the texture, which is
-    most of the error of a cell, averages out in it.
+    loss does not depend on the size of the instance.
     """
 
     weighting: str = "plain"
@@ -63,33 +61,13 @@ class Objective:
     t_min: int = 0
     noisiest: float = 0.0
     inside: float = 0.0
-    light: float = 0.0
-
-    def compute_error(
-        self,
-        output: torch.Tensor,
-        target: torch.Tensor,
-        abar_t: torch.Tensor,
-        coverage: torch.Tensor,
-        kind: str = "epsilon",
-    ) -> torch.Tensor:
-        """Weighted squared error B x C x h x w; ``coverage`` B x 1 x h x w in [0, 1], ``kind`` the prediction type."""
-        error = output - target
-        squares = self.compute_weight(abar_t, coverage, kind) * error.square()
-        if not self.light:
-            return squares
-        share = coverage / coverage.sum((2, 3), keepdim=True).clamp_min(1e-6)
-        mean = (share * error).sum((2, 3), keepdim=True)
-        return squares + self.light * self.compute_time_weight(abar_t, kind) * mean.square()
 
     def compute_weight(self, abar_t: torch.Tensor, coverage: torch.Tensor, kind: str = "epsilon") -> torch.Tensor:
         """Weights B x 1 x h x w; ``coverage`` B x 1 x h x w in [0, 1], ``kind`` the prediction type, abar_t B."""
         space = 1 + self.inside * coverage
-        return self.compute_time_weight(abar_t, kind) * space / space.mean((1, 2, 3), keepdim=True)
-
-    def compute_time_weight(self, abar_t: torch.Tensor, kind: str) -> torch.Tensor:
-        """The weights of timesteps, B x 1 x 1 x 1."""
-        a = abar_t.view(-1, 1, 1, 1)
+        space = space / space.mean((1, 2, 3), keepdim=True)
         if self.weighting == "plain":
-            return torch.ones_like(a)
-        return 1 - a if kind == "v_prediction" else ((1 - a) / a).clamp(*self.clip)
+            return space
+        if kind == "v_prediction":
+            return space * (1 - abar_t).view(-1, 1, 1, 1)
+        return space * ((1 - abar_t) / abar_t).clamp(*self.clip).view(-1, 1, 1, 1)
