@@ -10,7 +10,7 @@ import pytest
 from harmony.core.errors import UserError
 from harmony.core.foreign import read_text
 from harmony.harmonize import main as harmonize
-from harmony.models.controlnet import check_parameters
+from harmony.models.controlnet import check_parameters, to_cells
 from harmony.models.shipped import ASSETS
 from harmony.pixels.composites import place
 from harmony.pixels.images import write_image
@@ -107,6 +107,15 @@ def test_parameters_of_a_hint_are_checked(parameters):
     check_parameters("color", {"blur": 40, "normalize": True, "surroundings": True})
     check_parameters("raw", {"surroundings": True})
     check_parameters("structure", {"low": 100, "high": 200, "edge_source": "masked"})
+
+
+@pytest.mark.parametrize("sigma", [10**400, True, -1, 513, float("nan"), "10", None])
+def test_lengths_of_old_hints_are_checked(sigma):
+    """Guards ``sigma`` of version 0.1, which is converted before it is checked."""
+    with pytest.raises(ValueError, match="takes no sigma="):
+        to_cells({"sigma": sigma})
+    with pytest.raises(ValueError, match="takes no sigma="):
+        to_cells({"sigma": 10, "blur": 1})
 
 
 def test_what_nobody_can_load_is_not_exported(tmp_path):

@@ -29,9 +29,10 @@ STUDIES = {name: path for name, path in experiments("evaluate", CONFIGS).items()
 def controlnets(random_backbone, awake, tmp_path_factory):
     """Overrides that give every study the ControlNets it names, none of which has learned anything."""
     folder, backbone = tmp_path_factory.mktemp("controlnets"), Backbone(str(random_backbone))
-    branches = {"color": "color", "color_relight": "color", "structure": "structure", "raw": "raw"}
+    branches = {"color": "color", "color_relight": "raw", "structure": "structure", "raw": "raw"}
     for seed, (name, branch) in enumerate(branches.items()):
-        export_controlnet(awake(backbone, seed), folder / name, branch, {}, backbone)
+        parameters = {"surroundings": True} if name == "color_relight" else {}
+        export_controlnet(awake(backbone, seed), folder / name, branch, parameters, backbone)
     encoder = build_encoder(backbone.image_encoder, backbone.unet.config.cross_attention_dim)
     painter = export_painter(build_painting_unet(backbone.unet), encoder, folder, backbone)
     painters = ("paint_by_example", "all_tokens", "no_augmentation", "box")

@@ -508,6 +508,21 @@ def run_snippet(folder: Path, side: int) -> None:
     assert (result[region] != picture[region]).mean() > 0.5
 
 
+def test_an_export_of_version_01_counts_in_cells(run, command, backbone, tmp_path):
+    """Guards old runs: card, script and net speak of the same blur, in latent cells of the run's backbone."""
+    folder, net = run
+    finish(folder, net, backbone)
+    file = folder / "export" / "controlnet" / "hint.json"
+    facts = json.loads(file.read_text())
+    del facts["cell"]
+    file.write_text(json.dumps(facts | {"parameters": {"sigma": 64, "normalize": True}}))
+    code, _, err = command(folder, f"output={tmp_path / 'new'}")
+    assert code == 0, err
+    facts = json.loads((tmp_path / "new" / "controlnet" / "hint.json").read_text())
+    assert facts["parameters"] == {"blur": 64 * 8 / 512, "normalize": True} and facts["cell"] == 4
+    assert "cell=4, blur=1.0, normalize=True" in (tmp_path / "new" / "README.md").read_text()
+
+
 def test_the_snippet_of_a_card_runs(run, command, backbone, monkeypatch):
     folder, net = run
     finish(folder, net, backbone)

@@ -36,7 +36,8 @@ def test_a_bare_machine_can_collect_the_gpu_tests():
         f"sys.exit(pytest.main(['-q', '--collect-only', '-m', 'gpu', *{find_gpu_tests()!r}]))"
     )
     result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, cwd=ROOT)
-    assert result.returncode == 0 and "test_guidance.py" in result.stdout, result.stdout + result.stderr
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert all(f"{name}.py" in result.stdout for name in ("test_guidance", "test_timing"))
 
 
 @pytest.mark.parametrize("gpu", [True, False])

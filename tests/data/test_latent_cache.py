@@ -21,7 +21,7 @@ from harmony.data.latent_data import build
 from harmony.data.manifest import read_manifest, write_manifest
 from harmony.models.backbone import Backbone
 from harmony.pixels.hints import hint
-from harmony.pixels.images import to_model
+from harmony.pixels.images import to_model, write_image
 
 HINTS = {"color": {"blur": 1.25, "normalize": True}, "structure": {"low": 100, "high": 200}}
 RECIPE = Recipe("jitter", "train", 2, HINTS, seed=3)
@@ -367,17 +367,51 @@ def test_squares_as_harmonize_cuts_them(small_manifest, tmp_path, crop):
     assert any(vary) == (crop == "jitter")
 
 
-def test_a_recolored_picture_keeps_hint_and_truth_in_one_light(small_manifest, tmp_path):
-    """Guards ``recolor``: another light for each variant, on the truth and on what its hints are made from alike."""
+def test_photographs_are_recolored(small_manifest, tmp_path):
+    """Guards ``recolor``: another light for each variant, on the truth and on what its hints are made from alike; the
+    light of an object goes on from there; renders, whose captions name their light, keep it; exemplars too.
+    """
     manifest = small_manifest(tmp_path / "data")
-    row = read_manifest(manifest, "train")[1][0]
+    render = read_manifest(manifest, "train")[1][0]
+    row = replace(render, extras={name: v for name, v in render.extras.items() if name != "relit"})
     plain, other = (Recipe("jitter", "train", 2, HINTS, recolor=share) for share in (0.0, 1.0))
     own, first, second = (example(row, manifest.parent, r, 32, v) for r, v in ((plain, 0), (other, 0), (other, 1)))
     assert np.array_equal(first.mask, own.mask) and not np.array_equal(first.image, own.image)
     assert np.array_equal(first.instance, first.image)
     assert not np.array_equal(first.image.mean((0, 1)).round(), second.image.mean((0, 1)).round())
-    # where the object is under another light, that light falls on the recolored picture; a second render gets the same
-    twice = replace(row, extras=row.extras | {"relit": row.image})
-    assert np.array_equal(
-        *(getattr(example(twice, manifest.parent, replace(other, mismatch=1.0), 32), n) for n in ("image", "relit"))
+    both = example(row, manifest.parent, replace(other, mismatch=1.0), 32)
+    assert np.array_equal(both.image, first.image) and not np.array_equal(both.instance, both.image)
+    renders = (example(render, manifest.parent, r, 32).image for r in (plain, other))
+    assert np.array_equal(*renders)
+    with pytest.raises(UserError, match="data.recolor is for ControlNets"):
+        Recipe("jitter", hints={"exemplar": {}}, recolor=0.1)
+    with pytest.raises(UserError, match="data.context is for ControlNets"):
+        Recipe("extended", "shape", context=1.6)
+
+
+def test_a_thin_object_stays_where_it_is(small_manifest, tmp_path):
+    """Guards ``elsewhere``: what vanishes in its new square, smaller than the instance, does not end the cache."""
+    folder = tmp_path / "data"
+    manifest = small_manifest(folder)
+    picture, mask = np.full((768, 1024, 3), 90, np.uint8), np.zeros((768, 1024), bool)
+    mask[100:720, 500:512] = True
+    write_image(folder / "pole.png", picture)
+    write_image(folder / "pole_mask.png", mask)
+    first = read_manifest(manifest, "train")[1][0]
+    row = replace(
+        first, image="pole.png", mask="pole_mask.png", box=(500, 100, 512, 720), width=1024, height=768, extras={}
     )
+    masks = [example(row, folder, Recipe("jitter", elsewhere=1.0), 64, v).mask for v in range(60)]
+    assert all(m.any() for m in masks)
+
+
+def test_boxes_with_fractions():
+    """Guards ``draw_jitter_crop``: boxes of annotations end between pixels, and small contexts leave no room."""
+    rng = np.random.default_rng(0)
+    for _ in range(3000):
+        x, y = np.sort(rng.uniform(0, 80, 2)), np.sort(rng.uniform(0, 60, 2))
+        box = x[0], y[0], min(80, x[1] + 0.5), min(60, y[1] + 0.5)
+        crop = latents.draw_jitter_crop(box, 80, 60, rng, rng.choice([None, 1.0, 1.2, 1.6]))
+        if crop.side <= 60:
+            assert crop.x0 <= box[0] and box[2] <= crop.x0 + crop.side
+            assert crop.y0 <= box[1] and box[3] <= crop.y0 + crop.side

@@ -252,3 +252,5 @@ def test_a_shape_moves_within_the_picture(shape):
     assert sides.min() >= 1 and (sides <= (3, 4)).all() and (sides == (3, 4)).all(1).any()
     assert boxes[:, :2].min() == 0 and (boxes[:, 2:].max(0) == (shape[1], shape[0])).all()
     assert all(m.shape == shape and m.dtype == bool for m in moved)
+    whole = [m[y0:y1, x0:x1] for m, (x0, y0, x1, y1) in zip(moved, boxes, strict=True) if (x1 - x0, y1 - y0) == (3, 4)]
+    assert all(np.array_equal(m, mask[1:5, 1:4]) for m in whole)
