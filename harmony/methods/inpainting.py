@@ -113,6 +113,13 @@ def draw_hints(branch: Branch, composites: Sequence[Composite], cell: int) -> li
     ]
 
 
+def average_mirrored(pictures: Sequence[np.ndarray]) -> list[np.ndarray]:
+    """The means of pictures, uint8 R x R x 3, and of those of the mirrored squares behind them."""
+    count = len(pictures) // 2
+    halves = zip(pictures[:count], pictures[count:], strict=True)
+    return [np.rint((a.astype(np.float32) + b[:, ::-1]) / 2).astype(np.uint8) for a, b in halves]
+
+
 class Inpainting(Method):
     """Inpainting by the caption and the ControlNets of ``branches``; by the caption alone where their weights are 0."""
 
@@ -157,10 +164,13 @@ class Inpainting(Method):
     def relight(self, composites: Sequence[Composite], seeds: Sequence[Seed]) -> list[tuple[np.ndarray, np.ndarray]]:
         """The composites through the autoencoder, and the mean of what the networks may paint (``predict_mean``).
 
-        The mean has no texture but the most probable light, which no further step improves.
+        The mean has no texture but the most probable light, which no further step improves. Each is averaged with that
+        of the mirrored square, which errs in other ways.
         """
-        before = encode_and_decode(self.backbone, composites, self.settings.batch)
-        return list(zip(before, self.run(predict_mean, composites, seeds), strict=True))
+        both = [*composites, *(c.mirror() for c in composites)]
+        before = encode_and_decode(self.backbone, both, self.settings.batch)
+        after = self.run(predict_mean, both, [*seeds, *seeds])
+        return list(zip(*(average_mirrored(pictures) for pictures in (before, after)), strict=True))
 
     def describe(self) -> str:
         nets = " and ".join(f"{b.name} (weight {b.weight:g})" for b in self.branches)

@@ -148,7 +148,7 @@ class Detailed(Method):
 
     @property
     def fingerprint(self) -> str:
-        return fingerprint("detailed", self.method.fingerprint, CHANGE_SIGMA, SHADOW_SIGMA)
+        return fingerprint("detailed", self.method.fingerprint, CHANGE_SIGMA, SHADOW_SIGMA, "mirrored, gray shadows")
 
     def describe(self) -> str:
         return f"{self.method.describe()}, the composite's own detail"
@@ -176,7 +176,7 @@ def carry(
     pixels = carry_change(before, after, small_mask, picture, mask)
     if rest is None:
         return pixels
-    shaded = carry_change(before, after, small_rest, pixels, rest, SHADOW_SIGMA, largest=1)
+    shaded = carry_change(before, after, small_rest, pixels, rest, SHADOW_SIGMA, shadow=True)
     return paste_back(shaded, pixels, mask | rest, scale_length(SHADOW_RIM, rest.shape))
 
 

@@ -7,7 +7,7 @@ file in this folder and an option file in ``configs/method``.
 import hashlib
 import json
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, is_dataclass
+from dataclasses import asdict, dataclass, is_dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -52,6 +52,13 @@ class Composite:
         if self.naive_composite is not None:
             return self.naive_composite
         return copy_paste(self.background, self.instance, self.mask)
+
+    def mirror(self) -> "Composite":
+        """The same square from left to right, without the place that it comes from."""
+        names = ("background", "instance", "mask", "hole", "naive_composite")
+        arrays = {name: getattr(self, name) for name in names if getattr(self, name) is not None}
+        mirrored = {name: np.ascontiguousarray(array[:, ::-1]) for name, array in arrays.items()}
+        return replace(self, crop=None, size=None, **mirrored)
 
     @property
     def fingerprint(self) -> str:

@@ -134,14 +134,15 @@ def carry_change(
     picture: np.ndarray,
     mask: np.ndarray,
     sigma: float = CHANGE_SIGMA,
-    largest: float = np.inf,
+    shadow: bool = False,
 ) -> np.ndarray:
     """Change the light of ``picture`` in ``mask`` as it changes from ``before`` to ``after``, and keep its detail.
 
     ``before``, ``after`` uint8 R x R x 3 and ``small_mask`` bool R x R show the same square as ``picture`` uint8 S x S
     x 3 and ``mask`` bool S x S. The change is the ratio of their radiance, blurred by ``sigma`` (px at 512) within
     ``small_mask``: another exposure or color of the light multiplies it, and what varies faster is the texture that a
-    network invents, which would look like a relief. ``largest``: of the ratio. Returns uint8 S x S x 3.
+    network invents, which would look like a relief. ``shadow``: all channels are darkened alike, nothing gets brighter.
+    Returns uint8 S x S x 3.
     """
     if not small_mask.any():
         return picture.copy()
@@ -153,7 +154,9 @@ def carry_change(
 
     # farther from the mask than the blur reaches nothing is known, and nothing is changed
     floor = blur(np.float32(DARK)) + 1e-6
-    gain = np.minimum((blur(to_radiance(after)) + floor) / (blur(to_radiance(before)) + floor), largest)
+    gain = (blur(to_radiance(after)) + floor) / (blur(to_radiance(before)) + floor)
+    if shadow:
+        gain = np.broadcast_to(np.minimum(gain.mean(2, keepdims=True), 1), gain.shape)
     side, result = picture.shape[0], picture.copy()
     gains = cv2.resize(gain, (side, side), interpolation=cv2.INTER_LINEAR)[mask]
     result[mask] = to_values(to_radiance(picture[mask]) * gains)

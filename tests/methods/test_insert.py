@@ -25,7 +25,7 @@ def backbone(random_backbone):
 
 @pytest.fixture(scope="module")
 def color(backbone, awake):
-    return Branch("color", awake(backbone), 1.0, {"blur": 1.25, "normalize": True})
+    return Branch("color", awake(backbone, 1), 1.0, {"blur": 1.25, "normalize": True})  # it darkens the surroundings
 
 
 def picture(width: int, height: int, seed: int = 0) -> np.ndarray:
