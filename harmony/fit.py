@@ -25,6 +25,7 @@ from harmony.data.shards import hand_over, predictor
 from harmony.models.backbone import DIFFUSION
 from harmony.training.callbacks import AtomicCheckpoints, list_callbacks, read_last_metrics, read_validation
 from harmony.training.checkpoints import Facts, checkpoint_name, describe, restore_best
+from harmony.training.schedule import find_timer
 from harmony.training.task import Task
 
 
@@ -88,14 +89,23 @@ def train(cfg: DictConfig, folder: Path, data: lightning.LightningDataModule, ta
     trainer.fit(task, data, ckpt_path=str(last) if last.exists() else None)
     if trainer.interrupted:
         raise KeyboardInterrupt
-    if not trainer.callback_metrics and is_validation_due(trainer):  # killed behind the last step, no step was left
+    if is_validation_missing(trainer, folder):
         trainer.validate(task, data, verbose=False)
     return trainer
 
 
-def is_validation_due(trainer: lightning.Trainer) -> bool:
-    """Whether the present step is one after which the trainer validates."""
-    return trainer.global_step * trainer.accumulate_grad_batches % trainer.val_check_batch == 0
+def is_validation_missing(trainer: lightning.Trainer, folder: Path) -> bool:
+    """Whether the end of the run was not validated.
+
+    Either the clock ended it between two validations, or it was killed behind its last step, so that no step was left.
+    """
+    if trainer.limit_val_batches == 0 or trainer.fast_dev_run:
+        return False
+    if not trainer.callback_metrics:
+        return trainer.global_step * trainer.accumulate_grad_batches % trainer.val_check_batch == 0
+    timer = find_timer(trainer)
+    has_run_out = timer is not None and timer.time_remaining() <= 0
+    return has_run_out and not read_validation(folder / "metrics.csv", trainer.global_step)
 
 
 def choose_weights(cfg: DictConfig, folder: Path, task: Task) -> Facts:

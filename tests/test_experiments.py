@@ -11,17 +11,18 @@ from pathlib import Path
 
 import pytest
 import torch
-from diffusers import UNet2DConditionModel
+from diffusers import AutoencoderKL, UNet2DConditionModel
 from lightning.pytorch.callbacks import Callback
 from omegaconf import OmegaConf
 from torch.utils._pytree import tree_leaves
+from transformers import BlipConfig, BlipForConditionalGeneration, CLIPConfig, CLIPModel
 
 from harmony import evaluate, fit
 from harmony.cli.compose import CONFIGS, compose, load_yaml, options, why
 from harmony.cli.explain import check_experiment, experiments
 from harmony.fit import main
 from harmony.models.backbone import Backbone, load_part
-from harmony.models.controlnet import export_controlnet
+from harmony.models.controlnet import export_controlnet, from_unet
 from harmony.models.judge import load_judge
 from harmony.models.textual_inversion import read_word
 from harmony.pixels.images import sha256
@@ -103,16 +104,19 @@ def composed(name: str, *more: str):
 
 
 def test_the_small_backbone_fits_together():
-    """Guards the small backbone: one folder, 256 px, a UNet of at most 40 M parameters that reads CLIP's words."""
+    """Guards the small backbone: one folder, one dataset, 256 px, all parts and three ControlNets below 45 MB."""
     parts = {part: composed(f"backbone_small_{part}") for part in ("vae", "clip", "captioner", "inpaint")}
     assert {cfg.module.backbone for cfg in parts.values()} == {"work/backbone/small"}
-    assert {cfg.dataset.size for cfg in parts.values()} == {256}
-    vae, unet = parts["vae"].module.config, parts["inpaint"].module.config
-    assert unet.sample_size * 2 ** (len(vae.block_out_channels) - 1) == vae.sample_size == 256
-    width = parts["clip"].module.config.text_config.hidden_size
+    assert len({str(cfg.dataset) for cfg in parts.values()}) == 1 and parts["vae"].dataset.size == 256
+    config = {part: OmegaConf.to_container(cfg.module.config, resolve=True) for part, cfg in parts.items()}
+    clip, captioner = CLIPConfig(**config["clip"]), BlipConfig(**config["captioner"])
+    clip.text_config.vocab_size, captioner.text_config.vocab_size = 2048, 1500
     with torch.device("meta"):
-        net = UNet2DConditionModel(cross_attention_dim=width, **OmegaConf.to_container(unet))
-    assert 20e6 < sum(p.numel() for p in net.parameters()) <= 40e6
+        vae = AutoencoderKL(**config["vae"])
+        unet = UNet2DConditionModel(cross_attention_dim=clip.text_config.hidden_size, **config["inpaint"])
+        nets = [vae, CLIPModel(clip), BlipForConditionalGeneration(captioner), unet, *3 * [from_unet(unet, 8, 4)]]
+    assert unet.config.sample_size * 2 ** (len(vae.config.block_out_channels) - 1) == vae.config.sample_size == 256
+    assert 2 * sum(p.numel() for net in nets for p in net.parameters()) < 45e6
     tiny = composed("backbone_inpaint")
     assert tiny.module.backbone == "work/backbone/tiny" and tiny.module.config.sample_size == 16
 

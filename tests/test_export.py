@@ -377,26 +377,33 @@ def test_paint_by_example(command, backbone, tmp_path):
     assert code == 2 and "checkpoint=best is for ControlNets" in err[-1] and not (tmp_path / "x").exists()
 
 
-def test_a_backbone(command, random_backbone, tmp_path):
-    """Float16 weights, and a card with figures and pictures of the newest trainings that have ended."""
+@pytest.mark.parametrize("is_own", [False, True])
+def test_a_backbone(command, random_backbone, tmp_path, is_own):
+    """Float16 weights, and a card with figures and pictures of the newest trainings that have ended, of the experiments
+    that have the folder's name, if there are any.
+    """
+    family = f"backbone_{random_backbone.name}" if is_own else "backbone"
     output, runs = tmp_path / "small", tmp_path / "runs"
     words = (f"backbone={random_backbone}", f"output={output}", f"paths.runs={runs}")
     code, _, err = command(*words)
     assert code == 2 and "python -m harmony.fit experiment=backbone_vae" in err[-1]
     for part in ("vae", "clip", "captioner", "inpaint"):
         for n, day in enumerate(("2026-01-01", "2026-01-02")):
-            folder = runs / f"backbone_{part}" / day
+            folder = runs / f"{family}_{part}" / day
             (folder / "grids").mkdir(parents=True)
             write_image(folder / "grids" / "samples_000100.png", np.full((8, 8, 3), n, np.uint8))
             (folder / "metrics.json").write_text(json.dumps({"validation/loss": n + 0.5, "train/loss": 7}))
-            cfg = {"dataset": {"photos": "photos", "sources": ["coco", "a|b"], "count": 10 * n}}
+            place = None if is_own else "datasets/studio"
+            cfg = {"dataset": {"dir": place, "photos": "photos", "sources": ["coco", "a|b"], "count": 10 * n}}
             OmegaConf.save(cfg, folder / "config.yaml")
     code, out, err = command(*words)
     assert (code, out) == (0, [str(output)]), err
     assert {t.dtype for t in safetensors_of(output / "unet").values()} == {torch.float16}
     metadata, text = metadata_load(output / "README.md"), (output / "README.md").read_text()
     assert (metadata["license"], metadata["pipeline_tag"]) == ("apache-2.0", "image-to-image")
-    for phrase in ("522 studio scenes", r"photographs of coco, a\|b", "| vae: validation/loss | 1.5 |", "](clip.png)"):
+    scenes, training = f"{10 if is_own else 522} studio scenes", f"experiment={family}_vae`"
+    figure = "| vae: validation/loss | 1.5 |"
+    for phrase in (scenes, training, r"photographs of coco, a\|b", figure, "](clip.png)"):
         assert phrase in text, phrase
     assert (read_image(output / "inpaint.png") == 1).all()
 

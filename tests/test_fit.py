@@ -4,6 +4,7 @@ import csv
 import io
 import json
 import os
+import re
 import shutil
 import signal
 import socket
@@ -366,6 +367,19 @@ def test_a_training_without_a_best_checkpoint_says_so(command, tmp_path, monkeyp
     assert type_in(monkeypatch, [*words, f"resume={folder}", "checkpoint=last"]) == 0
     assert "exported checkpoint: last, step 1" in capsys.readouterr().out.splitlines()
     assert load_controlnet(folder) and (folder / "metrics.json").exists()
+
+
+def test_the_clock_ends_a_run(command, tmp_path, monkeypatch, capsys):
+    """Guards ``trainer.max_time`` without a number of steps: the rate decays to the end, the last step is validated."""
+    monkeypatch.setenv("HARMONY_RUN_DIR", "")
+    words = ["trainer.max_steps=-1", "trainer.max_time=00:00:00:03", "trainer.val_check_interval=1000", "evaluate=null"]
+    main(compose("fit", command(tmp_path / "runs", *words)))
+    (folder,) = (tmp_path / "runs" / "color").iterdir()
+    last = max(losses(folder))
+    assert float(json.loads((folder / "metrics.json").read_text())["validation/loss"]) > 0
+    (schedule,) = read_checkpoint(folder, "last")["lr_schedulers"]
+    assert schedule["last_epoch"] == last and max(schedule["_last_lr"]) < 0.1 * max(schedule["base_lrs"])
+    assert re.search(r"step 2: loss .* a second, \d s left", capsys.readouterr().out)
 
 
 def free_port() -> int:

@@ -59,7 +59,7 @@ def prepare_pixels(recipe: dict, work: Path, backbone: str, trainer: lightning.T
     if trainer.is_global_zero:
         from harmony.data.sources.pixels import prepare_backbone
 
-        prepare_backbone(recipe | {"dir": locate(recipe)}, work)
+        prepare_backbone(recipe, work)
     return work / recipe["name"] / "manifest.jsonl"
 
 

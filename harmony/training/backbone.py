@@ -28,7 +28,7 @@ from harmony.models.steady_norms import steady_norms
 from harmony.pixels.images import CLIP_MEAN, CLIP_STD, from_model, grid, to_clip, write_image
 from harmony.training.muon import Muon
 from harmony.training.objective import add_noise, compute_target
-from harmony.training.schedule import count_steps, decay_linearly
+from harmony.training.schedule import decay_to_end
 from harmony.training.task import Task
 
 if TYPE_CHECKING:
@@ -75,7 +75,7 @@ class BackboneTask(Task):
     def configure_optimizers(self) -> dict[str, Any]:
         h, parameters = self.hparams, [p for p in self.net.parameters() if p.requires_grad]
         optimizer = self.optimizer_class(parameters, lr=h.lr, weight_decay=h.weight_decay)
-        factor = decay_linearly(count_steps(self.trainer), h.warmup)
+        factor = decay_to_end(self.trainer, h.warmup)
         schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 

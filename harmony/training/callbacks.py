@@ -1,6 +1,7 @@
 """Callbacks of a training: sample grids, throughput, the NaN guard, checkpoints, the CSV of metrics."""
 
 import csv
+import math
 import pickle
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -21,6 +22,7 @@ from harmony.methods.method import make_seeds
 from harmony.pixels.images import write_image
 from harmony.sampling.guidance import Settings
 from harmony.training.checkpoints import list_trained, read_checkpoint, read_facts
+from harmony.training.schedule import estimate_seconds_left
 from harmony.training.task import Task
 
 
@@ -220,10 +222,11 @@ class Throughput(Callback):
         rate = steps * size * trainer.world_size * trainer.accumulate_grad_batches / seconds
         module.log("train/images_per_second", rate)
         if trainer.is_global_zero:
-            seconds_left = (trainer.max_steps - trainer.global_step) * seconds / steps
+            total, left = trainer.estimated_stepping_batches, estimate_seconds_left(trainer, seconds / steps)
+            step = f"{trainer.global_step}/{total:.0f}" if math.isfinite(total) else f"{trainer.global_step}"
+            end = f", {left:.0f} s left" if math.isfinite(left) else ""
             loss = float(outputs["loss"].detach())
-            step = f"{trainer.global_step}/{trainer.max_steps}"
-            print(f"step {step}: loss {loss:.4f}, {rate:.0f} images a second, {seconds_left:.0f} s left", flush=True)
+            print(f"step {step}: loss {loss:.4f}, {rate:.0f} images a second{end}", flush=True)
         self.mark, self.step = time.monotonic(), trainer.global_step
 
 

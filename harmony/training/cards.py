@@ -174,13 +174,13 @@ def render_painter_card(
 
 def render_backbone_card(
     name: str,
-    parts: Sequence[str],
+    experiments: Sequence[str],
     scenes: int,
     photographs: str,
     figures: Sequence[tuple[str, float]],
     pictures: Sequence[str],
 ) -> str:
-    """The card of one of our backbones; ``parts``: in the order of their trainings."""
+    """The card of one of our backbones; ``experiments``: its trainings, in their order."""
     data = ModelCardData(
         license="apache-2.0",
         library_name="diffusers",
@@ -191,7 +191,7 @@ def render_backbone_card(
         ("backbone",),
         data,
         name=name,
-        parts=parts,
+        experiments=experiments,
         scenes=scenes,
         photographs=photographs,
         figures=figures,

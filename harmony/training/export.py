@@ -199,7 +199,9 @@ def find_newest_run(runs: Path, experiment: str) -> RunFolder:
 
 def write_backbone(source: Path, output: Path, runs: Path) -> Path:
     """Write the trained backbone in ``source`` with float16 weights and a card of the figures and grids of its runs."""
-    trainings = {part: find_newest_run(runs, f"backbone_{part}") for part in BACKBONE_PARTS}
+    own = f"backbone_{source.resolve().name}"
+    family = own if (runs / f"{own}_{BACKBONE_PARTS[-1]}").is_dir() else "backbone"
+    trainings = {part: find_newest_run(runs, f"{family}_{part}") for part in BACKBONE_PARTS}
     sizes = ship(source, output)
     figures, pictures = [], []
     with open_scratch(output) as folder:
@@ -213,8 +215,8 @@ def write_backbone(source: Path, output: Path, runs: Path) -> Path:
     photographs, sources = last.read_option("dataset.photos"), last.read_option("dataset.sources", list)
     card = render_backbone_card(
         output.name,
-        BACKBONE_PARTS,
-        RENDERS + (last.read_option("dataset.count", int) or 0),
+        [f"{family}_{part}" for part in trainings],
+        (RENDERS if last.read_option("dataset.dir") else 0) + (last.read_option("dataset.count", int) or 0),
         "no photographs" if photographs is None else f"photographs of {', '.join(map(str, sources or []))}",
         figures,
         pictures,

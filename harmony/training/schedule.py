@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterable
 
 import lightning
 import torch
+from lightning.pytorch.callbacks import Timer
 from torch.optim.adamw import adamw as update
 
 from harmony.core.errors import UserError
@@ -30,12 +31,37 @@ def decay_linearly(total: int, warmup: int = 0) -> Callable[[int], float]:
     return lambda n: min(1.0, (n + 1) / max(1, warmup)) * max(0.0, (total - n) / max(1, total))
 
 
-def count_steps(trainer: lightning.Trainer) -> int:
-    """Optimizer steps of the whole run. UserError for a run without end, in which no rate can decay."""
-    total = trainer.estimated_stepping_batches
-    if not math.isfinite(total):
+def find_timer(trainer: lightning.Trainer) -> Timer | None:
+    """The clock of ``trainer.max_time``; None for a run that steps alone end."""
+    return next((c for c in trainer.callbacks if isinstance(c, Timer) and c.time_remaining() is not None), None)
+
+
+def decay_to_end(trainer: lightning.Trainer, warmup: int = 0) -> Callable[[int], float]:
+    """The factor of ``warm_up`` times a linear decay to 0 at the end of the run, by steps or by clock.
+
+    UserError for a run without end, in which no rate can decay, and for several processes that only the clock ends:
+    their rates would differ, and so their weights.
+    """
+    total, timer = trainer.estimated_stepping_batches, find_timer(trainer)
+    steps = decay_linearly(int(total), warmup) if math.isfinite(total) else None
+    if steps is None and (timer is None or trainer.world_size > 1):
         raise UserError("a learning rate that decays needs an end: set trainer.max_steps")
-    return int(total)
+    if timer is None or trainer.world_size > 1:
+        return steps
+
+    def factor(n: int) -> float:
+        remaining, elapsed = timer.time_remaining(), timer.time_elapsed()
+        by_clock = warm_up(warmup)(n) * max(0.0, remaining / (remaining + elapsed))
+        return by_clock if steps is None else min(by_clock, steps(n))
+
+    return factor
+
+
+def estimate_seconds_left(trainer: lightning.Trainer, seconds_per_step: float) -> float:
+    """Seconds until the run ends, by its steps or by its clock; infinite for a run without end."""
+    by_steps, timer = trainer.estimated_stepping_batches - trainer.global_step, find_timer(trainer)
+    seconds = by_steps * seconds_per_step
+    return seconds if timer is None else min(seconds, timer.time_remaining())
 
 
 class HostAdamW(torch.optim.AdamW):
@@ -108,6 +134,6 @@ def make_adamw(
     """
     options = {} if offload else {"fused": not trainer.gradient_clip_val}
     optimizer = (HostAdamW if offload else torch.optim.AdamW)(parameters, lr=lr, weight_decay=weight_decay, **options)
-    factor = decay_linearly(count_steps(trainer), warmup) if decay else warmup_rule(warmup)
+    factor = decay_to_end(trainer, warmup) if decay else warmup_rule(warmup)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
     return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}

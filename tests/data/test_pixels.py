@@ -70,6 +70,16 @@ def test_backbone_manifest_joins_renders_and_permitted_photographs(photos, tmp_p
     assert photographs == {"train": ["a1"], "validation": ["a1"], "test": ["a1", "a2"]}
     assert len(rows) == 3 * 2 + 4
 
+    def generate(root: Path, count: int, size: int, start: int = 0, splits: tuple = (), plate: bool = True) -> Path:
+        assert (count, size, start, splits) == (7, 16, 0, ("train", "validation", "test"))
+        return shutil.copytree(small, root)
+
+    monkeypatch.setattr(
+        pixels, "generate", generate
+    )  # without the bundled set, whose pictures are too small, all splits
+    rows = read_manifest(prepare_backbone(recipe | {"dir": None, "count": 7}, tmp_path / "own"))[1]
+    assert len(rows) == 3 * 2 + 4 and sum(row.image.startswith("studio/") for row in rows) == 6
+
 
 def test_missing_photographs_are_said_before_scenes_are_rendered(tmp_path, monkeypatch):
     monkeypatch.setattr(pixels, "generate", lambda *given, **more: pytest.fail("rendered"))

@@ -86,19 +86,25 @@ def read_rows(folder: Path, split: str, relative_to: Path, sources: Iterable[str
 def prepare_backbone(recipe: dict, work: Path) -> Path:
     """Render missing scenes and write ``manifest.jsonl`` of the backbone's training set into ``work / name``.
 
-    Recipe: ``name``, ``dir`` (the bundled studio set), ``count`` (further studio scenes at the backbone's size, train
-    split), ``size`` in pixels, ``photos`` (a folder in Open Images layout, or null) and ``sources`` (which of its
-    photographs may train weights that are shipped; the test split is only for evaluation and may hold any).
+    Recipe: ``name``, ``dir`` (the bundled studio set, 128 px; null: none), ``count`` (studio scenes to render; beside
+    the bundled set those of the train split that follow it), ``size`` of the renders in pixels, ``photos`` (a folder in
+    Open Images layout, or null) and ``sources`` (which of its photographs may train weights that are shipped; the test
+    split is only for evaluation and may hold any).
     """
     folder = work / recipe["name"]
     sources = [Path(place) for place in (recipe["dir"], recipe["photos"]) if place]
     if missing := [place for place in sources if not place.is_dir()]:
         raise UserError(f"dataset.photos={missing[0]}: no such folder; give one in Open Images layout, or null")
     write_stamps(folder, [place / name for place in sources for name in (*SPLITS, "metadata")])
-    renders = generate(folder / "studio", recipe["count"], recipe["size"], start=512, splits=("train",), plate=False)
+    if recipe["dir"]:
+        what = {"start": 512, "splits": ("train",), "plate": False}
+    else:
+        what = {"splits": SPLITS}
+    renders = generate(folder / "studio", recipe["count"], recipe["size"], **what)
     rows: list[Row] = []
     for split in SPLITS:
-        rows += read_rows(Path(recipe["dir"]) / split, split, folder)
+        if recipe["dir"]:
+            rows += read_rows(Path(recipe["dir"]) / split, split, folder)
         if (renders / split).is_dir():
             rows += read_rows(renders / split, split, folder)
         if recipe["photos"]:
