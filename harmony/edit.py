@@ -50,6 +50,7 @@ def main(cfg: DictConfig) -> None:
     from harmony.methods.prompt_editing import edit_picture, load_or_invert, plan_edit
     from harmony.metrics.fidelity import psnr
     from harmony.models.textual_inversion import learn, read_word
+    from harmony.pixels.color_profiles import to_srgb
     from harmony.pixels.images import crop_resize, from_model
 
     photograph = read_edit(cfg)
@@ -60,9 +61,12 @@ def main(cfg: DictConfig) -> None:
         word = read_word(path)
         learn(backbone, word)
         print(f"{word.token} is a word of {len(word.vectors)} vector{'s' * (len(word.vectors) > 1)}, from {path}")
-    square = crop_resize(photograph.image, photograph.crop, backbone.resolution)
+    square, large = (
+        to_srgb(crop_resize(photograph.image, photograph.crop, side), photograph.profile)
+        for side in (backbone.resolution, photograph.crop.side)
+    )
     if cfg.source is None:
-        cfg.source = describe_source(backbone, crop_resize(photograph.image, photograph.crop, photograph.crop.side))
+        cfg.source = describe_source(backbone, large)
     factors = read_factors(cfg.reweight)
     name, mode = choose_mode(cfg, factors)
     words = factors or None, find_words(cfg)
@@ -111,21 +115,27 @@ def write_pictures(
     image: "np.ndarray",
     region: "np.ndarray | None",
 ) -> list[Path]:
-    """Write the pictures of an edit: ``image`` is the photograph with it, ``region`` where it may differ."""
+    """Write the pictures of an edit: ``image`` is the photograph with it, ``region`` where it may differ.
+
+    The model's own pictures are in sRGB, the photograph keeps its colors and EXIF.
+    """
     from harmony.methods.edit_inputs import draw_attention
+    from harmony.pixels.color_profiles import to_srgb
     from harmony.pixels.images import crop_resize, grid, write_image
 
     side = len(square)
     pictures = {"edit": image, "source": square, "reconstruction": edited.pictures[0], "raw": edited.pictures[1]}
-    row = [square, edited.pictures[0], edited.pictures[1], crop_resize(image, photograph.crop, side)]
+    small = to_srgb(crop_resize(image, photograph.crop, side), photograph.profile)
+    row = [square, edited.pictures[0], edited.pictures[1], small]
     titles = ["source", "reconstruction", "raw edit", "edit"]
     if region is not None:
         pictures["mask"] = region
         for who, mask in zip(("source", "target"), edited.masks, strict=True):
             pictures[f"mask_{who}"] = mask
     pictures |= {"attention": draw_attention(edited, side), "sheet": grid([row], titles)}
+    colors = {"icc_profile": photograph.profile, "exif": photograph.exif}
     for file, picture in pictures.items():
-        options = {} if picture.dtype == bool else {"icc_profile": photograph.profile}
+        options = colors if file == "edit" else {}
         write_image(folder / f"{file}.png", picture, **options)
     return [folder / f"{file}.png" for file in pictures]
 

@@ -74,13 +74,20 @@ def pictures(lines: list[str], names: tuple[str, ...] = LOCAL) -> dict[str, np.n
 
 
 def test_an_edit_keeps_the_color_profile(desk, command, swapped_profile):
-    """Guards colors: all pictures say in which space their pixels are, masks have none; what is unusable is told."""
-    Image.open("p.png").save("p.png", icc_profile=swapped_profile)
+    """Guards colors: the edit is in the photograph's space, what the model sees and makes in sRGB; what is unusable is
+    told.
+    """
+    pixels = read_image("p.png") // 2 + 64  # colors that both spaces hold
+    Image.fromarray(np.ascontiguousarray(pixels[..., ::-1])).save("p.png", icc_profile=swapped_profile)
     code, out, _ = command()
     assert code == 0
-    for path in map(Path, (line for line in out if line.endswith(".png"))):
-        expected_profile = None if "mask" in path.stem else swapped_profile
-        assert Image.open(path).info.get("icc_profile") == expected_profile, path.stem
+    files = {Path(line).stem: Path(line) for line in out if line.endswith(".png")}
+    for name, path in files.items():
+        assert Image.open(path).info.get("icc_profile") == (swapped_profile if name == "edit" else None), name
+    source = read_image(files["source"]).astype(int)
+    height, width = pixels.shape[:2]
+    middle = Crop((width - height) // 2, 0, height)
+    assert np.abs(source - crop_resize(pixels, middle, len(source))).mean() < 1
     Image.open("p.png").save("p.png", icc_profile=b"damaged" * 40)
     assert "the color profile of p.png cannot be used: its colors are taken as sRGB" in command()[1]
 

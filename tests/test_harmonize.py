@@ -355,6 +355,39 @@ def test_a_folder_of_composites(desk, command):
         assert np.array_equal(made[~hole], background[~hole]) and not np.array_equal(made[hole], background[hole])
 
 
+@pytest.mark.parametrize("detail", ["full", "none"])
+def test_a_model_sees_srgb(desk, command, swapped_profile, detail):
+    """Guards against a photograph of another space being taken as sRGB: what is displayed is the same in both."""
+    pixels = {name: read_image(desk / f"{name}.png") // 2 + 64 for name in "bf"}  # colors that both spaces hold
+    shipped = ["model.path=tiny", "controlnet=color_relight", f"detail={detail}"]
+    made = {}
+    for name, profile in (("srgb", None), ("swapped", swapped_profile)):
+        for file, picture in pixels.items():
+            picture = picture if profile is None else np.ascontiguousarray(picture[..., ::-1])
+            Image.fromarray(picture).save(desk / f"{file}.png", icc_profile=profile)
+        words = ["background=b.png", "foreground=f.png", "mask=m.png", f"output={name}", *shipped]
+        assert command(*words)[0] == 0
+        made[name] = read_image(desk / name / "harmonized.png").astype(int)
+    hole = read_image(desk / "srgb" / "hole.png")[..., 0] > 0
+    plain, swapped = made["srgb"][hole], made["swapped"][hole][:, ::-1]
+    assert np.abs(plain - swapped).mean() < 1.5 < np.abs(plain - pixels["b"][hole]).mean()
+
+
+def test_the_photographs_exif_is_kept(desk, command):
+    """Guards camera, time and place of a photograph: in the result, whose pixels are upright, and nowhere else."""
+    exif = Image.Exif()
+    exif[0x0110], exif[0x0112] = "a camera", 6  # the model; lies on its side
+    image = Image.open(desk / "b.png").transpose(Image.Transpose.ROTATE_90)
+    image.save(desk / "b.webp", exif=exif, lossless=True)
+    upright = read_image(desk / "b.png")
+    code, lines, _ = command("background=b.webp", "foreground=f.png", "mask=m.png", "prompt=a car")
+    files = {Path(line).stem: line for line in lines if line.endswith(".png")}
+    assert code == 0 and dict(Image.open(files["harmonized"]).getexif()) == {0x0110: "a camera"}
+    assert not Image.open(files["composite"]).getexif() and not Image.open(files["sheet"]).getexif()
+    outside = read_image(files["hole"])[..., 0] == 0
+    assert np.array_equal(read_image(files["harmonized"])[outside], upright[outside])
+
+
 def test_pictures_keep_the_color_profile_of_the_photograph(desk, command, swapped_profile):
     """Guards colors: the background's profile is in all results, and a cut-out of another space is converted."""
     Image.open(desk / "b.png").save(desk / "b.png", icc_profile=swapped_profile)

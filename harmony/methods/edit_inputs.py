@@ -8,7 +8,7 @@ from omegaconf import DictConfig
 
 from harmony.core.errors import UserError
 from harmony.methods.prompt_editing import MODES, EditResult, Mode, find_mode
-from harmony.pixels.color_profiles import read_photograph
+from harmony.pixels.color_profiles import from_srgb, read_photograph
 from harmony.pixels.composites import paste_back
 from harmony.pixels.images import Crop, grid, paste_crop, resize, square_around
 from harmony.sampling.prompt_to_prompt import strip_punctuation
@@ -41,12 +41,13 @@ def read_factors(value: str | Mapping[str, float] | None) -> dict[str, float]:
 
 @dataclass(frozen=True)
 class EditInput:
-    """The photograph, uint8 H x W x 3, the square of it that is edited, its color profile, and notes on its colors."""
+    """The photograph, uint8 H x W x 3, the square of it that is edited, its color profile and EXIF, notes on its colors."""
 
     image: np.ndarray
     crop: Crop
     profile: bytes | None = None
     notes: tuple[str, ...] = ()
+    exif: bytes | None = None
 
 
 def read_edit(cfg: DictConfig) -> EditInput:
@@ -56,7 +57,7 @@ def read_edit(cfg: DictConfig) -> EditInput:
     if cfg.mode is not None and cfg.mode not in MODES:
         raise UserError(f"mode={cfg.mode}: choose one of {', '.join(MODES)}")
     photograph = read_photograph(cfg.image)
-    image, colors = photograph.pixels, (photograph.profile, photograph.notes)
+    image, colors = photograph.pixels, (photograph.profile, photograph.notes, photograph.exif)
     height, width = image.shape[:2]
     if cfg.square is None:
         middle = (width // 2, height // 2, width // 2 + 1, height // 2 + 1)
@@ -104,7 +105,7 @@ def paste_edit(edit_input: EditInput, result: EditResult, paste: bool) -> tuple[
     ``paste``: pixels outside the mask are those of the photograph.
     """
     photograph, crop = edit_input.image, edit_input.crop
-    image = paste_crop(photograph, result.pictures[1], crop)
+    image = paste_crop(photograph, from_srgb(result.pictures[1], edit_input.profile), crop)
     if result.masks is None:
         return image, None
     region = np.zeros(photograph.shape[:2], bool)

@@ -14,7 +14,7 @@ from harmony.core.foreign import is_file_name, read_table
 from harmony.data.descriptions import Description, parse_descriptions, read_descriptions
 from harmony.methods.insert import Insertion, Result, check_sizes, cut, find_shadow_region, find_square
 from harmony.methods.method import EXEMPLAR, LIGHTS, Method
-from harmony.pixels.color_profiles import Photograph, read_in_space, read_photograph
+from harmony.pixels.color_profiles import Photograph, read_in_space, read_photograph, to_srgb
 from harmony.pixels.composites import copy_paste, place, poisson, reinhard
 from harmony.pixels.exemplars import cut_out
 from harmony.pixels.images import crop_resize, grid, open_image, resize
@@ -33,7 +33,7 @@ class Inputs:
     None. ``plate``: the photograph without the object, for Poisson's baseline, where a composite's is known.
     ``reference``: the exemplar, uint8 of any size, where it is a separate picture. ``lights``: descriptions of
     the object's light and of the light around it. ``name``: the name of the results. ``profile``: the photograph's
-    color profile, which all colors are in. ``notes``: lines on what happened to colors.
+    color profile, which all colors are in. ``notes``: lines on what happened to colors. ``exif``: the photograph's.
     """
 
     background: np.ndarray
@@ -46,6 +46,7 @@ class Inputs:
     name: str = ""
     profile: bytes | None = None
     notes: tuple[str, ...] = ()
+    exif: bytes | None = None
 
     @property
     def is_placed(self) -> bool:
@@ -70,12 +71,13 @@ class Inputs:
         exemplar = None
         if EXEMPLAR in method.wants:
             exemplar = cut_out(self.foreground, self.mask) if self.reference is None else self.reference
+            exemplar = to_srgb(exemplar, self.profile)
         region = self.region
         if region is None and shadow and self.is_placed and method.relights and radius:
             region = find_shadow_region(self.mask)
         fields = {"caption": caption, "exemplar": exemplar, "lights": self.lights, "name": self.name}
         pictures = (self.background, self.foreground, self.mask, region)
-        return cut(method.resolution, *pictures, radius, **fields)
+        return cut(method.resolution, *pictures, radius, self.profile, **fields)
 
 
 def get_size(image: np.ndarray) -> tuple[int, int]:
@@ -141,7 +143,8 @@ def read_inputs(options: Mapping[str, Any]) -> Inputs:
     check_sizes(image, foreground=foreground, mask=mask, region=region)
     lights = read_lights(o["prompts"], name)
     plate = read_plate(o["plate"], photograph)
-    return Inputs(image, foreground, mask, region, None, plate, lights, name, photograph.profile, notes)
+    colors = {"profile": photograph.profile, "notes": notes, "exif": photograph.exif}
+    return Inputs(image, foreground, mask, region, None, plate, lights, name, **colors)
 
 
 def read_plate(path: str | None, photograph: Photograph) -> np.ndarray | None:
@@ -163,7 +166,8 @@ def read_reference(o: Mapping[str, Any]) -> Inputs:
     background, reference = photograph.pixels, put_on_white(exemplar.pixels, o["reference"])
     mask = read_mask(o["mask"], get_size(background))
     region = read_mask(o["region"], get_size(background)) if o["region"] else None
-    colors = {"profile": photograph.profile, "notes": photograph.notes + exemplar.notes}
+    notes = photograph.notes + exemplar.notes
+    colors = {"profile": photograph.profile, "notes": notes, "exif": photograph.exif}
     return Inputs(background, background, mask, region, reference, **colors)
 
 

@@ -12,6 +12,7 @@ import numpy as np
 
 from harmony.core.errors import UserError
 from harmony.methods.method import Composite, Method, Seed, fingerprint, make_seeds
+from harmony.pixels.color_profiles import from_srgb, to_srgb
 from harmony.pixels.composites import CHANGE_SIGMA, carry_change, copy_paste, paste_back
 from harmony.pixels.images import Crop, crop_resize, paste_crop, square_around
 from harmony.pixels.masks import (
@@ -52,7 +53,8 @@ class Insertion:
     """A ``square`` to fill, and what is needed to paste it back into its photograph.
 
     ``background``, ``composite`` (plain copy and paste) uint8 H x W x 3; ``mask``, ``hole`` bool H x W, and ``region``
-    where the method may repaint beside the object, or None; ``crop``: where the square lies.
+    where the method may repaint beside the object, or None; ``crop``: where the square lies. ``profile``: the color
+    profile of all pictures but the square, which a model sees in sRGB; None: they are the same.
     """
 
     square: Composite
@@ -62,6 +64,7 @@ class Insertion:
     hole: np.ndarray
     region: np.ndarray | None
     crop: Crop
+    profile: bytes | None = None
 
     def paste(self, output: np.ndarray, feather: float = 0, before: np.ndarray | None = None) -> Result:
         """Paste ``output`` (uint8 R x R x 3) into the hole; ``feather`` in pixels blends inwards.
@@ -69,6 +72,7 @@ class Insertion:
         With ``before``, the composite by the same networks (``Method.relight``), the photograph keeps its detail and
         takes the change of light between both; without it the output is enlarged.
         """
+        output, before = (None if y is None else from_srgb(y, self.profile) for y in (output, before))
         pixels = output if before is None else self.carry(before, output)
         image = paste_back(paste_crop(self.background, pixels, self.crop), self.background, self.hole, feather)
         return Result(image, output, self.composite, self.hole, self.crop)
@@ -90,6 +94,7 @@ def cut(
     mask: np.ndarray,
     region: np.ndarray | None = None,
     radius: float = TEST_RADIUS,
+    profile: bytes | None = None,
     **fields,
 ) -> Insertion:
     """Cut out the square of ``side`` pixels in which the masked object of ``foreground`` goes into ``background``.
@@ -97,22 +102,25 @@ def cut(
     ``side`` None: as many pixels as the square has in the photograph.
     ``background``, ``foreground`` uint8 H x W x 3 and ``mask`` bool H x W have one size (see ``composites.place`` for a
     cut-out of another size). The hole is the mask dilated by ``radius`` (px at a square of 512; less for a thin object)
-    and the optional ``region``, in which a method may also repaint (for a shadow). ``fields``: further fields of
-    ``Composite``. UserError for an empty mask, an object that is too thin for ``side``, or sizes that differ.
+    and the optional ``region``, in which a method may also repaint (for a shadow). ``profile``: the color profile of
+    both pictures; a square for a model, of a given ``side``, is in sRGB. ``fields``: further fields of ``Composite``.
+    UserError for an empty mask, an object that is too thin for ``side``, or sizes that differ.
     """
     check_sizes(background, foreground=foreground, mask=mask, region=region)
     height, width = background.shape[:2]
     composite = copy_paste(background, foreground, mask)
     crop = find_square(mask, region)
+    profile = None if side is None else profile
     side = side or crop.side
-    square_background, instance, square_mask = (crop_resize(a, crop, side) for a in (background, composite, mask))
+    square_background, instance = (to_srgb(crop_resize(a, crop, side), profile) for a in (background, composite))
+    square_mask = crop_resize(mask, crop, side)
     hole = dilate(mask, find_rim(mask, crop, side, radius))
     if region is not None:
         hole |= region
     hole &= box_mask(crop.clip(width, height), width, height)
     places = {"crop": crop, "size": (width, height), "naive_composite": instance}
     square = Composite(square_background, instance, square_mask, crop_resize(hole, crop, side), **places, **fields)
-    return Insertion(square, background, composite, mask, hole, region, crop)
+    return Insertion(square, background, composite, mask, hole, region, crop, profile)
 
 
 def insert(

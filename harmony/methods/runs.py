@@ -132,7 +132,8 @@ class Inserter:
         write_image(files["hole"], result.hole)
         pictures = {"raw": result.output, "sheet": draw_sheet(inputs, result, image), "harmonized": image}
         for name, picture in pictures.items():
-            write_image(files[name], picture, icc_profile=inputs.profile)
+            exif = inputs.exif if name == "harmonized" else None
+            write_image(files[name], picture, icc_profile=inputs.profile, exif=exif)
         return files
 
     def run_folder(self, requests: Mapping[str, Request], batch: int) -> tuple[np.ndarray, int]:

@@ -1,4 +1,7 @@
-"""Color profiles (ICC) of photographs: kept as they are; a cut-out is converted to the photograph's color space."""
+"""Color profiles (ICC) and EXIF of photographs are kept; a cut-out is converted to the photograph's color space.
+
+Models know sRGB alone: what they see of a photograph in another space is converted to it, and their answer back.
+"""
 
 from dataclasses import dataclass, replace
 from io import BytesIO
@@ -14,14 +17,16 @@ NO_RGB = ("CMYK", "LAB")  # modes whose pixels an RGB profile cannot describe
 
 @dataclass(frozen=True)
 class Photograph:
-    """The pixels of a picture, uint8 H x W x 3, and their color profile; None means sRGB.
+    """The pixels of a picture, uint8 H x W x 3, upright, and their color profile; None means sRGB.
 
-    ``notes``: lines for the user on what happened to its colors.
+    ``notes``: lines for the user on what happened to its colors. ``exif``: what the file says of camera, time and
+    place, without the orientation.
     """
 
     pixels: np.ndarray
     profile: bytes | None = None
     notes: tuple[str, ...] = ()
+    exif: bytes | None = None
 
 
 def read_photograph(path: str | Path) -> Photograph:
@@ -31,25 +36,25 @@ def read_photograph(path: str | Path) -> Photograph:
     give a note. UserError as in ``read_image``.
     """
     image = open_image(path)
-    profile = image.info.get("icc_profile")
+    profile, exif = image.info.get("icc_profile"), image.info.get("exif") or None
     if not profile:
-        return Photograph(to_rgb(image, path))
+        return Photograph(to_rgb(image, path), exif=exif)
     try:
         note = f"{path}: colors converted from {describe(profile)} to sRGB"
         if open_profile(profile).profile.xcolor_space.strip() == "RGB" and image.mode not in NO_RGB:
             convert_colors(Image.new("RGB", (1, 1)), profile, None)  # fails where the profile is damaged
-            return Photograph(to_rgb(image, path), profile)
+            return Photograph(to_rgb(image, path), profile, exif=exif)
         picture = convert_colors(image.convert("L") if image.mode == "LA" else image, profile, None)
     except (OSError, ValueError, ImageCms.PyCMSError):
         note = f"the color profile of {path} cannot be used: its colors are taken as sRGB"
-        return Photograph(to_rgb(image, path), notes=(note,))
-    return Photograph(np.array(picture), notes=(note,))
+        return Photograph(to_rgb(image, path), notes=(note,), exif=exif)
+    return Photograph(np.array(picture), notes=(note,), exif=exif)
 
 
 def read_in_space(path: str | Path, profile: bytes | None) -> Photograph:
     """Read a picture with its colors converted to the space of ``profile``, that of the photograph it goes into."""
     photograph = read_photograph(path)
-    if photograph.profile == profile or "sRGB" in describe(photograph.profile) and "sRGB" in describe(profile):
+    if photograph.profile == profile or (is_srgb(photograph.profile) and is_srgb(profile)):
         return replace(photograph, profile=profile)
     names = f"{describe(photograph.profile)} to {describe(profile)}"
     try:
@@ -59,6 +64,21 @@ def read_in_space(path: str | Path, profile: bytes | None) -> Photograph:
         return Photograph(photograph.pixels, profile, (*photograph.notes, note))
     note = f"{path}: colors converted from {names}"
     return Photograph(np.array(picture), profile, (*photograph.notes, note))
+
+
+def is_srgb(profile: bytes | None) -> bool:
+    """Whether a profile calls itself sRGB."""
+    return profile is None or "sRGB" in describe(profile)
+
+
+def to_srgb(pixels: np.ndarray, profile: bytes | None) -> np.ndarray:
+    """Pixels of ``profile``, uint8 H x W x 3, in sRGB; colors beyond it become its most saturated ones."""
+    return pixels if is_srgb(profile) else np.array(convert_colors(Image.fromarray(pixels), profile, None))
+
+
+def from_srgb(pixels: np.ndarray, profile: bytes | None) -> np.ndarray:
+    """Pixels of sRGB, uint8 H x W x 3, in the space of ``profile``."""
+    return pixels if is_srgb(profile) else np.array(convert_colors(Image.fromarray(pixels), None, profile))
 
 
 def convert_colors(image: Image.Image, source: bytes | None, target: bytes | None) -> Image.Image:
