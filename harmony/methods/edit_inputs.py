@@ -41,7 +41,7 @@ def read_factors(value: str | Mapping[str, float] | None) -> dict[str, float]:
 
 @dataclass(frozen=True)
 class EditInput:
-    """The photograph, uint8 H x W x 3, the square of it that is edited, its color profile and EXIF, notes on its colors."""
+    """The photograph, uint8 H x W x 3, the square of it that is edited, color profile and EXIF, notes on its colors."""
 
     image: np.ndarray
     crop: Crop
