@@ -16,10 +16,11 @@ from harmony.methods.method import Method, make_seeds
 from harmony.models.backbone import Backbone
 from harmony.models.clip import clip_of
 from harmony.models.features import feature_extractor
+from harmony.models.perception import METRICS, PairMetric
 from harmony.pixels.images import write_image
 
 CHUNK = 32  # pictures between two lines of progress
-SHOWN = ("color_de", "fpsnr", "psnr", "edge_f1", "fid", "kid", "seam", "bg_drift")
+SHOWN = ("color_de", "fpsnr", "psnr", "edge_f1", *METRICS, "fid", "kid", "seam", "bg_drift")
 
 
 def fill_set(items: EvalSet, method: Method, seed: int, what: str) -> list[np.ndarray]:
@@ -43,16 +44,23 @@ class Outcome:
 
 
 def before_and_after(
-    backbone: Backbone, items: EvalSet, before: Method, after: Method, seed: int, protocol: str, clip: str | None = None
+    backbone: Backbone,
+    items: EvalSet,
+    before: Method,
+    after: Method,
+    seed: int,
+    protocol: str,
+    clip: str | None = None,
+    metrics: Sequence[PairMetric] = (),
 ) -> Outcome:
     """Fill ``items`` with two methods and measure both.
 
-    ``protocol`` says how both are sampled; ``clip``: see ``clip_of``.
+    ``protocol`` says how both are sampled; ``clip``: see ``clip_of``; ``metrics``: further ones.
     """
-    fidelity = Fidelity(enough(items), feature_extractor(backbone), clip_of(backbone, clip))
+    fidelity = Fidelity(enough(items), feature_extractor(backbone), clip_of(backbone, clip), metrics)
     tell(f"evaluating on {len(items)} {items.name} pictures, before and after: {protocol}; fid on {fidelity.protocol}")
     outputs = [fill_set(items, method, seed, what) for what, method in (("before", before), ("after", after))]
-    old, new = map(fidelity.figures, outputs)
+    old, new = (fidelity.measure(images).means for images in outputs)
     facts = {"protocol": fidelity.protocol, "count": len(items)}
     return Outcome({f"baseline/{name}": value for name, value in old.items()} | new, facts, *outputs)
 
@@ -60,7 +68,7 @@ def before_and_after(
 def table(metrics: dict[str, float], split: str, protocol: str, count: int) -> str:
     """Before and after as a Markdown table; below it the number of pictures and the features of fid and kid."""
     lines = ["| metric | before | after | change |", "|---|---|---|---|"]
-    for name in [f"{split}/pasted/{m}" for m in SHOWN] + [f"{split}/raw/bg_drift"]:
+    for name in [f"{split}/pasted/{m}" for m in SHOWN] + [f"{split}/raw/{m}" for m in ("bg_drift", "shift")]:
         if name in metrics:
             old, new = metrics[f"baseline/{name}"], metrics[name]
             change = "" if old <= 0 or name.endswith("kid") else f"{100 * (new - old) / old:+.1f} %"  # kid is about 0
@@ -89,13 +97,14 @@ class BeforeAfter(Study):
             return Report()
         method, baseline = run.method(), run.build({"method": "inpainting"})
         items = load_reconstruct(run.manifest, run.split, run.backbone.resolution, run.limit)
-        outcome = before_and_after(run.backbone, items, baseline, method, run.seed, run.protocol, run.clip)
+        metrics, lines = run.metrics
+        outcome = before_and_after(run.backbone, items, baseline, method, run.seed, run.protocol, run.clip, metrics)
         few = subsample(list(range(len(items))), self.shown)
         off, on = ([outputs[i] for i in few] for outputs in (outcome.before, outcome.after))
         picture = run.folder / "grids" / "samples.png"
         picture.parent.mkdir(exist_ok=True)
         part = items.part(few)
         write_image(picture, sample_grid(part, views_and_outputs(part, off, method, on)))
-        text = f"{table(outcome.figures, run.split, **outcome.facts)}\n"
+        text = "\n".join([table(outcome.figures, run.split, **outcome.facts), *lines]) + "\n"
         write_text(run.folder / "table.md", text)
         return Report(outcome.figures, outcome.facts | {"manifest": manifest_hash(run.manifest)}, text, [picture])

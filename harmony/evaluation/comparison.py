@@ -32,10 +32,10 @@ from harmony.evaluation.exemplars import Likeness, load_exemplars
 from harmony.evaluation.figures import Fidelity, scores
 from harmony.evaluation.report import Report
 from harmony.evaluation.study import Study, StudyRun
-from harmony.evaluation.tables import curves, flat, heat, mosaics, pictures, write_table
+from harmony.evaluation.tables import ERROR, curves, flat, heat, mosaics, pictures, write_table
 from harmony.methods.insert import FULL, NONE, Detailed
 from harmony.methods.method import Composite, Method, Seed, fingerprint
-from harmony.metrics.fidelity import aggregate, fmse
+from harmony.metrics.fidelity import aggregate, fmse, standard_errors
 from harmony.models.features import feature_extractor
 from harmony.models.judge import Evaluator, load_evaluator
 from harmony.pixels.exemplars import exemplar
@@ -103,6 +103,7 @@ class Comparison(Study):
     run: StudyRun
     eval_set: str
     rows: dict[str, dict]
+    against: str | None
     radius: float
     degrade: Sequence[int]
     sweep: dict | None
@@ -150,7 +151,9 @@ class Comparison(Study):
     def measures(self, items: EvalSet) -> Fidelity | Likeness:
         """What makes the figures of the raw outputs of a method."""
         if items.kind != EXEMPLAR:
-            return Fidelity(items, self.extractor, self.run.embedder)
+            metrics, lines = self.run.metrics
+            self.notes += [line for line in lines if line not in self.notes]
+            return Fidelity(items, self.extractor, self.run.embedder, metrics)
         real = load_reconstruct(self.run.manifest, "train", self.run.backbone.resolution, REAL).truths
         return Likeness(items, self.run.embedder, self.extractor, real)
 
@@ -293,16 +296,25 @@ class Comparison(Study):
 
     def figures(self, items: EvalSet, methods: dict[str, Method], ruler: Fidelity | Likeness, suffix: str) -> dict:
         """Row -> figures; notes say how often a pick was the best there was."""
-        table = {}
+        table, pictures_of = {}, {}
+        against = self.against or next(iter(methods))
+        if against not in methods:
+            raise UserError(f"study.against={against}: no such row; choose among {', '.join(methods)}")
         for n, (name, method) in enumerate(methods.items(), 1):
             self.say(self.part, f"measuring {name}, {n}/{len(methods)}")
             raw = self.outputs(items, method)
-            table[f"{name}{suffix}"] = ruler.figures(raw)
+            figures = ruler.measure(raw)
+            table[f"{name}{suffix}"], pictures_of[name] = figures.means, figures.rows
             if isinstance(method, Picked):
                 share = 100 * best_picks(items, [self.outputs(items, row) for row in method.rows], raw)
                 self.notes.append(
                     f"{name}{suffix}: the evaluator's pick is the best of {len(method.rows)} in {share:.0f} %"
                 )
+        for name, rows in pictures_of.items():
+            errors = standard_errors(rows, pictures_of[against])
+            table[f"{name}{suffix}"] |= {f"{items.name}/pasted/{m}{ERROR}": v for m, v in errors.items()}
+        if len(methods) > 1:
+            self.notes.append(f"±: paired standard error of the difference from {against}{suffix}")
         return table
 
     def columns(self, items: EvalSet, methods: dict[str, Method], few: Sequence[int], suffix: str) -> dict[str, list]:

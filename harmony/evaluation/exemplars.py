@@ -19,10 +19,10 @@ from harmony.core.errors import UserError
 from harmony.core.progress import tell
 from harmony.core.row import Row
 from harmony.evaluation.eval_sets import EXEMPLAR, EvalSet, paste_outputs, subsample
-from harmony.evaluation.figures import distances
+from harmony.evaluation.figures import Figures, distances
 from harmony.metrics.fidelity import aggregate, bg_drift
 from harmony.metrics.frechet import Statistics, extract, frechet_distance
-from harmony.metrics.similarity import Clip, clip_i, crop_to_box, embeddings
+from harmony.metrics.similarity import Clip, cosines, crop_to_box, embeddings
 from harmony.pixels.exemplars import cut_out
 from harmony.pixels.images import read_image, resize
 from harmony.pixels.masks import bounding_box, box_mask, read_mask
@@ -109,10 +109,9 @@ class Quality:
         self.mixture = GaussianMixture(count, covariance_type="diag", reg_covar=1e-3, random_state=seed).fit(first)
         self.scores = np.sort(self.mixture.score_samples(second))
 
-    def __call__(self, features: torch.Tensor) -> float:
-        """Mean over N x D features, 0..100."""
-        ranks = np.searchsorted(self.scores, self.mixture.score_samples(features.numpy())) / len(self.scores)
-        return float(100 * ranks.mean())
+    def __call__(self, features: torch.Tensor) -> np.ndarray:
+        """The rank of each of N x D features, N, 0..100."""
+        return 100 * np.searchsorted(self.scores, self.mixture.score_samples(features.numpy())) / len(self.scores)
 
 
 @dataclass(frozen=True)
@@ -146,21 +145,30 @@ class Likeness:
     def exemplars(self) -> torch.Tensor:
         return embeddings([c.exemplar for c in self.items.composites], self.clip)
 
-    def figures(self, raw: Sequence[np.ndarray]) -> dict[str, float]:
-        """``<split>/raw/<metric>`` and ``<split>/pasted/<metric>``."""
-        items, results = self.items, {}
+    def rows(self, outputs: Sequence[np.ndarray], features: torch.Tensor) -> list[dict[str, float]]:
+        """The figures of each picture, by its embedding."""
+        items = self.items
+        boxes = [crop_to_box(y, c.hole) for y, c in zip(outputs, items.composites, strict=True)]
+        looks = [100 * cosine for cosine in cosines(embeddings(boxes, self.clip), self.exemplars)]
+        ranks = self.quality(features).tolist()
+        return [
+            {
+                "bg_drift": bg_drift(y, c.background, c.hole),
+                "copying": copying(box, c.exemplar),
+                "clip_i": look,
+                "qs_own": rank,
+            }
+            for y, c, box, look, rank in zip(outputs, items.composites, boxes, looks, ranks, strict=True)
+        ]
+
+    def measure(self, raw: Sequence[np.ndarray]) -> Figures:
+        """The figures of a method's outputs, raw and after paste-back."""
+        items, means = self.items, {}
         for kind, outputs in (("raw", list(raw)), ("pasted", paste_outputs(items, raw))):
-            boxes = [crop_to_box(y, c.hole) for y, c in zip(outputs, items.composites, strict=True)]
-            numbers = aggregate(
-                [
-                    {"bg_drift": bg_drift(y, c.background, c.hole), "copying": copying(box, c.exemplar)}
-                    for y, c, box in zip(outputs, items.composites, boxes, strict=True)
-                ]
-            )
             features = embeddings(outputs, self.clip)
+            rows = self.rows(outputs, features)
             sets = (Statistics(f.shape[1]).update(f) for f in (features, self.real_embeddings))
-            numbers |= {"clip_i": 100 * clip_i(embeddings(boxes, self.clip), self.exemplars)}
-            numbers |= {"clip_fid": frechet_distance(*sets), "qs_own": self.quality(features)}
+            numbers = aggregate(rows) | {"clip_fid": frechet_distance(*sets)}
             numbers |= distances(extract(outputs, self.extractor, self.extractor.size), self.real_features)
-            results |= {f"{items.name}/{kind}/{name}": float(value) for name, value in numbers.items()}
-        return results
+            means |= {f"{items.name}/{kind}/{name}": float(value) for name, value in numbers.items()}
+        return Figures(means, rows)

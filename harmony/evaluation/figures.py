@@ -8,9 +8,11 @@ import numpy as np
 import torch
 
 from harmony.evaluation.eval_sets import EvalSet, paste_outputs
+from harmony.metrics.alignment import shift
 from harmony.metrics.fidelity import aggregate, bg_drift, image_metrics, sharpness
 from harmony.metrics.frechet import Statistics, extract, frechet_distance, kid
-from harmony.metrics.similarity import Clip, clip_i, clip_t, crop_to_box, embeddings
+from harmony.metrics.similarity import Clip, cosines, crop_to_box, embeddings
+from harmony.models.perception import PairMetric
 
 KID_BELOW = 2048  # with fewer images the covariance is singular: the kernel distance is reported too
 
@@ -27,17 +29,32 @@ def scores(items: EvalSet, outputs: Sequence[np.ndarray]) -> list[dict[str, floa
 
 
 @dataclass(frozen=True)
+class Figures:
+    """What a method's outputs measure: ``means`` over pictures, ``<split>/<kind>/<metric>``, and the ``rows`` of the
+    single pictures after paste-back, metric -> figure.
+    """
+
+    means: dict[str, float]
+    rows: list[dict[str, float]]
+
+
+@dataclass(frozen=True)
 class Fidelity:
-    """All figures for outputs on ``items``; without a ``clip`` there is no ``clip_i`` and ``clip_t``."""
+    """All figures for outputs on ``items``; without a ``clip`` there is no ``clip_i`` and ``clip_t``.
+
+    ``metrics``: further ones, whose weights come from elsewhere.
+    """
 
     items: EvalSet
     extractor: Callable
     clip: Clip | None = None
+    metrics: Sequence[PairMetric] = ()
 
     @property
     def protocol(self) -> str:
-        """What features fid, kid and the CLIP scores are made of."""
-        return f"{self.extractor.protocol} features{f', clip on {self.clip.name} embeddings' if self.clip else ''}"
+        """What features fid, kid and the CLIP scores are made of, and how further metrics are measured."""
+        clip = f", clip on {self.clip.name} embeddings" if self.clip else ""
+        return "; ".join([f"{self.extractor.protocol} features{clip}", *(metric.protocol for metric in self.metrics)])
 
     @cached_property
     def real(self) -> torch.Tensor:
@@ -55,17 +72,29 @@ class Fidelity:
     def boxes(self, images: Sequence[np.ndarray]) -> list[np.ndarray]:
         return [crop_to_box(y, c.mask) for y, c in zip(images, self.items.composites, strict=True)]
 
-    def figures(self, raw: Sequence[np.ndarray]) -> dict[str, float]:
-        """``<split>/raw/<metric>`` and ``<split>/pasted/<metric>``; means over images."""
-        items, results = self.items, {}
+    def rows(self, outputs: Sequence[np.ndarray]) -> list[dict[str, float]]:
+        """The figures of each picture."""
+        rows, columns = scores(self.items, outputs), {}
+        if self.clip is not None:  # times 100, as the field prints them
+            looks = embeddings(self.boxes(outputs), self.clip), embeddings(outputs, self.clip)
+            pairs = {"clip_i": (looks[0], self.objects), "clip_t": (looks[1], self.words)}
+            columns = {name: [100 * cosine for cosine in cosines(*pair)] for name, pair in pairs.items()}
+        masks = [c.mask for c in self.items.composites]
+        columns |= {metric.name: metric(outputs, self.items.truths, masks) for metric in self.metrics}
+        return [row | {name: values[n] for name, values in columns.items()} for n, row in enumerate(rows)]
+
+    def measure(self, raw: Sequence[np.ndarray]) -> Figures:
+        """The figures of a method's outputs, raw and after paste-back; ``shift`` is of the raw ones."""
+        items, means = self.items, {}
         for kind, outputs in (("raw", list(raw)), ("pasted", paste_outputs(items, raw))):
-            numbers = aggregate(scores(items, outputs))
+            rows = self.rows(outputs)
+            numbers = aggregate(rows)
+            if kind == "raw":
+                composites = zip(outputs, items.composites, strict=True)
+                numbers |= aggregate([{"shift": shift(y, c.background, c.hole)} for y, c in composites])
             numbers |= distances(extract(outputs, self.extractor, self.extractor.size), self.real)
-            if self.clip is not None:  # times 100, as the field prints them
-                numbers["clip_i"] = 100 * clip_i(embeddings(self.boxes(outputs), self.clip), self.objects)
-                numbers["clip_t"] = 100 * clip_t(embeddings(outputs, self.clip), self.words)
-            results |= {f"{items.name}/{kind}/{name}": float(value) for name, value in numbers.items()}
-        return results
+            means |= {f"{items.name}/{kind}/{name}": float(value) for name, value in numbers.items()}
+        return Figures(means, rows)
 
 
 def distances(outputs: torch.Tensor, real: torch.Tensor) -> dict[str, float]:

@@ -11,6 +11,7 @@ from harmony.evaluation.report import Report
 from harmony.methods.method import Method
 from harmony.models.backbone import Backbone
 from harmony.models.clip import clip_of
+from harmony.models.perception import PairMetric, load_metrics
 from harmony.sampling.guidance import Settings
 
 
@@ -21,8 +22,8 @@ class StudyRun:
     ``prepare`` returns the dataset's manifest (of an editing dataset its ``edits.jsonl``) and ``load`` the backbone;
     each is called once, when a study first asks. ``build`` turns options of a row into a method, ``method`` is the
     method of the command line. ``protocol`` says in words how pictures are sampled. ``clip`` is open_clip's
-    NAME/WEIGHTS (None: the backbone's towers). Of ``world`` processes each makes its share of the outputs; the first
-    one reports.
+    NAME/WEIGHTS (None: the backbone's towers), ``weights`` those of further metrics by name. Of ``world`` processes
+    each makes its share of the outputs; the first one reports.
     """
 
     name: str
@@ -34,6 +35,7 @@ class StudyRun:
     protocol: str = ""
     clip: str | None = None
     evaluator: str | None = None
+    weights: Mapping[str, str | None] = field(default_factory=dict)
     rank: int = 0
     world: int = 1
     prepare: Callable[[], Path] | None = None
@@ -53,6 +55,11 @@ class StudyRun:
     def embedder(self) -> Any:
         """The CLIP model of this run; None where there is none."""
         return clip_of(self.backbone, self.clip)
+
+    @cached_property
+    def metrics(self) -> tuple[list[PairMetric], list[str]]:
+        """The further metrics, and a line for each whose weights cannot be had."""
+        return load_metrics(self.weights, self.backbone.device)
 
 
 class Study(ABC):

@@ -14,16 +14,22 @@ Table = Mapping[str, Mapping[str, float]]  # row -> column -> figure
 
 # what the Markdown table shows; the CSV holds every figure
 SHOWN = (
-    "pasted/fpsnr", "pasted/fmse", "pasted/psnr", "pasted/mse", "pasted/color_de", "pasted/edge_f1",
-    "pasted/shadow_mse", "pasted/seam", "pasted/sharpness", "pasted/clip_i", "pasted/clip_t", "pasted/qs_own",
-    "pasted/copying", "pasted/clip_fid", "pasted/fid", "pasted/kid", "pasted/bg_drift",
-    "raw/fpsnr", "raw/fmse", "raw/psnr", "raw/mse", "raw/fid", "raw/kid",
+    "pasted/fpsnr", "pasted/fmse", "pasted/psnr", "pasted/mse", "pasted/ssim", "pasted/lpips", "pasted/structure",
+    "pasted/color_de", "pasted/edge_f1", "pasted/shadow_mse", "pasted/seam", "pasted/sharpness", "pasted/clip_i",
+    "pasted/clip_t", "pasted/dino_i", "pasted/qs_own", "pasted/copying", "pasted/clip_fid", "pasted/fid", "pasted/kid",
+    "pasted/bg_drift", "raw/fpsnr", "raw/fmse", "raw/psnr", "raw/mse", "raw/fid", "raw/kid", "raw/bg_drift",
+    "raw/shift",
 )  # fmt: skip
 
 
+ERROR = "_se"  # ends the name of a column of standard errors
+
+
 def columns(table: Table) -> list[str]:
-    """All columns of a table, in the order in which its rows name them."""
-    return list(dict.fromkeys(name for row in table.values() for name in row))
+    """All columns of a table, in the order in which its rows name them, a standard error behind its figure."""
+    names = dict.fromkeys(name for row in table.values() for name in row)
+    heads = [name for name in names if not (name.endswith(ERROR) and name.removesuffix(ERROR) in names)]
+    return [name for head in heads for name in (head, f"{head}{ERROR}") if name in names]
 
 
 def flat(table: Table) -> dict[str, float]:
@@ -42,12 +48,25 @@ def to_csv(table: Table, first: str) -> str:
 
 
 def to_markdown(table: Table, first: str, notes: Sequence[str], every: bool = False) -> str:
-    """The columns of SHOWN and those of printed figures (or ``every`` one), then ``notes``, a line each."""
+    """The columns of SHOWN and those of printed figures (or ``every`` one), then ``notes``, a line each.
+
+    A figure's standard error, column ``<figure>_se``, stands behind it.
+    """
+    errors = {f"{name}{ERROR}" for name in columns(table)}
     names = [c for c in columns(table) if every or c.partition("/")[2] in SHOWN or c.startswith("paper/")]
+    names = [name for name in names if name not in errors]
     lines = [f"| {first} | {' | '.join(names)} |", "|" + "---|" * (len(names) + 1)]
     for name, row in table.items():
-        lines.append(f"| {name} | {' | '.join(f'{row[c]:.4g}' if c in row else '' for c in names)} |")
+        lines.append(f"| {name} | {' | '.join(format_cell(row, c) for c in names)} |")
     return "\n".join([*lines, "", *notes]) + "\n"
+
+
+def format_cell(row: Mapping[str, float], name: str) -> str:
+    """A figure of a row, with its standard error unless that is 0; empty where there is no figure."""
+    if name not in row:
+        return ""
+    error = row.get(f"{name}{ERROR}")
+    return f"{row[name]:.4g} ±{error:.2g}" if error else f"{row[name]:.4g}"
 
 
 def write_table(folder: Path, table: Table, first: str, notes: Sequence[str], every: bool = False) -> str:

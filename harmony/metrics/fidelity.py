@@ -5,16 +5,18 @@ mask is NaN, which ``aggregate`` leaves out.
 """
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 import cv2
 import numpy as np
 from skimage.color import deltaE_ciede2000
+from skimage.metrics import structural_similarity
 
 from harmony.pixels.hints import blur_instance, edge_hint
 from harmony.pixels.masks import scale_length
 
 PSNR_LIMIT = 100.0  # dB: the value of an identical image in a mean; a single gray step in a 128 px image gives 95 dB
+SSIM_WINDOW = 11  # px
 COLOR_SIGMA = 10  # px at a side of 512, as Liu 2025 blurs the color hint
 
 
@@ -43,6 +45,17 @@ def to_psnr(error: float) -> float:
 def psnr(a: np.ndarray, b: np.ndarray) -> float:
     """PSNR in dB of one pair, infinite for identical images."""
     return to_psnr(mse(a, b))
+
+
+def ssim(a: np.ndarray, b: np.ndarray) -> float:
+    """Structural similarity of one pair (Wang 2004: Gaussian window, sigma 1.5), mean of the channels; 1 = identical.
+
+    NaN for images of fewer than 11 pixels a side.
+    """
+    if min(a.shape[:2]) < SSIM_WINDOW:
+        return math.nan
+    window = {"gaussian_weights": True, "sigma": 1.5, "use_sample_covariance": False}
+    return float(structural_similarity(a, b, channel_axis=-1, data_range=255, **window))
 
 
 def fmse(a: np.ndarray, b: np.ndarray, mask: np.ndarray) -> float:
@@ -149,7 +162,8 @@ def image_metrics(
     shadow: np.ndarray | None = None,
     instance: np.ndarray | None = None,
 ) -> dict[str, float]:
-    """All metrics of one output: psnr, mse, fpsnr, fmse, bg_drift, edge_f1, color_de, seam; shadow_mse with ``shadow``.
+    """All metrics of one output: psnr, mse, ssim, fpsnr, fmse, bg_drift, edge_f1, color_de, seam; shadow_mse with
+    ``shadow``.
 
     ``mask`` is M, ``hole`` M_e; ``seam`` is measured at the rim of the instance, ``seam_hole`` at the rim of the hole,
     where generated pixels end. ``instance`` is the image that edge_f1 and color_de compare the output with, by default
@@ -160,6 +174,7 @@ def image_metrics(
     metrics = {
         "psnr": to_psnr(error),
         "mse": error,
+        "ssim": ssim(output, truth),
         "fpsnr": to_psnr(foreground_error),
         "fmse": foreground_error,
         "bg_drift": bg_drift(output, truth, hole),
@@ -178,6 +193,27 @@ def mean_psnr(values: Iterable[float]) -> float:
 
 # How a metric is reduced over images; all others by the mean.
 REDUCTIONS = {"bg_drift": max, "psnr": mean_psnr, "fpsnr": mean_psnr}
+
+
+def standard_errors(rows: Sequence[dict[str, float]], others: Sequence[dict[str, float]]) -> dict[str, float]:
+    """Standard errors of the mean differences between the metrics of two methods on the same images.
+
+    Metrics that are reduced otherwise than by a mean have none; images where either is NaN are left out.
+    """
+    errors = {}
+    for name in rows[0]:
+        if REDUCTIONS.get(name) is max or name not in others[0]:
+            continue
+        values, references = (np.minimum([row[name] for row in part], limit(name)) for part in (rows, others))
+        differences = (values - references)[~np.isnan(values - references)]
+        if len(differences) > 1:
+            errors[name] = float(differences.std(ddof=1) / math.sqrt(len(differences)))
+    return errors
+
+
+def limit(name: str) -> float:
+    """The largest value of a metric that counts in a mean."""
+    return PSNR_LIMIT if REDUCTIONS.get(name) is mean_psnr else math.inf
 
 
 def aggregate(rows: list[dict[str, float]]) -> dict[str, float]:

@@ -35,17 +35,11 @@ def crop_to_box(image: np.ndarray, mask: np.ndarray) -> np.ndarray:
     return image[y0:y1, x0:x1]
 
 
-def clip_i(features_a: torch.Tensor, features_b: torch.Tensor) -> float:
-    """Mean cosine in [-1, 1] of paired image features N x P."""
-    return _mean_cosine(features_a, features_b)
+def cosines(a: torch.Tensor, b: torch.Tensor) -> list[float]:
+    """Cosines in [-1, 1] of paired features N x P: CLIP-I of pictures, CLIP-T of pictures and captions.
 
-
-def clip_t(image_features: torch.Tensor, text_features: torch.Tensor) -> float:
-    """Mean cosine in [-1, 1] of image features and those of their captions, N x P each (not multiplied by 100)."""
-    return _mean_cosine(image_features, text_features)
-
-
-def _mean_cosine(a: torch.Tensor, b: torch.Tensor) -> float:
+    Not multiplied by 100. ValueError for shapes that differ.
+    """
     if a.shape != b.shape:
         raise ValueError(f"features are compared in pairs, but have shapes {tuple(a.shape)} and {tuple(b.shape)}")
-    return float(F.cosine_similarity(a.double(), b.double(), dim=-1).mean())
+    return F.cosine_similarity(a.double(), b.double(), dim=-1).tolist()

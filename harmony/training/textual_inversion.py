@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from harmony.core.errors import UserError
 from harmony.data.picture_data import PicturesData
 from harmony.methods.method import make_seeds
-from harmony.metrics.similarity import clip_t, embeddings
+from harmony.metrics.similarity import cosines, embeddings
 from harmony.models.backbone import DIFFUSION, Backbone, scaled_latent
 from harmony.models.clip import clip_of
 from harmony.models.textual_inversion import Word, add_tokens, initial_vectors, save_word, text_states
@@ -139,7 +139,7 @@ class TextualInversionTask(Task):
             for name, pictures in previews.items():
                 features = embeddings(pictures, self.clip)
                 figures[f"{name}concept/clip_i"] = 100 * float((features @ self.concept_features.T).mean())
-                figures[f"{name}concept/clip_t"] = 100 * clip_t(features, words)
+                figures[f"{name}concept/clip_t"] = 100 * float(np.mean(cosines(features, words)))
         self.log_dict(figures, sync_dist=True, batch_size=len(indices))
         if self.trainer.is_global_zero:
             self.draw(previews)

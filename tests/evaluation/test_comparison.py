@@ -228,7 +228,7 @@ def test_rows_that_need_validation_are_left_out_without_it(small_manifest, tmp_p
     run = StudyRun("t", tmp_path, prepare=lambda: tmp_path / "manifest.jsonl", build=lambda o: Constant(o["name"], []))
     plain, chosen = {"options": {"name": "plain"}}, {"options": {"name": "best"}, "best": ["lambda_l"]}
     rows = {"plain": plain, "best": chosen, "pick": {"picked": ["plain", "best"]}}
-    options = dict.fromkeys(("radius", "degrade", "sweep", "pairs", "figure", "hidden", "drawn", "paper"))
+    options = dict.fromkeys(("against", "radius", "degrade", "sweep", "pairs", "figure", "hidden", "drawn", "paper"))
     study = Comparison(run, RECONSTRUCT, rows, **options | {"lambdas": [0.5, 1.0], "degrade": [1]})
     assert list(study.methods()) == ["plain"] and study.parts == 1
     assert study.notes == [

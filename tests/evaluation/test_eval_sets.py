@@ -35,21 +35,22 @@ def items():
 
 
 def test_a_perfect_reconstruction(backbone, items):
-    numbers = Fidelity(items, BackboneFeatures(backbone.image_encoder), backbone_clip(backbone)).figures(items.truths)
+    ruler = Fidelity(items, BackboneFeatures(backbone.image_encoder), backbone_clip(backbone))
+    numbers = ruler.measure(items.truths).means
     assert {name for name in numbers if name.startswith("test/raw/")} >= {f"test/raw/{name}" for name in NAMES}
     for kind in ("raw", "pasted"):
         assert numbers[f"test/{kind}/mse"] == numbers[f"test/{kind}/color_de"] == numbers[f"test/{kind}/bg_drift"] == 0
-        assert numbers[f"test/{kind}/edge_f1"] == 1
+        assert numbers[f"test/{kind}/edge_f1"] == numbers[f"test/{kind}/ssim"] == 1
         assert numbers[f"test/{kind}/fid"] == pytest.approx(0, abs=1e-6)
         assert numbers[f"test/{kind}/clip_i"] == pytest.approx(100) and abs(numbers[f"test/{kind}/clip_t"]) < 100
 
 
 def test_pasting_back_mends_the_background_and_nothing_else(backbone, items):
     outputs = [np.roll(truth, 1, axis=0) for truth in items.truths]
-    numbers = Fidelity(items, BackboneFeatures(backbone.image_encoder)).figures(outputs)
+    numbers = Fidelity(items, BackboneFeatures(backbone.image_encoder)).measure(outputs).means
     assert "test/raw/clip_i" not in numbers, "a backbone without an image tower has no CLIP score"
     assert numbers["test/raw/bg_drift"] > 100
-    assert numbers["test/pasted/bg_drift"] == 0
+    assert numbers["test/pasted/bg_drift"] == 0 and numbers["test/raw/shift"] == pytest.approx(1, abs=0.05)
     assert numbers["test/raw/fmse"] == numbers["test/pasted/fmse"] > 100
     assert numbers["test/raw/mse"] > numbers["test/pasted/mse"]
 

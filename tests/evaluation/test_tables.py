@@ -4,7 +4,7 @@ import csv
 
 import numpy as np
 
-from harmony.evaluation.tables import curves, heat, mosaics, pictures, write_table
+from harmony.evaluation.tables import curves, heat, mosaics, pictures, to_csv, to_markdown, write_table
 from harmony.pixels.images import read_image
 
 TABLE = {
@@ -38,3 +38,13 @@ def test_figures_are_drawn(tmp_path):
     pictures(tmp_path / "pictures.png", [[image, image, image]], ["a", "b", "c"])
     wide, square, row = (read_image(tmp_path / f"{name}.png").shape for name in ("curves", "heat", "pictures"))
     assert wide[1] > 2 * wide[0] and square[0] > 200 and row[1] > 2.5 * row[0] * 0.8
+
+
+def test_standard_errors_stand_behind_their_figures():
+    """Guards the reference row, which has none to show, and a figure of which there is no error."""
+    rows = {"a": {"x/pasted/fmse": 4.0, "x/pasted/fid": 9.0}, "b": {"x/pasted/fmse": 3.0, "x/pasted/fid": 8.0}}
+    table = {name: row | {"x/pasted/fmse_se": error} for (name, row), error in zip(rows.items(), (0.0, 0.25))}
+    assert to_csv(table, "method").splitlines()[0] == "method,x/pasted/fmse,x/pasted/fmse_se,x/pasted/fid"
+    lines = to_markdown(table, "method", []).splitlines()
+    assert lines[0] == "| method | x/pasted/fmse | x/pasted/fid |"
+    assert lines[2:4] == ["| a | 4 | 9 |", "| b | 3 ±0.25 | 8 |"]

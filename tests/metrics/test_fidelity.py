@@ -154,7 +154,8 @@ def test_image_metrics_has_the_agreed_names_and_values():
     hole = disc(radius=34)
     output = np.where(hole[..., None], noise(1), noise())
     metrics = fidelity.image_metrics(output, noise(), disc(), hole)
-    assert list(metrics) == ["psnr", "mse", "fpsnr", "fmse", "bg_drift", "edge_f1", "color_de", "seam", "seam_hole"]
+    names = "psnr mse ssim fpsnr fmse bg_drift edge_f1 color_de seam seam_hole"
+    assert list(metrics) == names.split() and metrics["ssim"] == fidelity.ssim(output, noise()) < 1
     assert metrics["fpsnr"] == fidelity.fpsnr(output, noise(), disc()) and metrics["bg_drift"] == 0
     assert metrics["fmse"] > metrics["mse"] > 0
     brighter = np.where(disc()[..., None], flat(160, 96), flat(100, 96))
@@ -173,3 +174,14 @@ def test_aggregate_is_finite_and_keeps_the_worst_drift():
     result = fidelity.aggregate(rows)
     assert result == {"psnr": 60.0, "fmse": 3.0, "bg_drift": 7.0, "shadow_mse": 5.0}
     json.dumps(result, allow_nan=False)
+
+
+def test_standard_errors_are_those_of_differences():
+    """Guards pairing: what two methods have in common is no error; nor do identical images make PSNR infinite."""
+    rng = np.random.default_rng(0)
+    common, own = 100 * rng.random(50), rng.random(50)
+    rows = [{"fmse": a + b, "fpsnr": math.inf, "bg_drift": 3.0, "edge_f1": math.nan} for a, b in zip(common, own)]
+    others = [{"fmse": a, "fpsnr": 100.0, "bg_drift": 1.0, "edge_f1": 1.0} for a in common]
+    others[0] |= {"fmse": math.nan}
+    errors = fidelity.standard_errors(rows, others)
+    assert errors == {"fmse": pytest.approx(own[1:].std(ddof=1) / 7), "fpsnr": 0.0}
