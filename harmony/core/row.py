@@ -24,8 +24,9 @@ class Row:
 
     ``box`` is (x0, y0, x1, y1) in pixels of the stored image, x1 and y1 exclusive. ``sha256`` is the hash of the
     image file. ``extras`` holds the values that only some datasets have: ``plate``, ``relit``, ``shadow`` (paths),
+    ``composite`` (the path of the image with its object under another light, or from another picture),
     ``relit_caption``, ``source`` (``studio``), ``caption_source`` (``given``, ``label`` or the captioner's name), and
-    ``mask_sha256`` and ``relit_sha256``, the hashes of those files.
+    ``mask_sha256``, ``relit_sha256`` and ``composite_sha256``, the hashes of those files.
     """
 
     id: str

@@ -59,8 +59,8 @@ class Recipe:
     test protocol.
 
     ``mismatch``: share of items whose hints show the instance under another light than the picture's: the render under
-    a second light if the dataset has one, else a random change of exposure, contrast and white balance. Exemplars keep
-    the picture's light.
+    a second light or the composite if the dataset has one, else a random change of exposure, contrast and white
+    balance. Exemplars keep the picture's light.
 
     ``context``: side of the square relative to the longer side of the instance's box, as ``harmonize`` cuts it; random
     around it for ``jitter``. None: as large as the photograph allows.
@@ -148,7 +148,7 @@ def example(row: Row, root: Path, recipe: Recipe, resolution: int, variant: int 
         if not (square.mask.any() and square.hole.any()):
             raise empty_mask_error(row, resolution)
         return square
-    jitter = recipe.crop == "jitter"
+    jitter, light = recipe.crop == "jitter", row.extras.get("relit") or row.extras.get("composite")
     if jitter:
         crop = draw_jitter_crop(row.box, width, height, rng, recipe.context)
     else:
@@ -157,7 +157,7 @@ def example(row: Row, root: Path, recipe: Recipe, resolution: int, variant: int 
         moved = move_mask(mask, rng)
         place = draw_jitter_crop(bounding_box(moved), width, height, rng, recipe.context)
         if crop_resize(moved, place, resolution).any():  # a thin shape may vanish where the instance did not
-            mask, crop = moved, place
+            mask, crop, light = moved, place, row.extras.get("relit")  # a composite shows its object alone in it
     mirrored = bool(jitter and rng.random() < 0.5)
     image, mask = crop_resize(image, crop, resolution), crop_resize(mask, crop, resolution)
     if mirrored:
@@ -170,8 +170,8 @@ def example(row: Row, root: Path, recipe: Recipe, resolution: int, variant: int 
         image = change_light(image, rng)
     relit = None
     if recipe.mismatch and rng.random() < recipe.mismatch:
-        if "relit" in row.extras:
-            relit = crop_resize(read_image(root / row.extras["relit"]), crop, resolution)
+        if light is not None:
+            relit = crop_resize(read_image(root / light), crop, resolution)
             relit = np.ascontiguousarray(relit[:, ::-1]) if mirrored else relit
         else:
             relit = change_light(image, rng)
@@ -219,7 +219,8 @@ def describe(backbone: Codec, recipe: Recipe, rows: list[Row]) -> dict:
 def row_hashes(row: Row) -> dict[str, str | None]:
     """The hashes that the manifest has of a row's files, {path: sha256}."""
     hashes = {row.image: row.sha256, row.mask: row.extras.get("mask_sha256")}
-    return hashes | ({row.extras["relit"]: row.extras.get("relit_sha256")} if "relit" in row.extras else {})
+    others = ("relit", "composite")
+    return hashes | {row.extras[name]: row.extras.get(f"{name}_sha256") for name in others if name in row.extras}
 
 
 def check_files(row: Row, root: Path) -> None:

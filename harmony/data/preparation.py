@@ -54,6 +54,22 @@ def prepare_folder(recipe: dict, work: Path, backbone: str, trainer: lightning.T
     return prepare_dataset(recipe, work, FOLDER, captioner(backbone), trainer)
 
 
+def prepare_pairs(recipe: dict, work: Path, backbone: str, trainer: lightning.Trainer) -> Path:
+    """Prepare composites with the photographs that they should become."""
+    from harmony.data.sources.open_images.preparation import prepare_dataset
+    from harmony.data.sources.pairs import PAIRS
+
+    return prepare_dataset(recipe, work, PAIRS, captioner(backbone), trainer)
+
+
+def prepare_coco(recipe: dict, work: Path, backbone: str, trainer: lightning.Trainer) -> Path:
+    """Prepare the instances of a dataset in COCO's JSON."""
+    from harmony.data.sources.coco import COCO
+    from harmony.data.sources.open_images.preparation import prepare_dataset
+
+    return prepare_dataset(recipe, work, COCO, captioner(backbone), trainer)
+
+
 def prepare_pixels(recipe: dict, work: Path, backbone: str, trainer: lightning.Trainer) -> Path:
     """Prepare the pixels that a backbone is trained on."""
     if trainer.is_global_zero:
@@ -83,6 +99,8 @@ def locate_pictures(recipe: dict, work: Path, backbone: str, trainer: lightning.
 LAYOUTS = {
     "open_images": Layout(prepare_open_images),
     "folder": Layout(prepare_folder),
+    "pairs": Layout(prepare_pairs),
+    "coco": Layout(prepare_coco),
     "backbone": Layout(prepare_pixels),
     "editing": Layout(locate_edits, manifest=False),
     "pictures": Layout(locate_pictures, manifest=False),

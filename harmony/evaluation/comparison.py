@@ -34,7 +34,7 @@ from harmony.evaluation.report import Report
 from harmony.evaluation.study import Study, StudyRun
 from harmony.evaluation.tables import ERROR, curves, flat, heat, mosaics, pictures, write_table
 from harmony.methods.insert import FULL, NONE, Detailed
-from harmony.methods.method import Composite, Method, Seed, fingerprint
+from harmony.methods.method import LIGHTS, Composite, Method, Seed, fingerprint
 from harmony.metrics.fidelity import aggregate, fmse, standard_errors
 from harmony.models.features import feature_extractor
 from harmony.models.judge import Evaluator, load_evaluator
@@ -219,6 +219,14 @@ class Comparison(Study):
             raise UserError(f"{self.run.name} has nothing to compare: {'; '.join(self.notes)}")
         return methods
 
+    def fitting(self, methods: dict[str, Method], items: EvalSet) -> dict[str, Method]:
+        """The methods that can take the items: those that need words for both lights are left out without them."""
+        if all(c.lights for c in items.composites):
+            return methods
+        wordless = [name for name, method in methods.items() if LIGHTS in method.wants]
+        self.notes += [f"{name}: left out, the dataset has no words for both lights" for name in wordless]
+        return {name: method for name, method in methods.items() if name not in wordless}
+
     def omission(self, row: Row, omissions: set[str]) -> str | None:
         """The reason for which a row is left out, as those called ``omissions`` are; None for a row of the table."""
         if row.picked:
@@ -270,7 +278,7 @@ class Comparison(Study):
         line = f"{run.name}: n = {len(full)} {run.split} pictures of {run.manifest.parent.name}, {run.protocol}"
         if run.rank == 0:
             tell(line)
-        methods, table, columns = self.methods(), {}, {}
+        methods, table, columns = self.fitting(self.methods(), full), {}, {}
         few = subsample(list(range(len(full))), EXAMPLES)
         several = len(self.degrade) > 1
         for factor in self.degrade:

@@ -2,8 +2,8 @@
 
 Reconstruction: the instance's own photograph is the truth; hole and hints come from the same photograph. Relighting
 (studio): the object lit by light B goes onto the empty plate lit by light A, and the render of the object under light
-A, with its shadow, is the truth. Sampling starts from pure noise; figures are given for the raw output and after
-paste-back.
+A, with its shadow, is the truth. Of pairs the composite is given and the photograph is the truth. Sampling starts from
+pure noise; figures are given for the raw output and after paste-back.
 """
 
 from collections.abc import Sequence
@@ -101,34 +101,46 @@ def load_reconstruct(manifest: Path, split: str, resolution: int, limit: int | N
 def load_relight(
     manifest: Path, split: str, resolution: int, limit: int | None = None, radius: float = TEST_RADIUS
 ) -> EvalSet:
-    """Relighting of up to ``limit`` studio rows; the hole is the instance dilated by ``radius``, px at 512.
+    """Relighting of up to ``limit`` renders or pairs; the hole is the instance dilated by ``radius``, px at 512.
 
-    UserError for a dataset without plates, objects under a second light, and shadows.
+    UserError for a dataset that has neither plates, objects under a second light, and shadows, nor composites.
     """
     root = Path(manifest).parent
-    rows = subsample(
-        [r for r in read_manifest(manifest, split)[1] if {"plate", "relit", "shadow"} <= set(r.extras)], limit
-    )
-    if not rows:
-        raise UserError(f"{manifest} knows no truth for relighting (plate, relit, shadow): use dataset=studio")
+    rows = [row for row in read_manifest(manifest, split)[1] if is_render_pair(row) or "composite" in row.extras]
+    if not (rows := subsample(rows, limit)):
+        raise UserError(
+            f"{manifest} knows no truth for relighting (plate, relit and shadow, or composite): use dataset=studio or "
+            "dataset=pairs"
+        )
     says_all = all(map(says_lights, rows))
     composites, truths, shadows = [], [], []
     for row in rows:
         e = example(row, root, Recipe(), resolution)
-        relit = read_image(root / row.extras["relit"])
+        background, foreground = (read_image(root / row.extras[name]) for name in relight_pictures(row))
         mask = read_mask(root / row.mask, (row.width, row.height), resize=True)
         changes = {
-            "background": crop_resize(read_image(root / row.extras["plate"]), e.crop, resolution),
-            "instance": crop_resize(relit, e.crop, resolution),
+            "background": crop_resize(background, e.crop, resolution),
+            "instance": crop_resize(foreground, e.crop, resolution),
             "hole": hole(e.mask, "dilate", radius=radius),
-            "exemplar": cut_out(relit, mask),
+            "exemplar": cut_out(foreground, mask),
             "lights": (between(row.caption, row.extras["relit_caption"]),) if says_all else (),
         }
         composites.append(composite_of(e, row, **changes))
         truths.append(e.image)
-        shadow = read_mask(root / row.extras["shadow"], (row.width, row.height), empty=True)
-        shadows.append(crop_resize(shadow, e.crop, resolution))
-    return EvalSet(split, composites, truths, shadows, RELIGHT)
+        if is_render_pair(row):
+            shadow = read_mask(root / row.extras["shadow"], (row.width, row.height), empty=True)
+            shadows.append(crop_resize(shadow, e.crop, resolution))
+    return EvalSet(split, composites, truths, shadows if len(shadows) == len(rows) else None, RELIGHT)
+
+
+def is_render_pair(row: Row) -> bool:
+    """Whether a row is a render with all that relighting is measured by."""
+    return {"plate", "relit", "shadow"} <= set(row.extras)
+
+
+def relight_pictures(row: Row) -> tuple[str, str]:
+    """The names, in a row's extras, of the picture that receives the object and of that which shows it."""
+    return ("plate", "relit") if is_render_pair(row) else ("composite", "composite")
 
 
 def says_lights(row: Row) -> bool:

@@ -1,8 +1,9 @@
 """Pairs: photographs whose object was put under another light, against the photographs as they were taken.
 
-The protocol of iHarmony4 (Cong 2020) on any dataset: the composite is the photograph with another light on its object,
-and the truth the photograph itself. Figures are at the photograph's own size, not at the backbone's. Some photographs
-are left as they are, to see what a method does where nothing is to be done.
+The protocol of iHarmony4 (Cong 2020) on any dataset: the composite is the dataset's own, where it has pairs, else the
+photograph with another light on its object, and the truth is the photograph itself. Figures are at the photograph's own
+size, not at the backbone's. Some photographs are left as they are, to see what a method does where nothing is to be
+done.
 """
 
 import json
@@ -43,12 +44,14 @@ COPY_PASTE = "copy_paste"
 class Pair:
     """A ``photograph``, uint8 H x W x 3, and its ``mask``, bool H x W; ``foreground`` shows the object as composed.
 
-    ``is_changed``: whether that is under another light; otherwise it is the photograph.
+    ``composite``: what is to be harmonized. ``is_changed``: whether the object is under another light; otherwise both
+    are the photograph.
     """
 
     row: Row
     photograph: np.ndarray
     foreground: np.ndarray
+    composite: np.ndarray
     mask: np.ndarray
     is_changed: bool
 
@@ -58,26 +61,29 @@ class Pair:
         if EXEMPLAR in method.wants:
             fields["exemplar"] = cut_out(self.foreground, self.mask)
         # the composite is its own background: nothing that a method sees may show the truth's object
-        composite = copy_paste(self.photograph, self.foreground, self.mask)
-        return cut(method.resolution, composite, composite, self.mask, None, method.radius, **fields)
+        return cut(method.resolution, self.composite, self.composite, self.mask, None, method.radius, **fields)
 
 
 def read_pair(row: Row, root: Path, seed: int, is_changed: bool) -> Pair:
-    """The pair of a row; its light is drawn from ``seed`` and the row's id."""
+    """The pair of a row; where the dataset has no composite, its light is drawn from ``seed`` and the row's id."""
     photograph = read_image(root / row.image)
     mask = read_mask(root / row.mask, (row.width, row.height), resize=True)
+    own = read_image(root / row.extras["composite"]) if is_changed and "composite" in row.extras else None
     scale = LARGEST / max(photograph.shape[:2])
     if scale < 1:
-        width, height = (max(1, round(scale * length)) for length in (row.width, row.height))
-        photograph, mask = resize(photograph, width, height), resize_mask(mask, width, height)
+        size = [max(1, round(scale * length)) for length in (row.width, row.height)]
+        photograph, mask = resize(photograph, *size), resize_mask(mask, *size)
+        own = None if own is None else resize(own, *size)
+    if own is not None:
+        return Pair(row, photograph, own, own, mask, is_changed)
     light = change_light(photograph, np.random.default_rng([seed, row.number])) if is_changed else photograph
-    return Pair(row, photograph, light, mask, is_changed)
+    return Pair(row, photograph, light, copy_paste(photograph, light, mask), mask, is_changed)
 
 
 def score(result: Result, pair: Pair) -> dict[str, float]:
-    """The figures of one result at the photograph's size."""
+    """The figures of one result at the photograph's size; its background's drift is that from the composite's."""
     image, truth, mask = result.image, pair.photograph, pair.mask
-    drift = bg_drift(image, truth, result.hole)
+    drift = bg_drift(image, pair.composite, result.hole)
     return {"fmse": fmse(image, truth, mask), "color_de": color_de(image, truth, mask), "bg_drift": drift}
 
 
@@ -127,8 +133,9 @@ class Pairs(Study):
     def file(self, name: str, block: range) -> Path:
         """Where the figures of a block of a row lie."""
         run = self.run
+        composites = [row.extras.get("composite_sha256") for row, _ in self.items]
         rows = [(row.id, row.sha256, row.caption, changed) for row, changed in self.items]
-        settings = fingerprint(rows, run.seed, self.details[name], LARGEST)
+        settings = fingerprint(rows, composites, run.seed, self.details[name], LARGEST)
         return run.folder / "outputs" / self.methods[name].fingerprint[:16] / settings[:16] / f"{block.start:05d}.json"
 
     def results(self, name: str, items: Sequence[tuple[Row, bool]]) -> list[tuple[Pair, Result | UserError]]:
@@ -214,10 +221,7 @@ class Pairs(Study):
         columns: dict[str, list[np.ndarray]] = {}
         for name in self.methods:
             results = self.results(name, few)
-            images = [
-                copy_paste(p.photograph, p.foreground, p.mask) if isinstance(r, UserError) else r.image
-                for p, r in results
-            ]
+            images = [p.composite if isinstance(r, UserError) else r.image for p, r in results]
             columns[name] = [
                 crop_resize(y, find_square(p.mask), SIDE) for y, (p, _) in zip(images, results, strict=True)
             ]

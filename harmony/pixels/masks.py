@@ -8,6 +8,8 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image, ImageChops
+from scipy.ndimage import binary_fill_holes
+from skimage.filters import apply_hysteresis_threshold
 
 from harmony.core.errors import UserError
 from harmony.pixels.images import open_image
@@ -15,6 +17,7 @@ from harmony.pixels.images import open_image
 OBJECT = 122  # gray values above this are the object (lossy tools do not keep exactly 0 and 255)
 VOID = 255  # the label of pixels that belong to nothing (PASCAL VOC)
 COLORED = 48  # difference of a pixel's channels from which on it is a color rather than a shade of gray
+CHANGE = 4, 10  # levels of mean difference around a pixel: from which on it may be, and is, changed
 REFERENCE_SIDE = 512  # lengths in pixels are given for this image side and scaled to the actual one
 TEST_RADIUS = 16  # px at 512: dilation of the hole at test time
 TRAIN_RADIUS = 32  # px at 512: largest dilation of the hole in training
@@ -169,6 +172,16 @@ def shadow_region(mask: np.ndarray, radius_px: int) -> np.ndarray:
     lower_part = mask.copy()
     lower_part[: y1 - max(1, (y1 - y0) // 3)] = False
     return dilate(lower_part, radius_px)
+
+
+def find_change(before: np.ndarray, after: np.ndarray) -> np.ndarray:
+    """Where two pictures of one size differ by more than JPEG's errors, gaps closed and specks left out, bool H x W."""
+    difference = before.astype(np.float32) - after  # with its sign: JPEG's errors have a mean of 0
+    mean = cv2.GaussianBlur(difference, (0, 0), max(1.0, scale_length(3, before.shape)))
+    mask = apply_hysteresis_threshold(np.abs(mean).max(axis=2), *CHANGE).astype(np.uint8)
+    gap, speck = (2 * max(1, round(scale_length(radius, before.shape))) + 1 for radius in (6, 4))
+    mask = cv2.morphologyEx(mask, cv2.MORPH_CLOSE, np.ones((gap, gap), np.uint8))
+    return binary_fill_holes(cv2.morphologyEx(mask, cv2.MORPH_OPEN, np.ones((speck, speck), np.uint8)))
 
 
 def inscribed_radius(mask: np.ndarray) -> float:

@@ -338,6 +338,23 @@ def test_hints_may_come_from_another_light(backbone, manifest, tmp_path):
     assert np.array_equal((stored.numpy() * 255).round().astype(np.uint8), np.moveaxis(seen, -1, 0))
 
 
+def test_pairs_bring_the_other_light(manifest):
+    """Guards training on pairs: the hint shows the composite's object, but on a region elsewhere, where a composite is
+    as the photograph, a random light; the composite's hash belongs to the cache's key.
+    """
+    render = read_manifest(manifest, "train")[1][0]
+    hashes = {"composite": render.extras["relit"], "composite_sha256": "1" * 64}
+    row, photograph = replace(render, extras=hashes), replace(render, extras={})
+    recipe = Recipe("jitter", "train", 1, HINTS, 3, mismatch=1.0)
+    own = example(row, manifest.parent, recipe, 32)
+    assert np.array_equal(own.instance, example(render, manifest.parent, recipe, 32).instance)
+    assert not np.array_equal(own.instance, example(photograph, manifest.parent, recipe, 32).instance)
+    moved = replace(recipe, elsewhere=1.0)
+    e, other = (example(r, manifest.parent, moved, 32) for r in (row, photograph))
+    assert not np.array_equal(e.mask, own.mask) and np.array_equal(e.instance, other.instance)
+    assert latents.row_hashes(row)[render.extras["relit"]] == "1" * 64
+
+
 def test_a_region_elsewhere_takes_the_instances_place(small_manifest, tmp_path):
     """Guards ``elsewhere``: another mask on the same photograph, drawn anew for each variant, inside its hole."""
     manifest = small_manifest(tmp_path / "data")

@@ -25,8 +25,8 @@ def test_every_recipe_has_a_layout_that_exists():
 @pytest.mark.parametrize("command", [preparation.prepare, preparation.ensure])
 def test_an_unknown_layout_is_refused(command, tmp_path):
     """Guards the one line: what is wrong and which layouts there are, before anything is written."""
-    with pytest.raises(UserError, match="dataset.layout=coco: no such layout; choose one of open_images, folder"):
-        command({"name": "mine", "layout": "coco", "dir": "mine"}, "tiny", str(tmp_path / "work"))
+    with pytest.raises(UserError, match="dataset.layout=voc: no such layout; choose one of open_images, folder"):
+        command({"name": "mine", "layout": "voc", "dir": "mine"}, "tiny", str(tmp_path / "work"))
     assert not (tmp_path / "work").exists()
 
 

@@ -8,6 +8,7 @@ from PIL import Image
 
 from harmony.core import pieces
 from harmony.core.errors import UserError
+from harmony.data.descriptions import Description
 from harmony.data.manifest import read_manifest, write_manifest
 from harmony.evaluation import blocks
 from harmony.evaluation.blocks import fill_blocks, outputs_of
@@ -17,7 +18,7 @@ from harmony.evaluation.figures import scores
 from harmony.evaluation.study import StudyRun
 from harmony.methods.baselines import CopyPaste, Poisson, Reinhard
 from harmony.methods.inpainting import Branch, Inpainting
-from harmony.methods.method import Composite, Method, fingerprint, make_seeds
+from harmony.methods.method import LIGHTS, Composite, Method, fingerprint, make_seeds
 from harmony.methods.stored import Stored
 from harmony.models.backbone import Backbone
 from harmony.pixels.composites import reinhard
@@ -238,3 +239,20 @@ def test_rows_that_need_validation_are_left_out_without_it(small_manifest, tmp_p
     study = Comparison(run, RECONSTRUCT, {"pick": {"picked": ["nobody"]}}, **options | {"lambdas": []})
     with pytest.raises(UserError, match="study.rows.pick picks among rows above it: nobody is none"):
         study.methods()
+
+
+class Worded(Constant):
+    """Needs words for both lights."""
+
+    wants = frozenset({LIGHTS})
+
+
+def test_what_needs_words_is_left_out_without_them(tmp_path, items):
+    """Guards relighting on pairs, whose captions name no lights: one line instead of the end of the study."""
+    run = StudyRun("t", tmp_path, prepare=lambda: tmp_path / "manifest.jsonl")
+    options = dict.fromkeys(("radius", "degrade", "sweep", "pairs", "figure", "hidden", "drawn", "paper", "lambdas"))
+    study, methods = Comparison(run, RELIGHT, {}, **options), {"told": Worded("a", []), "plain": Constant("b", [])}
+    assert list(study.fitting(methods, items)) == ["plain"]
+    assert study.notes == ["told: left out, the dataset has no words for both lights"]
+    words = [replace(c, lights=(Description("a cow,", "noon light", "sunset light"),)) for c in items.composites]
+    assert study.fitting(methods, replace(items, composites=words)) == methods

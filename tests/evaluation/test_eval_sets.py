@@ -1,10 +1,12 @@
 """Eval sets: which pictures, in which order, and what their figures mean."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
 from harmony.core.errors import UserError
-from harmony.data.manifest import read_manifest
+from harmony.data.manifest import read_manifest, write_manifest
 from harmony.evaluation.eval_sets import EvalSet, enough, load_reconstruct, load_relight
 from harmony.evaluation.figures import Fidelity
 from harmony.methods.inpainting import Branch, Inpainting
@@ -92,6 +94,24 @@ def test_the_words_for_both_lights_travel_with_the_manifest(small_manifest, tmp_
     assert load_relight(manifest, "test", 32).composites[0].lights[0].foreground == "green light"
     manifest.write_text(text.replace('"relit_caption"', '"caption_source": "blip", "relit_caption"'))
     assert not any(c.lights for c in load_relight(manifest, "test", 32).composites)
+
+
+def test_pairs_are_relit_against_their_photographs(small_manifest, tmp_path):
+    """Guards datasets of pairs: the composite is all that is given, the photograph is the truth, there is no shadow."""
+    manifest = small_manifest(tmp_path)
+    rows = [row for row in read_manifest(manifest, "test")[1] if "plate" in row.extras]
+    pairs = [replace(row, extras={"composite": row.extras["relit"]}) for row in rows]
+    write_manifest(manifest, pairs, "pairs")
+    items = load_relight(manifest, "test", 32)
+    assert len(items) == len(rows) and items.shadows is None and items.kind == "relight"
+    for c, truth, own in zip(
+        items.composites, items.truths, load_reconstruct(manifest, "test", 32).truths, strict=True
+    ):
+        assert np.array_equal(truth, own) and np.array_equal(c.background, c.instance)
+        assert not np.array_equal(c.instance, truth) and c.is_photograph and not c.lights
+    write_manifest(manifest, [replace(row, extras={}) for row in rows], "folder")
+    with pytest.raises(UserError, match="knows no truth for relighting .*dataset=studio or dataset=pairs"):
+        load_relight(manifest, "test", 32)
 
 
 def test_one_picture_is_refused_before_it_is_painted(items):

@@ -1,5 +1,7 @@
 """Pairs: photographs under another light, what their figures compare, and resumption."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
@@ -99,6 +101,27 @@ def test_the_light_depends_on_the_seed_and_the_photograph_alone(small_manifest, 
     assert np.array_equal(read(first, is_changed=False).foreground, read(first).photograph)
     assert read(first).photograph.shape == read(first).foreground.shape != ()
     assert read(second).row.id == second.id
+
+
+def test_a_dataset_of_pairs_brings_its_composites(small_manifest, tmp_path, monkeypatch):
+    """Guards iHarmony4's protocol: the composite itself is harmonized, and its own background does not count as
+    drift; as it is, the photograph is used.
+    """
+    manifest = small_manifest(tmp_path / "data")
+    row = read_manifest(manifest, "test")[1][0]
+    row = replace(row, extras={"composite": row.extras["relit"], "composite_sha256": "1" * 64})
+    pair, plain = (pairs.read_pair(row, manifest.parent, 0, changed) for changed in (True, False))
+    composite = read_image(manifest.parent / row.extras["composite"])
+    assert np.array_equal(pair.composite, composite) and np.array_equal(pair.foreground, composite)
+    assert np.array_equal(plain.composite, pair.photograph)
+    method = CopyPaste()
+    result = pairs.insert(method, [pair.cut(method)], 0, 0, "none")[0]
+    assert np.array_equal(result.image, composite)
+    figures = pairs.score(result, pair)
+    assert figures["bg_drift"] == 0 < figures["fmse"]
+    monkeypatch.setattr(pairs, "LARGEST", 24)
+    small = pairs.read_pair(row, manifest.parent, 0, True)
+    assert small.composite.shape == small.photograph.shape and max(small.mask.shape) == 24
 
 
 def test_large_photographs_are_measured_at_512_px(small_manifest, tmp_path, monkeypatch):

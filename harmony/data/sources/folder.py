@@ -25,12 +25,22 @@ from harmony.data.sources.files import (
     split_folder,
     tell_omissions,
 )
-from harmony.data.sources.selection import BAD_NAME, COLUMNS, KEPT, SAME_NAME, Rules, Selection, Source, area_reason
+from harmony.data.sources.selection import (
+    BAD_NAME,
+    COLUMNS,
+    CORNERS,
+    KEPT,
+    SAME_NAME,
+    Rules,
+    Selection,
+    Source,
+    area_reason,
+)
 from harmony.pixels.images import SUFFIXES, open_image
 from harmony.pixels.masks import EmptyMaskError, bounding_box, read_mask
 
 SHARES = {"train": (0, 0.8), "validation": (0.8, 0.9), "test": (0.9, 1)}  # the interval of draws of each split
-SCHEMA = dict.fromkeys(COLUMNS, pl.String) | dict.fromkeys(("x0", "y0", "x1", "y1"), pl.Float32)
+SCHEMA = dict.fromkeys(COLUMNS, pl.String) | dict.fromkeys(CORNERS, pl.Float32)
 
 
 def select_folder(root: Path, splits: Sequence[str], rules: Rules) -> Selection:

@@ -41,6 +41,9 @@ REASONS = (
     SAME_NAME,
     "image file missing",
     "mask file missing",
+    "composite file missing",
+    "composite undecodable",
+    "composite shape differs",
     # pixels, checked after the import
     "image undecodable",
     "mask undecodable",
@@ -50,7 +53,9 @@ REASONS = (
     "mask area too large",
 )
 ANNOTATION_REASONS = REASONS[:7]
-COLUMNS = ("split", "id", "reason", "label", "x0", "y0", "x1", "y1", "image", "mask", "source")
+CORNERS = ("x0", "y0", "x1", "y1")  # of the box, in fractions of the image
+COLUMNS = ("split", "id", "reason", "label", *CORNERS, "image", "mask", "source")
+EXTRAS = ("composite",)  # columns that only some layouts have: paths of further pictures of a row
 
 
 def read_names(option: str, value: object) -> list[str] | None:
@@ -108,8 +113,9 @@ class Rules:
 class Selection:
     """A table of all images with the reason of each, and the number of damaged rows in each CSV (``damage_counts``).
 
-    ``table`` has the columns ``COLUMNS``, one row for each image, paths relative to ``root``. ``x0, y0, x1, y1`` is the
-    box in fractions of the image. Label, box and mask are null unless there is exactly one.
+    ``table`` has the columns ``COLUMNS`` and those of ``EXTRAS`` that the layout knows, one row for each image, paths
+    relative to ``root``. ``x0, y0, x1, y1`` is the box in fractions of the image. Label, box and mask are null unless
+    there is exactly one.
     """
 
     root: Path

@@ -146,7 +146,7 @@ class Preparation(Shards):
         for n in range(len(self.sizes)):
             shard = json.loads(self.file(n).read_text())
             set_captions(self.dataset, {i: text for i, (_, text) in shard["captions"].items()}, shard["captioner"])
-        rows = export_rows(self.dataset, self.folder, self.texts)
+        rows = export_rows(self.dataset, self.folder, self.texts, self.selection)
         facts = {"selection": self.selection.digest(), "fiftyone": self.dataset.name}
         write_manifest(self.folder / "manifest.jsonl", rows, self.recipe["name"], **facts)
         shutil.rmtree(self.place)

@@ -4,8 +4,11 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import polars as pl
+
 from harmony.core.row import Row
 from harmony.data.sources.files import split_folder
+from harmony.data.sources.selection import EXTRAS, KEPT, Selection
 from harmony.data.sources.studio.files import TRUTHS
 from harmony.pixels.images import sha256
 
@@ -13,11 +16,13 @@ if TYPE_CHECKING:
     from harmony.data.sources.open_images.database import Dataset
 
 
-def export_rows(dataset: "Dataset", base: Path, captions: dict[str, list[str]]) -> list[Row]:
+def export_rows(dataset: "Dataset", base: Path, captions: dict[str, list[str]], selection: Selection) -> list[Row]:
     """The kept samples as rows, paths relative to ``base``; ``captions`` by people as {<split>/<id>: [caption, ...]}.
 
-    ``extras`` holds what a study needs beyond the row.
+    ``extras`` holds what a study needs beyond the row: the truths of renders, and the columns ``EXTRAS`` of the
+    selection.
     """
+    extras = selection_extras(selection, base)
     fields = ("harmony_id", "filepath", "mask_file", "mask_box", "instance.label", "caption", "caption_model")
     fields += ("metadata.width", "metadata.height", "sha256", "mask_sha256")
     root = Path(dataset.info["root"])
@@ -33,12 +38,29 @@ def export_rows(dataset: "Dataset", base: Path, captions: dict[str, list[str]]) 
             width=width,
             height=height,
             sha256=digest,
-            extras={"caption_source": model, "mask_sha256": mask_digest, **studio_extras(root, key, base, captions)},
+            extras={
+                "caption_source": model,
+                "mask_sha256": mask_digest,
+                **studio_extras(root, key, base, captions),
+                **extras.get(key, {}),
+            },
         )
         for key, image, mask, box, label, caption, model, width, height, digest, mask_digest in zip(
             *dataset.match_tags("kept").values(list(fields)), strict=True
         )
     ]
+
+
+def selection_extras(selection: Selection, base: Path) -> dict[str, dict[str, str]]:
+    """Paths, relative to ``base``, and hashes of the further pictures of kept rows, {<split>/<id>: {name: value}}."""
+    extras: dict[str, dict[str, str]] = {}
+    kept_rows = selection.table.filter(pl.col("reason") == KEPT)
+    for name in set(EXTRAS) & set(kept_rows.columns):
+        for split, id_, file in kept_rows.select("split", "id", name).drop_nulls().iter_rows():
+            path = selection.root / file
+            values = {name: os.path.relpath(path, base), f"{name}_sha256": sha256(path)}
+            extras.setdefault(f"{split}/{id_}", {}).update(values)
+    return extras
 
 
 def studio_extras(root: Path, key: str, base: Path, captions: dict[str, list[str]]) -> dict[str, str]:

@@ -1,0 +1,308 @@
+"""Instances in COCO's JSON as a ``Selection``: each annotation with a mask is a row.
+
+    annotations/instances_<NAME>.json    <NAME>/..., images/<NAME>/... or images/...     COCO, CVAT
+    <split>/_annotations.coco.json       <split>/...                                     Roboflow
+    labels.json                          data/... or images/...                          FiftyOne
+
+A ``<NAME>`` that begins as a split (``train2017``) sets it; of others a hash of the photograph's name draws it. Masks
+are polygons or run lengths, plain or compressed; they are written into the work folder.
+"""
+
+import hashlib
+import json
+import os
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import polars as pl
+from PIL import Image
+from skimage.draw import polygon
+
+from harmony.core.errors import UserError
+from harmony.core.foreign import is_file_name, path_inside, read_json
+from harmony.core.progress import tell
+from harmony.core.row import SPLITS
+from harmony.data.sources.files import OTHER_NAMES, locate, split_folder
+from harmony.data.sources.folder import SCHEMA, draw, draw_split
+from harmony.data.sources.selection import BAD_NAME, CORNERS, KEPT, SAME_NAME, Rules, Selection, Source
+from harmony.pixels.images import write_image
+
+DAMAGED = "damaged row"
+
+
+class Annotations(NamedTuple):
+    """A file of annotations, the folders in which its photographs may lie, and its split; None: the hash decides."""
+
+    file: Path
+    folders: tuple[Path, ...]
+    split: str | None
+
+
+class Instance(NamedTuple):
+    """An annotation of a photograph, both as they stand in the file; ``photograph``: its file, None for a bad name."""
+
+    id: str
+    split: str
+    image: dict
+    annotation: dict
+    photograph: Path | None
+
+
+def select_recipe(recipe: dict, work: Path) -> Selection:
+    """Select the instances of a recipe; their masks go to ``work``."""
+    return select_instances(locate(recipe), recipe["splits"], Rules.of(recipe["select"]), work)
+
+
+def select_instances(root: Path, splits: Sequence[str], rules: Rules, work: Path) -> Selection:
+    """Select all instances that the rules allow; others, and photographs without one, get a reason.
+
+    Raises UserError if there is no file of annotations, if one is no COCO JSON, and for an unknown class.
+    """
+    rows: list[dict] = []
+    files = find_annotations(root)
+    has_test = any(a.split in (None, "test") for a in files)
+    for annotations in files:
+        content = read_annotations(annotations.file)
+        names = {c["id"]: str(c["name"]) for c in content["categories"] if is_entry(c, "id", "name")}
+        check_classes(annotations.file, names, rules)
+        instances = [i for i in list_instances(annotations, content, has_test) if i.split in splits]
+        with ThreadPoolExecutor(os.cpu_count()) as pool:
+            rows += pool.map(lambda instance: instance_row(instance, names, root, rules, work), instances)
+    table = pl.DataFrame(rows, schema=SCHEMA).sort("split", "id")
+    is_repeated = ~pl.struct("split", "id").is_first_distinct()
+    table = table.with_columns(
+        id=pl.when(is_repeated).then(pl.format("{} (row {})", "id", pl.int_range(pl.len()))).otherwise("id"),
+        reason=pl.when(is_repeated).then(pl.lit(SAME_NAME)).otherwise("reason"),
+    )
+    return Selection(root, limit_rows(table, rules.max_samples), rules)
+
+
+def limit_rows(table: pl.DataFrame, limit: int | None) -> pl.DataFrame:
+    """Keep the first ``limit`` rows of each split."""
+    if limit is None:
+        return table
+    is_kept = pl.col("reason") == KEPT
+    exceeds = is_kept & (is_kept.cum_sum().over("split") > limit)
+    return table.with_columns(reason=pl.when(exceeds).then(pl.lit("over max_samples")).otherwise("reason"))
+
+
+# --- files
+
+
+def find_annotations(root: Path) -> list[Annotations]:
+    """Find the files of annotations. UserError if there are none."""
+    found = []
+    for file in sorted(root.glob("annotations/instances_*.json")):
+        name = file.stem.removeprefix("instances_")
+        found.append(Annotations(file, (root / name, root / "images" / name, root / "images"), split_of(name)))
+    folders = {split: split_folder(root, split) for split in SPLITS}
+    found += [Annotations(folder / "_annotations.coco.json", (folder,), split) for split, folder in folders.items()]
+    found.append(Annotations(root / "labels.json", (root / "data", root / "images"), None))
+    if not (found := [annotations for annotations in found if annotations.file.is_file()]):
+        raise UserError(
+            f"{root}: neither annotations/instances_NAME.json nor <split>/_annotations.coco.json nor labels.json is "
+            "there; see datasets/coco/README.md"
+        )
+    return found
+
+
+def split_of(name: str) -> str | None:
+    """The split that a name begins with, such as ``val2017``, or None."""
+    endings = {other: split for split in SPLITS for other in (split, *OTHER_NAMES.get(split, ()))}
+    return next((split for other, split in endings.items() if name.lower().startswith(other)), None)
+
+
+def read_annotations(file: Path) -> dict:
+    """Read a file of annotations. UserError unless it has COCO's three lists."""
+    content = read_json(file)
+    names = ("images", "annotations", "categories")
+    if not isinstance(content, dict) or not all(isinstance(content.get(name), list) for name in names):
+        raise UserError(f"{file}: no COCO instances, it needs the lists {', '.join(names)}; export it again")
+    return content
+
+
+def check_classes(file: Path, names: dict[Any, str], rules: Rules) -> None:
+    """UserError for a class of ``rules`` that the file does not have."""
+    if unknown := sorted({*map(str.lower, rules.classes or ())} - {*map(str.lower, names.values())}):
+        known = ", ".join(sorted(names.values())[:12])
+        raise UserError(f"dataset.select.classes: {file} has no class {', '.join(unknown)}; it has {known}, ...")
+
+
+def is_entry(value: Any, *names: str) -> bool:
+    """Whether ``value`` is an object that has ``names``, an id among them that can be looked up."""
+    return isinstance(value, dict) and all(name in value for name in names) and isinstance(value["id"], int | str)
+
+
+# --- rows
+
+
+def list_instances(annotations: Annotations, content: dict, has_test: bool) -> Iterator[Instance]:
+    """Yield the instances of a file; a photograph without one gives an instance without annotation.
+
+    Entries that are no photographs, and annotations of none, are named.
+    """
+    images = {i["id"]: i for i in content["images"] if is_entry(i, "id", "file_name", "width", "height")}
+    known = [a for a in content["annotations"] if is_entry(a, "id", "image_id") and is_hashable(a["image_id"])]
+    known = [a for a in known if a["image_id"] in images]
+    for name, count in (("images", len(images)), ("annotations", len(known))):
+        if lost := len(content[name]) - count:
+            count = len(content[name])
+            tell(f"{annotations.file}: {lost} of {count} {name} left out, incomplete, repeated or of no image")
+    counts = Counter(a["image_id"] for a in known)
+    entries = [(images[a["image_id"]], a) for a in known] + [(i, {}) for id_, i in images.items() if not counts[id_]]
+    for image, annotation in entries:
+        path = find_photograph(annotations.folders, str(image["file_name"]))
+        stem = Path(str(image["file_name"])).stem
+        id_ = stem if counts[image["id"]] < 2 else f"{stem}_{annotation['id']}"
+        yield Instance(id_, choose_split(annotations.split, stem, has_test), image, annotation, path)
+
+
+def is_hashable(value: Any) -> bool:
+    """Whether a foreign value can be looked up: a number or a text."""
+    return isinstance(value, int | str)
+
+
+def choose_split(split: str | None, stem: str, has_test: bool) -> str:
+    """The split of a photograph; where there is no test split, that is half of validation, by the hash of the name."""
+    if split == "validation" and not has_test:
+        return "test" if draw(stem) < 0.5 else split
+    return split or draw_split(stem)
+
+
+def find_photograph(folders: Sequence[Path], name: str) -> Path | None:
+    """The file of a photograph: the first that exists, else that in the first folder; None for a bad name."""
+    try:
+        paths = [path_inside(folder, name) for folder in folders]
+    except UserError:
+        return None
+    return next((path for path in paths if path.is_file()), paths[0])
+
+
+def instance_row(instance: Instance, names: dict[Any, str], root: Path, rules: Rules, work: Path) -> dict:
+    """The row of ``COLUMNS`` of an instance; writes its mask."""
+    image, annotation = instance.image, instance.annotation
+    label = names.get(annotation.get("category_id")) if is_hashable(annotation.get("category_id")) else None
+    row = {"split": instance.split, "id": instance.id, "label": " ".join((label or "object").split())}
+    if instance.photograph is None or not is_file_name(instance.id):
+        return row | {"reason": BAD_NAME, "image": instance.id.replace("/", "_"), "mask": None}
+    row["image"] = os.path.relpath(instance.photograph, root)
+    box = fraction_box(annotation.get("bbox"), image)
+    if reason := annotation_problem(annotation, box, label, rules):
+        return row | {"reason": reason}
+    if not instance.photograph.is_file():
+        return row | {"reason": "image file missing"}
+    digest = hashlib.sha256(json.dumps(annotation["segmentation"]).encode()).hexdigest()[:8]
+    path = work / "annotations" / instance.split / f"{instance.id}-{digest}.png"
+    row |= {"mask": os.path.relpath(path, root), **dict(zip(CORNERS, box, strict=True))}
+    try:
+        if not path.is_file():
+            write_image(path, read_segmentation(annotation["segmentation"], image["height"], image["width"]))
+    except (ValueError, TypeError, KeyError, IndexError, OverflowError):
+        return row | {"reason": "mask undecodable"}
+    return row | {"reason": KEPT}
+
+
+def fraction_box(box: Any, image: dict) -> tuple[float, ...] | None:
+    """The corners of a box x, y, width, height in fractions of its image; None for what is no box in an image."""
+    try:
+        x, y, w, h = (float(value) for value in box)
+        width, height = image["width"], image["height"]
+        corners = x / width, y / height, (x + w) / width, (y + h) / height
+    except (ValueError, TypeError, ZeroDivisionError, OverflowError):
+        return None
+    x0, y0, x1, y1 = (min(max(value, 0.0), 1.0) for value in corners)
+    return (x0, y0, x1, y1) if x0 < x1 and y0 < y1 else None
+
+
+def annotation_problem(annotation: dict, box: tuple[float, ...] | None, label: str | None, rules: Rules) -> str | None:
+    """The reason for which an annotation cannot be used, or None."""
+    if not annotation:
+        return "no instance"
+    if not annotation.get("segmentation"):
+        return "box without mask"
+    if box is None or label is None:
+        return DAMAGED
+    if annotation.get("iscrowd") and not rules.allow_group:
+        return "group"
+    area = (box[2] - box[0]) * (box[3] - box[1])
+    if area < rules.min_area:
+        return "too small"
+    if rules.classes is not None and label.lower() not in map(str.lower, rules.classes):
+        return "class not wanted"
+    return None
+
+
+# --- masks
+
+
+def read_segmentation(segmentation: Any, height: int, width: int) -> np.ndarray:
+    """The mask of polygons [[x, y, x, y, ...], ...] or of run lengths {size, counts}, bool H x W. ValueError if wrong.
+
+    Coordinates of polygons are continuous, as pycocotools reads them: the first pixel reaches from 0 to 1.
+    """
+    if not (isinstance(height, int) and isinstance(width, int) and 0 < height * width <= Image.MAX_IMAGE_PIXELS):
+        raise ValueError("size")
+    if isinstance(segmentation, dict):
+        return read_runs(segmentation, height, width)
+    mask = np.zeros((height, width), bool)
+    for points in segmentation:
+        xy = np.array(points, np.float64).reshape(-1, 2)
+        if len(xy) < 3 or not np.isfinite(xy).all():
+            raise ValueError("polygon")
+        mask[polygon(xy[:, 1] - 0.5, xy[:, 0] - 0.5, mask.shape)] = True
+    return mask
+
+
+def read_runs(segmentation: dict, height: int, width: int) -> np.ndarray:
+    """The mask of run lengths down the columns, first of the ground, plain or compressed, bool H x W."""
+    counts = segmentation["counts"]
+    runs = np.array(expand_runs(counts) if isinstance(counts, str) else counts, np.int64)
+    if list(segmentation["size"]) != [height, width] or runs.ndim != 1 or (runs < 0).any():
+        raise ValueError("runs")
+    if runs.max(initial=0) > height * width or runs.sum() != height * width:
+        raise ValueError("length of runs")
+    values = np.arange(len(runs)) % 2 == 1
+    return np.repeat(values, runs).reshape(width, height).T
+
+
+def expand_runs(text: str) -> list[int]:
+    """The run lengths in COCO's compressed text.
+
+    A number is written in groups of five bits, the lowest first, each a character from ``0`` on; 32 is added where
+    another follows, and bit 16 of the last is the sign. From the fourth on, a number is the difference to that two
+    before it.
+    """
+    runs, value, shift = [], 0, 0
+    for character in text:
+        group = ord(character) - ord("0")
+        if not 0 <= group < 64:
+            raise ValueError(f"character {character!r}")
+        value |= (group & 31) << shift
+        shift += 5
+        if group & 32:
+            continue
+        if group & 16:
+            value -= 1 << shift
+        runs.append(value + (runs[-2] if len(runs) > 2 else 0))
+        value, shift = 0, 0
+    return runs
+
+
+def read_captions(root: Path, splits: Sequence[str]) -> dict[str, list[str]]:
+    """COCO's instances have no captions."""
+    return {}
+
+
+def list_places(root: Path, splits: Sequence[str]) -> list[Path]:
+    """List the annotations and the photographs, also of splits that may come."""
+    names = [*SPLITS, *(name for others in OTHER_NAMES.values() for name in others)]
+    folders = [folder for annotations in find_annotations(root) for folder in annotations.folders]
+    places = [root / name for name in ("annotations", "labels.json", "images", "data", *names)]
+    return [*places, *(folder for folder in folders if not any(folder.is_relative_to(place) for place in places))]
+
+
+COCO = Source(select_recipe, read_captions, list_places)
