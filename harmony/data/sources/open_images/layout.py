@@ -12,7 +12,7 @@ single instance, ``pixels.py`` the largest instance of each photograph.
 """
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -32,6 +32,11 @@ FULL_HEADER = {
 IMAGE, MASK = "data/{}.jpg", "labels/masks/{}/{}"
 CORNERS = ("XMin", "XMax", "YMin", "YMax")
 FLAGS = ("IsTruncated", "IsGroupOf", "IsDepiction", "IsInside")  # 0, 1, or -1 for "unknown"
+BOX_COLUMNS = (
+    dict.fromkeys(("ImageID", "LabelName"), pl.String)
+    | dict.fromkeys(CORNERS, pl.Float32)
+    | dict.fromkeys(FLAGS, pl.Int8)
+)
 
 
 @dataclass(frozen=True)
@@ -43,6 +48,10 @@ class Split:
     @property
     def name(self) -> str:
         return next((split for split, names in OTHER_NAMES.items() if self.folder.name in names), self.folder.name)
+
+    @property
+    def box_file(self) -> Path:
+        return self.folder / "labels" / "detections.csv"
 
     @cached_property
     def other_photographs(self) -> dict[str, str]:
@@ -65,9 +74,8 @@ class Split:
         return pl.format("{}/{}", pl.lit(self.folder.name), path).alias("image")
 
     def boxes(self) -> pl.LazyFrame:
-        """ImageID, LabelName, ``CORNERS``, ``FLAGS`` and ``damaged`` of each box."""
-        columns = dict.fromkeys(("ImageID", "LabelName"), pl.String) | dict.fromkeys(CORNERS, pl.Float32)
-        return scan(self.folder / "labels" / "detections.csv", columns | dict.fromkeys(FLAGS, pl.Int8))
+        """``BOX_COLUMNS`` and ``damaged`` of each box."""
+        return scan(self.box_file, BOX_COLUMNS)
 
     def masks(self, number: type[pl.DataType] = pl.Float32) -> pl.LazyFrame:
         """MaskPath, ImageID, LabelName, the corners of the box as ``number`` and ``damaged`` of each mask."""
@@ -134,7 +142,12 @@ def scan(path: Path, columns: dict[str, type[pl.DataType]]) -> pl.LazyFrame:
     """
     require_columns(path, columns, FULL_HEADER[path.name])
     rows = scan_csv(path, columns)
-    return rows.select(*columns).with_columns(damaged=pl.any_horizontal(pl.col(*columns).is_null()))
+    return rows.select(*columns).with_columns(damaged=is_damaged(columns))
+
+
+def is_damaged(columns: Iterable[str]) -> pl.Expr:
+    """Whether a row lacks the value of a column, or has one that cannot be read."""
+    return pl.any_horizontal(pl.col(*columns).is_null())
 
 
 def scan_csv(path: Path, types: Mapping[str, type[pl.DataType]] | None = None) -> pl.LazyFrame:
@@ -148,15 +161,7 @@ def scan_csv(path: Path, types: Mapping[str, type[pl.DataType]] | None = None) -
     if not header.strip(b"\xef\xbb\xbf\r\n "):
         raise UserError(f"{path}: its first line is empty; give it a header, or remove the file")
     is_quoted = b'"' in header
-    table = pl.scan_csv(
-        path,
-        schema_overrides=None if is_quoted else types,
-        infer_schema=False,
-        truncate_ragged_lines=True,
-        ignore_errors=True,
-        quote_char=None,
-        encoding="utf8-lossy",
-    )
+    table = parse_csv(path, None if is_quoted else types)
     if not is_quoted:
         return table
     names = [name.strip('"') for name in table.collect_schema().names()]
@@ -164,6 +169,19 @@ def scan_csv(path: Path, types: Mapping[str, type[pl.DataType]] | None = None) -
         raise UserError(f"{path}: two columns of its first line have one name; give each its own")
     table = table.rename(lambda name: name.strip('"')).with_columns(pl.all().str.strip_chars('"'))
     return table.cast(dict(types or {}), strict=False)
+
+
+def parse_csv(source: Path | bytes, types: Mapping[str, type[pl.DataType]] | None = None) -> pl.LazyFrame:
+    """Scan a CSV with quotes as plain letters, columns as text or of ``types``, unreadable values as null."""
+    return pl.scan_csv(
+        source,
+        schema_overrides=types,
+        infer_schema=False,
+        truncate_ragged_lines=True,
+        ignore_errors=True,
+        quote_char=None,
+        encoding="utf8-lossy",
+    )
 
 
 def require_columns(path: Path, columns: Sequence[str], header: str) -> None:

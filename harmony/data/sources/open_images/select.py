@@ -1,4 +1,4 @@
-"""Selection of Open Images photographs with exactly one usable instance, in one streaming pass over the tables.
+"""Selection of Open Images photographs with exactly one usable instance, in one pass over each table.
 
 The selection comes before any download, decoding or import. Memory grows with the number of images, not with the number
 of annotation rows. Every image gets one reason, the first of ``REASONS`` that applies, or ``kept``.
@@ -11,7 +11,8 @@ import polars as pl
 
 from harmony.core.errors import UserError
 from harmony.data.sources.open_images.layout import CORNERS, FLAGS, Split, find_splits, has_bad_name, mask_path
-from harmony.data.sources.selection import BAD_NAME, KEPT, Rules, Selection, check_files, read_ids
+from harmony.data.sources.open_images.skim import skim_boxes
+from harmony.data.sources.selection import BAD_NAME, COLUMNS, KEPT, Rules, Selection, check_files, read_ids
 
 
 def select(root: Path, splits: Sequence[str], rules: Rules, files: bool = True) -> Selection:
@@ -30,20 +31,26 @@ def select(root: Path, splits: Sequence[str], rules: Rules, files: bool = True) 
 
 def select_split(split: Split, rules: Rules) -> tuple[pl.DataFrame, dict[str, int]]:
     """Apply the annotation and recipe rules to one split: (table with ``COLUMNS``, damaged rows per CSV)."""
-    images = join_annotations(split)
+    reason = first_reason(rules, class_ids(split, rules.classes), read_ids(rules))
+    table = tabulate(join_annotations(split), split, reason).collect(engine="streaming")
     damage_counts = {
         f"{split.folder.name}/labels/{name}": n
         for name, column in (("detections.csv", "damaged_boxes"), ("segmentations.csv", "damaged_masks"))
-        if (n := int(images[column].sum()))
+        if (n := int(table[column].sum()))
     }
-    images = images.filter(pl.col("ImageID").is_not_null())  # a line without an id is counted above and is no image
-    images = images.with_columns(reason=first_reason(rules, class_ids(split, rules.classes), read_ids(rules)))
-    images = limit_samples(images.sort("ImageID"), rules.max_samples)
+    table = table.filter(pl.col("id").is_not_null())  # a line without an id is counted above and is no image
+    return limit_samples(table.select(COLUMNS), rules.max_samples), damage_counts
+
+
+def tabulate(images: pl.LazyFrame, split: Split, reason: pl.Expr) -> pl.LazyFrame:
+    """Make the table of a selection from joined annotations, sorted by id, with the numbers of damaged rows."""
     has_one_box = pl.col("boxes") == 1
-    table = images.select(
+    return images.select(
+        "damaged_boxes",
+        "damaged_masks",
         split=pl.lit(split.name),
         id="ImageID",
-        reason="reason",
+        reason=reason,
         label=pl.when(has_one_box).then(pl.col("label").replace(split.class_names())),
         x0=pl.when(has_one_box).then("XMin"),
         y0=pl.when(has_one_box).then("YMin"),
@@ -52,28 +59,16 @@ def select_split(split: Split, rules: Rules) -> tuple[pl.DataFrame, dict[str, in
         image=split.image_path(),
         mask=pl.when(pl.col("masks") == 1).then(pl.format("{}/{}", pl.lit(split.folder.name), mask_path())),
         source="source",
-    )
-    return table, damage_counts
+    ).sort("id")
 
 
-def join_annotations(split: Split) -> pl.DataFrame:
-    """Join the tables to one row for each image: numbers of boxes and masks, and the first of each.
+def join_annotations(split: Split) -> pl.LazyFrame:
+    """Join the tables to one row for each image: numbers of boxes and masks, and the box or mask where it is one.
 
-    This is the only pass over the tables, and it is streamed. A mask belongs to a box by (ImageID, LabelName, corners).
-    If an image has one box and one mask, as every kept image, (ImageID, LabelName) is enough, so that rounding of the
-    corners cannot lose a pair.
+    This is the only pass over the tables. A mask belongs to a box by (ImageID, LabelName, corners). If an image has one
+    box and one mask, as every kept image, (ImageID, LabelName) is enough, so that rounding of the corners cannot lose a
+    pair.
     """
-    boxes = (
-        split.boxes()
-        .group_by("ImageID")
-        .agg(
-            pl.len().alias("boxes"),
-            pl.col("damaged").sum().alias("damaged_boxes"),
-            pl.col("LabelName").first().alias("label"),
-            pl.col(*CORNERS).first(),
-            pl.col(*FLAGS).max(),
-        )
-    )
     masks = (
         split.masks()
         .group_by("ImageID")
@@ -85,6 +80,7 @@ def join_annotations(split: Split) -> pl.DataFrame:
         )
     )
     counters = ("boxes", "masks", "damaged_boxes", "damaged_masks")
+    boxes = summarize_boxes(split).rename({"LabelName": "label"})
     images = boxes.join(masks, on="ImageID", how="full", coalesce=True, nulls_equal=True)
     if (ids := split.image_ids()) is not None:
         images = images.join(ids, on="ImageID", how="full", coalesce=True, nulls_equal=True)
@@ -92,7 +88,19 @@ def join_annotations(split: Split) -> pl.DataFrame:
         images = images.join(sources, on="ImageID", how="left")
     else:
         images = images.with_columns(source=pl.lit(None, pl.String))
-    return images.with_columns(pl.col(*counters).fill_null(0)).collect(engine="streaming")
+    return images.with_columns(pl.col(*counters).fill_null(0))
+
+
+def summarize_boxes(split: Split) -> pl.LazyFrame:
+    """One row for each image: its number of boxes and of damaged ones, and the box where it is one.
+
+    The boxes are grouped where they cannot be skimmed.
+    """
+    boxes = split.boxes()
+    if (images := skim_boxes(split.box_file)) is not None:
+        return images.lazy()
+    counts = (pl.len().alias("boxes"), pl.col("damaged").sum().alias("damaged_boxes"))
+    return boxes.group_by("ImageID").agg(*counts, pl.col("LabelName", *CORNERS, *FLAGS).first())
 
 
 def first_reason(rules: Rules, classes: set[str] | None, ids: set[str] | None) -> pl.Expr:
