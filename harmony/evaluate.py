@@ -17,7 +17,7 @@ from harmony.cli.command import entry
 from harmony.cli.logger import build_logger
 from harmony.cli.methods import build, complete, row_facts, row_override
 from harmony.cli.provenance import provenance
-from harmony.cli.run_folder import device, rank, run_folder, world
+from harmony.cli.run_folder import device, make_folder, rank, run_folder, world
 from harmony.core.files import write_json
 from harmony.data.preparation import ensure
 from harmony.evaluation.report import Report
@@ -65,8 +65,13 @@ def overrides(words: list[str]) -> list[str]:
 
 @entry("evaluate", read=overrides)
 def main(cfg: DictConfig) -> None:
-    """Figures, table and picture of one method or of a study."""
+    """Figures, table and picture of one method or of a study; with ``inputs`` what other programs need for it."""
     start = time.monotonic()
+    if cfg.inputs is not None:
+        inputs = make_folder(cfg.inputs)
+        study(cfg, inputs).write_inputs(inputs)
+        print(inputs)
+        return
     folder = run_folder(cfg)
     report = study(cfg, folder).measure()
     if rank() > 0:

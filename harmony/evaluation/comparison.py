@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 
 from harmony.core.errors import UserError
+from harmony.core.files import write_json
 from harmony.core.progress import tell
 from harmony.data.manifest import manifest_hash, read_manifest
 from harmony.evaluation.blocks import fill_blocks, outputs_of
@@ -39,6 +40,7 @@ from harmony.metrics.fidelity import aggregate, fmse, standard_errors
 from harmony.models.features import feature_extractor
 from harmony.models.judge import Evaluator, load_evaluator
 from harmony.pixels.exemplars import exemplar
+from harmony.pixels.images import write_image
 
 REAL = 1024  # pictures of the train split that stand for real ones, at most
 EXAMPLES = 8  # pictures on a study's figure
@@ -301,6 +303,17 @@ class Comparison(Study):
         facts = {"protocol": ruler.protocol, "count": len(full), "methods": prints}
         facts |= {"manifest": manifest_hash(run.manifest)}
         return Report(flat(table), facts, text, self.draw(full.part(few), table, columns))
+
+    def write_inputs(self, folder: Path) -> None:
+        items = self.load(self.run.split)
+        parts = {name: folder / name for name in ("composites", "backgrounds", "masks", "holes")}
+        for part in parts.values():
+            part.mkdir(parents=True, exist_ok=True)
+        for c, background in zip(items.composites, with_holes(items), strict=True):
+            pictures_of = (c.copy_paste(), background, c.mask, c.hole)
+            for part, picture in zip(parts.values(), pictures_of, strict=True):
+                write_image(part / f"{c.name}.png", picture)
+        write_json(folder / "captions.json", {c.name: c.caption for c in items.composites})
 
     def figures(self, items: EvalSet, methods: dict[str, Method], ruler: Fidelity | Likeness, suffix: str) -> dict:
         """Row -> figures; notes say how often a pick was the best there was."""

@@ -28,16 +28,19 @@ from harmony.evaluation.study import Study, StudyRun
 from harmony.evaluation.tables import flat, pictures, write_table
 from harmony.methods.insert import AUTO, Insertion, Result, cut, find_square, insert
 from harmony.methods.method import EXEMPLAR, LIGHTS, Method, fingerprint
-from harmony.metrics.fidelity import aggregate, bg_drift, color_de, fmse, to_psnr
+from harmony.metrics.alignment import shift
+from harmony.metrics.fidelity import aggregate, bg_drift, color_de, fmse, ssim, to_psnr
+from harmony.models.perception import PairMetric
 from harmony.pixels.composites import change_light, copy_paste
 from harmony.pixels.exemplars import cut_out
-from harmony.pixels.images import crop_resize, read_image, resize
+from harmony.pixels.images import crop_resize, read_image, resize, write_image
 from harmony.pixels.masks import read_mask, resize_mask
 
 LARGEST = 512  # px: longer side at which figures are measured; larger photographs are shrunk
 EXAMPLES = 8  # pictures on the figure
 SIDE = 192  # px: of a picture on it
 COPY_PASTE = "copy_paste"
+AS_IT_IS = "_as_it_is"  # ends the name of a composite whose object is under no other light
 
 
 @dataclass(frozen=True)
@@ -57,11 +60,16 @@ class Pair:
 
     def cut(self, method: Method) -> Insertion:
         """The square that a method fills. UserError for an object that is too small for it."""
-        fields = {"caption": self.row.caption, "name": self.row.id}
+        fields = {"caption": self.row.caption, "name": name_composite(self.row, self.is_changed)}
         if EXEMPLAR in method.wants:
             fields["exemplar"] = cut_out(self.foreground, self.mask)
         # the composite is its own background: nothing that a method sees may show the truth's object
         return cut(method.resolution, self.composite, self.composite, self.mask, None, method.radius, **fields)
+
+
+def name_composite(row: Row, is_changed: bool) -> str:
+    """The name by which other programs know a composite."""
+    return row.id if is_changed else f"{row.id}{AS_IT_IS}"
 
 
 def read_pair(row: Row, root: Path, seed: int, is_changed: bool) -> Pair:
@@ -80,11 +88,23 @@ def read_pair(row: Row, root: Path, seed: int, is_changed: bool) -> Pair:
     return Pair(row, photograph, light, copy_paste(photograph, light, mask), mask, is_changed)
 
 
-def score(result: Result, pair: Pair) -> dict[str, float]:
-    """The figures of one result at the photograph's size; its background's drift is that from the composite's."""
+def score(result: Result, pair: Pair, metrics: Sequence[PairMetric] = ()) -> dict[str, float]:
+    """The figures of one result at the photograph's size; its background's drift is that from the composite's.
+
+    ``raw``: of the square that the method returned, before its hole alone was taken.
+    """
     image, truth, mask = result.image, pair.photograph, pair.mask
-    drift = bg_drift(image, pair.composite, result.hole)
-    return {"fmse": fmse(image, truth, mask), "color_de": color_de(image, truth, mask), "bg_drift": drift}
+    figures = {
+        "fmse": fmse(image, truth, mask),
+        "color_de": color_de(image, truth, mask),
+        "ssim": ssim(image, truth),
+        "bg_drift": bg_drift(image, pair.composite, result.hole),
+    }
+    figures |= {metric.name: metric([image], [truth], [mask])[0] for metric in metrics}
+    side = len(result.output)
+    before, hole = (crop_resize(x, result.crop, side) for x in (pair.composite, result.hole))
+    drift, moved = bg_drift(result.output, before, hole), shift(result.output, before, hole)
+    return figures | {"raw/bg_drift": drift, "raw/shift": moved}
 
 
 @dataclass
@@ -135,7 +155,8 @@ class Pairs(Study):
         run = self.run
         composites = [row.extras.get("composite_sha256") for row, _ in self.items]
         rows = [(row.id, row.sha256, row.caption, changed) for row, changed in self.items]
-        settings = fingerprint(rows, composites, run.seed, self.details[name], LARGEST)
+        protocols = [metric.protocol for metric in run.metrics[0]]
+        settings = fingerprint(rows, composites, run.seed, self.details[name], LARGEST, protocols)
         return run.folder / "outputs" / self.methods[name].fingerprint[:16] / settings[:16] / f"{block.start:05d}.json"
 
     def results(self, name: str, items: Sequence[tuple[Row, bool]]) -> list[tuple[Pair, Result | UserError]]:
@@ -154,7 +175,7 @@ class Pairs(Study):
     def make(self, name: str, block: range) -> None:
         """Measure one row on some of the items; an item that it cannot take is stored as the reason."""
         results = self.results(name, [self.items[i] for i in block])
-        figures = [str(r) if isinstance(r, UserError) else score(r, pair) for pair, r in results]
+        figures = [str(r) if isinstance(r, UserError) else score(r, pair, self.run.metrics[0]) for pair, r in results]
         write_json(self.file(name, block), figures)
 
     def read(self, name: str) -> list[dict[str, float] | str]:
@@ -184,13 +205,29 @@ class Pairs(Study):
         if run.rank > 0:
             return Report()
         table = self.table()
-        notes = [line, *self.notes]
+        metrics, lines = run.metrics
+        notes = [line, *self.notes, *lines, *(metric.protocol for metric in metrics)]
         if "poisson" in table:
             notes.append("poisson: the object stands where it stood, so that its rim gives the truth away")
         text = write_table(run.folder, table, "method", notes, every=True)
         prints = {name: method.fingerprint for name, method in self.methods.items()}
         facts = {"count": count, "methods": prints, "manifest": manifest_hash(run.manifest)}
         return Report(flat(table), facts, text, [self.draw()])
+
+    def write_inputs(self, folder: Path) -> None:
+        def make(path: Path) -> None:
+            row, is_changed = of[path]
+            pair = read_pair(row, self.run.manifest.parent, self.run.seed, is_changed)
+            write_image(folder / "masks" / path.name, pair.mask)
+            write_image(path, pair.composite)  # last: its mask is there
+
+        names = [name_composite(*item) for item in self.items]
+        of = {folder / "composites" / f"{name}.png": item for name, item in zip(names, self.items, strict=True)}
+        captions = {name: row.caption for name, (row, _) in zip(names, self.items, strict=True)}
+        for part in ("composites", "masks"):
+            (folder / part).mkdir(parents=True, exist_ok=True)
+        make_pieces("inputs", dict.fromkeys(of, 1), Path.exists, make, "composites")
+        write_json(folder / "captions.json", captions)
 
     def table(self) -> dict[str, dict[str, float]]:
         """Row -> figures, over the photographs that all rows can take."""

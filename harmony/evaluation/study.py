@@ -7,6 +7,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from harmony.core.errors import UserError
 from harmony.evaluation.report import Report
 from harmony.methods.method import Method
 from harmony.models.backbone import Backbone
@@ -59,7 +60,7 @@ class StudyRun:
     @cached_property
     def metrics(self) -> tuple[list[PairMetric], list[str]]:
         """The further metrics, and a line for each whose weights cannot be had."""
-        return load_metrics(self.weights, self.backbone.device)
+        return load_metrics(self.weights, self.backbone.device) if any(self.weights.values()) else ([], [])
 
 
 class Study(ABC):
@@ -70,3 +71,10 @@ class Study(ABC):
     @abstractmethod
     def measure(self) -> Report:
         """The report; an empty one on other processes than the first."""
+
+    def write_inputs(self, folder: Path) -> None:
+        """Write what another program needs to take part: ``composites``, ``masks`` and more, each as NAME.png.
+
+        Its results, NAME.png again, are measured by the method ``stored``. UserError for a study without composites.
+        """
+        raise UserError(f"{self.run.name} has no composites that another program could take: leave out inputs=")

@@ -14,7 +14,10 @@ from harmony.pixels.images import SUFFIXES, crop_resize, read_image, resize, sha
 
 
 class Stored(Method):
-    """A folder with a picture for each composite, NAME.png (or .jpg, ...): the whole photograph or its square."""
+    """A folder with a picture for each composite, NAME.png (or .jpg, ...): the whole photograph, scaled or not.
+
+    Of a photograph that is no square it may be the square that our methods fill.
+    """
 
     resolution = None
 
@@ -51,9 +54,15 @@ class Stored(Method):
         path = paths[0]
         picture, side = read_image(path), len(composite.mask)
         height, width = picture.shape[:2]
-        if composite.crop is not None and (width, height) == composite.size:
-            return crop_resize(picture, composite.crop, side)
+        if composite.crop is not None and is_scaled((width, height), composite.size):
+            return crop_resize(resize(picture, *composite.size), composite.crop, side)
         if width == height:
             return resize(picture, side, side)
         expected_size = "x".join(map(str, composite.size)) if composite.size else "its photograph"
         raise UserError(f"{path} is {width} x {height}: give the whole photograph ({expected_size}) or its square")
+
+
+def is_scaled(size: tuple[int, int], other: tuple[int, int]) -> bool:
+    """Whether a picture of ``size`` may be one of ``other`` size, smaller or larger, up to a pixel of rounding."""
+    scale = max(size) / max(other)
+    return all(abs(a - scale * b) <= 1 for a, b in zip(size, other, strict=True))

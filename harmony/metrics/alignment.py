@@ -11,6 +11,7 @@ from skimage.registration import phase_cross_correlation
 
 SMALLEST_SHARE = 0.05  # of the picture that background must be
 SMALLEST_SPREAD = 1.0  # gray levels: standard deviation of a background that has something to align
+FILTER = 3  # px: Gaussian window before alignment
 CRITERIA = (cv2.TERM_CRITERIA_EPS | cv2.TERM_CRITERIA_COUNT, 100, 1e-4)
 
 
@@ -28,11 +29,19 @@ def shift(output: np.ndarray, original: np.ndarray, hole: np.ndarray) -> float:
     if np.array_equal(gray[background], reference[background]):
         return 0.0
     masks = {"reference_mask": background, "moving_mask": background}
-    dy, dx = phase_cross_correlation(reference, gray, **masks)[0]
-    warp = np.float32([[1, 0, -dx], [0, 1, -dy]])
+    whole = phase_cross_correlation(reference, gray, **masks)[0]
+    fits = [align(gray, reference, background, start) for start in ((0.0, 0.0), (-whole[1], -whole[0]))]
+    return max(fits)[1] if any(fits) else math.nan
+
+
+def align(
+    gray: np.ndarray, reference: np.ndarray, background: np.ndarray, start: tuple[float, float]
+) -> tuple[float, float] | tuple[()]:
+    """(correlation, length) of the shift found from ``start`` = (x, y); empty where nothing correlates."""
+    warp = np.float32([[1, 0, start[0]], [0, 1, start[1]]])
     try:
         valid = background.astype(np.uint8)
-        warp = cv2.findTransformECC(reference, gray, warp, cv2.MOTION_TRANSLATION, CRITERIA, valid, 3)[1]
-    except cv2.error:  # nothing that correlates
-        return math.nan
-    return float(np.hypot(*warp[:, 2]))
+        correlation, warp = cv2.findTransformECC(reference, gray, warp, cv2.MOTION_TRANSLATION, CRITERIA, valid, FILTER)
+    except cv2.error:
+        return ()
+    return correlation, float(np.hypot(*warp[:, 2]))

@@ -250,7 +250,9 @@ class Worded(Constant):
 def test_what_needs_words_is_left_out_without_them(tmp_path, items):
     """Guards relighting on pairs, whose captions name no lights: one line instead of the end of the study."""
     run = StudyRun("t", tmp_path, prepare=lambda: tmp_path / "manifest.jsonl")
-    options = dict.fromkeys(("radius", "degrade", "sweep", "pairs", "figure", "hidden", "drawn", "paper", "lambdas"))
+    options = dict.fromkeys(
+        ("against", "radius", "degrade", "sweep", "pairs", "figure", "hidden", "drawn", "paper", "lambdas")
+    )
     study, methods = Comparison(run, RELIGHT, {}, **options), {"told": Worded("a", []), "plain": Constant("b", [])}
     assert list(study.fitting(methods, items)) == ["plain"]
     assert study.notes == ["told: left out, the dataset has no words for both lights"]

@@ -1,5 +1,6 @@
 """Pairs: photographs under another light, what their figures compare, and resumption."""
 
+import json
 from dataclasses import replace
 
 import numpy as np
@@ -12,7 +13,8 @@ from harmony.evaluation.pairs import Pairs
 from harmony.evaluation.study import StudyRun
 from harmony.methods.baselines import CopyPaste, Reinhard
 from harmony.methods.method import Method, fingerprint
-from harmony.pixels.images import read_image
+from harmony.methods.stored import Stored
+from harmony.pixels.images import read_image, resize, write_image
 
 
 class Truth(Method):
@@ -32,7 +34,8 @@ class Truth(Method):
 
     def fill(self, composites, seeds):
         self.calls += [c.name for c in composites]
-        return [pairs.crop_resize(self.photographs[c.name], c.crop, len(c.mask)) for c in composites]
+        photographs = [self.photographs[c.name.removesuffix(pairs.AS_IT_IS)] for c in composites]
+        return [pairs.crop_resize(p, c.crop, len(c.mask)) for p, c in zip(photographs, composites, strict=True)]
 
 
 @pytest.fixture
@@ -48,6 +51,8 @@ def study(small_manifest, tmp_path):
                 return CopyPaste()
             case "reinhard":
                 return Reinhard()
+            case "stored":
+                return Stored(None, options["folder"])
             case _:
                 return Truth(photographs, options.get("side"), calls)
 
@@ -87,6 +92,37 @@ def test_what_is_measured_is_not_measured_again(study):
     assert 0 < len(calls) < done
     other = make(unchanged=1)
     assert other.file("truth", range(1)) != make().file("truth", range(1))
+
+
+def test_another_program_takes_part(study, tmp_path):
+    """Guards inputs= and stored results: composites handed back are copy and paste itself; a background that moved is
+    told; a photograph that is scaled counts as one.
+    """
+    make, _ = study
+    inputs, results = tmp_path / "inputs", {name: tmp_path / name for name in ("same", "moved", "scaled")}
+    rows = {"copy_paste": {"options": {"method": "copy_paste"}}}
+    rows |= {name: {"options": {"method": "stored", "folder": str(folder)}} for name, folder in results.items()}
+    make().write_inputs(inputs)
+    files = sorted((inputs / "composites").iterdir())
+    count = len(make().items)
+    assert (
+        len(files)
+        == count
+        == len(list((inputs / "masks").iterdir()))
+        == len(json.loads((inputs / "captions.json").read_text()))
+    )
+    for file in files:
+        picture = read_image(file)
+        height, width = picture.shape[:2]
+        write_image(results["same"] / file.name, picture)
+        write_image(results["moved"] / file.name, np.roll(picture, 2, axis=1))
+        write_image(results["scaled"] / file.name, resize(picture, 3 * width, 3 * height))
+    figures = make(rows=rows).measure().figures
+    assert figures["same/fmse"] == figures["copy_paste/fmse"] and figures["same/unchanged/fmse"] == 0
+    assert figures["same/raw/shift"] == figures["same/raw/bg_drift"] == figures["same/bg_drift"] == 0
+    assert figures["moved/raw/shift"] == pytest.approx(2, abs=0.2) and figures["moved/raw/bg_drift"] > 30
+    assert figures["moved/bg_drift"] == 0 and figures["moved/fmse"] != figures["same/fmse"]
+    assert figures["scaled/raw/shift"] < 0.1 and abs(figures["scaled/fmse"] / figures["same/fmse"] - 1) < 0.1
 
 
 def test_the_light_depends_on_the_seed_and_the_photograph_alone(small_manifest, tmp_path):
