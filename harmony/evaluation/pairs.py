@@ -226,7 +226,7 @@ class Pairs(Study):
         captions = {name: row.caption for name, (row, _) in zip(names, self.items, strict=True)}
         for part in ("composites", "masks"):
             (folder / part).mkdir(parents=True, exist_ok=True)
-        make_pieces("inputs", dict.fromkeys(of, 1), Path.exists, make, "composites")
+        make_pieces("inputs", dict.fromkeys(of, 1), Path.exists, make, "composites", every=50)
         write_json(folder / "captions.json", captions)
 
     def table(self) -> dict[str, dict[str, float]]:
