@@ -70,6 +70,14 @@ def prepare_coco(recipe: dict, work: Path, backbone: str, trainer: lightning.Tra
     return prepare_dataset(recipe, work, COCO, captioner(backbone), trainer)
 
 
+def prepare_bench(recipe: dict, work: Path, backbone: str, trainer: lightning.Trainer) -> Path:
+    """Prepare a bench of composition, whose objects come from other pictures."""
+    from harmony.data.sources.benches import BENCH
+    from harmony.data.sources.open_images.preparation import prepare_dataset
+
+    return prepare_dataset(recipe, work, BENCH, captioner(backbone), trainer)
+
+
 def prepare_pixels(recipe: dict, work: Path, backbone: str, trainer: lightning.Trainer) -> Path:
     """Prepare the pixels that a backbone is trained on."""
     if trainer.is_global_zero:
@@ -101,6 +109,7 @@ LAYOUTS = {
     "folder": Layout(prepare_folder),
     "pairs": Layout(prepare_pairs),
     "coco": Layout(prepare_coco),
+    "bench": Layout(prepare_bench),
     "backbone": Layout(prepare_pixels),
     "editing": Layout(locate_edits, manifest=False),
     "pictures": Layout(locate_pictures, manifest=False),
