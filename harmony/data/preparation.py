@@ -99,6 +99,14 @@ def locate_edits(recipe: dict, work: Path, backbone: str, trainer: lightning.Tra
         return generate(renders, recipe["count"]) / "edits.jsonl"
 
 
+def prepare_pie_bench(recipe: dict, work: Path, backbone: str, trainer: lightning.Trainer | None) -> Path:
+    """Prepare the edits of PIE-Bench."""
+    from harmony.data.sources.pie_bench import prepare_edits
+
+    with lock(work / recipe["name"]):  # only one of several processes writes
+        return prepare_edits(recipe, work)
+
+
 def locate_pictures(recipe: dict, work: Path, backbone: str, trainer: lightning.Trainer | None) -> Path:
     """Find the folder with the few pictures of one concept."""
     return locate(recipe)
@@ -112,6 +120,7 @@ LAYOUTS = {
     "bench": Layout(prepare_bench),
     "backbone": Layout(prepare_pixels),
     "editing": Layout(locate_edits, manifest=False),
+    "pie_bench": Layout(prepare_pie_bench, manifest=False),
     "pictures": Layout(locate_pictures, manifest=False),
 }
 
@@ -202,7 +211,7 @@ def lock(folder: Path) -> Iterator[None]:
     missing, mark = list_missing(folder), ".preparing"
     folder.mkdir(parents=True, exist_ok=True)
     try:
-        with FileLock(folder / mark):
+        with FileLock(folder / mark, is_singleton=True):  # a layout may hold it once more
             yield
     except UserError:
         remove_unused(missing, mark)
