@@ -24,9 +24,10 @@ class Row:
 
     ``box`` is (x0, y0, x1, y1) in pixels of the stored image, x1 and y1 exclusive. ``sha256`` is the hash of the
     image file. ``extras`` holds the values that only some datasets have: ``plate``, ``relit``, ``shadow`` (paths),
-    ``composite`` (the path of the image with its object under another light, or from another picture),
+    ``composite`` (the path of the image with its object under another light, or with one of another picture),
+    ``exemplar`` (the path of a picture of that other object),
     ``relit_caption``, ``source`` (``studio``), ``caption_source`` (``given``, ``label`` or the captioner's name), and
-    ``mask_sha256``, ``relit_sha256`` and ``composite_sha256``, the hashes of those files.
+    ``mask_sha256``, ``relit_sha256``, ``composite_sha256`` and ``exemplar_sha256``, the hashes of those files.
     """
 
     id: str
@@ -40,6 +41,11 @@ class Row:
     height: int
     sha256: str
     extras: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def has_truth(self) -> bool:
+        """Whether the image shows the object as it should look; not where another picture's object is to go in."""
+        return "exemplar" not in self.extras
 
     @property
     def number(self) -> int:

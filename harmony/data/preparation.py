@@ -70,6 +70,14 @@ def prepare_coco(recipe: dict, work: Path, backbone: str, trainer: lightning.Tra
     return prepare_dataset(recipe, work, COCO, captioner(backbone), trainer)
 
 
+def prepare_bench(recipe: dict, work: Path, backbone: str, trainer: lightning.Trainer) -> Path:
+    """Prepare a bench of composition, whose objects come from other pictures."""
+    from harmony.data.sources.benches import BENCH
+    from harmony.data.sources.open_images.preparation import prepare_dataset
+
+    return prepare_dataset(recipe, work, BENCH, captioner(backbone), trainer)
+
+
 def prepare_pixels(recipe: dict, work: Path, backbone: str, trainer: lightning.Trainer) -> Path:
     """Prepare the pixels that a backbone is trained on."""
     if trainer.is_global_zero:
@@ -91,6 +99,14 @@ def locate_edits(recipe: dict, work: Path, backbone: str, trainer: lightning.Tra
         return generate(renders, recipe["count"]) / "edits.jsonl"
 
 
+def prepare_pie_bench(recipe: dict, work: Path, backbone: str, trainer: lightning.Trainer | None) -> Path:
+    """Prepare the edits of PIE-Bench."""
+    from harmony.data.sources.pie_bench import prepare_edits
+
+    with lock(work / recipe["name"]):  # only one of several processes writes
+        return prepare_edits(recipe, work)
+
+
 def locate_pictures(recipe: dict, work: Path, backbone: str, trainer: lightning.Trainer | None) -> Path:
     """Find the folder with the few pictures of one concept."""
     return locate(recipe)
@@ -101,8 +117,10 @@ LAYOUTS = {
     "folder": Layout(prepare_folder),
     "pairs": Layout(prepare_pairs),
     "coco": Layout(prepare_coco),
+    "bench": Layout(prepare_bench),
     "backbone": Layout(prepare_pixels),
     "editing": Layout(locate_edits, manifest=False),
+    "pie_bench": Layout(prepare_pie_bench, manifest=False),
     "pictures": Layout(locate_pictures, manifest=False),
 }
 
@@ -193,7 +211,7 @@ def lock(folder: Path) -> Iterator[None]:
     missing, mark = list_missing(folder), ".preparing"
     folder.mkdir(parents=True, exist_ok=True)
     try:
-        with FileLock(folder / mark):
+        with FileLock(folder / mark, is_singleton=True):  # a layout may hold it once more
             yield
     except UserError:
         remove_unused(missing, mark)

@@ -29,7 +29,7 @@ from harmony.evaluation.eval_sets import (
     subsample,
     with_holes,
 )
-from harmony.evaluation.exemplars import Likeness, load_exemplars
+from harmony.evaluation.exemplars import Likeness, load_exemplars, load_own_exemplars
 from harmony.evaluation.figures import Fidelity, scores
 from harmony.evaluation.report import Report
 from harmony.evaluation.study import Study, StudyRun
@@ -42,6 +42,7 @@ from harmony.models.judge import Evaluator, load_evaluator
 from harmony.pixels.exemplars import exemplar
 from harmony.pixels.images import write_image
 
+FEWEST = 4  # pictures of the train split that a mixture can be fitted on
 REAL = 1024  # pictures of the train split that stand for real ones, at most
 EXAMPLES = 8  # pictures on a study's figure
 SQUARES = 3  # of them on a figure of all pairs of weights
@@ -144,6 +145,8 @@ class Comparison(Study):
                     raise UserError(
                         f"backbone {run.backbone.name} has no CLIP image tower: give clip=NAME/WEIGHTS of open_clip"
                     )
+                if own := load_own_exemplars(*at, run.limit):
+                    return own
                 rows = read_manifest(run.manifest, split)[1]
                 return load_exemplars(
                     load_reconstruct(*at), rows, run.manifest.parent, run.embedder, run.limit, self.notes.append
@@ -157,6 +160,13 @@ class Comparison(Study):
             self.notes += [line for line in lines if line not in self.notes]
             return Fidelity(items, self.extractor, self.run.embedder, metrics)
         real = load_reconstruct(self.run.manifest, "train", self.run.backbone.resolution, REAL).truths
+        if not real:
+            self.notes.append("no train split: clip_fid, fid, kid and qs_own compare with the bench's own backgrounds")
+            real = items.backgrounds
+        if len(real) < FEWEST:
+            raise UserError(
+                f"{len(real)} real pictures: qs_own needs {FEWEST} at least, take more data or raise limit="
+            )
         return Likeness(items, self.run.embedder, self.extractor, real)
 
     # --- rows

@@ -1,5 +1,6 @@
 """The editing bench: pictures brought back, one word changed, words learned; every figure against a render.
 
+Of photographs no edited truth is known (PIE-Bench): their edits are measured by words, and outside the mask.
 Reconstruction stands between two bounds: the autoencoder's own above, plain DDIM inversion under guidance below. An
 edit is measured against the render of the scene so changed, its background (outside the object of source and truth)
 against the source. A learned word is measured by views that it was not learned from.
@@ -31,6 +32,7 @@ from harmony.methods.prompt_editing import (
     Inversion,
     Mode,
     edit_picture,
+    find_mode,
     invert_latents,
     invert_pictures,
     plan_edit,
@@ -48,21 +50,22 @@ from harmony.sampling.text_to_image import text_to_image
 
 PARTS = ("reconstruction", "edits", "concepts")
 ALONE = Mode(0, 0, 1, False)  # the target prompt from the same noise and null texts, attention its own
-MODE_OF = {"color": "replace", "kind": "replace", "light": "style"}  # what a user would ask for each word
+# what a user would ask for each word of the renders; of other edits the prompts decide
+MODE_OF = {"color": "replace", "kind": "replace", "light": "style", "change style": "style"}
 DRAWS = 4  # pictures of each view that a word is judged by
 ROWS = 6  # pictures on the figure
 
 
 @dataclass(frozen=True)
 class Item:
-    """A scene at the backbone's resolution: uint8 R x R x 3, its caption, and its cases with truth and mask (bool R x
-    R).
+    """A scene at the backbone's resolution: uint8 R x R x 3, its caption, and its cases with truth (uint8 R x R x 3)
+    and mask (bool R x R), None where there is none.
     """
 
     image: np.ndarray
     prompt: str
     cases: list[Case]
-    truths: list[np.ndarray]
+    truths: list[np.ndarray | None]
     masks: list[np.ndarray | None]
 
 
@@ -73,7 +76,7 @@ def load_items(file: Path, side: int, limit: int | None = None) -> list[Item]:
         scenes.setdefault(case.id, []).append(case)
     items = []
     for cases in subsample(list(scenes.values()), limit):
-        truths = [resize(read_image(root / case.truth), side, side) for case in cases]
+        truths = [None if c.truth is None else resize(read_image(root / c.truth), side, side) for c in cases]
         masks = [None if c.mask is None else read_mask(root / c.mask, (side, side), resize=True) for c in cases]
         items.append(Item(resize(read_image(root / cases[0].image), side, side), cases[0].source, cases, truths, masks))
     return items
@@ -106,7 +109,23 @@ class EditingStudy(Study):
 
     @cached_property
     def items(self) -> list[Item]:
-        return load_items(self.file, self.backbone.resolution, self.run.limit)
+        """The scenes; those with prompts that the backbone cannot take are left out with a note."""
+        items = load_items(self.file, self.backbone.resolution, self.run.limit)
+        problems = [self.problem(item) for item in items]
+        if not all(problems):  # otherwise the first edit raises its own error
+            items = [item for item, problem in zip(items, problems, strict=True) if problem is None]
+            problems = [problem for problem in problems if problem is not None]
+            self.notes += [f"{len(problems)} scenes left out, such as {problems[0]}"] if problems else []
+        return items
+
+    def problem(self, item: Item) -> str | None:
+        """Why an item cannot be edited, or None."""
+        try:
+            for case in item.cases:
+                plan_edit(self.backbone, case.source, case.target, self.mode(case))
+        except UserError as error:
+            return f"{item.cases[0].id}: {error}"
+        return None
 
     @cached_property
     def made_of(self) -> dict[str, str]:
@@ -157,7 +176,7 @@ class EditingStudy(Study):
 
     def mode(self, case: Case) -> Mode:
         """What a user would ask for, local edits with the study's share of self-attention."""
-        mode = MODES[MODE_OF[case.word]]
+        mode = MODES[MODE_OF.get(case.word) or find_mode(case.source, case.target)]
         return replace(mode, self_attention_steps=self.self_attention_steps) if mode.local else mode
 
     def edits(self, items: Sequence[Item], inversions: Sequence[Inversion]) -> dict[str, list[np.ndarray]]:
@@ -237,9 +256,13 @@ class EditingStudy(Study):
         return table
 
     def edit_figures(self, outputs_of: dict[str, np.ndarray]) -> dict[str, dict[str, float]]:
-        """``<word>/<figure>``: ``psnr`` to the truth, ``fpsnr`` inside the mask, ``bg_mse`` to the source outside."""
+        """``<word>/<figure>``: ``psnr`` to the truth, ``fpsnr`` inside the mask, ``bg_mse`` to the source outside.
+
+        Without a truth there are ``clip_t`` and ``bg_mse`` alone.
+        """
         cases = [(item, case, t, m) for item in self.items for case, t, m in zip(item.cases, item.truths, item.masks)]
-        truths = embeddings([truth for _, _, truth, _ in cases], self.clip)
+        # where there is no truth, the source's features fill the place: their figure is not used
+        truths = embeddings([item.image if truth is None else truth for item, _, truth, _ in cases], self.clip)
         words = torch.nn.functional.normalize(self.clip.texts([c.target for _, c, _, _ in cases]).float().cpu(), dim=1)
         table = {}
         for row, outputs in part_of(outputs_of, "edits").items():
@@ -249,9 +272,13 @@ class EditingStudy(Study):
             for y, (item, case, truth, mask), i, t in zip(
                 outputs, cases, image_scores.tolist(), text_scores.tolist(), strict=True
             ):
-                numbers = {"psnr": psnr(y, truth), "clip_i": i, "clip_t": t}
+                numbers = {"clip_t": t}
+                if truth is not None:
+                    numbers |= {"psnr": psnr(y, truth), "clip_i": i}
+                if truth is not None and mask is not None:
+                    numbers["fpsnr"] = fpsnr(y, truth, mask)
                 if mask is not None:
-                    numbers |= {"fpsnr": fpsnr(y, truth, mask), "bg_mse": fmse(y, item.image, ~mask)}
+                    numbers["bg_mse"] = fmse(y, item.image, ~mask)
                 for name, value in numbers.items():
                     figures.setdefault(f"{case.word}/{name}", []).append(value)
             table[row] = {name: mean(values) for name, values in figures.items()}
@@ -281,6 +308,8 @@ class EditingStudy(Study):
             tell(line)
         if "concepts" in self.parts and self.words is None:
             self.notes.append("concepts: left out, give study.words=FOLDER with a learned word for each")
+        elif "concepts" in self.parts and not self.word_files():
+            self.notes.append("concepts: left out, the dataset has none")
         outputs = self.outputs()
         if run.rank > 0:
             return Report()
@@ -303,9 +332,11 @@ class EditingStudy(Study):
         columns |= {row: [images[i] for i in few] for row, images in back.items() if "null" in row or "ddim" in row}
         first = np.cumsum([0, *(len(item.cases) for item in self.items)])
         for n, case in enumerate(self.items[0].cases if edits else ()):
+            word = case.word if all(self.items[i].cases[n].word == case.word for i in few) else "edit"
             for row, title in (("prompt alone", "alone"), ("null text and prompt-to-prompt", "edit")):
-                columns[f"{case.word}: {title}"] = [edits[row][first[i] + n] for i in few]
-            columns[f"{case.word}: truth"] = [self.items[i].truths[n] for i in few]
+                columns[f"{word}: {title}"] = [edits[row][first[i] + n] for i in few]
+            if all(self.items[i].truths[n] is not None for i in few):
+                columns[f"{word}: truth"] = [self.items[i].truths[n] for i in few]
         if outputs:
             files.append(self.run.folder / "figure.png")
             pictures(files[-1], list(zip(*columns.values(), strict=True)), list(columns))

@@ -89,9 +89,23 @@ def composite_of(e: Example, row: Row, **changes) -> Composite:
     return replace(square, **changes)
 
 
+def read_truths(manifest: Path, split: str) -> list[Row]:
+    """The rows of a split whose image is a truth. UserError for a bench of composition, where none is."""
+    rows = read_manifest(manifest, split)[1]
+    if rows and not any(row.has_truth for row in rows):
+        raise UserError(
+            f"{manifest} knows no truths, its objects come from other pictures: use experiment=exemplar_bench, or "
+            f"harmonize dir={Path(manifest).parent}"
+        )
+    return [row for row in rows if row.has_truth]
+
+
 def load_reconstruct(manifest: Path, split: str, resolution: int, limit: int | None = None) -> EvalSet:
-    """Reconstruction by the test protocol (center crop, dilated hole) of up to ``limit`` rows of the split."""
-    rows = subsample(read_manifest(manifest, split)[1], limit)
+    """Reconstruction by the test protocol (center crop, dilated hole) of up to ``limit`` rows of the split.
+
+    UserError for a dataset that has no truths.
+    """
+    rows = subsample(read_truths(manifest, split), limit)
     root = Path(manifest).parent
     examples = [example(row, root, SHOWN_TO, resolution) for row in rows]
     composites = [composite_of(e, row) for e, row in zip(examples, rows, strict=True)]
@@ -106,7 +120,7 @@ def load_relight(
     UserError for a dataset that has neither plates, objects under a second light, and shadows, nor composites.
     """
     root = Path(manifest).parent
-    rows = [row for row in read_manifest(manifest, split)[1] if is_render_pair(row) or "composite" in row.extras]
+    rows = [row for row in read_truths(manifest, split) if is_render_pair(row) or "composite" in row.extras]
     if not (rows := subsample(rows, limit)):
         raise UserError(
             f"{manifest} knows no truth for relighting (plate, relit and shadow, or composite): use dataset=studio or "

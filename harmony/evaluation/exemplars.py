@@ -1,7 +1,8 @@
 """A bench for painting by example, after COCOEE (Yang 2022): another object of the same kind as exemplar.
 
-Each source picture has one box, which is painted over; the exemplar is the crop of the most similar object of the same
-label in another picture of the split, by the cosine of CLIP image features. There is no truth: what counts is whether
+Each source picture has one box, which is painted over; the exemplar is the dataset's own, where it is a bench of
+composition, else the crop of the most similar object of the same label in another picture of the split, by the cosine
+of CLIP image features. There is no truth: what counts is whether
 the box looks like the exemplar (``clip_i``), whether the picture looks like a picture (``clip_fid``, ``fid``,
 ``qs_own``), and whether pixels were merely copied (``copying``). ``clip_i``, ``clip_fid`` and ``qs_own`` are made of
 CLIP's image embeddings, ``fid`` and ``kid`` of the features that the other tables use.
@@ -18,13 +19,15 @@ import torch
 from harmony.core.errors import UserError
 from harmony.core.progress import tell
 from harmony.core.row import Row
-from harmony.evaluation.eval_sets import EXEMPLAR, EvalSet, paste_outputs, subsample
+from harmony.data.latent_cache import Recipe, example
+from harmony.data.manifest import read_manifest
+from harmony.evaluation.eval_sets import EXEMPLAR, EvalSet, composite_of, paste_outputs, subsample
 from harmony.evaluation.figures import Figures, distances
 from harmony.metrics.fidelity import aggregate, bg_drift
 from harmony.metrics.frechet import Statistics, extract, frechet_distance
 from harmony.metrics.similarity import Clip, cosines, crop_to_box, embeddings
 from harmony.pixels.exemplars import cut_out
-from harmony.pixels.images import read_image, resize
+from harmony.pixels.images import crop_resize, read_image, resize
 from harmony.pixels.masks import bounding_box, box_mask, read_mask
 
 COMPONENTS = 20  # of the Gaussian mixture behind qs_own
@@ -35,6 +38,26 @@ def object_of(row: Row, root: Path) -> np.ndarray:
     """The bare box of a row's object, cut out of the photograph."""
     mask = read_mask(root / row.mask, (row.width, row.height), resize=True)
     return cut_out(read_image(root / row.image), mask, pad=0)
+
+
+def load_own_exemplars(manifest: Path, split: str, resolution: int, limit: int | None = None) -> EvalSet:
+    """Up to ``limit`` rows of a bench of composition, whose exemplars are its own; empty for another dataset.
+
+    The hole is the object's box. The instance is that of the composite, where there is one.
+    """
+    root, composites, backgrounds = Path(manifest).parent, [], []
+    rows = [row for row in read_manifest(manifest, split)[1] if not row.has_truth]
+    for row in subsample(rows, limit):
+        e = example(row, root, Recipe(), resolution)
+        picture = read_image(root / row.extras["composite"]) if "composite" in row.extras else None
+        changes = {
+            "instance": e.image if picture is None else crop_resize(picture, e.crop, resolution),
+            "hole": box_mask(bounding_box(e.mask), *e.mask.shape[::-1]),
+            "exemplar": read_image(root / row.extras["exemplar"]),
+        }
+        composites.append(composite_of(e, row, **changes))
+        backgrounds.append(e.image)
+    return EvalSet(split, composites, backgrounds, kind=EXEMPLAR)
 
 
 def load_exemplars(
@@ -116,7 +139,7 @@ class Quality:
 
 @dataclass(frozen=True)
 class Likeness:
-    """The figures of this bench: ``real`` are pictures of the train split."""
+    """The figures of this bench: ``real`` are pictures of the train split, or backgrounds where there is none."""
 
     items: EvalSet
     clip: Clip

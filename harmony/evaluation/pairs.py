@@ -19,10 +19,10 @@ from harmony.core.files import write_json
 from harmony.core.pieces import await_files, make_pieces
 from harmony.core.progress import tell
 from harmony.core.row import Row
-from harmony.data.manifest import manifest_hash, read_manifest
+from harmony.data.manifest import manifest_hash
 from harmony.evaluation import comparison
 from harmony.evaluation.blocks import blocks
-from harmony.evaluation.eval_sets import subsample
+from harmony.evaluation.eval_sets import read_truths, subsample
 from harmony.evaluation.report import Report
 from harmony.evaluation.study import Study, StudyRun
 from harmony.evaluation.tables import flat, pictures, write_table
@@ -128,7 +128,7 @@ class Pairs(Study):
     @cached_property
     def items(self) -> list[tuple[Row, bool]]:
         """The rows of the split, each under another light; every ``unchanged``-th once more as it is."""
-        rows = subsample(read_manifest(self.run.manifest, self.run.split)[1], self.run.limit)
+        rows = subsample(read_truths(self.run.manifest, self.run.split), self.run.limit)
         if len(rows) < 2:
             raise UserError(
                 f"{len(rows)} {self.run.split} pictures: pairs need two at least, raise limit= or take more"

@@ -50,12 +50,13 @@ def psnr(a: np.ndarray, b: np.ndarray) -> float:
 def ssim(a: np.ndarray, b: np.ndarray) -> float:
     """Structural similarity of one pair (Wang 2004: Gaussian window, sigma 1.5), mean of the channels; 1 = identical.
 
-    NaN for images of fewer than 11 pixels a side.
+    The mean is over all pixels, those at the border too, as torchmetrics takes it. NaN for images of fewer than 11
+    pixels a side.
     """
     if min(a.shape[:2]) < SSIM_WINDOW:
         return math.nan
     window = {"gaussian_weights": True, "sigma": 1.5, "use_sample_covariance": False}
-    return float(structural_similarity(a, b, channel_axis=-1, data_range=255, **window))
+    return float(structural_similarity(a, b, channel_axis=-1, data_range=255, full=True, **window)[1].mean())
 
 
 def fmse(a: np.ndarray, b: np.ndarray, mask: np.ndarray) -> float:

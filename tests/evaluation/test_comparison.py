@@ -13,7 +13,7 @@ from harmony.data.manifest import read_manifest, write_manifest
 from harmony.evaluation import blocks
 from harmony.evaluation.blocks import fill_blocks, outputs_of
 from harmony.evaluation.comparison import Comparison
-from harmony.evaluation.eval_sets import RECONSTRUCT, RELIGHT, EvalSet, degrade, load_relight, paste_outputs
+from harmony.evaluation.eval_sets import EXEMPLAR, RECONSTRUCT, RELIGHT, EvalSet, degrade, load_relight, paste_outputs
 from harmony.evaluation.figures import scores
 from harmony.evaluation.study import StudyRun
 from harmony.methods.baselines import CopyPaste, Poisson, Reinhard
@@ -258,3 +258,26 @@ def test_what_needs_words_is_left_out_without_them(tmp_path, items):
     assert study.notes == ["told: left out, the dataset has no words for both lights"]
     words = [replace(c, lights=(Description("a cow,", "noon light", "sunset light"),)) for c in items.composites]
     assert study.fitting(methods, replace(items, composites=words)) == methods
+
+
+def test_a_bench_of_composition_is_measured_on_its_own_exemplars(small_manifest, random_backbone, tmp_path):
+    """Guards COCOEE: its exemplars, not the nearest of the split, are painted; without a train split its backgrounds
+    stand for real pictures, which is said.
+    """
+    manifest = small_manifest(tmp_path)
+    pictures = [row for row in read_manifest(manifest)[1]][:5]
+    rows = [replace(row, id=f"{i}", split="test", extras={"exemplar": row.image}) for i, row in enumerate(pictures)]
+    write_manifest(manifest, rows, "cocoee")
+    run = StudyRun("t", tmp_path, prepare=lambda: manifest, load=lambda: Backbone(str(random_backbone)))
+    options = dict.fromkeys(("radius", "degrade", "sweep", "pairs", "figure", "hidden", "drawn", "paper", "lambdas"))
+    study = Comparison(run, EXEMPLAR, {}, **options)
+    items = study.load("test")
+    assert len(items) == 5 and items.kind == EXEMPLAR and not study.notes
+    for c, row in zip(items.composites, rows, strict=True):
+        assert np.array_equal(c.exemplar, read_image(manifest.parent / row.image)) and c.hole[c.mask].all()
+    assert study.measures(items).real == items.backgrounds
+    assert study.notes == ["no train split: clip_fid, fid, kid and qs_own compare with the bench's own backgrounds"]
+    with pytest.raises(UserError, match="3 real pictures: qs_own needs 4 at least"):
+        study.measures(items.part([0, 1, 2]))
+    with pytest.raises(UserError, match="knows no truths, its objects come from other pictures: use experiment=exe"):
+        Comparison(run, RECONSTRUCT, {}, **options).load("test")

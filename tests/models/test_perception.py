@@ -62,7 +62,7 @@ def test_the_structural_similarity_is_that_of_torchmetrics():
     a, b = pictures()
     x, y = (torch.from_numpy(p).permute(2, 0, 1)[None].float() for p in (a, b))
     expected = torchmetrics.functional.structural_similarity_index_measure(x, y, data_range=255.0)
-    assert ssim(a, b) == pytest.approx(float(expected), abs=2e-3) and ssim(a, a) == pytest.approx(1)
+    assert ssim(a, b) == pytest.approx(float(expected), abs=2e-4) and ssim(a, a) == pytest.approx(1)
     assert np.isnan(ssim(a[:10], b[:10]))
 
 

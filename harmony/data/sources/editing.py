@@ -47,9 +47,10 @@ SIDE, SAMPLES = 64, 64  # pixels; samples per pixel
 
 @dataclass(frozen=True)
 class Case:
-    """One edit. ``word`` is the kind of change, one of ``WORDS``; paths are relative to the folder of ``edits.jsonl``.
+    """One edit. ``word`` is the kind of change, for renders one of ``WORDS``; paths are relative to the list's folder.
 
-    ``mask`` is white where the object is before or after the edit; None if everything may change.
+    ``truth``: the edited picture, None where it is not known. ``mask`` is white where the object is before or after the
+    edit; None if everything may change.
     """
 
     id: str
@@ -57,7 +58,7 @@ class Case:
     source: str
     target: str
     image: str
-    truth: str
+    truth: str | None
     mask: str | None
 
 
@@ -161,7 +162,9 @@ def check_case(case: Case, root: Path) -> Case:
 
 
 def concepts(root: Path) -> dict[str, tuple[list[Path], list[Path]]]:
-    """Map the name of each concept to its pictures for learning, and those for evaluation."""
+    """Map the name of each concept to its pictures for learning, and those for evaluation; empty if there are none."""
+    if not (root / "concepts").is_dir():
+        return {}
     return {
         folder.name: (sorted(folder.glob("*.jpg")), sorted((root / "held_out" / folder.name).glob("*.jpg")))
         for folder in sorted((root / "concepts").iterdir())

@@ -14,7 +14,6 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
 
-import numpy as np
 import polars as pl
 
 from harmony.core.errors import UserError
@@ -31,8 +30,9 @@ from harmony.data.sources.files import (
 )
 from harmony.data.sources.folder import SCHEMA, draw, draw_split, draw_splits, mask_box, mask_files
 from harmony.data.sources.selection import BAD_NAME, CORNERS, KEPT, SAME_NAME, Rules, Selection, Source
+from harmony.data.stamps import make_stamp
 from harmony.pixels.images import open_image, read_image, write_image
-from harmony.pixels.masks import find_change, read_mask
+from harmony.pixels.masks import find_change
 
 VALIDATION = 0.1  # share of the photographs of a train list that has no validation list beside it
 SUBSETS = ("HCOCO", "HAdobe5k", "HFlickr", "Hday2night")  # folders of iHarmony4
@@ -190,7 +190,7 @@ def reject_repeats(rows: Sequence[dict], pairs: Sequence[Pair], root: Path) -> N
 
 def pair_row(pair: Pair, root: Path, rules: Rules, work: Path) -> dict:
     """The row of ``COLUMNS`` of a pair, with its composite and without a split."""
-    mask = pair.mask or work / "changes" / (pair.split or "") / f"{pair.id}.png"
+    mask = pair.mask or work / "changes" / (pair.split or "") / f"{pair.id}-{stamp_pair(pair)}.png"
     paths = {"image": pair.truth, "mask": mask, "composite": pair.composite}
     if not all(is_file_name(path.name) for path in paths.values()):
         name = pair.composite.name.encode(errors="replace").decode()
@@ -198,8 +198,8 @@ def pair_row(pair: Pair, root: Path, rules: Rules, work: Path) -> dict:
     row = {"id": pair.id, "label": NO_LABEL} | {name: os.path.relpath(path, root) for name, path in paths.items()}
     if reason := pair_problem(pair):
         return row | {"reason": reason}
-    if pair.mask is None:
-        write_change(pair, mask)
+    if not (pair.mask or mask.is_file()):
+        write_image(mask, find_change(read_image(pair.composite), read_image(pair.truth)))
     reason, box = mask_box(pair.truth, mask, rules)
     return row | {"reason": reason, **dict(zip(CORNERS, box, strict=True))}
 
@@ -220,15 +220,9 @@ def pair_problem(pair: Pair) -> str | None:
         return "image undecodable"
 
 
-def write_change(pair: Pair, path: Path) -> None:
-    """Write the mask of where the pictures differ, unless that mask is there already."""
-    mask = find_change(read_image(pair.composite), read_image(pair.truth))
-    try:
-        if np.array_equal(read_mask(path, empty=True), mask):
-            return
-    except UserError:
-        pass
-    write_image(path, mask)
+def stamp_pair(pair: Pair) -> str:
+    """A part of a name that changes with the two pictures."""
+    return make_stamp([str(pair.composite), str(pair.truth)])[:8]
 
 
 def read_captions(root: Path, splits: Sequence[str]) -> dict[str, list[str]]:

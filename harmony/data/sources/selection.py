@@ -41,6 +41,9 @@ REASONS = (
     SAME_NAME,
     "image file missing",
     "mask file missing",
+    "foreground file missing",
+    "foreground undecodable",
+    "no place for the object",
     "composite file missing",
     "composite undecodable",
     "composite shape differs",
@@ -55,7 +58,7 @@ REASONS = (
 ANNOTATION_REASONS = REASONS[:7]
 CORNERS = ("x0", "y0", "x1", "y1")  # of the box, in fractions of the image
 COLUMNS = ("split", "id", "reason", "label", *CORNERS, "image", "mask", "source")
-EXTRAS = ("composite",)  # columns that only some layouts have: paths of further pictures of a row
+EXTRAS = ("composite", "exemplar")  # columns that only some layouts have: paths of further pictures of a row
 
 
 def read_names(option: str, value: object) -> list[str] | None:

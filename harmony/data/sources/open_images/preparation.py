@@ -21,7 +21,7 @@ from harmony.data.sources.open_images.captions import find_uncaptioned, set_capt
 from harmony.data.sources.open_images.database import import_dataset, rejections, save_views
 from harmony.data.sources.open_images.layout import Split
 from harmony.data.sources.open_images.pixel_facts import look_at_pixels
-from harmony.data.sources.open_images.rows import export_rows
+from harmony.data.sources.open_images.rows import export_rows, write_index
 from harmony.data.sources.selection import (
     KEPT,
     Source,
@@ -147,6 +147,7 @@ class Preparation(Shards):
             shard = json.loads(self.file(n).read_text())
             set_captions(self.dataset, {i: text for i, (_, text) in shard["captions"].items()}, shard["captioner"])
         rows = export_rows(self.dataset, self.folder, self.texts, self.selection)
+        write_index(self.folder, rows)
         facts = {"selection": self.selection.digest(), "fiftyone": self.dataset.name}
         write_manifest(self.folder / "manifest.jsonl", rows, self.recipe["name"], **facts)
         shutil.rmtree(self.place)

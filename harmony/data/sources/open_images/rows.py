@@ -1,11 +1,15 @@
 """The kept samples of a FiftyOne dataset as rows of a manifest."""
 
+import csv
 import os
+from collections.abc import Sequence
+from io import StringIO
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import polars as pl
 
+from harmony.core.files import write_text
 from harmony.core.row import Row
 from harmony.data.sources.files import split_folder
 from harmony.data.sources.selection import EXTRAS, KEPT, Selection
@@ -49,6 +53,21 @@ def export_rows(dataset: "Dataset", base: Path, captions: dict[str, list[str]], 
             *dataset.match_tags("kept").values(list(fields)), strict=True
         )
     ]
+
+
+def write_index(folder: Path, rows: Sequence[Row]) -> None:
+    """Write ``index.csv``, by which ``harmonize dir=`` reads the composites of ``rows``, if there are some.
+
+    The background of an object from another picture stands beside its composite.
+    """
+    composites = [row for row in rows if "composite" in row.extras]
+    if not composites:
+        return
+    text = StringIO()
+    table = csv.writer(text, lineterminator="\n")
+    table.writerow(["id", "composite", "mask", "background"])
+    table.writerows([r.id, r.extras["composite"], r.mask, "" if r.has_truth else r.image] for r in composites)
+    write_text(folder / "index.csv", text.getvalue())
 
 
 def selection_extras(selection: Selection, base: Path) -> dict[str, dict[str, str]]:
