@@ -1,5 +1,8 @@
 """Benches of composition, one tiny set of our own in each layout; what is wrong is counted and named."""
 
+import os
+import shutil
+
 import numpy as np
 import pytest
 
@@ -158,12 +161,14 @@ def test_bad_cases_of_tf_icon_and_murecom(tmp_path):
     }
     root = tmp_path / "in2"
     add_murecom(root, "Box", 1)
+    shutil.copytree(root / "Box", os.fsdecode(os.fsencode(root) + b"/Caf\xe9"))
     (root / "Box" / "fg1" / "0.jpg").unlink()
     (root / "Box" / "fg2" / "0.png").unlink()
     assert reasons(root, "murecom") == {
         "Box_0_fg1": "foreground file missing",
         "Box_0_fg2": "foreground file missing",
         "Box_0_fg3": KEPT,
+        **{f"Caf?_0_fg{n}": "no file name" for n in (1, 2, 3)},
     }
 
 
@@ -172,6 +177,7 @@ def test_libcom_takes_finished_composites_and_folders_of_pictures(tmp_path):
     root = tmp_path / "in"
     for name in ("own", "other", "many"):
         add_libcom(root, name)
+    write_image(root / "background" / "many.png", gray(90))
     write_image(root / "composite" / "own.png", gray(120))
     write_image(root / "composite_mask" / "own.jpg", BOX)
     write_image(root / "composite" / "other.png", gray(120, (20, 20)))
@@ -184,6 +190,8 @@ def test_libcom_takes_finished_composites_and_folders_of_pictures(tmp_path):
         add_libcom(root, f"box{n}", box)
     table = select(root, "libcom")
     found = dict(table.select("id", "reason").iter_rows())
+    (repeated,) = [name for name in found if name.startswith("many (")]
+    assert repeated.endswith("background many.png)") and found.pop(repeated) == "two images of one name"
     assert found == {"own": KEPT, "other": "composite shape differs", "many": KEPT} | {
         f"box{n}": "no place for the object" for n in range(6)
     }

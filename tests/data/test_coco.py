@@ -129,7 +129,9 @@ def test_bad_entries_are_counted_and_the_others_are_kept(tmp_path, capsys):
     export.images += [{"id": 999}, None]
     export.write()
     found = dict(select(tmp_path).select("id", "reason").iter_rows())
-    repeated = {name: reason for name, reason in found.items() if name.startswith("good (row ")}
+    repeated = {
+        name: reason for name, reason in found.items() if name.startswith("good (val2017 good.png, annotation ")
+    }
     assert list(repeated.values()) == ["two images of one name"]
     assert {name: reason for name, reason in found.items() if name not in repeated} == {
         "good": KEPT,

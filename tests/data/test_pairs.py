@@ -1,5 +1,7 @@
 """Pairs in the layouts that people have: before and after, and iHarmony4's; what is wrong is counted and named."""
 
+import os
+
 import numpy as np
 import pytest
 from PIL import Image
@@ -10,6 +12,7 @@ from harmony.data.manifest import read_manifest
 from harmony.data.preparation import prepare
 from harmony.data.sources.pairs import read_captions, select_pairs
 from harmony.data.sources.selection import KEPT, Rules
+from harmony.methods.inputs import list_composites
 from harmony.pixels.composites import change_light, copy_paste
 from harmony.pixels.images import read_image, write_image
 from harmony.pixels.masks import read_mask
@@ -132,7 +135,7 @@ def test_bad_pairs_are_counted_and_the_others_are_kept(tmp_path, capsys):
     assert found.pop(f"{'x' * 210}.jpg") == "no file name"
     assert found == {
         "good": KEPT,
-        "before good.png": "two images of one name",
+        "good (before good.png after good.png)": "two images of one name",
         "no_mask": "mask file missing",
         "no_truth": "image file missing",
         "small": "composite shape differs",
@@ -161,6 +164,15 @@ def test_captions_of_photographs_hold_for_all_their_composites(tmp_path):
     assert captions == {"train/f1_7_1": ["a cow"], "train/f1_7_2": ["a cow"], "train/f2_7_1": ["a dog"]}
 
 
+def test_names_that_no_table_can_hold_are_counted(tmp_path):
+    """Guards names that are no UTF-8, twice the same where they are replaced."""
+    add_before(tmp_path, "good")
+    for byte in (b"\xe9", b"\xe8"):
+        os.link(tmp_path / "before" / "good.jpg", os.fsencode(tmp_path / "before") + b"/caf" + byte + b".jpg")
+    table = select(tmp_path, tmp_path / "work")
+    assert sorted(table["reason"]) == [KEPT, "no file name", "no file name"]
+
+
 def test_a_prepared_pair_knows_its_composite(tmp_path, fo):
     """Guards the way through the database: the photograph is the row's picture, the composite and its hash extras."""
     for seed in range(4):
@@ -175,4 +187,7 @@ def test_a_prepared_pair_knows_its_composite(tmp_path, fo):
     composite = read_image(manifest.parent / row.extras["composite"])
     assert np.array_equal(composite, read_image(tmp_path / "in" / "composite_images" / "c3_7_2.jpg"))
     assert len(row.extras["composite_sha256"]) == 64
+    composites = dict(list_composites(manifest.parent)[0])
+    assert len(composites) == 8 and composites["c3_7_2"]["plate"] is None
+    assert np.array_equal(read_image(composites["c3_7_2"]["composite"]), composite)
     assert (manifest.parent / row.image).resolve() == (tmp_path / "in" / "real_images" / "c3.jpg").resolve()

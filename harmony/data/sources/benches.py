@@ -12,7 +12,6 @@ folder.
 
 import os
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
 
@@ -24,7 +23,8 @@ from harmony.core.foreign import is_file_name, read_text
 from harmony.data.captions import NO_LABEL
 from harmony.data.sources.files import image_files, locate
 from harmony.data.sources.folder import SCHEMA, mask_box
-from harmony.data.sources.selection import BAD_NAME, CORNERS, EXTRAS, KEPT, Rules, Selection, Source
+from harmony.data.sources.open_images.batches import map_in_threads
+from harmony.data.sources.selection import BAD_NAME, CORNERS, EXTRAS, KEPT, Rules, Selection, Source, reject_repeats
 from harmony.data.stamps import make_stamp
 from harmony.pixels.composites import copy_paste, place
 from harmony.pixels.exemplars import cut_out
@@ -147,17 +147,17 @@ def select_cases(root: Path, bench: str, rules: Rules, work: Path) -> Selection:
     cases = list(BENCHES[bench](root))
     if not cases:
         raise UserError(f"{root}: nothing in the layout of {bench} there; see datasets/{bench}/README.md")
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
-        rows = list(pool.map(lambda case: case_row(case, root, rules, work), cases))
+    rows = map_in_threads(lambda case: case_row(case, root, rules, work), cases, f"compose {bench}")
+    reject_repeats(rows)
     return Selection(root, pl.DataFrame(rows, schema=SCHEMA | dict.fromkeys(EXTRAS, pl.String)).sort("id"), rules)
 
 
 def case_row(case: Case, root: Path, rules: Rules, work: Path) -> dict:
     """The row of ``COLUMNS`` and ``EXTRAS`` of a case."""
-    row = {"split": SPLIT, "id": case.id, "label": case.label, "image": os.path.relpath(case.background, root)}
     if not (is_file_name(case.id) and is_file_name(case.background.name)):
         name = case.id.encode(errors="replace").decode()
-        return row | {"id": name, "image": name, "reason": BAD_NAME}
+        return {"split": SPLIT, "id": name, "image": name, "reason": BAD_NAME}
+    row = {"split": SPLIT, "id": case.id, "label": case.label, "image": os.path.relpath(case.background, root)}
     if not case.background.is_file():
         return row | {"reason": "image file missing"}
     parts = [case.foreground] if case.foreground_mask is None else [case.foreground, case.foreground_mask]

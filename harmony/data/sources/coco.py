@@ -13,7 +13,7 @@ import json
 import os
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -26,8 +26,10 @@ from harmony.core.errors import UserError
 from harmony.core.foreign import is_file_name, path_inside, read_json
 from harmony.core.progress import tell
 from harmony.core.row import SPLITS
+from harmony.data.captions import NO_LABEL
 from harmony.data.sources.files import OTHER_NAMES, locate, split_folder
 from harmony.data.sources.folder import SCHEMA, draw, draw_split
+from harmony.data.sources.open_images.batches import map_in_threads
 from harmony.data.sources.selection import BAD_NAME, CORNERS, KEPT, SAME_NAME, Rules, Selection, Source
 from harmony.pixels.images import write_image
 
@@ -63,6 +65,7 @@ def select_instances(root: Path, splits: Sequence[str], rules: Rules, work: Path
     Raises UserError if there is no file of annotations, if one is no COCO JSON, and for an unknown class.
     """
     rows: list[dict] = []
+    firsts: dict[tuple[str, str], Instance] = {}
     files = find_annotations(root)
     has_test = any(a.split in (None, "test") for a in files)
     for annotations in files:
@@ -70,15 +73,12 @@ def select_instances(root: Path, splits: Sequence[str], rules: Rules, work: Path
         names = {c["id"]: str(c["name"]) for c in content["categories"] if is_entry(c, "id", "name")}
         check_classes(annotations.file, names, rules)
         instances = [i for i in list_instances(annotations, content, has_test) if i.split in splits]
-        with ThreadPoolExecutor(os.cpu_count()) as pool:
-            rows += pool.map(lambda instance: instance_row(instance, names, root, rules, work), instances)
-    table = pl.DataFrame(rows, schema=SCHEMA).sort("split", "id")
-    is_repeated = ~pl.struct("split", "id").is_first_distinct()
-    table = table.with_columns(
-        id=pl.when(is_repeated).then(pl.format("{} (row {})", "id", pl.int_range(pl.len()))).otherwise("id"),
-        reason=pl.when(is_repeated).then(pl.lit(SAME_NAME)).otherwise("reason"),
-    )
-    return Selection(root, limit_rows(table, rules.max_samples), rules)
+        is_first = [i.photograph is None or firsts.setdefault((i.split, i.id), i) is i for i in instances]
+        rows += [repeated_row(i, root) for i, first in zip(instances, is_first, strict=True) if not first]
+        make_row = partial(instance_row, names=names, root=root, rules=rules, work=work)
+        firsts_of_file = [i for i, first in zip(instances, is_first, strict=True) if first]
+        rows += map_in_threads(make_row, firsts_of_file, f"draw the masks of {annotations.file.name}")
+    return Selection(root, limit_rows(pl.DataFrame(rows, schema=SCHEMA).sort("split", "id"), rules.max_samples), rules)
 
 
 def limit_rows(table: pl.DataFrame, limit: int | None) -> pl.DataFrame:
@@ -182,11 +182,18 @@ def find_photograph(folders: Sequence[Path], name: str) -> Path | None:
     return next((path for path in paths if path.is_file()), paths[0])
 
 
+def repeated_row(instance: Instance, root: Path) -> dict:
+    """The row of an instance that has the name of an earlier one."""
+    path = os.path.relpath(instance.photograph, root)
+    id_ = f"{instance.id} ({path.replace('/', ' ')}, annotation {instance.annotation.get('id')})"
+    return {"split": instance.split, "id": id_, "reason": SAME_NAME, "label": NO_LABEL, "image": path}
+
+
 def instance_row(instance: Instance, names: dict[Any, str], root: Path, rules: Rules, work: Path) -> dict:
     """The row of ``COLUMNS`` of an instance; writes its mask."""
     image, annotation = instance.image, instance.annotation
     label = names.get(annotation.get("category_id")) if is_hashable(annotation.get("category_id")) else None
-    row = {"split": instance.split, "id": instance.id, "label": " ".join((label or "object").split())}
+    row = {"split": instance.split, "id": instance.id, "label": " ".join((label or NO_LABEL).split())}
     if instance.photograph is None or not is_file_name(instance.id):
         return row | {"reason": BAD_NAME, "image": instance.id.replace("/", "_"), "mask": None}
     row["image"] = os.path.relpath(instance.photograph, root)

@@ -128,7 +128,7 @@ def mask_box(image: Path, mask: Path, rules: Rules) -> tuple[str, tuple[float | 
 
 def draw(name: str) -> float:
     """Draw a number in [0, 1) by the hash of the name."""
-    return int.from_bytes(hashlib.sha256(name.encode()).digest()[:8], "big") / 2**64
+    return int.from_bytes(hashlib.sha256(name.encode(errors="replace")).digest()[:8], "big") / 2**64
 
 
 def draw_split(name: str) -> str:

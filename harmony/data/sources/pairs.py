@@ -10,7 +10,6 @@ Without ``masks/`` the mask is where the two pictures differ.
 
 import os
 from collections.abc import Iterable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
 
@@ -29,7 +28,8 @@ from harmony.data.sources.files import (
     tell_omissions,
 )
 from harmony.data.sources.folder import SCHEMA, draw, draw_split, draw_splits, mask_box, mask_files
-from harmony.data.sources.selection import BAD_NAME, CORNERS, KEPT, SAME_NAME, Rules, Selection, Source
+from harmony.data.sources.open_images.batches import map_in_threads
+from harmony.data.sources.selection import BAD_NAME, CORNERS, KEPT, Rules, Selection, Source, reject_repeats
 from harmony.data.stamps import make_stamp
 from harmony.pixels.images import open_image, read_image, write_image
 from harmony.pixels.masks import find_change
@@ -93,10 +93,9 @@ def select_pairs(root: Path, splits: Sequence[str], rules: Rules, work: Path) ->
         raise UserError(
             f"{places[0].folder / places[0].naming.composites}: no pictures there; put the composites in it"
         )
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
-        rows = list(pool.map(lambda pair: pair_row(pair, root, rules, work), pairs))
+    rows = map_in_threads(lambda pair: pair_row(pair, root, rules, work), pairs, "look at the pairs")
     set_splits(rows, pairs, lists)
-    reject_repeats(rows, pairs, root)
+    reject_repeats(rows)
     table = pl.DataFrame(rows, schema=SCHEMA | {"composite": pl.String})
     return Selection(root, table.filter(pl.col("split").is_in(list(splits))).sort("split", "id"), rules)
 
@@ -177,15 +176,6 @@ def listed_split(pair: Pair, lists: dict[str, str]) -> str:
     split = lists.get(pair.id, "train")
     is_drawn = split == "train" and "validation" not in lists.values() and draw(pair.truth_id) < VALIDATION
     return "validation" if is_drawn else split
-
-
-def reject_repeats(rows: Sequence[dict], pairs: Sequence[Pair], root: Path) -> None:
-    """Reject each row of a split that has the id of an earlier one, under the name of its file."""
-    keys = set()
-    for row, pair in zip(rows, pairs, strict=True):
-        if (key := (row["split"], row["id"])) in keys:
-            row |= {"id": os.path.relpath(pair.composite, root).replace("/", " "), "reason": SAME_NAME}
-        keys.add(key)
 
 
 def pair_row(pair: Pair, root: Path, rules: Rules, work: Path) -> dict:

@@ -156,6 +156,16 @@ def area_reason(area: float, rules: Rules) -> str:
     return "mask area too small" if area < rules.min_area else "mask area too large"
 
 
+def reject_repeats(rows: Sequence[dict]) -> None:
+    """Reject each row of a split that has the id of an earlier one; the names of its pictures go into its id."""
+    keys = set()
+    for row in rows:
+        if (key := (row["split"], row["id"])) in keys and row["reason"] != BAD_NAME:
+            pictures = " ".join(row[name] for name in ("composite", "image") if row.get(name))
+            row |= {"id": f"{row['id']} ({pictures.replace('/', ' ')})", "reason": SAME_NAME}
+        keys.add(key)
+
+
 def count_reasons(table: pl.DataFrame) -> dict[str, dict[str, int]]:
     """``{split: {reason: images}}`` of a table with the columns ``split`` and ``reason``."""
     counts = {(split, reason): n for split, reason, n in table.group_by("split", "reason").len().iter_rows()}
