@@ -39,7 +39,8 @@ from harmony.methods.prompt_editing import (
     reconstruct,
 )
 from harmony.metrics.fidelity import fmse, fpsnr, mse, psnr
-from harmony.metrics.similarity import embeddings
+from harmony.metrics.pie_bench import background_metrics, blacken, network_metrics
+from harmony.metrics.similarity import cosines, embeddings
 from harmony.models.backbone import DIFFUSION
 from harmony.models.textual_inversion import learn, read_word, word_file
 from harmony.pixels.composites import paste_back
@@ -258,7 +259,7 @@ class EditingStudy(Study):
     def edit_figures(self, outputs_of: dict[str, np.ndarray]) -> dict[str, dict[str, float]]:
         """``<word>/<figure>``: ``psnr`` to the truth, ``fpsnr`` inside the mask, ``bg_mse`` to the source outside.
 
-        Without a truth there are ``clip_t`` and ``bg_mse`` alone.
+        Without a truth there are ``clip_t`` and ``bg_mse`` alone, and the figures of PIE-Bench over all words.
         """
         cases = [(item, case, t, m) for item in self.items for case, t, m in zip(item.cases, item.truths, item.masks)]
         # where there is no truth, the source's features fill the place: their figure is not used
@@ -282,7 +283,22 @@ class EditingStudy(Study):
                 for name, value in numbers.items():
                     figures.setdefault(f"{case.word}/{name}", []).append(value)
             table[row] = {name: mean(values) for name, values in figures.items()}
+            marks = [n for n, (_, _, truth, mask) in enumerate(cases) if truth is None and mask is not None]
+            if marks:
+                table[row] |= self.pie_figures([outputs[n] for n in marks], [cases[n] for n in marks])
         return table
+
+    def pie_figures(self, outputs: Sequence[np.ndarray], cases: Sequence[tuple]) -> dict[str, float]:
+        """``pie/<figure>`` of edits of photographs: clip_whole and clip_edited to the target's words, and the rest."""
+        sources, masks = [item.image for item, *_ in cases], [mask for *_, mask in cases]
+        rows = [background_metrics(*triple) for triple in zip(outputs, sources, masks, strict=True)]
+        columns = network_metrics(outputs, sources, masks, self.run.metrics[0])
+        words = self.clip.texts([case.target for _, case, *_ in cases]).cpu()
+        edited = [blacken(y, ~mask) for y, mask in zip(outputs, masks, strict=True)]
+        for name, images in (("clip_whole", outputs), ("clip_edited", edited)):
+            columns[f"pie/{name}"] = [100 * cosine for cosine in cosines(embeddings(images, self.clip), words)]
+        figures = {name: mean(row[name] for row in rows) for name in rows[0]}
+        return figures | {name: mean(values) for name, values in columns.items()}
 
     def concept_figures(self, views_of: dict[str, dict[str, list[np.ndarray]]]) -> dict[str, dict[str, float]]:
         """``concept/clip_i`` to the held-out view whose caption it was, ``clip_t`` to that caption in plain words."""
@@ -317,7 +333,9 @@ class EditingStudy(Study):
         tables = [self.reconstruction_figures(outputs), self.edit_figures(outputs), self.concept_figures(views)]
         table = {row: figures for part in tables for row, figures in part.items()}
         write_text(run.folder / "table.csv", to_csv(table, "method"))
-        notes = [f"{line}; clip on {self.clip.name} embeddings", *self.notes]
+        metrics, lines = run.metrics
+        protocols = [metric.protocol for metric in metrics if metric.name in ("lpips", "structure")]
+        notes = [f"{line}; clip on {self.clip.name} embeddings", *self.notes, *lines, *protocols]
         texts = [to_markdown(part, "method", [], every=True) for part in tables if part]
         text = "\n".join([*texts, *notes]) + "\n"
         write_text(run.folder / "table.md", text)

@@ -111,6 +111,9 @@ def test_what_is_no_pie_bench_is_refused(tmp_path, text, message):
     assert not (tmp_path / "work").exists()
 
 
+WORDS = ("random", "change object")  # kinds of edit of the cases below
+
+
 def test_edits_without_a_truth_are_measured_by_words_and_outside_the_mask(random_backbone, tmp_path):
     """Guards the study on photographs: no figure that wants a truth, the source's background is exact, a prompt that is
     too long for the backbone costs its scene alone, and there are no concepts.
@@ -125,7 +128,13 @@ def test_edits_without_a_truth_are_measured_by_words_and_outside_the_mask(random
     (tmp_path / "run").mkdir()
     report = EditingStudy(run, "words", **OPTIONS).measure()
     names = {name.split("/", 1)[1] for name in report.figures if name.startswith("source as it is/")}
-    assert names == {f"{word}/{figure}" for word in ("random", "change object") for figure in ("clip_t", "bg_mse")}
+    parts = {f"{word}/{figure}" for word in WORDS for figure in ("clip_t", "bg_mse")}
+    pie = {f"pie/{name}" for name in ("psnr", "mse", "ssim", "clip_whole", "clip_edited")}
+    assert names == parts | pie
+    assert report.figures["source as it is/pie/psnr"] == 100 and report.figures["source as it is/pie/mse"] == 0
+    whole, edited = (report.figures[f"prompt alone/pie/clip_{name}"] for name in ("whole", "edited"))
+    assert whole == pytest.approx(np.mean([report.figures[f"prompt alone/{w}/clip_t"] for w in WORDS]))
+    assert edited != whole, "all outside the mask is black"
     assert report.figures["source as it is/random/bg_mse"] == 0
     assert "1 scenes left out, such as 200: the prompt 'a very long" in report.text
     assert "concepts: left out, the dataset has none" in report.text and report.facts["count"] == 2
