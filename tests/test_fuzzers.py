@@ -25,7 +25,7 @@ from harmony.data.sources.open_images.select import select
 from harmony.data.sources.selection import Rules, read_ids
 from harmony.methods.inputs import list_composites
 from harmony.pixels.color_profiles import read_photograph
-from harmony.pixels.images import FORMATS, read_image, write_image
+from harmony.pixels.images import list_formats, read_image, write_image
 from harmony.pixels.masks import read_mask
 
 SECONDS, HANG = 60, 20  # of a fuzzer, shared by its kinds of files; of one input
@@ -158,7 +158,7 @@ def test_an_index_of_composites(tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", FORMATS)
+@pytest.mark.parametrize("kind", list_formats())
 def test_pictures(kind, tmp_path, swapped_profile):
     """Each format as a photograph with a color profile, and as a mask."""
     path = tmp_path / f"picture.{kind.lower()}"
@@ -172,7 +172,7 @@ def test_pictures(kind, tmp_path, swapped_profile):
             except UserError as error:
                 assert "\n" not in str(error)
 
-    assert fuzz(path, read, len(FORMATS)) > 10
+    assert fuzz(path, read, len(list_formats())) > 10
 
 
 @pytest.mark.slow

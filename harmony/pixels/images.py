@@ -9,6 +9,7 @@ import os
 import stat
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 
 import cv2
@@ -20,7 +21,8 @@ from harmony.core.errors import UserError
 from harmony.core.files import replace_file
 
 FORMATS = ("JPEG", "PNG", "WEBP", "TIFF", "BMP", "GIF", "AVIF")  # others never reach their decoder in Pillow (EPS!)
-SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".tif", ".tiff", ".bmp", ".gif", ".avif")  # of their files
+HEIF = (".heic", ".heif")  # of telephones, which Pillow reads where pillow-heif is installed
+SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".tif", ".tiff", ".bmp", ".gif", ".avif", *HEIF)  # of pictures' files
 WRITERS = {
     ".png": {"format": "PNG"},
     ".jpg": {"format": "JPEG", "quality": 95, "subsampling": 0},
@@ -48,15 +50,28 @@ def check_file(path: str | Path, what: str = "file") -> None:
         raise UserError(f"{what} {path} is {kind} and cannot be decoded; give a file")
 
 
+@cache
+def list_formats() -> tuple[str, ...]:
+    """The formats that are decoded: FORMATS, and HEIF where pillow-heif is installed."""
+    try:
+        from pillow_heif import register_heif_opener
+    except ImportError:
+        return FORMATS
+    register_heif_opener()
+    return *FORMATS, "HEIF"
+
+
 def open_image(path: str | Path, what: str = "image") -> Image.Image:
     """Read and decode the image ``path``, rotated by its EXIF orientation. Raises UserError if that fails."""
     check_file(path, what)
     try:
-        with Image.open(path, formats=FORMATS) as file:
+        with Image.open(path, formats=list_formats()) as file:
             file.load()
             return ImageOps.exif_transpose(file)
     except UnidentifiedImageError:
-        reason, mend = f"it is none of {', '.join(FORMATS)}", "save it as PNG or JPEG"
+        reason, mend = f"it is none of {', '.join(list_formats())}", "save it as PNG or JPEG"
+        if Path(path).suffix.lower() in HEIF and "HEIF" not in list_formats():
+            reason, mend = "HEIF needs pillow-heif", "pip install 'harmony-diffusion[heif]', or save it as PNG or JPEG"
     except Exception as error:  # damaged files make Pillow raise almost anything
         reason, mend = " ".join(str(error).split()) or type(error).__name__, "replace the file or fetch it again"
     raise UserError(f"{what} {path} cannot be decoded ({reason}); {mend}")

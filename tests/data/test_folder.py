@@ -10,7 +10,7 @@ from PIL import Image
 from harmony.core.row import SPLITS
 from harmony.data.sources.folder import draw_split, draw_splits, read_captions, select_folder
 from harmony.data.sources.selection import KEPT, Rules
-from harmony.pixels.images import FORMATS, SUFFIXES, write_image
+from harmony.pixels.images import FORMATS, SUFFIXES, list_formats, write_image
 
 MASK = np.zeros((32, 40), bool)
 MASK[8:24, 10:30] = True
@@ -40,7 +40,7 @@ def test_files_of_any_suffix_are_used(tmp_path):
 
 def test_every_format_that_is_read_is_looked_for(tmp_path):
     """Guards photographs that would vanish: each suffix of a format that the reader takes."""
-    assert {Image.registered_extensions()[suffix] for suffix in SUFFIXES} == {*FORMATS}
+    assert {Image.registered_extensions()[suffix] for suffix in SUFFIXES} == {*list_formats()} == {*FORMATS, "HEIF"}
     for suffix in SUFFIXES:
         add(tmp_path, f"{suffix[1:]}.png", f"{suffix[1:]}.png")
         path = tmp_path / "images" / f"{suffix[1:]}.png"
@@ -66,13 +66,13 @@ def test_what_belongs_to_nothing_is_named(tmp_path, capsys):
     add(tmp_path, "b.jpg", "b.jpg")
     add(tmp_path, "c.jpg", "other.png")
     (tmp_path / "images" / "more").mkdir()
-    (tmp_path / "images" / "d.heic").write_bytes(b"x")
+    (tmp_path / "images" / "d.jxl").write_bytes(b"x")
     (tmp_path / "images" / ".DS_Store").write_bytes(b"x")
     add(tmp_path / "extra", "e.jpg", "e.png")
     assert reasons(tmp_path) == {"a": KEPT, "b": KEPT, "c": "mask file missing"}
     out = capsys.readouterr().out
     assert "folders with images beside those of the dataset: 1 left out: extra\n" in out
-    assert ".avif): 2 left out: d.heic, more\n" in out
+    assert ".heif): 2 left out: d.jxl, more\n" in out
     assert "masks of no image: 1 left out: other.png\n" in out
     assert "further masks of one name: 1 left out: b.jpg\n" in out and ".DS_Store" not in out
 

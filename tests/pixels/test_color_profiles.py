@@ -7,6 +7,7 @@ import pytest
 from PIL import Image, ImageCms
 
 from harmony.pixels.color_profiles import Photograph, read_in_space, read_photograph
+from harmony.pixels.images import list_formats
 
 SRGB = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
 COLOR = np.full((4, 5, 3), (200, 100, 50), np.uint8)
@@ -93,3 +94,18 @@ def test_profiles_that_do_not_fit_are_named(tmp_path, profiles, name, mode):
 
 def test_a_photograph_of_pixels_alone_is_srgb():
     assert Photograph(COLOR).profile is None
+
+
+def test_a_telephones_photograph_is_read(tmp_path):
+    """Guards HEIC: its color profile and EXIF; it says itself how it is turned, EXIF must not turn it again."""
+    list_formats()
+    exif = Image.Exif()
+    exif[0x0110], exif[0x0112] = "a telephone", 6
+    pixels = np.zeros((40, 60, 3), np.uint8)
+    pixels[:, :30] = 200
+    Image.fromarray(pixels).save(tmp_path / "a.heic", exif=exif, icc_profile=SRGB, quality=95)
+    photograph = read_photograph(tmp_path / "a.heic")
+    assert photograph.profile == SRGB and np.abs(photograph.pixels.astype(int) - pixels).mean() < 3
+    found = Image.Exif()
+    found.load(photograph.exif)
+    assert found[0x0110] == "a telephone" and found.get(0x0112, 1) == 1

@@ -2,6 +2,7 @@
 
 import os
 import struct
+import sys
 from unittest.mock import Mock
 
 import numpy as np
@@ -261,3 +262,12 @@ def test_grid_places_cells_and_titles():
     strip = titled[: titled.shape[0] - plain.shape[0]]
     assert np.array_equal(titled[len(strip) :], plain)
     assert (strip < 128).any() and (strip[:, :2] == 255).all() and (strip[:, 130:132] == 255).all()
+
+
+def test_heic_without_its_library_says_which(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "pillow_heif", None)
+    images.list_formats.cache_clear()
+    (tmp_path / "a.heic").write_bytes(b"\0\0\0\x18ftypheic" + bytes(40))
+    with pytest.raises(UserError, match="HEIF needs pillow-heif.*pip install 'harmony-diffusion.heif.'"):
+        images.read_image(tmp_path / "a.heic")
+    images.list_formats.cache_clear()
