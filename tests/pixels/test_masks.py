@@ -1,5 +1,7 @@
 """Masks: files, geometry, the way to the latent grid, and the rules for holes."""
 
+from io import BytesIO
+
 import numpy as np
 import pytest
 import torch
@@ -254,3 +256,17 @@ def test_a_shape_moves_within_the_picture(shape):
     assert all(m.shape == shape and m.dtype == bool for m in moved)
     whole = [m[y0:y1, x0:x1] for m, (x0, y0, x1, y1) in zip(moved, boxes, strict=True) if (x1 - x0, y1 - y0) == (3, 4)]
     assert all(np.array_equal(m, mask[1:5, 1:4]) for m in whole)
+
+
+def test_what_was_changed_is_told_from_what_jpeg_does():
+    """Guards pairs without masks: a change of light is found, with what stays dark inside; JPEG's errors are not."""
+    rng, mask = np.random.default_rng(0), np.zeros((256, 256), bool)
+    mask[60:180, 80:200] = True
+    photograph = np.repeat(np.clip(rng.normal(120, 20, (256, 256, 1)), 0, 255).astype(np.uint8), 3, axis=2)
+    photograph[95:145, 115:165] = 0
+    composite = np.where(mask[..., None], (0.7 * photograph).astype(np.uint8), photograph)
+    for picture, expected in ((photograph, ~mask & mask), (composite, mask)):
+        file = BytesIO()
+        Image.fromarray(picture).save(file, "JPEG", quality=75)
+        found = masks.find_change(np.asarray(Image.open(file)), photograph)
+        assert (found & expected).sum() >= 0.9 * (found | expected).sum()
