@@ -102,8 +102,9 @@ def score(result: Result, pair: Pair, metrics: Sequence[PairMetric] = ()) -> dic
     }
     figures |= {metric.name: metric([image], [truth], [mask])[0] for metric in metrics}
     side = len(result.output)
-    before, hole = (crop_resize(x, result.crop, side) for x in (pair.composite, result.hole))
-    drift, moved = bg_drift(result.output, before, hole), shift(result.output, before, hole)
+    inside = np.ones_like(result.hole)  # the photograph: beyond it the square shows its mirror image
+    before, hole, inside = (crop_resize(x, result.crop, side) for x in (pair.composite, result.hole, inside))
+    drift, moved = (measure(result.output, before, hole | ~inside) for measure in (bg_drift, shift))
     return figures | {"raw/bg_drift": drift, "raw/shift": moved}
 
 

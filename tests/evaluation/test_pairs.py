@@ -2,6 +2,7 @@
 
 import json
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -15,6 +16,8 @@ from harmony.methods.baselines import CopyPaste, Reinhard
 from harmony.methods.method import Method, fingerprint
 from harmony.methods.stored import Stored
 from harmony.pixels.images import read_image, resize, write_image
+
+ROOT = Path(__file__).resolve().parents[2]
 
 
 class Truth(Method):
@@ -123,6 +126,20 @@ def test_another_program_takes_part(study, tmp_path):
     assert figures["moved/raw/shift"] == pytest.approx(2, abs=0.2) and figures["moved/raw/bg_drift"] > 30
     assert figures["moved/bg_drift"] == 0 and figures["moved/fmse"] != figures["same/fmse"]
     assert figures["scaled/raw/shift"] < 0.1 and abs(figures["scaled/fmse"] / figures["same/fmse"] - 1) < 0.1
+
+
+def test_the_mirror_beyond_the_photograph_has_not_moved():
+    """Guards raw/shift of a long object, whose square is larger than the photograph."""
+    path = ROOT / "datasets" / "studio" / "test" / "data"
+    photograph = read_image(sorted(path.iterdir())[0])[:, 40:90]
+    mask = np.zeros(photograph.shape[:2], bool)
+    mask[10:120, 20:30] = True
+    pair = pairs.Pair(None, photograph, photograph, photograph, mask, True)
+    insertion = pairs.cut(None, photograph, photograph, mask)
+    assert insertion.crop.side > photograph.shape[1]
+    moved = np.roll(photograph, (2, 1), (0, 1))
+    figures = pairs.score(insertion.paste(pairs.crop_resize(moved, insertion.crop, insertion.crop.side)), pair)
+    assert figures["raw/shift"] == pytest.approx(5**0.5, abs=0.15)
 
 
 def test_the_light_depends_on_the_seed_and_the_photograph_alone(small_manifest, tmp_path):
