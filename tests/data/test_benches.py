@@ -184,8 +184,8 @@ def test_libcom_takes_finished_composites_and_folders_of_pictures(tmp_path):
     write_image(root / "composite_mask" / "other.png", BOX)
     for folder, picture in (("foreground", gray(180, (20, 20))), ("foreground_mask", OBJECT)):
         (root / folder / "many.png").unlink()
-        for n in range(2):
-            write_image(root / folder / "many" / f"{n}.png", picture)
+        for n in range(1 if folder == "foreground" else 0, 3):
+            write_image(root / folder / "many" / f"{n}.png", picture if n == 1 else np.zeros_like(picture))
     for n, box in enumerate(("", "1 2 3", "a b c d", "5 5 5 5", "900 900 950 950", "nan 1 2 3")):
         add_libcom(root, f"box{n}", box)
     table = select(root, "libcom")

@@ -85,7 +85,7 @@ def list_murecom(root: Path) -> Iterator[Case]:
     for category in sorted(path for path in root.iterdir() if (path / "bg").is_dir()):
         backgrounds = [path for path in pictures_in(category / "bg") if not path.stem.endswith("_bbox")]
         for background in backgrounds:
-            for objects in sorted(category.glob("fg*")):
+            for objects in sorted(path for path in category.glob("fg*") if path.is_dir()):
                 names = sorted(path.stem for path in pictures_in(objects) if "_" not in path.stem)
                 first = objects / (names[0] if names else "0")
                 yield Case(
@@ -102,7 +102,10 @@ def list_libcom(root: Path) -> Iterator[Case]:
     """Yield the cases of libcom's folders; where a foreground is a folder of pictures, the first of them."""
     for background in pictures_in(root / "background"):
         name = background.stem
-        foreground, mask = (first_picture(root / folder / name) for folder in ("foreground", "foreground_mask"))
+        foreground = first_picture(root / "foreground" / name)
+        mask = picture_at(
+            root / "foreground_mask" / foreground.relative_to(root / "foreground").parent / foreground.stem
+        )
         own = tuple(picture_at(root / folder / name) for folder in ("composite", "composite_mask"))
         composite = own if all(path.is_file() for path in own) else None
         yield Case(name, background, foreground, mask, root / "bbox" / f"{name}.txt", composite)
