@@ -158,9 +158,8 @@ def write_photographs(folder: Path, count: int, say: Callable[[str], None] = tel
 
 
 def import_by_harmony(folder: Path) -> int:
-    """Import as ``harmony.prepare`` does, with masks cropped to their boxes, in files; returns the sample count."""
-    selection = select(folder, ["train"], Rules())
-    return len(import_dataset(DATASET_NAME, selection, folder / "work"))
+    """Select and import as ``harmony.prepare`` does, with masks as files; returns the sample count."""
+    return len(import_dataset(DATASET_NAME, select(folder, ["train"], Rules())))
 
 
 def import_by_fiftyone(folder: Path) -> int:
@@ -175,7 +174,6 @@ def delete_imports(folder: Path) -> None:
     fo = load_fiftyone()
     for name in fo.list_datasets(f"{DATASET_NAME}*"):
         fo.delete_dataset(name)
-    shutil.rmtree(folder / "work", ignore_errors=True)
 
 
 @dataclass(frozen=True)

@@ -18,10 +18,11 @@ from harmony.data.sources.folder import FOLDER, select_folder
 from harmony.data.sources.open_images import batches, captions, database, pixel_facts, preparation
 from harmony.data.sources.open_images.database import dataset_name
 from harmony.data.sources.open_images.download import forget_interrupted, write_id_file
+from harmony.data.sources.open_images.select import select
 from harmony.data.sources.open_images.source import OPEN_IMAGES
 from harmony.data.sources.selection import Rules
 from harmony.models.shipped import ASSETS
-from harmony.pixels.images import read_image, sha256, write_image
+from harmony.pixels.images import sha256, write_image
 from harmony.pixels.masks import bounding_box, read_mask
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -88,10 +89,12 @@ def test_a_folder_becomes_a_dataset_and_a_manifest(fo, recipe, folder, tmp_path)
     assert dataset.persistent and dataset.count_sample_tags() == {"train": 4, "kept": 3, "rejected": 1}
     assert set(dataset.list_saved_views()) == {"kept", "rejected", "rejected: group"}
     assert dataset.load_saved_view("rejected: group").values("harmony_id") == ["train/c3"]
-    instance = dataset.load_saved_view("kept").first().instance
-    assert instance.label == "Cat" and instance.bounding_box == [0.25, 0.25, 0.5, 0.5]
-    cut = read_image(instance.mask_path)
-    assert cut.shape == (16, 20, 3) and (cut == 255).all()
+    assert dataset.app_config.active_fields.paths == ["instance", "mask"], "the App shows both from the start"
+    sample = dataset.load_saved_view("kept").first()
+    assert sample.instance.label == "Cat" and sample.instance.bounding_box == [0.25, 0.25, 0.5, 0.5]
+    mask = sample.mask.get_mask()
+    assert sample.mask.mask_path == sample.mask_stored and mask.shape == (32, 40)
+    assert (mask[8:24, 10:30] == 255).all() and mask.sum() == 255 * 16 * 20
 
 
 def test_the_same_command_again_changes_nothing(fo, recipe, folder, tmp_path, monkeypatch):
@@ -102,24 +105,25 @@ def test_the_same_command_again_changes_nothing(fo, recipe, folder, tmp_path, mo
     assert path.read_bytes() == before and fo.load_dataset(recipe["name"]).values("id") == ids
 
 
-STEPS = {"make_sample": database, "pixel_facts": pixel_facts, "set_captions": captions}
+STEPS = {"add_batch": (database, 2), "pixel_facts": (pixel_facts, 3), "set_captions": (captions, 1)}
 
 
 @pytest.mark.parametrize("step", STEPS)
 def test_a_kill_between_batches_is_made_good_by_the_same_command(fo, recipe, folder, tmp_path, monkeypatch, step):
     name, unbroken = recipe["name"], recipe["name"] + "-whole"
     whole = prepare_dataset(recipe | {"name": unbroken}, tmp_path / "whole").read_text().splitlines()[1:]
-    function, calls = getattr(STEPS[step], step), []
+    (module, last_call), calls = STEPS[step], []
+    function = getattr(module, step)
 
     def killed(*args):
         calls.append(args)
-        if len(calls) == (1 if step == "set_captions" else 3):
+        if len(calls) == last_call:
             raise KeyboardInterrupt
         return function(*args)
 
     with monkeypatch.context() as patch:
         patch.setattr(batches, "BATCH", 2)
-        patch.setattr(STEPS[step], step, killed)
+        patch.setattr(module, step, killed)
         with pytest.raises(KeyboardInterrupt):
             prepare_dataset(recipe, tmp_path / "work")
         assert not (tmp_path / "work" / recipe["name"] / "manifest.jsonl").exists()
@@ -180,14 +184,78 @@ def test_only_what_changed_is_done_anew(fo, recipe, folder, tmp_path):
     assert {k for k in ids if after[k] == ids[k]} == {"train/a0", "train/b2", "train/c3"}
 
 
-def test_masks_lost_from_the_work_folder_are_cut_again(fo, recipe, folder, tmp_path):
-    path = prepare_dataset(recipe, tmp_path / "work")
-    instances = sorted((path.parent / "instances" / "train").iterdir())
-    assert len(instances) == 3
-    for instance in instances:
-        instance.unlink()
+def read_documents(dataset):
+    """The documents of samples as the database holds them, without ids, times and random numbers; and their types."""
+    documents = {document["harmony_id"]: document for document in dataset._sample_collection.find()}
+    types = {key: {name: type(value) for name, value in document.items()} for key, document in documents.items()}
+    ids = []
+    for document in documents.values():
+        assert document.pop("_dataset_id") == dataset._doc.id and 0.999 <= document.pop("_rand") < 1
+        assert document.pop("created_at") == document.pop("last_modified_at")
+        ids += [document.pop("_id"), *(document[n].pop("_id") for n in ("instance", "mask") if n in document)]
+    assert len(set(ids)) == len(ids)
+    return documents, types
+
+
+def test_bulk_insertion_makes_the_documents_that_fiftyone_makes(fo, recipe, folder, monkeypatch):
+    """Guards the copies of documents: field by field those of the public way, for every kind of sample; and that one is
+    the way where FiftyOne's collection has another name.
+    """
+    folder.single("d4", group=1)
+    for id_ in ("e5", "e6"):
+        folder.image(id_)
+    for id_ in ("f6", "f7"):
+        folder.image(id_)
+        for _ in range(2):
+            folder.box(id_)
+    for id_ in ("a8", "a9"):
+        folder.single(id_)
+        (folder.folder / "data" / f"{id_}.jpg").rename(folder.folder / "data" / f"{id_}.webp")
+    folder.sources = [source for source in folder.sources if source[0] not in ("f6", "f7")]
+    folder.write()
+    (folder.folder / "metadata" / "image_ids.csv").write_text("ImageID\ne5\ne6\n")
+    selection = select(folder.root, ["train"], Rules())
+    calls, make_document = [], database.make_document
+    monkeypatch.setattr(database, "make_document", lambda *args: (calls.append(args), make_document(*args))[1])
+    copies = database.import_dataset(recipe["name"], selection)
+    assert len(calls) == 7 and len(copies) == 11, "one of each of the four kinds is made by FiftyOne"
+    documents, types = read_documents(copies)
+    assert database.find_collection(copies) is not None and database.find_collection(object()) is None
+    monkeypatch.setattr(database, "find_collection", lambda dataset: None)
+    originals = database.import_dataset(recipe["name"] + "-public", selection)
+    monkeypatch.undo()
+    assert len(calls) == 7, "no document is copied without the collection"
+    assert (documents, types) == read_documents(originals)
+    assert copies.reload() is None and copies.values("harmony_id") == originals.values("harmony_id")
+    assert copies.media_type == "image" and copies.match_tags("kept").take(2, seed=0).count() == 2
+
+
+def test_a_damaged_row_is_a_rejected_sample(fo, recipe, folder, tmp_path):
+    """Guards the import: a corner that is no number ended the preparation."""
+    folder.single("d4")
+    folder.boxes[-1][6] = "x"
+    folder.write()
     prepare_dataset(recipe, tmp_path / "work")
-    assert sorted((path.parent / "instances" / "train").iterdir()) == instances
+    sample = samples(fo, recipe["name"])["train/d4"]
+    assert sample.rejected_because == "damaged row" and sample.instance is None
+
+
+def test_masks_that_the_app_would_misread_are_shown_by_a_copy(fo, recipe, folder, tmp_path):
+    """Guards the App: it shows the mask as it is read here, also of a file with alpha. A lost copy is made again."""
+    wide = np.zeros((32, 40, 4), np.uint8)
+    wide[..., :3], wide[8:24, 10:20, 3] = 255, 255
+    stored = folder.folder / "labels" / "masks" / "A" / folder.masks[0][0]
+    Image.fromarray(wide).save(stored)
+    path = prepare_dataset(recipe, tmp_path / "work")
+    copy = path.parent / "masks" / "train" / "a0.png"
+    for _ in range(2):
+        sample = samples(fo, recipe["name"])["train/a0"]
+        mask = sample.mask.get_mask()
+        assert sample.mask.mask_path == str(copy) and sample.mask_file == sample.mask_stored == str(stored)
+        assert (mask[8:24, 10:20] == 255).all() and mask.sum() == 255 * 16 * 10
+        copy.unlink()
+        prepare_dataset(recipe, tmp_path / "work")
+    assert [p.name for p in copy.parent.iterdir()] == ["a0.png"]
 
 
 def test_blip_captions_the_rest_once_for_each_captioner(fo, recipe, folder, tmp_path, monkeypatch):
@@ -372,17 +440,6 @@ def test_own_photographs_and_masks(fo, recipe, tmp_path):
     reasons = {s.harmony_id.split("/")[1]: s.rejected_because for s in samples(fo, recipe["name"]).values()}
     assert reasons["no_mask"] == "mask file missing"
     assert reasons["other_size"] == "mask shape differs" and reasons["empty"] == "mask empty"
-
-
-def test_masks_of_fiftyone_are_read_as_all_others(tmp_path):
-    """Guards against a second reader: alpha and depth count for the cut masks too."""
-    wide = np.zeros((32, 40, 4), np.uint8)
-    wide[..., :3], wide[8:24, 10:20, 3] = 255, 255
-    Image.fromarray(wide).save(tmp_path / "m.png")
-    cut = database.cut_instance("train/a", str(tmp_path / "m.png"), [0.25, 0.25, 0.5, 0.5], tmp_path)
-    assert (read_image(cut)[:, :10] == 255).all() and (read_image(cut)[:, 10:] == 0).all()
-    (tmp_path / "m.png").write_text("no picture")
-    assert database.cut_instance("train/a", str(tmp_path / "m.png"), [0.25, 0.25, 0.5, 0.5], tmp_path) is None
 
 
 def test_the_reason_comes_from_the_mask_and_not_from_its_path(tmp_path):

@@ -2,12 +2,14 @@
 
 import json
 
+import numpy as np
 import polars as pl
 import pytest
 
 from harmony.core.errors import UserError
-from harmony.data.sources.open_images.database import cut_instance, selection_rows
+from harmony.data.sources.open_images.database import selection_rows
 from harmony.data.sources.open_images.layout import Split
+from harmony.data.sources.open_images.pixel_facts import pixel_facts
 from harmony.data.sources.open_images.select import select
 from harmony.data.sources.pixels import read_rows
 from harmony.data.sources.selection import (
@@ -178,8 +180,10 @@ def test_ids_and_masks_that_are_paths_are_counted(tmp_path, make_folder):
         "b0": "no file name",
     }
     assert [row["id"] for row in selection_rows(selection)] == ["a0"]
+    write_image(tmp_path / "mask.png", np.tri(64, 80, dtype=bool))  # of another size, so that it is written
+    sample = {"key": "train/../../../x", "image": str(root / "x.jpg"), "mask": str(tmp_path / "mask.png")}
     with pytest.raises(UserError, match="leads out of"):
-        cut_instance("train/../../../x", str(root / "train/labels/masks/A/a0_0.png"), [0, 0, 1, 1], tmp_path / "work")
+        pixel_facts(sample, Rules(), tmp_path / "work")
 
 
 def test_photographs_may_have_another_suffix_and_splits_another_name(tmp_path, make_folder, capsys):

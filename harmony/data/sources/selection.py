@@ -169,9 +169,9 @@ def check_files(table: pl.DataFrame, root: Path) -> pl.DataFrame:
     reasons = {}
     kept_rows = table.filter(pl.col("reason") == KEPT)
     for split, id_, image, mask in kept_rows.select("split", "id", "image", "mask").iter_rows():
-        if not os.path.isfile(root / image):
+        if not os.path.isfile(os.path.join(root, image)):
             reasons[f"{split}/{id_}"] = "image file missing"
-        elif not os.path.isfile(root / mask):
+        elif not os.path.isfile(os.path.join(root, mask)):
             reasons[f"{split}/{id_}"] = "mask file missing"
     return reject(table, reasons)
 

@@ -5,7 +5,7 @@ Training processes must not import it: simultaneous imports kill each other's da
 Fields of a sample
     harmony_id        <split>/<id>, unique                 tags   split, and ``kept`` or ``rejected``
     rejected_because  one of selection.REASONS, or None    source of the photograph
-    instance          the detection; its mask is a file, cut to the box as FiftyOne needs it
+    instance          the detection, a box                 mask   the whole mask as the App shows it, a file of any size
     mask_stored       the original mask                    row    hash of the selection's row, to find changes
     mask_file         the whole mask at the image's size
     sha256, mask_sha256, mask_box, mask_area, looked_at    pixel facts, and the files and rules that they belong to
@@ -15,30 +15,27 @@ Fields of a sample
 import hashlib
 import json
 import os
+import random
 import time
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from datetime import UTC, datetime
 from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING
 
-import cv2
-import numpy as np
-
 from harmony.core.errors import UserError
-from harmony.core.files import replace_file
-from harmony.core.foreign import path_inside
 from harmony.core.signals import ignore_ctrl_c_in_children
 from harmony.data.sources.open_images.batches import batches
 from harmony.data.sources.selection import BAD_NAME, KEPT, Selection
-from harmony.pixels.masks import read_mask
 
 if TYPE_CHECKING:
     from fiftyone import Dataset, Sample
+    from pymongo.collection import Collection
 
 REMEDY = "python -m harmony.doctor tells what is missing"
 WAIT_SECONDS = 90  # for a database that is slow to come up; FiftyOne itself waits 60 s for each start
 END_SECONDS = 10  # for the server of a program that is ending
+ORDER = random.Random()  # FiftyOne shuffles samples by a random number of each; the seeds of others stay as they are
 slow_services: list = []  # kept, because a service ends with its last reference, and FiftyOne joins it once it is up
 
 
@@ -139,6 +136,10 @@ def open_dataset(name: str, root: Path) -> "Dataset":
         dataset.info["root"] = str(root)
         dataset.save()
     declare_fields(dataset)
+    if dataset.app_config.active_fields is None:
+        dataset.app_config.active_fields = fo.DatasetAppConfig.default_active_fields(dataset)
+        dataset.app_config.active_fields.paths.append("mask")  # the App shows no mask unless it is asked to
+        dataset.save()
     return dataset
 
 
@@ -150,7 +151,8 @@ def declare_fields(dataset: "Dataset") -> None:
     fields = dict.fromkeys((*texts, "sha256", "mask_sha256", "caption", "caption_model"), {"ftype": fo.StringField})
     fields["mask_box"] = {"ftype": fo.ListField, "subfield": fo.FloatField}
     fields["mask_area"] = {"ftype": fo.FloatField}
-    fields["instance"] = {"ftype": fo.EmbeddedDocumentField, "embedded_doc_type": fo.Detection}
+    for field, label in (("instance", fo.Detection), ("mask", fo.Segmentation)):
+        fields[field] = {"ftype": fo.EmbeddedDocumentField, "embedded_doc_type": label}
     for field, kind in fields.items():
         if not dataset.has_sample_field(field):
             dataset.add_sample_field(field, **kind)
@@ -158,7 +160,7 @@ def declare_fields(dataset: "Dataset") -> None:
         dataset.create_index("harmony_id", unique=True)
 
 
-def import_dataset(name: str, selection: Selection, work: Path) -> "Dataset":
+def import_dataset(name: str, selection: Selection) -> "Dataset":
     """Import the selection into the dataset: kept samples with their mask, rejected ones without.
 
     Only differences are written: a sample with an unchanged row keeps all its facts. Rejected images without a file
@@ -167,14 +169,13 @@ def import_dataset(name: str, selection: Selection, work: Path) -> "Dataset":
     dataset = open_dataset(name, selection.root)
     digest = selection.digest()
     if dataset.info.get("selection") != digest:
-        synchronize(dataset, selection, work)
+        synchronize(dataset, selection)
         dataset.info["selection"] = digest
         dataset.save()
-    restore_masks(dataset, work)
     return dataset
 
 
-def synchronize(dataset: "Dataset", selection: Selection, work: Path) -> None:
+def synchronize(dataset: "Dataset", selection: Selection) -> None:
     """Delete samples that differ from the selection, and add missing ones."""
     rows = {row["key"]: row for row in selection_rows(selection)}
     samples = zip(*dataset.values(["id", "harmony_id", "row"]), strict=True)
@@ -185,39 +186,79 @@ def synchronize(dataset: "Dataset", selection: Selection, work: Path) -> None:
         )
         dataset.delete_samples(stale_ids)
     missing_keys = set(rows) - set(dataset.values("harmony_id"))
-    add_rows(dataset, [rows[key] for key in rows if key in missing_keys], work)
-
-
-def restore_masks(dataset: "Dataset", work: Path) -> None:
-    """Cut again the masks that are missing in the work folder."""
-    fields = {"id": "id", "key": "harmony_id", "mask": "mask_stored", "box": "instance.bounding_box"}
-    paths = dataset.match_tags("kept").values([*fields.values(), "instance.mask_path"])
-    rows = [dict(zip(fields, v, strict=False)) for v in zip(*paths, strict=True) if v[-1] and not os.path.isfile(v[-1])]
-    masks = {row["id"]: cut_instance(row["key"], row["mask"], row["box"], work) for row in rows}
-    if masks:
-        dataset.set_values("instance.mask_path", masks, key_field="id")
+    add_rows(dataset, [rows[key] for key in rows if key in missing_keys])
 
 
 def selection_rows(selection: Selection) -> Iterator[dict]:
     """Yield the selection's rows that have a name and an image file, with absolute paths, key and hash."""
+    root = os.path.abspath(selection.root)
     for row in selection.table.iter_rows(named=True):
         if row["reason"] == BAD_NAME:
             continue
         row["row"] = hashlib.sha256(json.dumps(list(row.values())).encode()).hexdigest()[:16]
         row["key"] = f"{row['split']}/{row['id']}"
-        row["image"] = str(selection.root / row["image"])
-        row["mask"] = None if row["mask"] is None else str(selection.root / row["mask"])
+        row["image"] = os.path.join(root, row["image"])
+        row["mask"] = None if row["mask"] is None else os.path.join(root, row["mask"])
         if row["reason"] in (KEPT, "image file missing") or os.path.isfile(row["image"]):
             yield row
 
 
-def add_rows(dataset: "Dataset", rows: list[dict], work: Path) -> None:
-    """Add samples in batches while threads cut their masks."""
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
-        masks = pool.map(lambda row: cut_row(row, work), rows)  # runs while batches are written
-        for batch in batches(rows, f"import into FiftyOne dataset {dataset.name}"):
-            samples = [make_sample(row, mask) for row, mask in zip(batch, masks, strict=False)]
-            dataset.add_samples(samples, expand_schema=False, validate=False, progress=False)
+def add_rows(dataset: "Dataset", rows: list[dict]) -> None:
+    """Add samples in batches: the first with a set of fields by FiftyOne, the others as copies of its document."""
+    templates: dict[tuple, dict] = {}
+    for batch in batches(rows, f"import into FiftyOne dataset {dataset.name}"):
+        add_batch(dataset, [sample_values(row) for row in batch], templates)
+
+
+def add_batch(dataset: "Dataset", batch: list[dict], templates: dict[tuple, dict]) -> None:
+    """Add samples of such values in their order; ``templates`` collects the first document of each set of fields.
+
+    FiftyOne makes an object of each sample, which takes most of the time of an import.
+    """
+    collection, documents = find_collection(dataset), []
+    if collection is None:
+        add_samples(dataset, batch)
+        return
+    for values in batch:
+        kind = tuple(values)
+        if kind in templates:
+            documents.append(make_document(templates[kind], values))
+            continue
+        if documents:
+            collection.insert_many(documents)
+            documents = []
+        add_samples(dataset, [values])
+        templates[kind] = collection.find_one({"harmony_id": values["harmony_id"]})
+    if documents:
+        collection.insert_many(documents)
+
+
+def add_samples(dataset: "Dataset", batch: list[dict]) -> None:
+    """Add samples by FiftyOne."""
+    samples = [make_sample(values) for values in batch]
+    dataset.add_samples(samples, expand_schema=False, validate=False, progress=False)
+
+
+def find_collection(dataset: "Dataset") -> "Collection | None":
+    """The collection of the samples' documents; None, so that FiftyOne adds all samples, where it has another name."""
+    return getattr(dataset, "_sample_collection", None)
+
+
+def sample_values(row: dict) -> dict:
+    """The fields of a sample, kept or rejected, that have a value; labels as dictionaries."""
+    is_kept, has_box = row["reason"] == KEPT, None not in (row[side] for side in ("x0", "y0", "x1", "y1"))
+    values = {
+        "filepath": row["image"],
+        "tags": [row["split"], "kept" if is_kept else "rejected"],
+        "harmony_id": row["key"],
+        "rejected_because": None if is_kept else row["reason"],
+        "instance": {"label": row["label"], "bounding_box": box_xywh(row)} if has_box else None,
+        "mask": {"mask_path": row["mask"]} if is_kept else None,
+        "mask_stored": row["mask"],
+        "source": row["source"],
+        "row": row["row"],
+    }
+    return {name: value for name, value in values.items() if value is not None}
 
 
 def box_xywh(row: dict) -> list[float]:
@@ -225,48 +266,23 @@ def box_xywh(row: dict) -> list[float]:
     return [row["x0"], row["y0"], row["x1"] - row["x0"], row["y1"] - row["y0"]]
 
 
-def cut_row(row: dict, work: Path) -> str | None:
-    """Call ``cut_instance`` for a kept row of the selection; None for a rejected one."""
-    return cut_instance(row["key"], row["mask"], box_xywh(row), work) if row["reason"] == KEPT else None
-
-
-def cut_instance(key: str, mask_path: str, box: list[float], work: Path) -> str | None:
-    """Write the mask cut to its box, as FiftyOne needs it; None if it cannot be cut (its reason comes later)."""
-    try:
-        mask = read_mask(mask_path, empty=True)
-    except UserError:
-        return None
-    height, width = mask.shape
-    x, y, w, h = box
-    part = mask[round(y * height) : round((y + h) * height), round(x * width) : round((x + w) * width)]
-    if not part.size:
-        return None
-    path = path_inside(work / "instances", f"{key}.png")
-    bits = part.astype(np.uint8) * 255
-    png = cv2.imencode(".png", bits, [cv2.IMWRITE_PNG_BILEVEL, 1])[1]  # 1 bit a pixel, several times as fast as 8
-    with replace_file(path) as temp_path:
-        temp_path.write_bytes(png)
-    return str(path)
-
-
-def make_sample(row: dict, mask_path: str | None) -> "Sample":
-    """Build one sample, kept or rejected."""
+def make_sample(values: dict) -> "Sample":
+    """Build one sample by FiftyOne."""
     import fiftyone as fo
 
-    is_kept = row["reason"] == KEPT
-    instance = None
-    if row["x0"] is not None:
-        instance = fo.Detection(label=row["label"], bounding_box=box_xywh(row), mask_path=mask_path)
-    return fo.Sample(
-        filepath=row["image"],
-        tags=[row["split"], "kept" if is_kept else "rejected"],
-        harmony_id=row["key"],
-        rejected_because=None if is_kept else row["reason"],
-        instance=instance,
-        mask_stored=row["mask"],
-        source=row["source"],
-        row=row["row"],
-    )
+    labels = {"instance": fo.Detection, "mask": fo.Segmentation}
+    return fo.Sample(**{name: labels[name](**v) if name in labels else v for name, v in values.items()})
+
+
+def make_document(template: dict, values: dict) -> dict:
+    """Make the document of a sample of other values than that of ``template``, with new ids and times."""
+    from bson import ObjectId
+
+    now = datetime.now(UTC)
+    document = template | values | {"_rand": ORDER.uniform(0.999, 1), "created_at": now, "last_modified_at": now}
+    del document["_id"]
+    labels = {name: template[name] | {"_id": ObjectId()} | v for name, v in values.items() if isinstance(v, dict)}
+    return document | labels
 
 
 def save_views(dataset: "Dataset") -> None:

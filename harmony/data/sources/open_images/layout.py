@@ -58,7 +58,8 @@ class Split:
         """Map ids of photographs that are no ``<id>.jpg`` to their files; further files of one id are named."""
         folder = self.folder / "data"
         files = set(os.listdir(folder)) if folder.is_dir() else set()
-        others = sorted(name for name in files if Path(name).suffix.lower() in SUFFIXES and not name.endswith(".jpg"))
+        files_but_jpg = sorted(name for name in files if not name.endswith(".jpg"))
+        others = [name for name in files_but_jpg if Path(name).suffix.lower() in SUFFIXES]
         photographs = {Path(name).stem: name for name in others if f"{Path(name).stem}.jpg" not in files}
         tell_omissions(f"{folder}: further files of one id", sorted({*others} - {*photographs.values()}))
         return photographs

@@ -5,6 +5,8 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from PIL import Image
+
 from harmony.core.errors import UserError
 from harmony.core.foreign import path_inside
 from harmony.data.sources.open_images.batches import batches
@@ -29,6 +31,9 @@ def look_at_pixels(dataset: "Dataset", rules: Rules, work: Path) -> None:
             split_of = {sample["id"]: sample["key"].split("/")[0] for sample in batch}
             facts_by_id = {i: f for i, f in results.items() if "reason" not in f}
             hashes = {sample["id"]: sample["sha256"] for sample in batch}
+            shown_paths = {sample["id"]: sample["shown"] for sample in batch}
+            changed_paths = {i: f["shown"] for i, f in facts_by_id.items() if shown_paths[i] not in (None, f["shown"])}
+            dataset.set_values("mask.mask_path", changed_paths, key_field="id")
             resets = {i: None for i, f in facts_by_id.items() if hashes[i] not in (None, f["sha256"])}
             dataset.set_values("caption_model", resets, key_field="id")  # the caption belongs to the old picture
             reasons = {i: f["reason"] for i, f in results.items() if "reason" in f}
@@ -48,7 +53,7 @@ def find_changed_samples(dataset: "Dataset", rules: Rules) -> list[dict]:
     F, pixel_reasons = load_fiftyone().ViewField, REASONS[REASONS.index("image undecodable") :]
     view = dataset.match(~F("rejected_because").exists() | F("rejected_because").is_in(pixel_reasons))
     names = {"id": "id", "key": "harmony_id", "image": "filepath", "mask": "mask_stored", "looked_at": "looked_at"}
-    names |= {"mask_file": "mask_file", "mask_sha256": "mask_sha256", "sha256": "sha256"}
+    names |= {"mask_file": "mask_file", "mask_sha256": "mask_sha256", "sha256": "sha256", "shown": "mask.mask_path"}
     rows = [dict(zip(names, values, strict=True)) for values in zip(*view.values(list(names.values())), strict=True)]
     for row in rows:
         row["stamp"] = stamp(rules, row["image"], row["mask"])
@@ -57,6 +62,7 @@ def find_changed_samples(dataset: "Dataset", rules: Rules) -> list[dict]:
         for row in rows
         if row["stamp"] != row["looked_at"]
         or (row["mask_file"] and not (row["mask_sha256"] and os.path.isfile(row["mask_file"])))
+        or (row["shown"] and not os.path.isfile(row["shown"]))
     ]
 
 
@@ -70,7 +76,8 @@ def stamp(rules: Rules, *paths: str) -> str:
 def pixel_facts(sample: dict, rules: Rules, work: Path) -> dict:
     """Size, hash, box and area (fraction of the image) of one instance, or ``{"reason": ...}``.
 
-    A mask of another size but the same aspect is resized to the image's size and kept in the work folder.
+    A mask of another size but the same aspect is resized to the image's size and kept in the work folder. ``shown`` is
+    the mask for the App: a copy, too, where the App would read the file otherwise than we do.
     """
     try:
         width, height = open_image(sample["image"]).size
@@ -78,10 +85,10 @@ def pixel_facts(sample: dict, rules: Rules, work: Path) -> dict:
         return {"reason": "image undecodable"}
     path = sample["mask"]
     try:
-        size = open_image(path, "mask").size
+        image = open_image(path, "mask")
     except UserError:
         return {"reason": "mask undecodable"}
-    if abs(size[0] * height - size[1] * width) > ASPECT_TOLERANCE * size[1] * width:
+    if abs(image.width * height - image.height * width) > ASPECT_TOLERANCE * image.height * width:
         return {"reason": "mask shape differs"}
     try:
         mask = read_mask(path, (width, height), resize=True)
@@ -90,9 +97,16 @@ def pixel_facts(sample: dict, rules: Rules, work: Path) -> dict:
     area = float(mask.mean())
     if (reason := area_reason(area, rules)) != KEPT:
         return {"reason": reason}
-    if size != (width, height):
-        path = path_inside(work / "masks", f"{sample['key']}.png")
-        write_image(path, mask)
+    has_size, shown = image.size == (width, height), path
+    if not (has_size and is_gray_png(path, image)):
+        shown = str(path_inside(work / "masks", f"{sample['key']}.png"))
+        write_image(shown, mask)
+    path = path if has_size else shown
     facts = {"width": width, "height": height, "sha256": sha256(sample["image"]), "mask_file": str(path)}
-    facts |= {"mask_sha256": sha256(path)}
+    facts |= {"mask_sha256": sha256(path), "shown": shown}
     return facts | {"mask_area": area, "mask_box": [float(v) for v in bounding_box(mask)]}
+
+
+def is_gray_png(path: str, image: Image.Image) -> bool:
+    """Whether a decoded mask comes from a PNG with nothing but gray: others are read in another way by the App."""
+    return Path(path).suffix.lower() == ".png" and image.mode in ("1", "L") and not image.has_transparency_data

@@ -93,7 +93,7 @@ class Preparation(Shards):
         write_selection(selection, folder)
         for path, number in selection.damage_counts.items():
             print(f"{path}: {number} damaged rows skipped (a value is missing or unreadable, or the line is cut)")
-        dataset = import_dataset(self.recipe["name"], selection, folder)
+        dataset = import_dataset(self.recipe["name"], selection)
         look_at_pixels(dataset, selection.rules, folder)
         save_views(dataset)
         table = reject(selection.table, rejections(dataset))
