@@ -163,7 +163,7 @@ def import_by_harmony(folder: Path) -> int:
 
 
 def import_by_fiftyone(folder: Path) -> int:
-    """Import by FiftyOne's own importer, with masks in the database; returns the sample count."""
+    """Import by FiftyOne's own importer, which cuts masks and stores them in the database; returns the sample count."""
     fo = load_fiftyone()
     options = {"dataset_type": fo.types.OpenImagesV7Dataset, "label_types": ["detections", "segmentations"]}
     return len(fo.Dataset.from_dir(str(folder / "train"), name=DATASET_NAME, load_hierarchy=False, **options))

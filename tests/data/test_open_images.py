@@ -89,6 +89,7 @@ def test_a_folder_becomes_a_dataset_and_a_manifest(fo, recipe, folder, tmp_path)
     assert dataset.persistent and dataset.count_sample_tags() == {"train": 4, "kept": 3, "rejected": 1}
     assert set(dataset.list_saved_views()) == {"kept", "rejected", "rejected: group"}
     assert dataset.load_saved_view("rejected: group").values("harmony_id") == ["train/c3"]
+    assert dataset.app_config.active_fields.paths == ["instance", "mask"], "the App shows both from the start"
     sample = dataset.load_saved_view("kept").first()
     assert sample.instance.label == "Cat" and sample.instance.bounding_box == [0.25, 0.25, 0.5, 0.5]
     mask = sample.mask.get_mask()
@@ -187,11 +188,12 @@ def read_documents(dataset):
     """The documents of samples as the database holds them, without ids, times and random numbers; and their types."""
     documents = {document["harmony_id"]: document for document in dataset._sample_collection.find()}
     types = {key: {name: type(value) for name, value in document.items()} for key, document in documents.items()}
+    ids = []
     for document in documents.values():
-        assert 0.999 <= document.pop("_rand") < 1 and document.pop("created_at") == document.pop("last_modified_at")
-        ids = [document.pop("_id"), document.pop("_dataset_id")]
-        ids += [document[name].pop("_id") for name in ("instance", "mask") if name in document]
-        assert len(set(ids)) == len(ids)
+        assert document.pop("_dataset_id") == dataset._doc.id and 0.999 <= document.pop("_rand") < 1
+        assert document.pop("created_at") == document.pop("last_modified_at")
+        ids += [document.pop("_id"), *(document[n].pop("_id") for n in ("instance", "mask") if n in document)]
+    assert len(set(ids)) == len(ids)
     return documents, types
 
 
@@ -216,13 +218,13 @@ def test_bulk_insertion_makes_the_documents_that_fiftyone_makes(fo, recipe, fold
     calls, make_document = [], database.make_document
     monkeypatch.setattr(database, "make_document", lambda *args: (calls.append(args), make_document(*args))[1])
     copies = database.import_dataset(recipe["name"], selection)
-    assert len(calls) == 6 and len(copies) == 11, "one of each of the five kinds is made by FiftyOne"
+    assert len(calls) == 7 and len(copies) == 11, "one of each of the four kinds is made by FiftyOne"
     documents, types = read_documents(copies)
     assert database.find_collection(copies) is not None and database.find_collection(object()) is None
     monkeypatch.setattr(database, "find_collection", lambda dataset: None)
     originals = database.import_dataset(recipe["name"] + "-public", selection)
     monkeypatch.undo()
-    assert len(calls) == 6, "no document is copied without the collection"
+    assert len(calls) == 7, "no document is copied without the collection"
     assert (documents, types) == read_documents(originals)
     assert copies.reload() is None and copies.values("harmony_id") == originals.values("harmony_id")
     assert copies.media_type == "image" and copies.match_tags("kept").take(2, seed=0).count() == 2

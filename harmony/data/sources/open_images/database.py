@@ -136,6 +136,10 @@ def open_dataset(name: str, root: Path) -> "Dataset":
         dataset.info["root"] = str(root)
         dataset.save()
     declare_fields(dataset)
+    if dataset.app_config.active_fields is None:
+        dataset.app_config.active_fields = fo.DatasetAppConfig.default_active_fields(dataset)
+        dataset.app_config.active_fields.paths.append("mask")  # the App shows no mask unless it is asked to
+        dataset.save()
     return dataset
 
 
@@ -200,14 +204,14 @@ def selection_rows(selection: Selection) -> Iterator[dict]:
 
 
 def add_rows(dataset: "Dataset", rows: list[dict]) -> None:
-    """Add samples in batches: the first of each kind by FiftyOne, the others as copies of its document."""
+    """Add samples in batches: the first with a set of fields by FiftyOne, the others as copies of its document."""
     templates: dict[tuple, dict] = {}
     for batch in batches(rows, f"import into FiftyOne dataset {dataset.name}"):
         add_batch(dataset, [sample_values(row) for row in batch], templates)
 
 
 def add_batch(dataset: "Dataset", batch: list[dict], templates: dict[tuple, dict]) -> None:
-    """Add samples of such values in their order; ``templates`` collects the first document of each kind.
+    """Add samples of such values in their order; ``templates`` collects the first document of each set of fields.
 
     FiftyOne makes an object of each sample, which takes most of the time of an import.
     """
@@ -216,7 +220,7 @@ def add_batch(dataset: "Dataset", batch: list[dict], templates: dict[tuple, dict
         add_samples(dataset, batch)
         return
     for values in batch:
-        kind = (*values, os.path.splitext(values["filepath"])[1])  # the type of the media follows from the suffix
+        kind = tuple(values)
         if kind in templates:
             documents.append(make_document(templates[kind], values))
             continue
