@@ -56,11 +56,12 @@ work/small/backbone_small_inpaint.fitted: $(SMALL_PIXELS:%=work/small/%.fitted)
 	$(RUN) -m harmony.fit experiment=backbone_small_inpaint $(SMALL_DATA) paths.runs=work/small/runs $(OPTIONS)
 	touch $@
 
-# trained alone, so that it runs beside color
-work/small/structure_long.fitted: private ALONE := module.companion=null data.branch=structure
+# structure is trained alone, so that it runs beside color; eight minutes allow few draws of a light
+work/small/structure_long.fitted: private OWN := module.companion=null data.branch=structure
+work/small/color_relight.fitted: private OWN := data.variants=4
 
 $(SMALL_NETS:%=work/small/%.fitted): work/small/%.fitted: work/small/backbone_small_inpaint.fitted
-	$(RUN) -m harmony.fit experiment=$* $(SMALL_NET) $(ALONE) paths.runs=work/small/runs $(OPTIONS)
+	$(RUN) -m harmony.fit experiment=$* $(SMALL_NET) $(OWN) paths.runs=work/small/runs $(OPTIONS)
 	touch $@
 
 $(SMALL_NETS:%=work/small/%): work/small/%: work/small/%.fitted
