@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageCms
 
-from harmony.pixels.images import open_image, to_rgb
+from harmony.pixels.images import DEEP, open_image, to_rgb
 
 NO_RGB = ("CMYK", "LAB")  # modes whose pixels an RGB profile cannot describe
 
@@ -32,23 +32,24 @@ class Photograph:
 def read_photograph(path: str | Path) -> Photograph:
     """Read a picture and keep its color profile, which must be one of RGB.
 
-    A picture with a profile of another kind (CMYK, gray) is converted to sRGB; an unreadable profile is left out. Both
-    give a note. UserError as in ``read_image``.
+    A picture with a profile of another kind (CMYK, gray) is converted to sRGB; an unreadable profile is left out, and
+    of more than 8 bits a channel 8 are kept. Each gives a note. UserError as in ``read_image``.
     """
     image = open_image(path)
     profile, exif = image.info.get("icc_profile"), image.info.get("exif") or None
+    notes = (f"{path}: more than 8 bits a channel, of which results have 8",) if image.info[DEEP] else ()
     if not profile:
-        return Photograph(to_rgb(image, path), exif=exif)
+        return Photograph(to_rgb(image, path), notes=notes, exif=exif)
     try:
         note = f"{path}: colors converted from {describe(profile)} to sRGB"
         if open_profile(profile).profile.xcolor_space.strip() == "RGB" and image.mode not in NO_RGB:
             convert_colors(Image.new("RGB", (1, 1)), profile, None)  # fails where the profile is damaged
-            return Photograph(to_rgb(image, path), profile, exif=exif)
+            return Photograph(to_rgb(image, path), profile, notes, exif)
         picture = convert_colors(image.convert("L") if image.mode == "LA" else image, profile, None)
     except (OSError, ValueError, ImageCms.PyCMSError):
         note = f"the color profile of {path} cannot be used: its colors are taken as sRGB"
-        return Photograph(to_rgb(image, path), notes=(note,), exif=exif)
-    return Photograph(np.array(picture), notes=(note,), exif=exif)
+        return Photograph(to_rgb(image, path), notes=(*notes, note), exif=exif)
+    return Photograph(np.array(picture), notes=(*notes, note), exif=exif)
 
 
 def read_in_space(path: str | Path, profile: bytes | None) -> Photograph:

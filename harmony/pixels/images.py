@@ -21,6 +21,7 @@ from harmony.core.errors import UserError
 from harmony.core.files import replace_file
 
 FORMATS = ("JPEG", "PNG", "WEBP", "TIFF", "BMP", "GIF", "AVIF")  # others never reach their decoder in Pillow (EPS!)
+DEEP = "deep"
 HEIF = (".heic", ".heif")  # of telephones, which Pillow reads where pillow-heif is installed
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".tif", ".tiff", ".bmp", ".gif", ".avif", *HEIF)  # of pictures' files
 WRITERS = {
@@ -62,12 +63,18 @@ def list_formats() -> tuple[str, ...]:
 
 
 def open_image(path: str | Path, what: str = "image") -> Image.Image:
-    """Read and decode the image ``path``, rotated by its EXIF orientation. Raises UserError if that fails."""
+    """Read and decode the image ``path``, rotated by its EXIF orientation. Raises UserError if that fails.
+
+    ``info[DEEP]`` says that the file has more than 8 bits a channel, of which Pillow keeps the upper 8 in RGB.
+    """
     check_file(path, what)
     try:
         with Image.open(path, formats=list_formats()) as file:
+            is_deep = file.mode.startswith("I;16") or any(";16" in str(tile.args) for tile in file.tile)
             file.load()
-            return ImageOps.exif_transpose(file)
+            image = ImageOps.exif_transpose(file)
+            image.info[DEEP] = is_deep
+            return image
     except UnidentifiedImageError:
         reason, mend = f"it is none of {', '.join(list_formats())}", "save it as PNG or JPEG"
         if Path(path).suffix.lower() in HEIF and "HEIF" not in list_formats():

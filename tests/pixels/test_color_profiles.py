@@ -2,6 +2,7 @@
 
 import struct
 
+import cv2
 import numpy as np
 import pytest
 from PIL import Image, ImageCms
@@ -109,3 +110,17 @@ def test_a_telephones_photograph_is_read(tmp_path):
     found = Image.Exif()
     found.load(photograph.exif)
     assert found[0x0110] == "a telephone" and found.get(0x0112, 1) == 1
+
+
+@pytest.mark.parametrize("name", ["a.png", "a.tif", "gray.png", "gray.tif"])
+def test_sixteen_bits_are_told(tmp_path, name):
+    """Guards against a depth that vanishes without a word: the values are right, and a note says it."""
+    deep = np.arange(40 * 50 * 3, dtype=np.uint16).reshape(40, 50, 3) * 10
+    deep = deep[..., 0] if "gray" in name else deep
+    cv2.imwrite(str(tmp_path / name), deep)
+    photograph = read_photograph(tmp_path / name)
+    expected = np.dstack([deep] * 3) if "gray" in name else deep[..., ::-1]
+    assert np.abs(photograph.pixels - expected / 257).max() < 1.01
+    assert len(photograph.notes) == 1 and "more than 8 bits a channel" in photograph.notes[0]
+    cv2.imwrite(str(tmp_path / name), (deep >> 8).astype(np.uint8))
+    assert not read_photograph(tmp_path / name).notes
