@@ -1,6 +1,7 @@
 """Fixtures of all tests: the environment is offline and single-threaded, and nothing is written into the checkout."""
 
 import atexit
+import json
 import os
 import shutil
 import signal
@@ -343,3 +344,22 @@ def sees_brightness(monkeypatch: pytest.MonkeyPatch) -> list[dict]:
 
     monkeypatch.setattr(vision_language, "load_vision_language_model", load_seeing)
     return questions
+
+
+@pytest.fixture
+def bring_code(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """``bring_code(folder)``: a model there brings code of its own, and whoever sits at the machine lets it run. Gives
+    the file that the code writes when it is run.
+    """
+
+    def write(folder: Path) -> Path:
+        names = ("AutoConfig", "AutoModel", "AutoModelForImageTextToText", "AutoProcessor")
+        code = {"auto_map": dict.fromkeys(names, "own.Own"), "model_type": "own", "processor_class": "Own"}
+        folder.mkdir(exist_ok=True)
+        for name in ("config.json", "processor_config.json"):
+            (folder / name).write_text(json.dumps(code))
+        (folder / "own.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')\nclass Own: pass\n")
+        monkeypatch.setattr("builtins.input", lambda *prompt: "y")
+        return tmp_path / "ran"
+
+    return write

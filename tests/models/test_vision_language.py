@@ -1,7 +1,5 @@
 """Judges that are vision-language models: what they are shown and asked, and how their answer is read."""
 
-import json
-
 import numpy as np
 import pytest
 import torch
@@ -99,17 +97,13 @@ def test_an_answer_of_nan_is_none(chat_model):
         judge.choose("Which?", (DARK, BRIGHT))
 
 
-def test_code_of_a_model_is_never_run(chat_model, tmp_path, monkeypatch):
+def test_code_of_a_model_is_never_run(chat_model, bring_code):
     """Guards against foreign code: a model that brings its own is refused, without asking whoever sits there."""
     folder = chat_model()
-    config = json.loads((folder / "config.json").read_text())
-    code = {"AutoConfig": "own.Own", "AutoModelForImageTextToText": "own.Own"}
-    (folder / "config.json").write_text(json.dumps(config | {"model_type": "own", "auto_map": code}))
-    (folder / "own.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')\nclass Own: pass\n")
-    monkeypatch.setattr("builtins.input", lambda *prompt: "y")
-    with pytest.raises(UserError, match="no vision-language model of transformers there"):
+    ran = bring_code(folder)
+    with pytest.raises(UserError, match="no vision-language model of transformers there .*contains custom code"):
         load_vision_language_model(str(folder), "study.judge")
-    assert not (tmp_path / "ran").exists()
+    assert not ran.exists()
 
 
 def test_a_model_is_known_by_its_files(chat_model, tmp_path):
