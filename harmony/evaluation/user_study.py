@@ -303,17 +303,17 @@ class UserStudy(Study):
 
     def judgment_file(self, place: Path, picture: str, *pair: str) -> Path:
         """Where the answer to one question, the methods in their order, is kept."""
-        shown = [self.hashes[f"methods/{method}"][picture] for method in pair]
+        results = [self.hashes[f"methods/{method}"][picture] for method in pair]
         prompt = [REFERENCE, LABELS, self.question, FORM, SIDE]
-        return place / f"{digest([prompt, self.hashes['reference'].get(picture), shown])}.json"
+        return place / f"{digest([prompt, self.hashes['reference'].get(picture), results])}.json"
 
     def ask(self, judge: VisionLanguageJudge, file: Path, picture: str, *pair: str) -> None:
         """Ask one question and keep the answer."""
         reference = self.references.get(picture)
         reference = None if reference is None else read_in_space(reference, None).pixels
-        shown = [read_in_space(self.results[method][picture], None).pixels for method in pair]
+        pictures = [read_in_space(self.results[method][picture], None).pixels for method in pair]
         start = time.monotonic()
-        chosen = judge.choose(self.question, shown, reference)
+        chosen = judge.choose(self.question, pictures, reference)
         write_json(file, {"chosen": chosen, "milliseconds": round(1000 * (time.monotonic() - start))})
 
     def score(self, groups: Sequence[Sequence[Answer]], unit: str, alone: str) -> tuple[Table, list[str]]:
@@ -355,19 +355,26 @@ class UserStudy(Study):
         table, notes = self.score(groups, "pictures", "the answers on one picture")
         return table, [f"{JUDGE}: {note}" for note in (line, *notes)]
 
+    def score_all(
+        self, people: Sequence[Rater], judge: Sequence[Rater]
+    ) -> tuple[dict[str, Table], list[str], dict[str, Share | None]]:
+        """(tables by the prefix of their columns, notes, agreement) of those who have answered."""
+        tables, notes, shares = {}, [], {}
+        if people:
+            tables[""], notes = self.score_people(people)
+        if judge:
+            tables[f"{JUDGE}/"], lines = self.score_judge(judge)
+            shares = measure_agreement(people, judge)
+            notes = [*notes, *lines, *describe_agreement(shares, len(people))]
+        return tables, notes, shares
+
     def measure(self) -> Report:
         """The report; the page, ``study.json``, table, figure and a judge's answers are in the run folder."""
         people, judge, lines = self.gather()
         if self.run.rank > 0:
             return Report()
         page, figures = self.write_files(judge), []
-        tables, notes, shares = {}, [], {}
-        if people:
-            tables[""], notes = self.score_people(people)
-        if judge:
-            tables[f"{JUDGE}/"], more = self.score_judge(judge)
-            shares = measure_agreement(people, judge)
-            notes += more + describe_agreement(shares, len(people))
+        tables, notes, shares = self.score_all(people, judge)
         if tables:
             figures.append(self.run.folder / "figure.png")
             draw(figures[0], {f"by {judge[0].model if who else 'people'}": part for who, part in tables.items()})
@@ -402,11 +409,11 @@ def read_judgment(file: Path, picture: str, first: str, second: str) -> Answer:
 
 def join_tables(tables: Mapping[str, Table]) -> dict[str, dict[str, float]]:
     """Tables of the same rows side by side, each with its prefix before the names of its columns."""
-    joined: dict[str, dict[str, float]] = {}
+    rows: dict[str, dict[str, float]] = {}
     for prefix, table in tables.items():
         for method, row in table.items():
-            joined.setdefault(method, {}).update({f"{prefix}{name}": value for name, value in row.items()})
-    return joined
+            rows.setdefault(method, {}).update({f"{prefix}{name}": value for name, value in row.items()})
+    return rows
 
 
 # --- agreement
@@ -423,11 +430,12 @@ def measure_agreement(people: Sequence[Rater], judge: Sequence[Rater]) -> dict[s
 
 def to_figures(shares: Mapping[str, Share | None]) -> dict[str, float]:
     """Each share with its standard error and the number of its trials."""
-    known = {name: share for name, share in shares.items() if share is not None}
+    ends = ("", "_se", "_n")
     return {
         f"{name}{end}": value
-        for name, share in known.items()
-        for end, value in zip(("", "_se", "_n"), share, strict=True)
+        for name, share in shares.items()
+        if share is not None
+        for end, value in zip(ends, share, strict=True)
     }
 
 

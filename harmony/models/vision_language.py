@@ -94,15 +94,15 @@ class VisionLanguageJudge:
         """
         from jinja2 import TemplateError
 
-        shown = [] if reference is None else [(REFERENCE, reference)]
-        shown += zip(LABELS, pictures, strict=True)
-        content = [part for label, picture in shown for part in (to_text(label), to_part(picture))]
+        views = [] if reference is None else [(REFERENCE, reference)]
+        views += zip(LABELS, pictures, strict=True)
+        content = [part for label, picture in views for part in (to_text(label), to_part(picture))]
         messages = [{"role": "user", "content": [*content, to_text(f"{question} {FORM}")]}]
         try:
             logits = self.read_logits(messages)
         except (ValueError, TypeError, LookupError, AttributeError, RuntimeError, TemplateError) as error:
             reason = (str(error).splitlines() or [type(error).__name__])[0]
-            raise UserError(f"{self.name}: cannot take {len(shown)} pictures in one message ({reason})") from None
+            raise UserError(f"{self.name}: cannot take {len(views)} pictures in one message ({reason})") from None
         scores = [float(logits[group].logsumexp(0)) for group in self.tokens]
         if not all(map(math.isfinite, scores)):
             raise UserError(f"{self.name}: its answer holds NaN or infinite numbers; choose another model")
