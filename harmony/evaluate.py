@@ -42,7 +42,7 @@ def study(cfg: DictConfig, folder: Path) -> "Study":
     recipe = OmegaConf.to_container(cfg.dataset, resolve=True)
     run = StudyRun(
         cfg.name, folder, cfg.split, cfg.limit, cfg.seed, Settings(cfg.steps, cfg.guidance or 1.0), protocol(cfg),
-        cfg.clip, cfg.evaluator, OmegaConf.to_container(cfg.metrics), rank(), world(),
+        cfg.clip, cfg.evaluator, OmegaConf.to_container(cfg.metrics), rank(), world(), device(),
         prepare=lambda: ensure(recipe, cfg.model.path, cfg.paths.work),
         load=lambda: instantiate(cfg.model).to(device()),
         build=lambda options: build(complete(cfg, options), run.backbone),

@@ -1,6 +1,7 @@
 """Fixtures of all tests: the environment is offline and single-threaded, and nothing is written into the checkout."""
 
 import atexit
+import json
 import os
 import shutil
 import signal
@@ -261,3 +262,104 @@ def swapped_profile() -> bytes:
     red, blue = places[b"rXYZ"], places[b"bXYZ"]
     profile[red], profile[blue] = profile[blue], profile[red]
     return bytes(profile)
+
+
+MARKS = ("<|vision_start|>", "<|image_pad|>", "<|vision_end|>", "<|video_pad|>")  # around and in place of a picture
+CHAT = (
+    "{% for turn in messages %}{% for part in turn.content %}{% if part.type == 'image' %}"
+    "<|vision_start|><|image_pad|><|vision_end|>{% else %} {{ part.text }} {% endif %}{% endfor %}{% endfor %}"
+)
+
+
+def build_chat_model(folder: Path, words: str = "first second", template: str | None = CHAT) -> Path:
+    """A random Qwen2.5-VL that knows some words, with its processor: a real one of transformers, of 10,000 numbers. Its
+    head is zero, so that to it all words are equally likely.
+    """
+    import torch
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import (
+        PreTrainedTokenizerFast,
+        Qwen2_5_VLConfig,
+        Qwen2_5_VLForConditionalGeneration,
+        Qwen2_5_VLProcessor,
+        Qwen2VLImageProcessor,
+        Qwen2VLVideoProcessor,
+    )
+
+    names = ["<unk>", "</s>", *MARKS, *dict.fromkeys(words.split())]
+    table = Tokenizer(models.WordLevel({name: i for i, name in enumerate(names)}, unk_token="<unk>"))
+    table.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    special = {"unk_token": "<unk>", "pad_token": "</s>", "eos_token": "</s>", "additional_special_tokens": MARKS}
+    see = {"patch_size": 4, "merge_size": 1, "min_pixels": 16, "max_pixels": 256}
+    processor = Qwen2_5_VLProcessor(
+        Qwen2VLImageProcessor(**see), PreTrainedTokenizerFast(tokenizer_object=table, **special),
+        Qwen2VLVideoProcessor(**see), chat_template=template,
+    )  # fmt: skip
+    size = {"hidden_size": 16, "intermediate_size": 16}
+    text = size | {"num_hidden_layers": 1, "num_attention_heads": 2, "num_key_value_heads": 2}
+    text |= {"vocab_size": len(names), "bos_token_id": 1, "eos_token_id": 1, "pad_token_id": 1}
+    text |= {"rope_scaling": {"type": "mrope", "mrope_section": [1, 1, 2]}}
+    vision = size | {"depth": 1, "out_hidden_size": 16, "num_heads": 2, "fullatt_block_indexes": [0]}
+    vision |= {"patch_size": 4, "spatial_merge_size": 1, "window_size": 16}
+    ids = {name: names.index(mark) for name, mark in zip(("vision_start", "image", "vision_end", "video"), MARKS)}
+    torch.manual_seed(0)
+    model = Qwen2_5_VLForConditionalGeneration(
+        Qwen2_5_VLConfig(text_config=text, vision_config=vision, **{f"{name}_token_id": i for name, i in ids.items()})
+    )
+    torch.nn.init.zeros_(model.get_output_embeddings().weight)
+    for part in (model, processor):
+        part.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def chat_model(tmp_path: Path):
+    """``chat_model(words=, template=)``: the folder of ``build_chat_model``."""
+    return lambda **options: build_chat_model(tmp_path / "vlm", **options)
+
+
+@pytest.fixture
+def sees_brightness(monkeypatch: pytest.MonkeyPatch) -> list[dict]:
+    """Lets judges prefer the brighter picture: the logits of "first" and "second" are the brightness of the last two
+    pictures that reach the loaded model. Gives the inputs of each question.
+    """
+    from harmony.models import vision_language
+
+    load, questions = vision_language.load_vision_language_model, []
+
+    def load_seeing(*options):
+        processor, model = load(*options)
+        usual, words = model.generate, processor.tokenizer.convert_tokens_to_ids(["first", "second"])
+
+        def generate(**inputs):
+            questions.append(inputs)
+            answer = usual(**inputs)
+            pictures = inputs["pixel_values"].split(inputs["image_grid_thw"].prod(1).tolist())
+            for word, picture in zip(words, pictures[-2:], strict=True):
+                answer.logits[0][0, word] = picture.mean()
+            return answer
+
+        model.generate = generate
+        return processor, model
+
+    monkeypatch.setattr(vision_language, "load_vision_language_model", load_seeing)
+    return questions
+
+
+@pytest.fixture
+def bring_code(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """``bring_code(folder)``: a model there brings code of its own, and whoever sits at the machine lets it run. Gives
+    the file that the code writes when it is run.
+    """
+
+    def write(folder: Path) -> Path:
+        names = ("AutoConfig", "AutoModel", "AutoModelForImageTextToText", "AutoProcessor")
+        code = {"auto_map": dict.fromkeys(names, "own.Own"), "model_type": "own", "processor_class": "Own"}
+        folder.mkdir(exist_ok=True)
+        for name in ("config.json", "processor_config.json"):
+            (folder / name).write_text(json.dumps(code))
+        (folder / "own.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')\nclass Own: pass\n")
+        monkeypatch.setattr("builtins.input", lambda *prompt: "y")
+        return tmp_path / "ran"
+
+    return write

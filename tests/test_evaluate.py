@@ -145,6 +145,31 @@ def test_the_user_study_needs_neither_dataset_nor_backbone(tmp_path, monkeypatch
     assert line.startswith("harmony: error:") and "metrics.json holds no answers of a user study" in line
 
 
+def test_a_judge_of_the_user_study_is_asked_once(tmp_path, monkeypatch, capsys, chat_model):
+    """Guards study.judge= on the command line: its answers are kept below paths.work, and one that cannot be had ends
+    in one line, with nothing left.
+    """
+    for method, value in (("ours", 60), ("paper", 90)):
+        (tmp_path / method).mkdir()
+        write_image(tmp_path / method / "0000.png", np.full((8, 8, 3), value, np.uint8))
+    methods = f"study.methods={{ours: {tmp_path / 'ours'}, paper: {tmp_path / 'paper'}}}"
+    words = ["evaluate", "experiment=user_study", methods, "logger=none"]
+    words += [f"paths.{name}={tmp_path / name}" for name in ("runs", "work")]
+    monkeypatch.setattr(sys, "argv", [*words, "study.judge=someone/vlm"])
+    with pytest.raises(SystemExit, match="2"):
+        evaluate.main()
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("harmony: error: study.judge=someone/vlm: cannot be fetched")
+    assert not (tmp_path / "runs").exists() and not (tmp_path / "work").exists()
+    monkeypatch.setattr(sys, "argv", [*words, f"study.judge={chat_model()}"])
+    for asked in (True, False):
+        evaluate.main()
+        said = capsys.readouterr().out
+        assert ("judge: 2/2 questions" in said) == asked and "| ours | 0 | " in said
+    assert len(list((tmp_path / "work" / "judgments").glob("*/*.json"))) == 2
+    assert len(list((tmp_path / "runs" / "user_study").glob("*/judge/answers_?.json"))) == 4
+
+
 def test_what_is_left_out_and_nothing_left(ready, tmp_path):
     """Guards a clone without a ControlNet: the other rows run and the table says what is missing; a study of which
     nothing is left, or that needs the missing one, ends in one line and does not count as finished.

@@ -280,6 +280,7 @@ OPTIONS: dict[str, Rule] = {
     "study.methods": Keys(none=True),
     "unchanged": COUNT,
     "study.answers": Either((Text(), Items(Text())), none=True),
+    "study.judge": Text(none=True),
     # commands
     "name": Text(none=True),
     "resume": Either((Switch(), Text())),

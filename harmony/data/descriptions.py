@@ -18,7 +18,7 @@ from harmony.core.errors import UserError
 from harmony.core.foreign import read_json
 from harmony.data.sources.files import picture_name
 from harmony.metrics.similarity import Clip, crop_to_box, embeddings
-from harmony.models.weights import load_network
+from harmony.models.vision_language import load_vision_language_model
 from harmony.pixels.composites import to_radiance
 
 FORM = "OBJECT: its own light -> the light around it"
@@ -254,14 +254,7 @@ class VisionLanguageModel:
     LENGTH = 12  # largest number of words in an answer
 
     def __init__(self, path: str, device: torch.device | str = "cpu"):
-        from transformers import AutoModelForImageTextToText, AutoProcessor
-
-        try:
-            self.processor = AutoProcessor.from_pretrained(path)
-            self.model = load_network(AutoModelForImageTextToText, path).eval().to(device)
-        except (OSError, ValueError, RuntimeError) as error:
-            reason = str(error).splitlines()[0]
-            raise UserError(f"describer={path}: no vision-language model of transformers there ({reason})") from None
+        self.processor, self.model = load_vision_language_model(path, "describer", device)
 
     @torch.inference_mode()
     def ask(self, image: np.ndarray, question: str) -> str:

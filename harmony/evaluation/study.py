@@ -24,7 +24,7 @@ class StudyRun:
     each is called once, when a study first asks. ``build`` turns options of a row into a method, ``method`` is the
     method of the command line. ``protocol`` says in words how pictures are sampled. ``clip`` is open_clip's
     NAME/WEIGHTS (None: the backbone's towers), ``weights`` those of further metrics by name. Of ``world`` processes
-    each makes its share of the outputs; the first one reports.
+    each makes its share of the outputs, on its ``device``; the first one reports.
     """
 
     name: str
@@ -39,6 +39,7 @@ class StudyRun:
     weights: Mapping[str, str | None] = field(default_factory=dict)
     rank: int = 0
     world: int = 1
+    device: str = "cpu"
     prepare: Callable[[], Path] | None = None
     load: Callable[[], Backbone] | None = None
     build: Callable[[Mapping[str, Any]], Method] | None = None

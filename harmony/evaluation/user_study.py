@@ -4,13 +4,17 @@ Pairwise forced choice: of one picture the results of two methods stand side by 
 The page is one file that needs no network; it hands each rater a file of answers. The probability that method i is
 chosen over j is p_i / (p_i + p_j) (Bradley and Terry, 1952); a score is log p_i, so that a lead of d means being chosen
 in 1 / (1 + exp(-d)) of the trials.
+
+A vision-language model can answer the same trials, each in both orders; its answers are never counted with people's.
 """
 
 import base64
 import hashlib
 import json
-from collections.abc import Iterable, Mapping, Sequence
+import time
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 from itertools import combinations
 from pathlib import Path
 from statistics import median
@@ -22,22 +26,47 @@ from scipy.sparse.csgraph import connected_components
 from harmony.core.errors import UserError
 from harmony.core.files import PACKAGE, write_json, write_text
 from harmony.core.foreign import read_json
+from harmony.core.pieces import await_files, make_pieces
+from harmony.evaluation.answers import (
+    SCHEMA,
+    Answer,
+    Rater,
+    Share,
+    answer_files,
+    answers_of,
+    compare_orders,
+    compare_people,
+    compare_with_people,
+    count_wins,
+    read_rater,
+    write_rater,
+)
 from harmony.evaluation.report import Report
 from harmony.evaluation.study import Study, StudyRun
-from harmony.evaluation.tables import flat, write_table
+from harmony.evaluation.tables import Table, flat, write_table
+from harmony.models.vision_language import FORM, LABELS, REFERENCE, SIDE, VisionLanguageJudge, identify_model
+from harmony.pixels.color_profiles import read_in_space
 from harmony.pixels.images import read_image, sha256
 
 TEMPLATE = PACKAGE / "assets" / "user_study.html"
-SCHEMA = 1  # of the answers' files
 TYPES = {".png": "image/png", ".jpg": "image/jpeg", ".jpeg": "image/jpeg"}
 COMPOSITE = "composite"  # study.reference: what harmonize was given
 PRIOR = 0.5  # wins each way and pair where no maximum exists; for two methods the correction of Haldane and Anscombe
 DRAWS = 1000  # of the bootstrap
 FEW = 10  # raters; with 3 the bootstrap's intervals held the truth in 76 % of simulated studies, with 5 in 84, 20 in 93
 NEXT = (
-    "no scores yet: hand the page to the raters, gather the answers_*.json that they save in one folder, and give the "
-    "same command with study.answers=FOLDER"
+    "no scores by people yet: hand the page to the raters, gather the answers_*.json that they save in one folder, and "
+    "give the same command with study.answers=FOLDER"
 )
+JUDGE = "judge"  # begins the names of the figures of a model's answers
+JUDGE_OPTION = "study.judge"
+EVERY = 20  # questions a line of progress
+UNCONNECTED = (
+    "the graph of wins is not strongly connected (some methods were always, or never, chosen over the others, or never "
+    f"met them), so that no maximum likelihood exists: {PRIOR:g} wins each way were added to every pair, and the "
+    "scores are drawn towards 0"
+)
+COLORS = ("#1f6f8b", "#c8553d")  # of people and of a judge on the figure
 ROUNDS, TOLERANCE = 10_000, 1e-9  # of the MM algorithm, in log-strength
 
 
@@ -79,88 +108,6 @@ def intervals(units: np.ndarray, seed: int, draws: int = DRAWS) -> np.ndarray:
     counts = np.random.default_rng(seed).multinomial(len(units), np.full(len(units), 1 / len(units)), draws)
     samples = np.tensordot(counts, units, 1).astype(float)
     return np.percentile(bradley_terry(np.stack([with_maximum(wins) for wins in samples])), [2.5, 97.5], axis=0)
-
-
-# --- answers
-
-
-@dataclass(frozen=True)
-class Answer:
-    """One trial: methods at the left and right, which of them was chosen, and after how many milliseconds."""
-
-    picture: str
-    left: str
-    right: str
-    chosen: str
-    milliseconds: float
-
-    @property
-    def passed_over(self) -> str:
-        return self.right if self.chosen == self.left else self.left
-
-
-def count_wins(answers: Iterable[Answer], methods: Sequence[str]) -> np.ndarray:
-    """K x K: how often the method of the row was chosen over that of the column."""
-    wins = np.zeros((len(methods), len(methods)))
-    for answer in answers:
-        wins[methods.index(answer.chosen), methods.index(answer.passed_over)] += 1
-    return wins
-
-
-def read_answer(entry: Any, pictures: Sequence[str], codes: Mapping[str, str]) -> Answer:
-    """One entry of an answers' file, ``codes`` turned into names of methods. Raises ValueError with what is wrong."""
-    if not isinstance(entry, dict) or set(entry) != set(Answer.__annotations__):
-        raise ValueError(f"holds other keys than {', '.join(Answer.__annotations__)}")
-    if entry["picture"] not in pictures:
-        raise ValueError(f"is of an unknown picture {entry['picture']!r}")
-    sides = entry["left"], entry["right"]
-    for code in sides:
-        if not isinstance(code, str) or code not in codes:
-            raise ValueError(f"is of an unknown method {code!r}")
-    if len(set(sides)) != 2 or entry["chosen"] not in sides:
-        raise ValueError("does not choose between two methods")
-    if type(entry["milliseconds"]) not in (int, float) or not entry["milliseconds"] >= 0:
-        raise ValueError("has no time in milliseconds")
-    left, right, chosen = (codes[entry[key]] for key in ("left", "right", "chosen"))
-    return Answer(entry["picture"], left, right, chosen, entry["milliseconds"])
-
-
-def read_rater(file: Path, study: str, pictures: Sequence[str], codes: Mapping[str, str]) -> tuple[str, list[Answer]]:
-    """(rater, answers) of a file that the page of ``study`` has handed out. UserError for any other, by its name."""
-    record = read_json(file)
-    if not isinstance(record, dict) or record.get("schema") != SCHEMA:
-        raise UserError(f"{file} holds no answers of a user study (schema {SCHEMA}); take it out of study.answers")
-    if record.get("study") != study:
-        raise UserError(
-            f"{file} belongs to study {record.get('study')}, this is {study}: give the methods, pictures, names, "
-            "question and limit that its page was made of"
-        )
-    entries = record.get("answers")
-    if not isinstance(record.get("rater"), str) or not isinstance(entries, list) or not entries:
-        raise UserError(f"{file} names no rater or holds no answers; take it out of study.answers")
-    answers, trials = [], set()
-    for n, entry in enumerate(entries):
-        try:
-            answer = read_answer(entry, pictures, codes)
-            trial = answer.picture, frozenset((answer.left, answer.right))
-            if trial in trials:
-                raise ValueError("repeats an earlier one")
-        except ValueError as error:
-            raise UserError(f"{file}: answer {n} {error}; ask the rater for the file again") from None
-        answers.append(answer)
-        trials.add(trial)
-    return record["rater"], answers
-
-
-def answer_files(places: str | Sequence[str]) -> list[Path]:
-    """The files that ``study.answers`` names: a file, a folder of ``*.json``, or a list of both."""
-    files = []
-    for place in [places] if isinstance(places, str) else places:
-        files_in = sorted(Path(place).glob("*.json")) if Path(place).is_dir() else [Path(place)]
-        if not files_in:
-            raise UserError(f"study.answers={place}: there are no .json files in it")
-        files += files_in
-    return files
 
 
 # --- pictures
@@ -245,6 +192,8 @@ class UserStudy(Study):
     reference: str | None
     trials: int | None
     pixelated: bool
+    judge: str | None
+    judgments: str
 
     def __post_init__(self) -> None:
         self.check()
@@ -263,7 +212,8 @@ class UserStudy(Study):
             read_image(file)
         parts = {f"methods/{m}": {n: files[n] for n in self.pictures} for m, files in self.results.items()}
         parts |= {"reference": self.references}
-        self.made_of = {part: digest({n: sha256(file) for n, file in files.items()}) for part, files in parts.items()}
+        self.hashes = {part: {n: sha256(file) for n, file in files.items()} for part, files in parts.items()}
+        self.made_of = {part: digest(hashes) for part, hashes in self.hashes.items()}
         # how many trials a rater has is no part of it: answers of longer and shorter sessions belong together
         self.id = digest([SCHEMA, self.made_of, self.question, self.pixelated])
         self.codes = {digest([self.id, method])[:8]: method for method in self.methods}
@@ -301,20 +251,77 @@ class UserStudy(Study):
         text = json.dumps(study).replace("<", "\\u003c")  # nothing in it may end the script element
         return TEMPLATE.read_text(encoding="utf-8").replace("STUDY_AS_JSON", text)
 
-    def raters(self) -> dict[str, list[Answer]]:
-        """Rater -> answers, of all files. UserError for two files of one rater."""
-        files_of: dict[str, tuple[Path, list[Answer]]] = {}
+    def raters(self) -> list[Rater]:
+        """Who answered, of all files. UserError for two files of one rater, and for answers of two models."""
+        raters: dict[str, tuple[Path, Rater]] = {}
         for file in answer_files(self.answers) if self.answers else ():
-            rater, answers = read_rater(file, self.id, self.pictures, self.codes)
-            if rater in files_of:
-                raise UserError(f"{files_of[rater][0]} and {file} are both of rater {rater}: keep the later one")
-            files_of[rater] = file, answers
-        return {rater: answers for rater, (_, answers) in files_of.items()}
+            rater = read_rater(file, self.id, self.pictures, self.codes)
+            if rater.name in raters:
+                raise UserError(
+                    f"{raters[rater.name][0]} and {file} are both of rater {rater.name}: keep the later one"
+                )
+            raters[rater.name] = file, rater
+        files = {rater.model: file for file, rater in raters.values() if rater.model is not None}
+        if len(files) + (self.judge is not None) > 1:
+            model, file = next(iter(files.items()))
+            raise UserError(f"{file} holds answers of {model}, and there is another judge: take one of them out")
+        return [rater for _, rater in raters.values()]
 
-    def score(self, raters: Mapping[str, Sequence[Answer]]) -> tuple[dict[str, dict[str, float]], list[str]]:
-        """(table, notes): score with its interval, share of comparisons that were won and their number."""
-        every = [answer for answers in raters.values() for answer in answers]
-        units = raters.values() if len(raters) > 1 else [[answer] for answer in every]
+    def gather(self) -> tuple[list[Rater], list[Rater], list[str]]:
+        """(people, the judge in both orders, notes); a judge that cannot be had is left out where there are people."""
+        raters = self.raters()
+        people = [rater for rater in raters if rater.model is None]
+        if self.judge is None:
+            return people, [rater for rater in raters if rater.model is not None], []
+        try:
+            return people, self.ask_judge(), []
+        except UserError as error:
+            if not people:
+                raise
+            return people, [], [f"{JUDGE}: left out, {error}"]
+
+    def ask_judge(self) -> list[Rater]:
+        """The answers of the model ``judge`` to every trial, each order a rater; those that are kept are not asked for.
+
+        An answer is kept by what it depends on: the model, its prompt and the pictures, whatever the study.
+        """
+        place = Path(self.judgments) / digest(identify_model(self.judge, JUDGE_OPTION))
+        pairs = list(combinations(self.methods, 2))
+        orders = [[(name, *pair[::step]) for name in self.pictures for pair in pairs] for step in (1, -1)]
+        files = {question: self.judgment_file(place, *question) for order in orders for question in order}
+        questions = {file: question for question, file in files.items()}
+        load = cache(lambda: VisionLanguageJudge(self.judge, JUDGE_OPTION, self.run.device))
+
+        def make(file: Path) -> None:
+            self.ask(load(), file, *questions[file])
+
+        sizes = dict.fromkeys(questions, 1)
+        make_pieces(JUDGE, sizes, Path.exists, make, "questions", self.run.rank, self.run.world, every=EVERY)
+        await_files(list(questions))
+        answers = [[read_judgment(files[question], *question) for question in order] for order in orders]
+        return [Rater(f"{self.judge} in order {n}", own, self.judge) for n, own in enumerate(answers, 1)]
+
+    def judgment_file(self, place: Path, picture: str, *pair: str) -> Path:
+        """Where the answer to one question, the methods in their order, is kept."""
+        results = [self.hashes[f"methods/{method}"][picture] for method in pair]
+        prompt = [REFERENCE, LABELS, self.question, FORM, SIDE]
+        return place / f"{digest([prompt, self.hashes['reference'].get(picture), results])}.json"
+
+    def ask(self, judge: VisionLanguageJudge, file: Path, picture: str, *pair: str) -> None:
+        """Ask one question and keep the answer."""
+        reference = self.references.get(picture)
+        reference = None if reference is None else read_in_space(reference, None).pixels
+        pictures = [read_in_space(self.results[method][picture], None).pixels for method in pair]
+        start = time.monotonic()
+        chosen = judge.choose(self.question, pictures, reference)
+        write_json(file, {"chosen": chosen, "milliseconds": round(1000 * (time.monotonic() - start))})
+
+    def score(self, groups: Sequence[Sequence[Answer]], unit: str, alone: str) -> tuple[Table, list[str]]:
+        """(table, notes): score with its interval, share of comparisons that were won and their number.
+
+        ``groups``: answers that belong together, each of one ``unit``; where there is one, its answers stand alone.
+        """
+        units = groups if len(groups) > 1 else [[answer] for answers in groups for answer in answers]
         units = np.stack([count_wins(unit, list(self.methods)) for unit in units])
         wins = units.sum(0)
         regular_wins = with_maximum(wins)
@@ -323,63 +330,152 @@ class UserStudy(Study):
         for method, score, low, high, victories, trials in zip(self.methods, *np.array(columns).tolist(), strict=True):
             share = {"win_share": victories / trials} if trials else {}
             table[method] = {"score": score, "low": low, "high": high, **share, "comparisons": trials}
-        return table, self.remarks(raters, every, regular_wins is wins)
+        over = f"{len(groups)} {unit}" if len(groups) > 1 else alone
+        notes = [f"score: Bradley-Terry log-strength, mean 0; low and high: 95 %, bootstrap over {over}"]
+        if 1 < len(groups) < FEW:
+            notes.append(f"with fewer than {FEW} {unit} these intervals are too narrow")
+        return table, notes if regular_wins is wins else [*notes, UNCONNECTED]
 
-    def remarks(self, raters: Mapping, every: Sequence[Answer], connected: bool) -> list[str]:
-        """What has to be known to read the scores."""
+    def score_people(self, people: Sequence[Rater]) -> tuple[Table, list[str]]:
+        """(table, notes) of what people chose."""
+        every = answers_of(people)
         left = np.mean([answer.chosen == answer.left for answer in every])
         seconds = median(answer.milliseconds for answer in every) / 1000
-        over = f"{len(raters)} raters" if len(raters) > 1 else "the answers of one rater, who is not all people"
-        notes = [
-            f"raters: {len(raters)}, answers: {len(every)} ({left:.0%} the left one), {seconds:.1f} s each (median)",
-            f"score: Bradley-Terry log-strength, mean 0; low and high: 95 %, bootstrap over {over}",
-        ]
-        if 1 < len(raters) < FEW:
-            notes.append(f"with fewer than {FEW} raters these intervals are too narrow")
-        if not connected:
-            notes.append(
-                "the graph of wins is not strongly connected (some methods were always, or never, chosen over the "
-                f"others, or never met them), so that no maximum likelihood exists: {PRIOR:g} wins each way were added "
-                "to every pair, and the scores are drawn towards 0"
-            )
-        return notes
+        line = f"raters: {len(people)}, answers: {len(every)} ({left:.0%} the left one), {seconds:.1f} s each (median)"
+        groups = [rater.answers for rater in people]
+        table, notes = self.score(groups, "raters", "the answers of one rater, who is not all people")
+        return table, [line, *notes]
+
+    def score_judge(self, judge: Sequence[Rater]) -> tuple[Table, list[str]]:
+        """(table, notes) of what a model chose in both orders."""
+        every = answers_of(judge)
+        first = np.mean([answer.chosen == answer.left for answer in every])
+        line = f"by {judge[0].model}, not by people; answers: {len(every)} ({first:.0%} the first one)"
+        groups = [group for name in self.pictures if (group := [a for a in every if a.picture == name])]
+        table, notes = self.score(groups, "pictures", "the answers on one picture")
+        return table, [f"{JUDGE}: {note}" for note in (line, *notes)]
+
+    def score_all(
+        self, people: Sequence[Rater], judge: Sequence[Rater]
+    ) -> tuple[dict[str, Table], list[str], dict[str, Share | None]]:
+        """(tables by the prefix of their columns, notes, agreement) of those who have answered."""
+        tables, notes, shares = {}, [], {}
+        if people:
+            tables[""], notes = self.score_people(people)
+        if judge:
+            tables[f"{JUDGE}/"], lines = self.score_judge(judge)
+            shares = measure_agreement(people, judge)
+            notes = [*notes, *lines, *describe_agreement(shares, len(people))]
+        return tables, notes, shares
 
     def measure(self) -> Report:
-        """The report; the page, ``study.json``, table and figure are in the run folder."""
+        """The report; the page, ``study.json``, table, figure and a judge's answers are in the run folder."""
+        people, judge, lines = self.gather()
         if self.run.rank > 0:
             return Report()
-        raters = self.raters()
-        page, figures = self.run.folder / "study.html", []
+        page, figures = self.write_files(judge), []
+        tables, notes, shares = self.score_all(people, judge)
+        if tables:
+            figures.append(self.run.folder / "figure.png")
+            draw(figures[0], {f"by {judge[0].model if who else 'people'}": part for who, part in tables.items()})
+        table = join_tables(tables) or {method: {"comparisons": 0.0} for method in self.methods}
+        counts = f"n = {len(self.pictures)} pictures, {len(self.methods)} methods"
+        size = f"{self.trials} trials a rater, {page.stat().st_size / 1e6:.1f} MB"
+        notes = [f"{self.run.name} {self.id}: {counts}, seed {self.run.seed}", *self.notes, *lines, *notes]
+        notes += [NEXT] * (not people) + [f"the page ({size}), for any browser:", str(page)]
+        text = write_table(self.run.folder, table, "method", notes, every=True)
+        names = sorted(rater.name for rater in (*people, *judge))
+        facts = {"study": self.id, "raters": names, "count": len(self.pictures), "made_of": self.made_of}
+        return Report(flat(table) | to_figures(shares), facts, text, figures)
+
+    def write_files(self, judge: Sequence[Rater]) -> Path:
+        """Write the page, what its codes mean and the answers of a judge; returns the page's path."""
+        page = self.run.folder / "study.html"
         write_text(page, self.page())
         key = {"study": self.id, "question": self.question, "methods": self.codes, "pictures": self.pictures}
         write_json(self.run.folder / "study.json", key)
-        counts = f"n = {len(self.pictures)} pictures, {len(self.methods)} methods"
-        if raters:
-            table, notes = self.score(raters)
-            figures.append(self.run.folder / "figure.png")
-            draw(figures[0], table)
-        else:
-            table, notes = {method: {"comparisons": 0.0} for method in self.methods}, [NEXT]
-        size = f"{self.trials} trials a rater, {page.stat().st_size / 1e6:.1f} MB"
-        notes = [f"{self.run.name} {self.id}: {counts}, seed {self.run.seed}", *self.notes, *notes]
-        notes += [f"the page ({size}), for any browser:", str(page)]
-        text = write_table(self.run.folder, table, "method", notes, every=True)
-        facts = {"study": self.id, "raters": sorted(raters), "count": len(self.pictures), "made_of": self.made_of}
-        return Report(flat(table), facts, text, figures)
+        for number, rater in enumerate(judge, 1):
+            write_rater(self.run.folder / JUDGE / f"answers_{number}.json", rater, self.id, self.codes)
+        return page
 
 
-def draw(path: Path, table: Mapping[str, Mapping[str, float]]) -> None:
-    """Scores with their intervals, the best at the top."""
+def read_judgment(file: Path, picture: str, first: str, second: str) -> Answer:
+    """The answer that is kept in ``file``. UserError for a file that holds none."""
+    record = read_json(file)
+    if not isinstance(record, dict) or not {"chosen", "milliseconds"} <= set(record) or record["chosen"] not in (0, 1):
+        raise UserError(f"{file} holds no answer of a judge: delete it, the same command asks again")
+    return Answer(picture, first, second, (first, second)[record["chosen"]], record["milliseconds"])
+
+
+def join_tables(tables: Mapping[str, Table]) -> dict[str, dict[str, float]]:
+    """Tables of the same rows side by side, each with its prefix before the names of its columns."""
+    rows: dict[str, dict[str, float]] = {}
+    for prefix, table in tables.items():
+        for method, row in table.items():
+            rows.setdefault(method, {}).update({f"{prefix}{name}": value for name, value in row.items()})
+    return rows
+
+
+# --- agreement
+
+
+def measure_agreement(people: Sequence[Rater], judge: Sequence[Rater]) -> dict[str, Share | None]:
+    """How often a judge agrees with itself and with people, and people with one another, by the figures' names."""
+    return {
+        f"{JUDGE}/consistency": compare_orders(answers_of(judge)),
+        f"{JUDGE}/agreement": compare_with_people(answers_of(judge), people),
+        "people/agreement": compare_people(people),
+    }
+
+
+def to_figures(shares: Mapping[str, Share | None]) -> dict[str, float]:
+    """Each share with its standard error and the number of its trials."""
+    ends = ("", "_se", "_n")
+    return {
+        f"{name}{end}": value
+        for name, share in shares.items()
+        if share is not None
+        for end, value in zip(ends, share, strict=True)
+    }
+
+
+def describe_agreement(shares: Mapping[str, Share | None], people: int) -> list[str]:
+    """Lines about the shares of ``measure_agreement`` among so many people."""
+    orders, agreement, others = shares.values()
+    lines = []
+    if orders is not None:
+        lines.append(
+            f"{JUDGE}: in {orders} of the trials the same choice in both orders; in the others the place of a picture "
+            "decides (position bias), and each of the two methods wins once"
+        )
+    if people and agreement is None:
+        lines.append(f"{JUDGE}: no trial has a majority of people and the same choice of the judge in both orders")
+    if agreement is not None:
+        lines.append(
+            f"{JUDGE}: it chooses as most people do in {agreement} of the trials that have a majority of people and "
+            "its same choice in both orders (by chance 50%; ±: standard error)"
+        )
+    if others is not None:
+        lines.append(f"for comparison: one person chooses as most of the others do in {others} of the answers")
+    return lines
+
+
+def draw(path: Path, tables: Mapping[str, Table]) -> None:
+    """Scores with their intervals, the best of the first table at the top; ``tables``: who chose -> what came of it."""
     from matplotlib.figure import Figure
 
-    rows = sorted(table, key=lambda method: table[method]["score"])
-    scores, low, high = ([table[method][name] for method in rows] for name in ("score", "low", "high"))
+    first = next(iter(tables.values()))
+    rows = sorted(first, key=lambda method: first[method]["score"])
     figure = Figure(figsize=(6, 1.2 + 0.4 * len(rows)), layout="constrained")
     axis = figure.subplots()
-    axis.hlines(range(len(rows)), low, high, color="#1f6f8b", linewidth=2)
-    axis.plot(scores, range(len(rows)), "o", color="#1f6f8b")
+    for n, (name, table) in enumerate(tables.items()):
+        scores, low, high = ([table[method][key] for method in rows] for key in ("score", "low", "high"))
+        y, color = np.arange(len(rows)) - 0.2 * n, COLORS[n]
+        axis.hlines(y, low, high, color=color, linewidth=2)
+        axis.plot(scores, y, "o", color=color, label=name)
     axis.axvline(0, color="gray", linewidth=0.8, zorder=0)
     axis.set(xlabel="Bradley-Terry score (log-strength, mean 0), 95 % interval", ylim=(-0.6, len(rows) - 0.4))
     axis.set_yticks(range(len(rows)), rows)
     axis.grid(axis="x", alpha=0.3)
+    axis.legend(fontsize="small")
     figure.savefig(path, dpi=120)

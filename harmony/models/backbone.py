@@ -84,7 +84,8 @@ def load_part(path: str, part: str, weights: str = "hub", dtype: torch.dtype = t
         warnings.simplefilter("ignore")
         try:
             if part in WEIGHTLESS_PARTS:
-                return cls.from_pretrained(part_folder)
+                options = {"trust_remote_code": False} if name.startswith("Auto") else {}
+                return cls.from_pretrained(part_folder, **options)
             if weights == "random":
                 if library == "diffusers":
                     model = cls.from_config(cls.load_config(part_folder))

@@ -61,7 +61,8 @@ class Dino:
         from transformers import AutoConfig, AutoModel
 
         self.path, self.device = path, device
-        is_vit = AutoConfig.from_pretrained(path).model_type == "vit"  # DINO's weights have no pooling layer
+        config = AutoConfig.from_pretrained(path, trust_remote_code=False)
+        is_vit = config.model_type == "vit"  # DINO's weights have no pooling layer
         options = {"add_pooling_layer": False} if is_vit else {}
         self.model = load_network(AutoModel, path, **options).eval().to(device)
         projections = [module for name, module in self.model.named_modules() if name.endswith(KEYS)]

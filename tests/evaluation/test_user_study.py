@@ -6,6 +6,7 @@ import os
 import shutil
 import subprocess
 import time
+from concurrent.futures import ThreadPoolExecutor
 from itertools import combinations
 from pathlib import Path
 
@@ -13,15 +14,22 @@ import numpy as np
 import pytest
 
 from harmony.core.errors import UserError
+from harmony.evaluation import user_study
+from harmony.evaluation.answers import (
+    Answer,
+    Rater,
+    answer_files,
+    compare_orders,
+    compare_people,
+    compare_with_people,
+    count_wins,
+)
 from harmony.evaluation.study import StudyRun
 from harmony.evaluation.user_study import (
     PRIOR,
     TEMPLATE,
-    Answer,
     UserStudy,
-    answer_files,
     bradley_terry,
-    count_wins,
     data_uri,
     intervals,
     results_of,
@@ -115,7 +123,14 @@ def spec(tmp_path) -> dict:
     for name in ("0000.png", "0001.jpg"):
         write_image(tmp_path / "plain" / name, rng.integers(0, 255, (64, 64, 3), dtype=np.uint8))
     methods = {method: str(tmp_path / method) for method in ("ours", "paper", "plain")}
-    asked = {"question": "Which looks more real?", "reference": "composite", "trials": None, "pixelated": False}
+    asked = {
+        "question": "Which looks more real?",
+        "reference": "composite",
+        "trials": None,
+        "pixelated": False,
+        "judge": None,
+        "judgments": str(tmp_path / "judgments"),
+    }
     return {"methods": methods, "answers": None} | asked
 
 
@@ -268,7 +283,7 @@ def test_without_answers_there_is_a_page_alone(study, tmp_path):
     flat, text, drawn = report.figures, report.text, report.pictures
     assert flat == {"ours/comparisons": 0, "paper/comparisons": 0, "plain/comparisons": 0} and drawn == []
     assert (tmp_path / "run" / "table.csv").read_text() == "method,comparisons\nours,0\npaper,0\nplain,0\n"
-    assert "no scores yet" in text and "study.answers=FOLDER" in text
+    assert "no scores by people yet" in text and "study.answers=FOLDER" in text
     assert text.splitlines()[-1] == str(tmp_path / "run" / "study.html")
 
 
@@ -309,6 +324,203 @@ def test_answers_that_are_none(study, answered, tmp_path):
         with pytest.raises(UserError, match=said):
             study(answers=str(tmp_path / place)).measure()
     assert answer_files([str(folder), str(folder / "answers_x.json")])[-1].name == "answers_x.json"
+
+
+# --- a vision-language model as the judge
+
+
+@pytest.fixture
+def judged(spec, study, tmp_path, chat_model):
+    """``judged(**changes)``: the study with a judge, of two pictures by three methods: ours is bright, paper gray and
+    plain dark.
+    """
+    for method, value in (("ours", 230), ("paper", 140), ("plain", 50)):
+        for n, name in enumerate(("0000", "0001")):
+            file = UserStudy(StudyRun("user_study", tmp_path / "run"), **spec).results[method][name]
+            write_image(file, np.full((64, 64, 3), value + n, np.uint8))
+    folder = chat_model()
+    return lambda **changes: study(judge=str(folder), **changes)
+
+
+def no_model(*arguments) -> None:
+    raise AssertionError("the model was loaded")
+
+
+def test_a_judge_answers_every_trial_in_both_orders(judged, study, sees_brightness, tmp_path):
+    """Guards the judge's table: it prefers the brighter one wherever it stands, and the table says who chose."""
+    report = judged().measure()
+    assert len(sees_brightness) == 2 * 3 * 2
+    figures, text = report.figures, report.text
+    assert [figures[f"{method}/judge/win_share"] for method in ("ours", "paper", "plain")] == [1, 0.5, 0]
+    assert figures["ours/judge/score"] > figures["paper/judge/score"] > figures["plain/judge/score"]
+    assert figures["ours/judge/comparisons"] == 8 and "ours/score" not in figures
+    same = {"judge/consistency": 1, "judge/consistency_se": 0, "judge/consistency_n": 6}
+    assert {name: value for name, value in figures.items() if name.count("/") == 1} == same
+    assert f"by {tmp_path / 'vlm'}, not by people; answers: 12 (50% the first one)" in text
+    assert "bootstrap over 2 pictures" in text and "no scores by people yet" in text and "majority" not in text
+    assert report.pictures[0].stat().st_size > 5000
+    head, *rows = (tmp_path / "run" / "table.csv").read_text().splitlines()
+    columns = "judge/score,judge/low,judge/high,judge/win_share,judge/comparisons"
+    assert head == f"method,{columns}" and len(rows) == 3
+
+
+def test_a_judge_that_sees_nothing_is_inconsistent(judged):
+    """Guards position bias: a real model to which both words are equally likely says first, in either order; nobody
+    wins, and that is said.
+    """
+    report = judged().measure()
+    figures, text = report.figures, report.text
+    assert figures["judge/consistency"] == 0 and "(100% the first one)" in text
+    assert [figures[f"{method}/judge/win_share"] for method in ("ours", "paper", "plain")] == [0.5] * 3
+    assert [figures[f"{method}/judge/score"] for method in ("ours", "paper", "plain")] == pytest.approx([0] * 3)
+    assert "in 0% ±0.0% (n = 6) of the trials the same choice in both orders" in text and "position bias" in text
+
+
+def test_a_judge_is_compared_with_people(judged, answered, sees_brightness):
+    """Guards the agreement: people and judge side by side, never in one score; the trials without a majority, here all
+    that are not of ours, count for nothing.
+    """
+    for rater in ("a", "b"):
+        record = record_of(judged(), rater)
+        for answer in record["answers"]:
+            if judged().codes[answer["chosen"]] != "ours":
+                answer["chosen"] = answer["left" if (rater == "a") == (answer["left"] < answer["right"]) else "right"]
+        folder = answered(record)
+    report = judged(answers=str(folder)).measure()
+    figures, text = report.figures, report.text
+    assert figures["ours/win_share"] == 1 and figures["ours/comparisons"] == 8
+    assert figures["paper/win_share"] == figures["plain/win_share"] == 0.25
+    assert figures["paper/judge/win_share"] == 0.5 and figures["paper/judge/comparisons"] == 8
+    assert figures["judge/agreement"] == 1 and figures["judge/agreement_n"] == 4
+    assert figures["people/agreement"] == pytest.approx(2 / 3) and figures["people/agreement_n"] == 12
+    assert figures["people/agreement_se"] == pytest.approx((2 / 3 / 3 / 12) ** 0.5)
+    assert "raters: 2, answers: 12" in text and "100% ±0.0% (n = 4) of the trials that have a majority" in text
+    assert "for comparison: one person chooses as most of the others do in 67% ±13.6% (n = 12)" in text
+    assert "no scores by people" not in text
+
+
+def test_kept_answers_are_not_asked_for_again(judged, sees_brightness, spec, monkeypatch):
+    """Guards hours of a GPU: the same command, other orders of the methods and fewer of them load no model; a question
+    in other words, other pictures and another model do.
+    """
+    first = judged().measure()
+    assert len(sees_brightness) == 12
+    with monkeypatch.context() as patch:
+        patch.setattr(user_study, "VisionLanguageJudge", no_model)
+        second = judged().measure()
+        assert (second.text, second.figures) == (first.text, first.figures)
+        methods = spec["methods"]
+        reverse = judged(methods=dict(reversed(methods.items()))).measure().figures
+        assert reverse["ours/judge/win_share"] == 1 and reverse["plain/judge/win_share"] == 0
+        judged(methods={name: methods[name] for name in ("plain", "ours")}).measure()
+        with pytest.raises(AssertionError, match="was loaded"):
+            judged(question="Which is brighter?").measure()
+    judged(reference=None).measure()
+    assert len(sees_brightness) == 24
+    write_image(judged().results["plain"]["0000"], np.zeros((64, 64, 3), np.uint8))
+    judged().measure()
+    assert len(sees_brightness) == 24 + 4  # of one picture, with two others in both orders
+    weights = Path(judged().judge) / "chat_template.jinja"
+    weights.write_text(weights.read_text() + " ")
+    judged().measure()
+    assert len(sees_brightness) == 28 + 12
+
+
+def test_an_interrupted_judge_goes_on(judged, sees_brightness, monkeypatch, tmp_path, capsys):
+    """Guards Ctrl-C: what was answered is kept, and nothing half-written."""
+    usual = user_study.VisionLanguageJudge.choose
+    with monkeypatch.context() as patch:
+        patch.setattr(
+            user_study.VisionLanguageJudge, "choose",
+            lambda *args: 1 / 0 if len(sees_brightness) == 5 else usual(*args),
+        )  # fmt: skip
+        with pytest.raises(ZeroDivisionError):
+            judged().measure()
+    assert len(list((tmp_path / "judgments").rglob("*.*"))) == 5 and not (tmp_path / "run").exists()
+    assert judged().measure().figures["judge/consistency"] == 1 and len(sees_brightness) == 12
+    assert "judge: 7/7 questions" in capsys.readouterr().out
+
+
+def test_processes_share_the_questions(judged, sees_brightness, spec, tmp_path):
+    """Guards torchrun: two processes ask each question once; the first one reports."""
+    studies = [
+        UserStudy(StudyRun("user_study", tmp_path / "run", rank=rank, world=2), **spec | {"judge": judged().judge})
+        for rank in (0, 1)
+    ]
+    with ThreadPoolExecutor() as pool:
+        first, second = pool.map(UserStudy.measure, studies)
+    assert len(sees_brightness) == 12 and first.figures["judge/consistency_n"] == 6 and second.figures == {}
+
+
+def test_answers_of_a_judge_are_read_again(judged, study, answered, sees_brightness, tmp_path):
+    """Guards the format: a judge's files, made where the GPU is, stand in for the model elsewhere, alone and beside
+    people's; they are never taken for people, nor two judges for one.
+    """
+    asked = judged().measure()
+    (tmp_path / "run" / "judge").rename(tmp_path / "kept")
+    names = [json.loads(file.read_text())["rater"] for file in sorted((tmp_path / "kept").iterdir())]
+    assert names == [f"{tmp_path / 'vlm'} in order {n}" for n in (1, 2)]
+    again = study(answers=str(tmp_path / "kept")).measure()
+    assert again.figures == asked.figures and again.text == asked.text
+    people = answered(record_of(study(), "ab"))
+    both = study(answers=[str(tmp_path / "kept"), str(people)]).measure()
+    assert both.figures["ours/comparisons"] == 4 and both.figures["ours/judge/comparisons"] == 8
+    assert both.figures["judge/agreement_n"] == 6
+    with pytest.raises(UserError, match="answers_..json holds answers of .*vlm, and there is another judge"):
+        judged(answers=str(tmp_path / "kept")).measure()
+    other = json.loads((tmp_path / "kept" / "answers_1.json").read_text()) | {"model": "other", "rater": "other"}
+    (tmp_path / "kept" / "other.json").write_text(json.dumps(other))
+    with pytest.raises(UserError, match="answers_..json holds answers of .*there is another judge"):
+        study(answers=str(tmp_path / "kept")).measure()
+    (tmp_path / "kept" / "other.json").write_text(json.dumps(other | {"model": 3}))
+    with pytest.raises(UserError, match="other.json names no rater"):
+        study(answers=str(tmp_path / "kept")).measure()
+
+
+def test_a_judge_that_cannot_be_had(study, judged, answered, tmp_path, sees_brightness):
+    """Guards what is left without a network: one line where the judge alone was asked for, before anything is written;
+    where there are people's answers, their table with that line.
+    """
+    folder = answered(record_of(study(), "ab"))
+    (tmp_path / "empty").mkdir()
+    reasons = {"someone/vlm": "cannot be fetched", str(tmp_path / "empty"): "no vision-language model"}
+    for judge, said in reasons.items():
+        with pytest.raises(UserError, match=f"study.judge={judge}: {said}") as error:
+            study(judge=judge).measure()
+        assert "\n" not in str(error.value) and not (tmp_path / "run").exists()
+    for judge, said in reasons.items():
+        report = study(judge=judge, answers=str(folder)).measure()
+        assert f"judge: left out, study.judge={judge}: {said}" in report.text
+        assert report.figures == study(answers=str(folder)).measure().figures
+
+
+def test_a_damaged_kept_answer_is_named(judged, sees_brightness, tmp_path):
+    """Guards the table: a file that was changed by hand is no answer, and the line says what to do."""
+    judged().measure()
+    file = next((tmp_path / "judgments").rglob("*.json"))
+    for content in ("[]", '{"chosen": 2, "milliseconds": 1}', '{"chosen": 1}'):
+        file.write_text(content)
+        with pytest.raises(UserError, match=f"{file} holds no answer of a judge: delete it"):
+            judged().measure()
+    file.unlink()
+    assert judged().measure().figures["judge/consistency"] == 1
+
+
+def test_who_agrees_with_whom():
+    """Golden: by hand, three people and a judge on four pictures of two methods."""
+
+    def rater(chosen: str, swapped: bool = False) -> Rater:
+        sides = ("b", "a") if swapped else ("a", "b")
+        return Rater("", [Answer(str(n), *sides, method, 1) for n, method in enumerate(chosen) if method != "-"])
+
+    people = [rater("aaab"), rater("aab-"), rater("abb-")]  # the majority: a, a, b, b
+    judge = [*rater("abba").answers, *rater("abab", swapped=True).answers]  # the same in both orders: a, b
+    assert compare_orders(judge) == pytest.approx((0.5, 0.25, 4))
+    assert compare_with_people(judge, people) == pytest.approx((0.5, 0.5 / 2**0.5, 2))
+    # the others have a majority for all three on picture 0 (a), the third on 1 (a, not b), the first on 2 (b, not a)
+    assert compare_people(people) == pytest.approx((3 / 5, (3 / 5 * 2 / 5 / 5) ** 0.5, 5))
+    assert compare_people(people[:1]) is None and compare_with_people(judge, []) is None
+    assert compare_orders(rater("ab").answers) is None
 
 
 # --- the page in a browser

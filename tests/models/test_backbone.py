@@ -13,7 +13,7 @@ from torch.nn.attention import SDPBackend, _cur_sdpa_kernel_backends
 
 from harmony.cli.compose import compose
 from harmony.core.errors import UserError
-from harmony.models.backbone import Backbone, attention_preference, scaled_latent
+from harmony.models.backbone import Backbone, attention_preference, load_part, scaled_latent
 from harmony.models.shipped import ASSETS, backbone_path
 
 
@@ -214,3 +214,11 @@ def test_the_end_that_is_not_read_is_known():
     assert nothing == "" and end.endswith("warm light") and end in long
     cut = long.removesuffix(end)
     assert torch.equal(backbone.tokens([cut]), backbone.tokens([long])), "the model reads just the rest"
+
+
+def test_code_of_a_backbone_is_never_run(tmp_path, bring_code):
+    """Guards model.path=: a captioner that brings code of its own is refused, without asking whoever sits there."""
+    ran = bring_code(tmp_path / "captioner")
+    with pytest.raises(UserError, match="cannot load processor of backbone .*contains custom code"):
+        load_part(str(tmp_path), "processor")
+    assert not ran.exists()

@@ -113,3 +113,10 @@ def test_what_cannot_be_had_is_left_out_with_a_line(tmp_path, monkeypatch, dino)
     assert load_metrics({"lpips": None}) == ([], [])
     with pytest.raises(UserError, match="metrics.beauty: no such metric"):
         load_metrics({"beauty": "x"})
+
+
+def test_code_of_a_network_is_never_run(tmp_path, bring_code):
+    """Guards metrics.dino_i=: a folder that brings code of its own is left out, without asking whoever sits there."""
+    ran = bring_code(tmp_path / "own")
+    metrics, (line,) = load_metrics({"dino_i": str(tmp_path / "own")})
+    assert metrics == [] and "contains custom code" in line and not ran.exists()
