@@ -99,7 +99,8 @@ def test_the_study_of_pairs_runs(ready, tmp_path, capsys):
     names = ["copy_paste", "reinhard", "histogram", "poisson", "color", "color_relight", "color_relight_enlarged"]
     assert [row.split(",")[0] for row in rows] == names and head.startswith("method,fmse,")
     assert "zero_shot: not measured yet" in (folder / "table.md").read_text()
-    assert all(value == 0 for key, value in metrics.items() if key.endswith("bg_drift"))
+    assert {metrics[f"{name}/bg_drift"] for name in names} == {0} == {metrics["copy_paste/raw/bg_drift"]}
+    assert metrics["copy_paste/raw/shift"] == 0 < metrics["color_relight_enlarged/raw/bg_drift"]
     assert str(folder / "figure.png") in capsys.readouterr().out
 
 
