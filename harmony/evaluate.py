@@ -68,9 +68,10 @@ def main(cfg: DictConfig) -> None:
     """Figures, table and picture of one method or of a study; with ``inputs`` what other programs need for it."""
     start = time.monotonic()
     if cfg.inputs is not None:
-        inputs = make_folder(cfg.inputs)
-        study(cfg, inputs).write_inputs(inputs)
-        print(inputs)
+        if rank() == 0:
+            inputs = make_folder(cfg.inputs)
+            study(cfg, inputs).write_inputs(inputs)
+            print(inputs)
         return
     folder = run_folder(cfg)
     report = study(cfg, folder).measure()

@@ -95,17 +95,19 @@ def train(cfg: DictConfig, folder: Path, data: lightning.LightningDataModule, ta
 
 
 def is_validation_missing(trainer: lightning.Trainer, folder: Path) -> bool:
-    """Whether the end of the run was not validated.
+    """Whether the end of the run was not validated; the same for all processes.
 
     Either the clock ended it between two validations, or it was killed behind its last step, so that no step was left.
     """
     if trainer.limit_val_batches == 0 or trainer.fast_dev_run:
         return False
-    if not trainer.callback_metrics:
-        return trainer.global_step * trainer.accumulate_grad_batches % trainer.val_check_batch == 0
     timer = find_timer(trainer)
-    has_run_out = timer is not None and timer.time_remaining() <= 0
-    return has_run_out and not read_validation(folder / "metrics.csv", trainer.global_step)
+    if timer is not None and timer.time_remaining() <= 0:
+        is_missing = not read_validation(folder / "metrics.csv", trainer.global_step)
+    else:
+        is_due = trainer.global_step * trainer.accumulate_grad_batches % trainer.val_check_batch == 0
+        is_missing = not trainer.callback_metrics and is_due
+    return trainer.strategy.broadcast(is_missing)  # clocks differ, and the first process alone writes metrics.csv
 
 
 def choose_weights(cfg: DictConfig, folder: Path, task: Task) -> Facts:

@@ -403,6 +403,9 @@ def test_a_backbone(command, random_backbone, tmp_path, is_own):
     assert (metadata["license"], metadata["pipeline_tag"]) == ("apache-2.0", "image-to-image")
     scenes, training = f"{10 if is_own else 522} studio scenes", f"experiment={family}_vae`"
     figure = "| vae: validation/loss | 1.5 |"
+    OmegaConf.save({"module": {"backbone": "work/backbone/another"}}, runs / f"{family}_vae" / day / "config.yaml")
+    code, _, err = command(*words)
+    assert code == 2 and "trained work/backbone/another, not" in err[-1]
     for phrase in (scenes, training, r"photographs of coco, a\|b", figure, "](clip.png)"):
         assert phrase in text, phrase
     assert (read_image(output / "inpaint.png") == 1).all()

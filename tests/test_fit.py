@@ -14,11 +14,12 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import redirect_stdout
 from pathlib import Path
+from types import SimpleNamespace
 
 import psutil
 import pytest
 import torch
-from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.callbacks import Callback, Timer
 from omegaconf import OmegaConf
 
 import harmony.fit
@@ -26,7 +27,7 @@ from harmony.cli.compose import compose
 from harmony.data import preparation
 from harmony.data.manifest import manifest_hash
 from harmony.data.stamps import write_stamps
-from harmony.fit import main
+from harmony.fit import is_validation_missing, main
 from harmony.models.controlnet import load_controlnet
 from harmony.training.callbacks import read_last_metrics
 
@@ -380,6 +381,23 @@ def test_the_clock_ends_a_run(command, tmp_path, monkeypatch, capsys):
     (schedule,) = read_checkpoint(folder, "last")["lr_schedulers"]
     assert schedule["last_epoch"] == last and max(schedule["_last_lr"]) < 0.1 * max(schedule["base_lrs"])
     assert re.search(r"step 2: loss .* a second, \d s left", capsys.readouterr().out)
+
+
+@pytest.mark.parametrize("elapsed, validated, due, missing", [
+    (10.1, 7, False, False), (10.1, 5, False, True), (10.1, None, False, True),
+    (3.0, 5, True, False), (3.0, None, True, True), (3.0, None, False, False),
+])  # fmt: skip
+def test_the_end_is_validated_once_by_all(tmp_path, elapsed, validated, due, missing):
+    """Guards the end by the clock, a resume behind it, and processes whose clocks differ: the first one decides."""
+    (tmp_path / "metrics.csv").write_text(f"step,name,value\n{validated},validation/loss,1\n" if validated else "")
+    timer, decisions = Timer({"seconds": 10}), []
+    timer.time_elapsed = lambda stage="train": elapsed
+    trainer = SimpleNamespace(
+        limit_val_batches=1.0, fast_dev_run=False, callbacks=[timer], global_step=7, accumulate_grad_batches=1,
+        val_check_batch=7 if due else 10, callback_metrics={"x": 1} if validated else {},
+        strategy=SimpleNamespace(broadcast=lambda value: decisions.append(value) or value),
+    )  # fmt: skip
+    assert is_validation_missing(trainer, tmp_path) == missing and decisions == [missing]
 
 
 def free_port() -> int:

@@ -159,6 +159,7 @@ class Comparison(Study):
             metrics, lines = self.run.metrics
             self.notes += [line for line in lines if line not in self.notes]
             return Fidelity(items, self.extractor, self.run.embedder, metrics)
+        self.notes += [f"{name}: not measured on exemplars" for name, value in self.run.weights.items() if value]
         real = load_reconstruct(self.run.manifest, "train", self.run.backbone.resolution, REAL).truths
         if not real:
             self.notes.append("no train split: clip_fid, fid, kid and qs_own compare with the bench's own backgrounds")
@@ -231,13 +232,24 @@ class Comparison(Study):
             raise UserError(f"{self.run.name} has nothing to compare: {'; '.join(self.notes)}")
         return methods
 
-    def fitting(self, methods: dict[str, Method], items: EvalSet) -> dict[str, Method]:
-        """The methods that can take the items: those that need words for both lights are left out without them."""
-        if all(c.lights for c in items.composites):
-            return methods
-        wordless = [name for name, method in methods.items() if LIGHTS in method.wants]
-        self.notes += [f"{name}: left out, the dataset has no words for both lights" for name in wordless]
-        return {name: method for name, method in methods.items() if name not in wordless}
+    def keep_fitting(self, methods: dict[str, Method], items: EvalSet) -> dict[str, Method]:
+        """The methods that can take the items: those that need words for both lights are left out without them.
+
+        UserError if none is left, or not the row that others are compared with.
+        """
+        if not all(c.lights for c in items.composites):
+            wordless = [name for name, method in methods.items() if LIGHTS in method.wants]
+            self.notes += [f"{name}: left out, the dataset has no words for both lights" for name in wordless]
+            for name, row in self.rows.items():
+                if missing := [other for other in row.picked if other in wordless]:
+                    wordless.append(name)
+                    self.notes.append(f"{name}: left out, it picks from {' and '.join(missing)}")
+            methods = {name: method for name, method in methods.items() if name not in wordless}
+        if not methods:
+            raise UserError(f"{self.run.name} has nothing to compare: {'; '.join(self.notes)}")
+        if self.against not in (None, *methods):
+            raise UserError(f"study.against={self.against}: no such row; choose among {', '.join(methods)}")
+        return methods
 
     def omission(self, row: Row, omissions: set[str]) -> str | None:
         """The reason for which a row is left out, as those called ``omissions`` are; None for a row of the table."""
@@ -290,7 +302,7 @@ class Comparison(Study):
         line = f"{run.name}: n = {len(full)} {run.split} pictures of {run.manifest.parent.name}, {run.protocol}"
         if run.rank == 0:
             tell(line)
-        methods, table, columns = self.fitting(self.methods(), full), {}, {}
+        methods, table, columns = self.keep_fitting(self.methods(), full), {}, {}
         few = subsample(list(range(len(full))), EXAMPLES)
         several = len(self.degrade) > 1
         for factor in self.degrade:
@@ -315,22 +327,24 @@ class Comparison(Study):
         return Report(flat(table), facts, text, self.draw(full.part(few), table, columns))
 
     def write_inputs(self, folder: Path) -> None:
+        if self.eval_set == EXEMPLAR:
+            super().write_inputs(folder)
         items = self.load(self.run.split)
-        parts = {name: folder / name for name in ("composites", "backgrounds", "masks", "holes")}
-        for part in parts.values():
-            part.mkdir(parents=True, exist_ok=True)
-        for c, background in zip(items.composites, with_holes(items), strict=True):
-            pictures_of = (c.copy_paste(), background, c.mask, c.hole)
-            for part, picture in zip(parts.values(), pictures_of, strict=True):
-                write_image(part / f"{c.name}.png", picture)
+        parts = {"backgrounds": with_holes(items)}
+        parts |= {f"{name}s": [getattr(c, name) for c in items.composites] for name in ("mask", "hole")}
+        if items.kind != RECONSTRUCT:  # there the composite is the truth
+            parts["composites"] = [c.copy_paste() for c in items.composites]
+        names = [c.name for c in items.composites]
+        for part, pictures_of in parts.items():
+            (folder / part).mkdir(parents=True, exist_ok=True)
+            for name, picture in zip(names, pictures_of, strict=True):
+                write_image(folder / part / f"{name}.png", picture)
         write_json(folder / "captions.json", {c.name: c.caption for c in items.composites})
 
     def figures(self, items: EvalSet, methods: dict[str, Method], ruler: Fidelity | Likeness, suffix: str) -> dict:
         """Row -> figures; notes say how often a pick was the best there was."""
         table, pictures_of = {}, {}
         against = self.against or next(iter(methods))
-        if against not in methods:
-            raise UserError(f"study.against={against}: no such row; choose among {', '.join(methods)}")
         for n, (name, method) in enumerate(methods.items(), 1):
             self.say(self.part, f"measuring {name}, {n}/{len(methods)}")
             raw = self.outputs(items, method)

@@ -283,22 +283,26 @@ class EditingStudy(Study):
                 for name, value in numbers.items():
                     figures.setdefault(f"{case.word}/{name}", []).append(value)
             table[row] = {name: mean(values) for name, values in figures.items()}
-            marks = [n for n, (_, _, truth, mask) in enumerate(cases) if truth is None and mask is not None]
+            marks = [n for n, (_, _, truth, _) in enumerate(cases) if truth is None]
             if marks:
                 table[row] |= self.pie_figures([outputs[n] for n in marks], [cases[n] for n in marks])
         return table
 
     def pie_figures(self, outputs: Sequence[np.ndarray], cases: Sequence[tuple]) -> dict[str, float]:
-        """``pie/<figure>`` of edits of photographs: clip_whole and clip_edited to the target's words, and the rest."""
-        sources, masks = [item.image for item, *_ in cases], [mask for *_, mask in cases]
+        """``pie/<figure>`` of edits of photographs: clip_whole and clip_edited to the target's words, and the rest.
+
+        An edit without a mask may change the whole picture: it has no background, and counts for the others alone.
+        """
+        sources = [item.image for item, *_ in cases]
+        masks = [np.ones(y.shape[:2], bool) if m is None else m for y, (*_, m) in zip(outputs, cases, strict=True)]
         rows = [background_metrics(*triple) for triple in zip(outputs, sources, masks, strict=True)]
-        columns = network_metrics(outputs, sources, masks, self.run.metrics[0])
+        columns = {name: [row[name] for row in rows] for name in rows[0]}
+        columns |= network_metrics(outputs, sources, masks, self.run.metrics[0])
         words = self.clip.texts([case.target for _, case, *_ in cases]).cpu()
         edited = [blacken(y, ~mask) for y, mask in zip(outputs, masks, strict=True)]
         for name, images in (("clip_whole", outputs), ("clip_edited", edited)):
             columns[f"pie/{name}"] = [100 * cosine for cosine in cosines(embeddings(images, self.clip), words)]
-        figures = {name: mean(row[name] for row in rows) for name in rows[0]}
-        return figures | {name: mean(values) for name, values in columns.items()}
+        return {name: float(np.nanmean(values)) for name, values in columns.items() if not np.isnan(values).all()}
 
     def concept_figures(self, views_of: dict[str, dict[str, list[np.ndarray]]]) -> dict[str, dict[str, float]]:
         """``concept/clip_i`` to the held-out view whose caption it was, ``clip_t`` to that caption in plain words."""
@@ -334,8 +338,11 @@ class EditingStudy(Study):
         table = {row: figures for part in tables for row, figures in part.items()}
         write_text(run.folder / "table.csv", to_csv(table, "method"))
         metrics, lines = run.metrics
-        protocols = [metric.protocol for metric in metrics if metric.name in ("lpips", "structure")]
-        notes = [f"{line}; clip on {self.clip.name} embeddings", *self.notes, *lines, *protocols]
+        figures = flat(table)
+        for metric in metrics:
+            is_there = any(name.endswith(f"pie/{metric.name}") for name in figures)
+            lines = [*lines, metric.protocol if is_there else f"{metric.name}: not measured on these edits"]
+        notes = [f"{line}; clip on {self.clip.name} embeddings", *self.notes, *lines]
         texts = [to_markdown(part, "method", [], every=True) for part in tables if part]
         text = "\n".join([*texts, *notes]) + "\n"
         write_text(run.folder / "table.md", text)

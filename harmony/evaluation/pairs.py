@@ -91,7 +91,7 @@ def read_pair(row: Row, root: Path, seed: int, is_changed: bool) -> Pair:
 def score(result: Result, pair: Pair, metrics: Sequence[PairMetric] = ()) -> dict[str, float]:
     """The figures of one result at the photograph's size; its background's drift is that from the composite's.
 
-    ``raw``: of the square that the method returned, before its hole alone was taken.
+    ``raw``: of the square that the method returned, before its hole alone was taken; the shift in the photograph's px.
     """
     image, truth, mask = result.image, pair.photograph, pair.mask
     figures = {
@@ -105,7 +105,7 @@ def score(result: Result, pair: Pair, metrics: Sequence[PairMetric] = ()) -> dic
     inside = np.ones_like(result.hole)  # the photograph: beyond it the square shows its mirror image
     before, hole, inside = (crop_resize(x, result.crop, side) for x in (pair.composite, result.hole, inside))
     drift, moved = (measure(result.output, before, hole | ~inside) for measure in (bg_drift, shift))
-    return figures | {"raw/bg_drift": drift, "raw/shift": moved}
+    return figures | {"raw/bg_drift": drift, "raw/shift": moved * result.crop.side / side}
 
 
 @dataclass
@@ -217,17 +217,17 @@ class Pairs(Study):
 
     def write_inputs(self, folder: Path) -> None:
         def make(path: Path) -> None:
-            row, is_changed = of[path]
+            row, is_changed = items[path]
             pair = read_pair(row, self.run.manifest.parent, self.run.seed, is_changed)
             write_image(folder / "masks" / path.name, pair.mask)
-            write_image(path, pair.composite)  # last: its mask is there
+            write_image(path, pair.composite)
 
         names = [name_composite(*item) for item in self.items]
-        of = {folder / "composites" / f"{name}.png": item for name, item in zip(names, self.items, strict=True)}
+        items = {folder / "composites" / f"{name}.png": item for name, item in zip(names, self.items, strict=True)}
         captions = {name: row.caption for name, (row, _) in zip(names, self.items, strict=True)}
         for part in ("composites", "masks"):
             (folder / part).mkdir(parents=True, exist_ok=True)
-        make_pieces("inputs", dict.fromkeys(of, 1), Path.exists, make, "composites", every=50)
+        make_pieces("inputs", dict.fromkeys(items, 1), lambda path: False, make, "composites", every=50)
         write_json(folder / "captions.json", captions)
 
     def table(self) -> dict[str, dict[str, float]]:

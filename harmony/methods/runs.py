@@ -15,12 +15,13 @@ from harmony.core.errors import UserError
 from harmony.core.files import write_json, write_text
 from harmony.core.pieces import make_pieces
 from harmony.core.progress import tell
-from harmony.data.captions import caption_images, find_captioner
+from harmony.data.captions import caption_picture, find_captioner
 from harmony.methods.inputs import Inputs, compare_baselines, draw_sheet, read_inputs
 from harmony.methods.insert import AUTO, NONE, Insertion, Result, insert
 from harmony.methods.method import CAPTION, Method, fingerprint
 from harmony.models.backbone import Backbone
 from harmony.models.timing import measure_time, now
+from harmony.pixels.color_profiles import to_srgb
 from harmony.pixels.images import grid, paste_crop, read_image, sha256, write_image
 
 PICTURE_NAMES = ("harmonized", "raw", "composite", "hole", "sheet")  # of the PNG files of a result
@@ -73,11 +74,11 @@ class Inserter:
         file = request.folder / FINGERPRINT_FILE
         return file.exists() and fingerprint(self.collect_facts(request)) == file.read_text().strip()
 
-    def caption(self, path: Path) -> str:
+    def caption(self, picture: np.ndarray) -> str:
         """A caption by the backbone's captioner; empty where it has none that knows photographs."""
         if self.captioner is None:
             return ""
-        return next(caption_images([("composite", path)], *self.captioner, 1, self.backbone.device))[1]
+        return caption_picture(picture, *self.captioner, self.backbone.device)
 
     @cached_property
     def captioner(self) -> tuple[Any, Any] | None:
@@ -118,7 +119,7 @@ class Inserter:
             return insertion
         prompt = request.prompt
         if prompt is None:
-            prompt = self.caption(request.folder / "composite.png")
+            prompt = self.caption(to_srgb(insertion.composite, inputs.profile))
         if prompt:
             self.say(f"prompt {prompt!r}")
         if end := self.backbone.unread_ends([prompt])[0]:

@@ -63,6 +63,7 @@ class Stored(Method):
 
 
 def is_scaled(size: tuple[int, int], other: tuple[int, int]) -> bool:
-    """Whether a picture of ``size`` may be one of ``other`` size, smaller or larger, up to a pixel of rounding."""
+    """Whether a picture of ``size`` may be one of ``other`` size, smaller or larger; only squares become squares."""
     scale = max(size) / max(other)
-    return all(abs(a - scale * b) <= 1 for a, b in zip(size, other, strict=True))
+    is_alike = all(abs(a - scale * b) <= 0.5 for a, b in zip(size, other, strict=True))
+    return is_alike and (size[0] == size[1]) == (other[0] == other[1])

@@ -5,7 +5,7 @@ mask is NaN, which ``aggregate`` leaves out.
 """
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 import cv2
 import numpy as np
@@ -196,6 +196,11 @@ def mean_psnr(values: Iterable[float]) -> float:
 REDUCTIONS = {"bg_drift": max, "psnr": mean_psnr, "fpsnr": mean_psnr}
 
 
+def reduction(name: str) -> Callable:
+    """How the metric ``name`` is reduced, whatever stands before it: raw/bg_drift as bg_drift."""
+    return REDUCTIONS.get(name.rpartition("/")[2], np.mean)
+
+
 def standard_errors(rows: Sequence[dict[str, float]], others: Sequence[dict[str, float]]) -> dict[str, float]:
     """Standard errors of the mean differences between the metrics of two methods on the same images.
 
@@ -203,7 +208,7 @@ def standard_errors(rows: Sequence[dict[str, float]], others: Sequence[dict[str,
     """
     errors = {}
     for name in rows[0]:
-        if REDUCTIONS.get(name) is max or name not in others[0]:
+        if reduction(name) is max or name not in others[0]:
             continue
         values, references = (np.minimum([row[name] for row in part], limit(name)) for part in (rows, others))
         differences = (values - references)[~np.isnan(values - references)]
@@ -214,7 +219,7 @@ def standard_errors(rows: Sequence[dict[str, float]], others: Sequence[dict[str,
 
 def limit(name: str) -> float:
     """The largest value of a metric that counts in a mean."""
-    return PSNR_LIMIT if REDUCTIONS.get(name) is mean_psnr else math.inf
+    return PSNR_LIMIT if reduction(name) is mean_psnr else math.inf
 
 
 def aggregate(rows: list[dict[str, float]]) -> dict[str, float]:
@@ -226,5 +231,5 @@ def aggregate(rows: list[dict[str, float]]) -> dict[str, float]:
     for name in dict.fromkeys(name for row in rows for name in row):
         values = [row[name] for row in rows if name in row and not math.isnan(row[name])]
         if values:
-            result[name] = float(REDUCTIONS.get(name, np.mean)(values))
+            result[name] = float(reduction(name)(values))
     return result

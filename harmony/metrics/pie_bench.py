@@ -1,9 +1,10 @@
-"""The figures of PIE-Bench (Ju 2024), in its units: what an edit has changed where it should change nothing.
+"""The figures of PIE-Bench (Ju 2023), in its units: what an edit has changed where it should change nothing.
 
 Its masks blacken pictures before they are compared, so that masked pixels count as equal ones. Images are uint8
 H x W x 3 RGB, masks bool H x W, true where the edit may change the picture.
 """
 
+import math
 from collections.abc import Callable, Sequence
 
 import numpy as np
@@ -17,7 +18,12 @@ def blacken(image: np.ndarray, mask: np.ndarray) -> np.ndarray:
 
 
 def background_metrics(output: np.ndarray, source: np.ndarray, mask: np.ndarray) -> dict[str, float]:
-    """PSNR in dB (100 for identical ones), MSE x 10,000 of values in 0..1, SSIM x 100: outside the mask."""
+    """PSNR in dB (100 for identical ones), MSE x 10,000 of values in 0..1, SSIM x 100: outside the mask.
+
+    NaN where the mask is the whole picture.
+    """
+    if mask.all():
+        return dict.fromkeys(("pie/psnr", "pie/mse", "pie/ssim"), math.nan)
     pair = blacken(output, mask), blacken(source, mask)
     return {
         "pie/psnr": min(psnr(*pair), PSNR_LIMIT),
@@ -42,5 +48,6 @@ def network_metrics(
             figures["pie/structure"] = metric(outputs, sources, masks)
         if metric.name == "lpips":
             pairs = ([blacken(y, m) for y, m in zip(images, masks, strict=True)] for images in (outputs, sources))
-            figures["pie/lpips"] = [1000 * value for value in metric(*pairs, masks)]
+            values = zip(metric(*pairs, masks), masks, strict=True)
+            figures["pie/lpips"] = [math.nan if mask.all() else 1000 * value for value, mask in values]
     return figures

@@ -104,7 +104,7 @@ class DinoI(Dino):
 
 
 class StructureDistance(Dino):
-    """1000 times the mean squared difference of the keys' self-similarities (Tumanyan 2022; PIE-Bench, Ju 2024)."""
+    """1000 times the mean squared difference of the keys' self-similarities (Tumanyan 2022; PIE-Bench, Ju 2023)."""
 
     name = "structure"
 

@@ -36,20 +36,29 @@ def read_photograph(path: str | Path) -> Photograph:
     of more than 8 bits a channel 8 are kept. Each gives a note. UserError as in ``read_image``.
     """
     image = open_image(path)
-    profile, exif = image.info.get("icc_profile"), image.info.get("exif") or None
+    profile, exif = image.info.get("icc_profile"), read_exif(image)
     notes = (f"{path}: more than 8 bits a channel, of which results have 8",) if image.info[DEEP] else ()
     if not profile:
         return Photograph(to_rgb(image, path), notes=notes, exif=exif)
     try:
         note = f"{path}: colors converted from {describe(profile)} to sRGB"
         if open_profile(profile).profile.xcolor_space.strip() == "RGB" and image.mode not in NO_RGB:
-            convert_colors(Image.new("RGB", (1, 1)), profile, None)  # fails where the profile is damaged
+            for pair in ((profile, None), (None, profile)):  # fails where it is damaged, or leads one way alone
+                convert_colors(Image.new("RGB", (1, 1)), *pair)
             return Photograph(to_rgb(image, path), profile, notes, exif)
         picture = convert_colors(image.convert("L") if image.mode == "LA" else image, profile, None)
     except (OSError, ValueError, ImageCms.PyCMSError):
         note = f"the color profile of {path} cannot be used: its colors are taken as sRGB"
         return Photograph(to_rgb(image, path), notes=(*notes, note), exif=exif)
     return Photograph(np.array(picture), notes=(*notes, note), exif=exif)
+
+
+def read_exif(image: Image.Image) -> bytes | None:
+    """The EXIF of an image for another file: without the thumbnail, which shows what was there before."""
+    if not image.info.get("exif"):
+        return None
+    exif = image.getexif()
+    return exif.tobytes() if len(exif) else None
 
 
 def read_in_space(path: str | Path, profile: bytes | None) -> Photograph:

@@ -107,6 +107,7 @@ def write_image(path: str | Path, image: np.ndarray, **options) -> None:
     if path.suffix.lower() not in WRITERS:
         raise UserError(f"{path} has suffix '{path.suffix}'; write images as {', '.join(WRITERS)}")
     pixels = image.astype(np.uint8) * 255 if image.dtype == bool else image
+    options = {name: value for name, value in options.items() if value is not None}  # JPEG's writer takes no exif=None
     with replace_file(path) as temp_path:
         Image.fromarray(pixels).save(temp_path, **WRITERS[path.suffix.lower()] | options)
 

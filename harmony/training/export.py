@@ -202,6 +202,9 @@ def write_backbone(source: Path, output: Path, runs: Path) -> Path:
     own = f"backbone_{source.resolve().name}"
     family = own if (runs / f"{own}_{BACKBONE_PARTS[-1]}").is_dir() else "backbone"
     trainings = {part: find_newest_run(runs, f"{family}_{part}") for part in BACKBONE_PARTS}
+    for run in trainings.values():
+        if (trained := run.read_option("module.backbone")) and Path(trained).name != source.resolve().name:
+            raise UserError(f"{run.path} trained {trained}, not {source}: give paths.runs=FOLDER with its trainings")
     sizes = ship(source, output)
     figures, pictures = [], []
     with open_scratch(output) as folder:

@@ -13,6 +13,7 @@ from lightning.pytorch.callbacks import Timer
 from torch.optim.adamw import adamw as update
 
 from harmony.core.errors import UserError
+from harmony.core.progress import tell
 from harmony.models.backbone import memory_format
 
 
@@ -46,7 +47,10 @@ def decay_to_end(trainer: lightning.Trainer, warmup: int = 0) -> Callable[[int],
     steps = decay_linearly(int(total), warmup) if math.isfinite(total) else None
     if steps is None and (timer is None or trainer.world_size > 1):
         raise UserError("a learning rate that decays needs an end: set trainer.max_steps")
-    if timer is None or trainer.world_size > 1:
+    if timer is None:
+        return steps
+    if trainer.world_size > 1:
+        tell("several processes: the learning rate decays by trainer.max_steps, not by trainer.max_time")
         return steps
 
     def factor(n: int) -> float:

@@ -111,6 +111,22 @@ def test_what_is_no_pie_bench_is_refused(tmp_path, text, message):
     assert not (tmp_path / "work").exists()
 
 
+def test_an_edit_of_the_whole_picture_counts_where_it_can(random_backbone, tmp_path):
+    """Guards the authors' rule: a mask of everything leaves no background, but words and structure are measured."""
+    make(tmp_path / "in", c000={"mask": [0, 512 * 512]}, c100={"mask": [0, 512 * 512]})
+    file = prepare(tmp_path)
+    run = StudyRun(
+        "editing", tmp_path / "run", settings=Settings(steps=2, guidance=3.0), prepare=lambda: file,
+        load=lambda: Backbone(str(random_backbone)), weights={"dino_i": str(tmp_path / "nowhere")},
+    )  # fmt: skip
+    (tmp_path / "run").mkdir()
+    report = EditingStudy(run, None, **OPTIONS).measure()
+    names = {name.rpartition("pie/")[2] for name in report.figures if "/pie/" in name}
+    assert names == {"clip_whole", "clip_edited"}
+    assert report.figures["prompt alone/pie/clip_whole"] == report.figures["prompt alone/pie/clip_edited"]
+    assert "dino_i: left out" in report.text
+
+
 WORDS = ("random", "change object")  # kinds of edit of the cases below
 
 

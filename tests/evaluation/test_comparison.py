@@ -8,11 +8,12 @@ from PIL import Image
 
 from harmony.core import pieces
 from harmony.core.errors import UserError
+from harmony.core.row import Row as DataRow
 from harmony.data.descriptions import Description
 from harmony.data.manifest import read_manifest, write_manifest
 from harmony.evaluation import blocks
 from harmony.evaluation.blocks import fill_blocks, outputs_of
-from harmony.evaluation.comparison import Comparison
+from harmony.evaluation.comparison import Comparison, Picked
 from harmony.evaluation.eval_sets import EXEMPLAR, RECONSTRUCT, RELIGHT, EvalSet, degrade, load_relight, paste_outputs
 from harmony.evaluation.figures import scores
 from harmony.evaluation.study import StudyRun
@@ -22,7 +23,7 @@ from harmony.methods.method import LIGHTS, Composite, Method, fingerprint, make_
 from harmony.methods.stored import Stored
 from harmony.models.backbone import Backbone
 from harmony.pixels.composites import reinhard
-from harmony.pixels.images import Crop, crop_resize, read_image, write_image
+from harmony.pixels.images import Crop, crop_resize, read_image, sha256, write_image
 from harmony.pixels.masks import dilate
 from harmony.sampling.guidance import Settings
 
@@ -220,6 +221,34 @@ def test_a_dataset_without_truth_is_refused(tmp_path, small_manifest):
         load_relight(manifest, "test", 32)
 
 
+NAMES = ("against", "radius", "degrade", "sweep", "pairs", "figure", "hidden", "drawn", "paper", "lambdas")
+OPTIONS = dict.fromkeys(NAMES)  # of a comparison
+
+
+@pytest.mark.parametrize("size", [(520, 512), (100, 60)])
+def test_another_program_takes_part(random_backbone, tmp_path, size):
+    """Guards inputs= and the way back, on photographs that are nearly squares too: what is handed back is what was
+    handed out; of a photograph's own object nothing is told.
+    """
+    photograph = np.random.default_rng(0).integers(0, 256, (*size[::-1], 3), np.uint8)
+    mask = np.zeros(size[::-1], bool)
+    mask[20:40, 30:60] = True
+    write_image(tmp_path / "a.png", photograph)
+    write_image(tmp_path / "m.png", mask)
+    facts = ("Cat", "a cat", "test", *size, sha256(tmp_path / "a.png"), {"mask_sha256": sha256(tmp_path / "m.png")})
+    rows = [DataRow(f"n{i}", "a.png", "m.png", (30, 20, 60, 40), *facts) for i in range(2)]
+    write_manifest(tmp_path / "manifest.jsonl", rows, "small")
+    backbone = Backbone(str(random_backbone))
+    run = StudyRun("t", tmp_path, prepare=lambda: tmp_path / "manifest.jsonl", load=lambda: backbone)
+    study = Comparison(run, RECONSTRUCT, {}, **OPTIONS)
+    study.write_inputs(tmp_path / "inputs")
+    assert {path.name for path in (tmp_path / "inputs").iterdir()} == {"backgrounds", "masks", "holes", "captions.json"}
+    composites = study.load("test").composites
+    handed_back = Stored(backbone, str(tmp_path / "inputs" / "backgrounds")).fill(composites, [])
+    for c, picture in zip(composites, handed_back, strict=True):
+        assert np.array_equal(picture, np.where(c.hole[..., None], np.uint8(0), c.background))
+
+
 def test_rows_that_need_validation_are_left_out_without_it(small_manifest, tmp_path):
     """Guards small datasets: what chooses on validation, and what picks from it, is left out with a line; what picks
     from a row that there is not is a mistake as before.
@@ -229,7 +258,7 @@ def test_rows_that_need_validation_are_left_out_without_it(small_manifest, tmp_p
     run = StudyRun("t", tmp_path, prepare=lambda: tmp_path / "manifest.jsonl", build=lambda o: Constant(o["name"], []))
     plain, chosen = {"options": {"name": "plain"}}, {"options": {"name": "best"}, "best": ["lambda_l"]}
     rows = {"plain": plain, "best": chosen, "pick": {"picked": ["plain", "best"]}}
-    options = dict.fromkeys(("against", "radius", "degrade", "sweep", "pairs", "figure", "hidden", "drawn", "paper"))
+    options = OPTIONS
     study = Comparison(run, RECONSTRUCT, rows, **options | {"lambdas": [0.5, 1.0], "degrade": [1]})
     assert list(study.methods()) == ["plain"] and study.parts == 1
     assert study.notes == [
@@ -250,14 +279,20 @@ class Worded(Constant):
 def test_what_needs_words_is_left_out_without_them(tmp_path, items):
     """Guards relighting on pairs, whose captions name no lights: one line instead of the end of the study."""
     run = StudyRun("t", tmp_path, prepare=lambda: tmp_path / "manifest.jsonl")
-    options = dict.fromkeys(
-        ("against", "radius", "degrade", "sweep", "pairs", "figure", "hidden", "drawn", "paper", "lambdas")
-    )
-    study, methods = Comparison(run, RELIGHT, {}, **options), {"told": Worded("a", []), "plain": Constant("b", [])}
-    assert list(study.fitting(methods, items)) == ["plain"]
-    assert study.notes == ["told: left out, the dataset has no words for both lights"]
+    rows = {"told": {"options": {}}, "plain": {"options": {}}, "pick": {"picked": ["told", "plain"]}}
+    study, methods = Comparison(run, RELIGHT, rows, **OPTIONS), {"told": Worded("a", []), "plain": Constant("b", [])}
+    methods["pick"] = Picked([methods["told"], methods["plain"]], None)
+    assert list(study.keep_fitting(methods, items)) == ["plain"]
+    assert study.notes == [
+        "told: left out, the dataset has no words for both lights", "pick: left out, it picks from told",
+    ]  # fmt: skip
+    with pytest.raises(UserError, match="t has nothing to compare: told: left out"):
+        study.keep_fitting({"told": methods["told"]}, items)
+    study.against = "told"
+    with pytest.raises(UserError, match="study.against=told: no such row; choose among plain"):
+        study.keep_fitting(methods, items)
     words = [replace(c, lights=(Description("a cow,", "noon light", "sunset light"),)) for c in items.composites]
-    assert study.fitting(methods, replace(items, composites=words)) == methods
+    assert study.keep_fitting(methods, replace(items, composites=words)) == methods
 
 
 def test_a_bench_of_composition_is_measured_on_its_own_exemplars(small_manifest, random_backbone, tmp_path):
@@ -269,15 +304,20 @@ def test_a_bench_of_composition_is_measured_on_its_own_exemplars(small_manifest,
     rows = [replace(row, id=f"{i}", split="test", extras={"exemplar": row.image}) for i, row in enumerate(pictures)]
     write_manifest(manifest, rows, "cocoee")
     run = StudyRun("t", tmp_path, prepare=lambda: manifest, load=lambda: Backbone(str(random_backbone)))
-    options = dict.fromkeys(("radius", "degrade", "sweep", "pairs", "figure", "hidden", "drawn", "paper", "lambdas"))
-    study = Comparison(run, EXEMPLAR, {}, **options)
+    run.weights = {"lpips": "alex", "dino_i": None}
+    study = Comparison(run, EXEMPLAR, {}, **OPTIONS)
     items = study.load("test")
     assert len(items) == 5 and items.kind == EXEMPLAR and not study.notes
     for c, row in zip(items.composites, rows, strict=True):
         assert np.array_equal(c.exemplar, read_image(manifest.parent / row.image)) and c.hole[c.mask].all()
     assert study.measures(items).real == items.backgrounds
-    assert study.notes == ["no train split: clip_fid, fid, kid and qs_own compare with the bench's own backgrounds"]
+    assert study.notes == [
+        "lpips: not measured on exemplars",
+        "no train split: clip_fid, fid, kid and qs_own compare with the bench's own backgrounds",
+    ]
+    with pytest.raises(UserError, match="t has no composites that another program could take: leave out inputs="):
+        study.write_inputs(tmp_path / "inputs")
     with pytest.raises(UserError, match="3 real pictures: qs_own needs 4 at least"):
         study.measures(items.part([0, 1, 2]))
     with pytest.raises(UserError, match="knows no truths, its objects come from other pictures: use experiment=exe"):
-        Comparison(run, RECONSTRUCT, {}, **options).load("test")
+        Comparison(run, RECONSTRUCT, {}, **OPTIONS).load("test")

@@ -65,7 +65,7 @@ def study(small_manifest, tmp_path):
         rows["small"] = {"options": {"method": "truth", "side": 32}}
         rows["enlarged"] = {"options": {"method": "truth", "side": 32, "detail": "none"}}
         run = StudyRun("pairs", tmp_path / "run", prepare=lambda: manifest, build=build)
-        return Pairs(run, **({"rows": rows, "unchanged": 2} | changes))
+        return Pairs(**({"run": run, "rows": rows, "unchanged": 2} | changes))
 
     return make, calls
 
@@ -126,6 +126,9 @@ def test_another_program_takes_part(study, tmp_path):
     assert figures["same/raw/shift"] == figures["same/raw/bg_drift"] == figures["same/bg_drift"] == 0
     assert figures["moved/raw/shift"] == pytest.approx(2, abs=0.2) and figures["moved/raw/bg_drift"] > 30
     assert figures["moved/bg_drift"] == 0 and figures["moved/fmse"] != figures["same/fmse"]
+    make(run=StudyRun("pairs", tmp_path / "run", seed=7, prepare=lambda: make().run.manifest)).write_inputs(inputs)
+    same = [np.array_equal(read_image(file), read_image(results["same"] / file.name)) for file in files]
+    assert same == [pairs.AS_IT_IS in file.name for file in files], "another seed is another light"
     assert figures["scaled/raw/shift"] < 0.1 and abs(figures["scaled/fmse"] / figures["same/fmse"] - 1) < 0.1
 
 
@@ -143,6 +146,19 @@ def test_the_mirror_beyond_the_photograph_has_not_moved():
     )
     figures = pairs.score(insertion.paste(pairs.crop_resize(moved, insertion.crop, insertion.crop.side)), pair)
     assert figures["raw/shift"] == pytest.approx(0.72, abs=0.1)
+
+
+def test_a_shift_is_in_pixels_of_the_photograph():
+    """Guards a column that methods of all sizes share."""
+    photograph = read_image(sorted((ROOT / "datasets" / "studio" / "test" / "data").iterdir())[0])
+    mask = np.zeros(photograph.shape[:2], bool)
+    mask[10:120, 50:70] = True
+    pair = pairs.Pair(None, photograph, photograph, photograph, mask, True)
+    insertion = pairs.cut(None, photograph, photograph, mask)
+    moved = np.roll(photograph, 4, axis=1)
+    for side in (64, 128, 256):
+        figures = pairs.score(insertion.paste(pairs.crop_resize(moved, insertion.crop, side)), pair)
+        assert figures["raw/shift"] == pytest.approx(4, abs=0.3), side
 
 
 def test_the_light_depends_on_the_seed_and_the_photograph_alone(small_manifest, tmp_path):

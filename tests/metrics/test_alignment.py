@@ -3,6 +3,7 @@
 import math
 from pathlib import Path
 
+import cv2
 import numpy as np
 import pytest
 from scipy.ndimage import shift as move
@@ -24,7 +25,30 @@ def test_a_known_shift_is_found(path, dy, dx):
     output = np.clip(0.9 * output + 10 + rng.normal(0, 2, output.shape), 0, 255).astype(np.uint8)
     for inside in (original[hole], rng.integers(0, 256, (hole.sum(), 3))):
         output[hole] = inside
-        assert shift(output, original, hole) == pytest.approx(math.hypot(dy, dx), abs=0.1)
+        assert shift(output, original, hole) == pytest.approx(math.hypot(dy, dx), abs=0.15)
+
+
+@pytest.mark.parametrize("path", PICTURES, ids=lambda path: path.stem)
+def test_a_zoom_is_a_shift_too(path):
+    """Guards what editors do that keep the center: the mean distance over the background."""
+    original, hole = read_image(path), np.zeros((128, 128), bool)
+    hole[40:90, 40:90] = True
+    warp = np.float32([[1.03, 0, -0.03 * 63.5], [0, 1.03, -0.03 * 63.5]])
+    output = cv2.warpAffine(original, warp, (128, 128), flags=cv2.INTER_CUBIC, borderMode=cv2.BORDER_REFLECT)
+    y, x = np.nonzero(~hole)
+    assert shift(output, original, hole) == pytest.approx(
+        np.hypot(0.03 * (x - 63.5), 0.03 * (y - 63.5)).mean(), abs=0.1
+    )
+
+
+def test_another_background_has_not_moved():
+    """Guards means over pictures: a background that is drawn anew gives no number, however well it could be aligned."""
+    hole = np.zeros((128, 128), bool)
+    hole[40:90, 40:90] = True
+    pictures = [read_image(path) for path in PICTURES]
+    for picture in pictures:
+        assert math.isnan(shift(np.ascontiguousarray(picture[:, ::-1]), picture, hole))
+        assert all(math.isnan(shift(other, picture, hole)) for other in pictures if other is not picture)
 
 
 def test_what_cannot_be_told_is_nan():

@@ -176,6 +176,11 @@ def test_aggregate_is_finite_and_keeps_the_worst_drift():
     json.dumps(result, allow_nan=False)
 
 
+def test_the_largest_drift_counts_wherever_it_is_measured():
+    rows = [{"bg_drift": 3.0, "raw/bg_drift": 3.0, "raw/shift": 1.0}, {"bg_drift": 9.0, "raw/bg_drift": 200.0}]
+    assert fidelity.aggregate(rows) == {"bg_drift": 9, "raw/bg_drift": 200, "raw/shift": 1}
+
+
 def test_standard_errors_are_those_of_differences():
     """Guards pairing: what two methods have in common is no error; nor do identical images make PSNR infinite."""
     rng = np.random.default_rng(0)

@@ -8,7 +8,7 @@ import pytest
 from PIL import Image, ImageCms
 
 from harmony.pixels.color_profiles import Photograph, read_in_space, read_photograph
-from harmony.pixels.images import list_formats
+from harmony.pixels.images import list_formats, write_image
 
 SRGB = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
 COLOR = np.full((4, 5, 3), (200, 100, 50), np.uint8)
@@ -34,6 +34,38 @@ def profiles(swapped_profile):
         "no ASCII": SRGB.replace(b"RGB ", b"R\xf7B "),
         "no curves": SRGB.replace(b"rTRC", b"none"),
     }
+
+
+def scanner_profile() -> bytes:
+    """A profile of a scanner: a table of what its colors look like, and none of the way back."""
+    numbers = lambda *values: struct.pack(f">{len(values)}i", *(round(65536 * v) for v in values))  # noqa: E731
+    steps = [(r, g, b) for r in (0, 1) for g in (0, 1) for b in (0, 1)]
+    colors = b"".join(bytes([round(255 * (0.3 * r + 0.6 * g + 0.1 * b)), 128, 128]) for r, g, b in steps)
+    table = b"mft1\0\0\0\0" + bytes([3, 3, 2, 0]) + numbers(*np.eye(3).ravel())
+    table += bytes(range(256)) * 3 + colors + bytes(range(256)) * 3
+    tags = {
+        b"desc": b"desc\0\0\0\0" + struct.pack(">I", 8) + b"Scanner\0" + bytes(78),
+        b"cprt": b"text\0\0\0\0none\0",
+        b"wtpt": b"XYZ \0\0\0\0" + numbers(0.9642, 1, 0.8249),
+        b"A2B0": table,
+    }
+    head, data, start = struct.pack(">I", len(tags)), b"", 128 + 4 + 12 * len(tags)
+    for tag, content in tags.items():
+        head += struct.pack(">4sII", tag, start + len(data), len(content))
+        data += content + bytes(-len(content) % 4)
+    lead = struct.pack(
+        ">I4sI4s4s4s6H4s",
+        start + len(data),
+        b"lcms",
+        0x02400000,
+        b"scnr",
+        b"RGB ",
+        b"Lab ",
+        *[2020, 1, 1, 0, 0, 0],
+        b"acsp",
+    )
+    lead += bytes(28) + numbers(0.9642, 1, 0.8249)
+    return lead + bytes(128 - len(lead)) + head + data
 
 
 def save(path, pixels, profile, mode=None):
@@ -124,3 +156,25 @@ def test_sixteen_bits_are_told(tmp_path, name):
     assert len(photograph.notes) == 1 and "more than 8 bits a channel" in photograph.notes[0]
     cv2.imwrite(str(tmp_path / name), (deep >> 8).astype(np.uint8))
     assert not read_photograph(tmp_path / name).notes
+
+
+def test_a_profile_without_a_way_back_is_not_kept(tmp_path):
+    """Guards the end of a run: results could not be brought into the space of such a photograph."""
+    photograph = read_photograph(save(tmp_path / "a.png", COLOR, scanner_profile()))
+    assert photograph.profile is None and "cannot be used" in photograph.notes[0]
+    assert np.array_equal(photograph.pixels, COLOR)
+
+
+def test_the_thumbnail_is_not_kept(tmp_path):
+    """Guards privacy: EXIF's little picture still shows what an edit has removed."""
+    thumbnail, place = b"\xff\xd8 the thumbnail \xff\xd9", 8 + 2 + 12 + 4
+    first = struct.pack("<HHHI4sI", 1, 0x0110, 2, 4, b"cam\0", place)
+    second = struct.pack("<HHHIIHHIII", 2, 0x0201, 4, 1, place + 30, 0x0202, 4, 1, len(thumbnail), 0)
+    exif = b"Exif\0\0II*\0" + struct.pack("<I", 8) + first + second + thumbnail
+    Image.fromarray(COLOR).save(tmp_path / "a.jpg", exif=exif)
+    assert thumbnail in Image.open(tmp_path / "a.jpg").info["exif"], "the file is as meant"
+    kept = read_photograph(tmp_path / "a.jpg").exif
+    found = Image.Exif()
+    found.load(kept)
+    assert thumbnail not in kept and found[0x0110] == "cam"
+    write_image(tmp_path / "b.jpg", COLOR, exif=None)

@@ -66,12 +66,14 @@ def test_a_decay_needs_an_end():
             decay_to_end(trainer)
 
 
-def test_a_run_that_the_clock_ends_decays_by_the_clock():
+def test_a_run_that_the_clock_ends_decays_by_the_clock(capsys):
     """Guards ``trainer.max_time``: the rate reaches 0 when the time is up, or at the last step before."""
     endless, counted = make_trainer(float("inf"), Clock(7.5)), make_trainer(10, Clock(7.5))
     assert decay_to_end(endless, 2)(0) == 0.125 and decay_to_end(endless, 2)(100) == 0.25
     assert decay_to_end(counted)(5) == 0.25 and decay_to_end(counted)(9) == pytest.approx(0.1)
     assert decay_to_end(make_trainer(10, Clock(12)))(5) == 0
+    assert not capsys.readouterr().out
     assert decay_to_end(make_trainer(10, Clock(7.5), world_size=2))(5) == 0.5
+    assert "decays by trainer.max_steps, not by trainer.max_time" in capsys.readouterr().out
     assert estimate_seconds_left(endless, 3.0) == 2.5 and estimate_seconds_left(counted, 0.1) == pytest.approx(0.6)
     assert estimate_seconds_left(make_trainer(10), 3.0) == 18
