@@ -85,8 +85,8 @@ $(SMALL_STUDIES:%=work/small/%.done): work/small/%.done: $(SMALL_NETS:%=work/sma
 	touch $@
 
 work/small/README.md: $(SMALL_STUDIES:%=work/small/%.done)
-	$(RUN) -m harmony.export backbone=work/backbone/small output=work/small/backbone paths.runs=work/small/runs
-	{ cat work/small/backbone/README.md; for study in $(SMALL_STUDIES); do echo; \
+	$(RUN) -m harmony.export backbone=work/backbone/small output=work/small/small paths.runs=work/small/runs
+	{ cat work/small/small/README.md; for study in $(SMALL_STUDIES); do echo; \
 	  cat $$(ls -t work/small/runs/$$study/*/table.md | head -1); done; } > $@.partial
 	mv $@.partial $@
 
