@@ -119,6 +119,16 @@ def test_each_annotation_is_a_row(tmp_path):
         select(tmp_path, classes=["cow"])
 
 
+def test_a_mask_is_drawn_again_for_another_size(tmp_path):
+    """Guards exports that give a photograph its size later: the same polygon is another mask."""
+    export = coco(tmp_path).image("a.jpg").instance()
+    for width, height in ((40, 32), (80, 32), (80, 64)):
+        export.images[0] |= {"width": width, "height": height}
+        export.write()
+        mask = read_mask(tmp_path / select(tmp_path, min_area=0)["mask"][0])
+        assert mask.shape == (height, width) and mask[8:24, 10:30].all() and mask.sum() == 320
+
+
 def test_bad_entries_are_counted_and_the_others_are_kept(tmp_path, capsys):
     export = coco(tmp_path).image("good.jpg").instance().image("none.jpg").image("gone.jpg", exists=False).instance()
     export.image("crowd.jpg").instance(iscrowd=1).image("small.jpg").instance(box=[10, 8, 2, 2])

@@ -202,12 +202,13 @@ def instance_row(instance: Instance, names: dict[Any, str], root: Path, rules: R
         return row | {"reason": reason}
     if not instance.photograph.is_file():
         return row | {"reason": "image file missing"}
-    digest = hashlib.sha256(json.dumps(annotation["segmentation"]).encode()).hexdigest()[:8]
+    drawing = [annotation["segmentation"], image["height"], image["width"]]
+    digest = hashlib.sha256(json.dumps(drawing).encode()).hexdigest()[:8]
     path = work / "annotations" / instance.split / f"{instance.id}-{digest}.png"
     row |= {"mask": os.path.relpath(path, root), **dict(zip(CORNERS, box, strict=True))}
     try:
         if not path.is_file():
-            write_image(path, read_segmentation(annotation["segmentation"], image["height"], image["width"]))
+            write_image(path, read_segmentation(*drawing))
     except (ValueError, TypeError, KeyError, IndexError, OverflowError):
         return row | {"reason": "mask undecodable"}
     return row | {"reason": KEPT}
