@@ -129,6 +129,21 @@ def test_a_mask_is_drawn_again_for_another_size(tmp_path):
         assert mask.shape == (height, width) and mask[8:24, 10:30].all() and mask.sum() == 320
 
 
+def test_only_as_many_masks_are_drawn_as_samples_are_wanted(tmp_path):
+    """Guards max_samples on all of COCO; where masks turn out to be damaged, those behind them take their place."""
+    export, damaged = coco(tmp_path).image("a.jpg"), [[1, 2, 3]]
+    ids = sorted(f"a_{number}" for number in range(1, 601))
+    for number in range(1, 601):
+        export.instance(damaged if f"a_{number}" in ids[:252] else SQUARE)
+    export.write()
+    table = select(tmp_path, splits=["validation", "test"], max_samples=3)
+    assert table["id"].to_list() == ids
+    assert table["reason"].to_list() == ["mask undecodable"] * 252 + [KEPT] * 3 + ["over max_samples"] * 345
+    assert len(list((tmp_path / "work").rglob("*.png"))) < 300
+    everything = select(tmp_path, splits=["validation", "test"])
+    assert everything[252:255].equals(table[252:255]) and set(everything["reason"][252:]) == {KEPT}
+
+
 def test_bad_entries_are_counted_and_the_others_are_kept(tmp_path, capsys):
     export = coco(tmp_path).image("good.jpg").instance().image("none.jpg").image("gone.jpg", exists=False).instance()
     export.image("crowd.jpg").instance(iscrowd=1).image("small.jpg").instance(box=[10, 8, 2, 2])
