@@ -10,7 +10,7 @@ from harmony.core.errors import UserError
 from harmony.core.row import SPLITS
 from harmony.data.manifest import read_manifest
 from harmony.data.preparation import prepare
-from harmony.data.sources.pairs import read_captions, select_pairs
+from harmony.data.sources.pairs import read_captions, read_lists, select_pairs
 from harmony.data.sources.selection import KEPT, Rules
 from harmony.methods.inputs import list_composites
 from harmony.pixels.composites import change_light, copy_paste
@@ -113,6 +113,35 @@ def test_lists_set_the_splits(tmp_path):
     assert found["gone_1_1"] == "composite file missing"
     assert {found[name] for name in ("c27_7_2", "c28_7_1", "c29_7_2")} == {"id not listed"}
     assert all(found[name[:-4]] == KEPT for name in names[:54])
+
+
+@pytest.mark.parametrize(
+    "file, split",
+    [
+        ("HCOCO_train", "train"),
+        ("trainlist", "train"),
+        ("train_list", "train"),
+        ("IHD_test", "test"),
+        ("le50_test", "test"),
+        ("TEST", "test"),
+        ("pairs-val", "validation"),
+        ("dev", "validation"),
+        ("latest", None),
+        ("retrain", None),
+        ("interval", None),
+        ("test_notes", None),
+        ("2026", None),
+    ],
+)
+def test_lists_are_called_by_a_whole_word(tmp_path, file, split):
+    """Guards notes beside the pictures, which reject nothing."""
+    (tmp_path / f"{file}.txt").write_text("a\n")
+    assert read_lists([tmp_path]) == ({} if split is None else {"a": split})
+
+
+def test_names_in_lists_keep_their_dots(tmp_path):
+    (tmp_path / "test.txt").write_text("my.car\nmy.dog.jpg\nsub/x.1.JPEG\r\n\n")
+    assert read_lists([tmp_path]) == {"my.car": "test", "my.dog": "test", "x.1": "test"}
 
 
 def test_bad_pairs_are_counted_and_the_others_are_kept(tmp_path, capsys):

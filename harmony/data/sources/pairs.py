@@ -4,7 +4,8 @@
     composite_images/ID_MASK_N.jpg       real_images/ID.jpg    masks/ID_MASK.png      iHarmony4 (Cong 2020)
 
 Both stand in the folder itself, in folders of iHarmony4's subsets, or in folders of splits. Lists such as
-``HCOCO_train.txt`` set the splits; else a name's hash draws them. All composites of one photograph fall into one split.
+``HCOCO_train.txt`` or ``vallist.txt`` set the splits; else a name's hash draws them. All composites of one photograph
+fall into one split.
 Without ``masks/`` the mask is where the two pictures differ.
 """
 
@@ -21,9 +22,12 @@ from harmony.core.row import SPLITS
 from harmony.data.captions import NO_LABEL
 from harmony.data.sources.files import (
     OTHER_NAMES,
+    SPLIT_NAMES,
     folder_captions,
     image_files,
+    list_words,
     locate,
+    picture_name,
     split_folder,
     tell_omissions,
 )
@@ -142,13 +146,18 @@ def cut_words(name: str, count: int) -> str:
 
 def read_lists(folders: Iterable[Path]) -> dict[str, str]:
     """Read {name of a composite: its split} from the lists ``*train.txt``, ``*test.txt``, ... in ``folders``."""
-    endings = {other: split for split in SPLITS for other in (split, *OTHER_NAMES.get(split, ()))}
     splits = {}
     for path in sorted(path for folder in folders for path in folder.glob("*.txt")):
-        split = next((split for ending, split in endings.items() if path.stem.lower().endswith(ending)), None)
+        split = list_split(path)
         for line in read_lines(path) if split else ():
-            splits[Path(line.strip()).stem] = split
+            splits[picture_name(Path(line.strip()).name)] = split
     return {name: split for name, split in splits.items() if name}
+
+
+def list_split(path: Path) -> str | None:
+    """The split of a list, which is the last word of its name or stands before ``list``; None for other texts."""
+    words = list_words(path.stem)
+    return SPLIT_NAMES.get("".join(words[-2:] if words[-1:] == ["list"] else words[-1:]).removesuffix("list"))
 
 
 def list_missing_pairs(place: Place, lists: dict[str, str], names: set[str]) -> Iterator[Pair]:
