@@ -144,6 +144,24 @@ def test_names_in_lists_keep_their_dots(tmp_path):
     assert read_lists([tmp_path]) == {"my.car": "test", "my.dog": "test", "x.1": "test"}
 
 
+def test_lists_that_share_photographs_or_names_are_told(tmp_path, capsys):
+    """Guards test sets: what trains and is measured too is named, and a name in both lists is measured alone."""
+    for seed, name in enumerate("abc"):
+        add_five(tmp_path, name, seed, count=2)
+    (tmp_path / "my_test.txt").write_text("a_7_1\nb_7_1\nb_7_2\n")
+    (tmp_path / "my_train.txt").write_text("a_7_2\nb_7_1\nc_7_1\n")
+    (tmp_path / "my_val.txt").write_text("b_7_1\n")
+    splits = dict(select(tmp_path, tmp_path / "work").select("id", "split").iter_rows())
+    assert {name for name, split in splits.items() if split == "test"} == {"a_7_1", "b_7_1", "b_7_2"}
+    lines = capsys.readouterr().out.splitlines()
+    assert "names in lists of several splits, of which test holds before validation and train: 1: b_7_1" in lines
+    assert f"{tmp_path}: photographs with composites in several splits, as the lists say: 1: a.jpg" in lines
+    (tmp_path / "my_test.txt").write_text("a_7_1\na_7_2\n")
+    (tmp_path / "my_train.txt").write_text("c_7_1\n")
+    select(tmp_path, tmp_path / "work")
+    assert "several splits" not in capsys.readouterr().out, "composites that no list names are in no split"
+
+
 def test_bad_pairs_are_counted_and_the_others_are_kept(tmp_path, capsys):
     for seed, name in enumerate(("good", "no_mask", "no_truth", "small", "cut", "cut_truth", "empty", "bad_mask")):
         add_before(tmp_path, name, seed)

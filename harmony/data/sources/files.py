@@ -88,5 +88,10 @@ def folder_captions(folder: Path, names: Collection[str] | None = None) -> dict[
 
 def tell_omissions(what: str, names: Sequence[str]) -> None:
     """Print how many things are left out, and the first of them, if there are any."""
+    tell_names(what, names, " left out")
+
+
+def tell_names(what: str, names: Sequence[str], note: str = "") -> None:
+    """Print how many things there are, with a note, and the first of them, if there are any."""
     if names:
-        tell(f"{what}: {len(names)} left out: {', '.join(names[:5])}{', ...' if len(names) > 5 else ''}")
+        tell(f"{what}: {len(names)}{note}: {', '.join(names[:5])}{', ...' if len(names) > 5 else ''}")

@@ -3,13 +3,14 @@
     before/NAME.jpg                      after/NAME.jpg        masks/NAME.png         a user's; masks/ may be missing
     composite_images/ID_MASK_N.jpg       real_images/ID.jpg    masks/ID_MASK.png      iHarmony4 (Cong 2020)
 
-Both stand in the folder itself, in folders of iHarmony4's subsets, or in folders of splits. Lists such as
-``HCOCO_train.txt`` or ``vallist.txt`` set the splits; else a name's hash draws them. All composites of one photograph
-fall into one split.
-Without ``masks/`` the mask is where the two pictures differ.
+Both stand in the folder itself, in folders of iHarmony4's subsets, or in folders of splits. A name's hash draws the
+splits, so that all composites of one photograph fall into one. Lists such as ``HCOCO_train.txt`` or ``vallist.txt`` set
+them instead, and may tear a photograph's composites apart, which is told; of a name in several, test holds before
+validation and train. Without ``masks/`` the mask is where the two pictures differ.
 """
 
 import os
+from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -29,6 +30,7 @@ from harmony.data.sources.files import (
     locate,
     picture_name,
     split_folder,
+    tell_names,
     tell_omissions,
 )
 from harmony.data.sources.folder import SCHEMA, draw, draw_split, draw_splits, mask_box, mask_files
@@ -100,6 +102,7 @@ def select_pairs(root: Path, splits: Sequence[str], rules: Rules, work: Path) ->
     rows = map_in_threads(lambda pair: pair_row(pair, root, rules, work), pairs, "look at the pairs")
     set_splits(rows, pairs, lists)
     reject_repeats(rows)
+    tell_shared_photographs(root, rows)
     table = pl.DataFrame(rows, schema=SCHEMA | {"composite": pl.String})
     return Selection(root, table.filter(pl.col("split").is_in(list(splits))).sort("split", "id"), rules)
 
@@ -145,13 +148,19 @@ def cut_words(name: str, count: int) -> str:
 
 
 def read_lists(folders: Iterable[Path]) -> dict[str, str]:
-    """Read {name of a composite: its split} from the lists ``*train.txt``, ``*test.txt``, ... in ``folders``."""
-    splits = {}
-    for path in sorted(path for folder in folders for path in folder.glob("*.txt")):
-        split = list_split(path)
-        for line in read_lines(path) if split else ():
-            splits[picture_name(Path(line.strip()).name)] = split
-    return {name: split for name, split in splits.items() if name}
+    """Read {name of a composite: its split} from the lists ``*train.txt``, ``*test.txt``, ... in ``folders``.
+
+    A name in lists of several splits is told; test holds before validation, and that before train.
+    """
+    paths = sorted(path for folder in folders for path in folder.glob("*.txt"))
+    splits, repeats = {}, set()
+    for split in SPLITS:  # the last holds
+        lines = [line.strip() for path in paths if list_split(path) == split for line in read_lines(path)]
+        names = {picture_name(Path(line).name) for line in lines} - {""}
+        repeats |= names & set(splits)
+        splits |= dict.fromkeys(names, split)
+    tell_names("names in lists of several splits, of which test holds before validation and train", sorted(repeats))
+    return splits
 
 
 def list_split(path: Path) -> str | None:
@@ -178,6 +187,16 @@ def set_splits(rows: Sequence[dict], pairs: Sequence[Pair], lists: dict[str, str
             row["split"] = listed_split(pair, lists)
             if pair.id not in lists and row["reason"] == KEPT:
                 row["reason"] = "id not listed"
+
+
+def tell_shared_photographs(root: Path, rows: Sequence[dict]) -> None:
+    """Name the photographs whose composites are in several splits, which only lists can say."""
+    splits = defaultdict(set)
+    for row in rows:
+        if row["reason"] == KEPT:
+            splits[row["image"]].add(row["split"])
+    names = sorted(Path(image).name for image, others in splits.items() if len(others) > 1)
+    tell_names(f"{root}: photographs with composites in several splits, as the lists say", names)
 
 
 def listed_split(pair: Pair, lists: dict[str, str]) -> str:
