@@ -211,6 +211,16 @@ def test_captions_of_photographs_hold_for_all_their_composites(tmp_path):
     assert captions == {"train/f1_7_1": ["a cow"], "train/f1_7_2": ["a cow"], "train/f2_7_1": ["a dog"]}
 
 
+def test_captions_tell_no_omission_again(tmp_path, capsys):
+    """Guards the output: what the selection leaves out is named once."""
+    add_five(tmp_path, "f1", count=2)
+    write_image(tmp_path / "real_images" / "alone.jpg", photograph(1))
+    write_image(tmp_path / "masks" / "f1_7.jpg", MASK)
+    select(tmp_path, tmp_path / "work")
+    read_captions(tmp_path, SPLITS)
+    assert capsys.readouterr().out.count("left out") == 2
+
+
 def test_names_that_no_table_can_hold_are_counted(tmp_path):
     """Guards names that are no UTF-8, twice the same where they are replaced."""
     add_before(tmp_path, "good")

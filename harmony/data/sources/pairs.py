@@ -246,13 +246,13 @@ def stamp_pair(pair: Pair) -> str:
 def read_captions(root: Path, splits: Sequence[str]) -> dict[str, list[str]]:
     """Read captions by people, {<split>/<id>: [caption, ...]}, by the names of composites or of photographs."""
     captions = {}
-    for place in find_places(root, splits):
-        pairs = list_pairs(place)
-        ids = [(pair.id, pair.truth_id) for pair in pairs]
-        texts = folder_captions(place.folder, {name for names in ids for name in names})
-        for id_, truth_id in ids:
+    for folder, naming, split in find_places(root, splits):
+        ids = [path.stem for path in image_files(folder / naming.composites)]
+        truth_ids = {id_: cut_words(id_, naming.truth_words) for id_ in ids}
+        texts = folder_captions(folder, {*truth_ids, *truth_ids.values()})
+        for id_, truth_id in truth_ids.items():
             if text := texts.get(id_) or texts.get(truth_id):
-                captions |= {f"{split}/{id_}": text for split in ([place.split] if place.split else splits)}
+                captions |= {f"{other}/{id_}": text for other in ([split] if split else splits)}
     return captions
 
 
