@@ -9,7 +9,7 @@ import pytest
 from harmony.core.errors import UserError
 from harmony.data.manifest import read_manifest
 from harmony.data.preparation import prepare
-from harmony.data.sources.benches import BENCHES, read_captions, read_place, select_cases
+from harmony.data.sources.benches import BENCHES, find_bench, read_place, select_cases
 from harmony.data.sources.selection import KEPT, Rules
 from harmony.evaluation.eval_sets import load_reconstruct, load_relight
 from harmony.evaluation.exemplars import load_own_exemplars
@@ -115,9 +115,15 @@ def test_every_bench_gives_composites_without_a_truth(tmp_path, bench, fo):
 
 def test_captions_are_names_of_folders(tmp_path):
     add_tf_icon(tmp_path, "a tart, ultra realistic")
-    assert read_captions(tmp_path, ["test"]) == {
+    assert find_bench("tf_icon").captions(tmp_path, ["test"]) == {
         "test/same_domain_a tart, ultra realistic": ["a tart, ultra realistic"]
     }
+
+
+def test_only_tf_icon_has_captions(tmp_path):
+    """Guards the other benches, whose folders are no captions whatever their files are called."""
+    add_libcom(tmp_path, "bg1")
+    assert find_bench("libcom").captions(tmp_path, ["test"]) == {}
 
 
 def test_bad_cases_of_cocoee(tmp_path):

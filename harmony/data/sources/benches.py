@@ -12,6 +12,7 @@ folder.
 
 import os
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -138,11 +139,16 @@ def first_picture(path: Path) -> Path:
 # --- selection
 
 
-def select_recipe(recipe: dict, work: Path) -> Selection:
-    """Select the cases of the bench that a recipe names; composites go to ``work``. UserError for another name."""
-    if recipe["bench"] not in BENCHES:
-        raise UserError(f"dataset.bench={recipe['bench']}: no such bench; choose one of {', '.join(BENCHES)}")
-    return select_cases(locate(recipe), recipe["bench"], Rules.of(recipe["select"]), work)
+def find_bench(name: str) -> Source:
+    """Find the source of a bench. UserError for another name."""
+    if name not in BENCHES:
+        raise UserError(f"dataset.bench={name}: no such bench; choose one of {', '.join(BENCHES)}")
+    return Source(partial(select_recipe, name), partial(read_captions, name), list_places)
+
+
+def select_recipe(bench: str, recipe: dict, work: Path) -> Selection:
+    """Select the cases of a recipe; composites go to ``work``."""
+    return select_cases(locate(recipe), bench, Rules.of(recipe["select"]), work)
 
 
 def select_cases(root: Path, bench: str, rules: Rules, work: Path) -> Selection:
@@ -225,14 +231,11 @@ def read_place(path: Path, size: tuple[int, int]) -> tuple[float, ...] | None:
     return tuple((scale * bounding_box(mask)).tolist())
 
 
-def read_captions(root: Path, splits: Sequence[str]) -> dict[str, list[str]]:
-    """Read the captions that TF-ICON's folders are called by, {<split>/<id>: [caption]}; other benches have none."""
-    return {f"{SPLIT}/{case.id}": [case.caption] for case in list_tf_icon(root) if case.caption}
+def read_captions(bench: str, root: Path, splits: Sequence[str]) -> dict[str, list[str]]:
+    """Read the captions of a bench, {<split>/<id>: [caption]}, which only TF-ICON has: its folders' names."""
+    return {f"{SPLIT}/{case.id}": [case.caption] for case in BENCHES[bench](root) if case.caption}
 
 
 def list_places(root: Path, splits: Sequence[str]) -> list[Path]:
     """List the folder of the bench."""
     return [root]
-
-
-BENCH = Source(select_recipe, read_captions, list_places)
