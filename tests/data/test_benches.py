@@ -224,6 +224,13 @@ def test_places_in_other_sizes(tmp_path):
     assert read_place(tmp_path / "place.png", (64, 48)) == (20, 16, 44, 40)
 
 
+@pytest.mark.parametrize("text", ["20 16 44 40", "20,16,44,40", "[20, 16, 44, 40]\n", "(20.0; 16; 44; 40)"])
+def test_places_in_any_writing(tmp_path, text):
+    """Guards boxes that other programs write: they are read as in index.csv."""
+    (tmp_path / "place.txt").write_text(text)
+    assert read_place(tmp_path / "place.txt", (64, 48)) == (20, 16, 44, 40)
+
+
 def test_what_is_no_bench_is_refused(tmp_path):
     with pytest.raises(UserError, match="nothing in the layout of cocoee there; see datasets/cocoee/README.md"):
         select(tmp_path, "cocoee")

@@ -20,7 +20,7 @@ import numpy as np
 import polars as pl
 
 from harmony.core.errors import UserError
-from harmony.core.foreign import is_file_name, read_text
+from harmony.core.foreign import is_file_name, parse_box, read_text
 from harmony.data.captions import NO_LABEL
 from harmony.data.sources.files import image_files, locate
 from harmony.data.sources.folder import SCHEMA, mask_box
@@ -222,10 +222,10 @@ def read_place(path: Path, size: tuple[int, int]) -> tuple[float, ...] | None:
     """The box x0, y0, x1, y1 in pixels of a picture of ``size``: that of a mask of any size, or of a text; or None."""
     try:
         if path.suffix == ".txt":
-            box = [float(word) for word in read_text(path).split()[:4]]
-            return tuple(box) if len(box) == 4 and np.isfinite(box).all() else None
+            box = parse_box(read_text(path))
+            return None if box is None else tuple(box)
         mask = read_mask(path)
-    except (UserError, ValueError):
+    except UserError:
         return None
     scale = np.tile(np.array(size) / mask.shape[::-1], 2)
     return tuple((scale * bounding_box(mask)).tolist())
