@@ -7,9 +7,10 @@ import pytest
 from PIL import Image
 
 from harmony.core.errors import UserError
-from harmony.core.row import SPLITS
+from harmony.core.row import SPLITS, Row
 from harmony.data.manifest import read_manifest
 from harmony.data.preparation import prepare
+from harmony.data.sources.open_images.rows import write_index
 from harmony.data.sources.pairs import read_captions, read_lists, select_pairs
 from harmony.data.sources.selection import KEPT, Rules
 from harmony.methods.inputs import list_composites
@@ -228,6 +229,22 @@ def test_names_that_no_table_can_hold_are_counted(tmp_path):
         os.link(tmp_path / "before" / "good.jpg", os.fsencode(tmp_path / "before") + b"/caf" + byte + b".jpg")
     table = select(tmp_path, tmp_path / "work")
     assert sorted(table["reason"]) == [KEPT, "no file name", "no file name"]
+
+
+def test_pairs_of_one_name_in_several_splits_are_all_in_the_index(tmp_path):
+    """Guards folders train/ and test/ with the same names: each composite has a name of its own for harmonize."""
+    facts = {"box": (0, 0, 1, 1), "label": "", "caption": "", "width": 1, "height": 1, "sha256": ""}
+    rows = [
+        Row(id_, f"{split}/{id_}.png", "m.png", split=split, extras={"composite": f"{split}/{id_}.jpg"}, **facts)
+        for split, id_ in (("train", "a"), ("train", "b"), ("test", "a"))
+    ]
+    write_index(tmp_path, rows)
+    items, omissions = list_composites(tmp_path)
+    assert not omissions and {id_: options["composite"] for id_, options in items} == {
+        "train_a": str(tmp_path / "train" / "a.jpg"),
+        "b": str(tmp_path / "train" / "b.jpg"),
+        "test_a": str(tmp_path / "test" / "a.jpg"),
+    }
 
 
 def test_a_prepared_pair_knows_its_composite(tmp_path, fo):
