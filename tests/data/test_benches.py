@@ -106,9 +106,9 @@ def test_every_bench_gives_composites_without_a_truth(tmp_path, bench, fo):
         assert not (manifest.parent / "index.csv").exists(), "an exemplar without a mask cannot be pasted"
         return
     assert abs(c.instance[c.mask].mean() - 200) < 3 and (c.instance[~c.mask] == 90).mean() > 0.9
-    composites, left_out = list_composites(manifest.parent)
+    composites, omissions = list_composites(manifest.parent)
     inputs = read_inputs({name: value for name, value in composites[0][1].items()})
-    assert len(composites) == len(rows) and not left_out and (inputs.plate == 90).all()
+    assert len(composites) == len(rows) and not omissions and (inputs.plate == 90).all()
     assert np.array_equal(inputs.mask, BOX), "a square object fills the square place"
     assert (inputs.background[inputs.mask] >= 198).all() and (inputs.background[~inputs.mask] == 90).all()
 
@@ -137,9 +137,9 @@ def test_bad_cases_of_cocoee(tmp_path):
     write_image(root / "Mask_bbox_3500" / "other_mask.png", BOX[:20])
     write_image(root / "Mask_bbox_3500" / "empty_mask.png", ~BOX & BOX)
     write_image(root / "GT_3500" / f"{'x' * 210}.png", gray(1))
-    found = reasons(root, "cocoee")
-    assert found.pop("x" * 210) == "no file name"
-    assert found == {
+    results = reasons(root, "cocoee")
+    assert results.pop("x" * 210) == "no file name"
+    assert results == {
         "good": KEPT,
         "no_mask": "mask file missing",
         "no_ref": "foreground file missing",
@@ -195,17 +195,17 @@ def test_libcom_takes_finished_composites_and_folders_of_pictures(tmp_path):
     for n, box in enumerate(("", "1 2 3", "a b c d", "5 5 5 5", "900 900 950 950", "nan 1 2 3")):
         add_libcom(root, f"box{n}", box)
     table = select(root, "libcom")
-    found = dict(table.select("id", "reason").iter_rows())
-    (repeated,) = [name for name in found if name.startswith("many (")]
-    assert repeated.endswith("background many.png)") and found.pop(repeated) == "two images of one name"
-    assert found == {"own": KEPT, "other": "composite shape differs", "many": KEPT} | {
+    results = dict(table.select("id", "reason").iter_rows())
+    (repeat,) = [name for name in results if name.startswith("many (")]
+    assert repeat.endswith("background many.png)") and results.pop(repeat) == "two images of one name"
+    assert results == {"own": KEPT, "other": "composite shape differs", "many": KEPT} | {
         f"box{n}": "no place for the object" for n in range(6)
     }
-    own = table.filter(table["id"] == "own").row(0, named=True)
-    assert (own["composite"], own["mask"]) == ("composite/own.png", "composite_mask/own.jpg")
-    many = table.filter(table["id"] == "many").row(0, named=True)
-    assert read_image(root / many["composite"])[30, 30].tolist() == [180] * 3
-    assert np.array_equal(read_mask(root / many["mask"]), BOX)
+    ready = table.filter(table["id"] == "own").row(0, named=True)
+    assert (ready["composite"], ready["mask"]) == ("composite/own.png", "composite_mask/own.jpg")
+    row = table.filter(table["id"] == "many").row(0, named=True)
+    assert read_image(root / row["composite"])[30, 30].tolist() == [180] * 3
+    assert np.array_equal(read_mask(root / row["mask"]), BOX)
 
 
 def test_what_changes_is_composed_again(tmp_path):

@@ -110,10 +110,10 @@ def test_lists_set_the_splits(tmp_path):
     assert splits["c27_7_1"] == "test" and list(splits.values()).count("test") == 2
     assert 2 <= list(splits.values()).count("validation") <= 16
     assert all(splits[f"c{seed}_7_1"] == splits[f"c{seed}_7_2"] for seed in range(27))
-    found = dict(table.select("id", "reason").iter_rows())
-    assert found["gone_1_1"] == "composite file missing"
-    assert {found[name] for name in ("c27_7_2", "c28_7_1", "c29_7_2")} == {"id not listed"}
-    assert all(found[name[:-4]] == KEPT for name in names[:54])
+    results = dict(table.select("id", "reason").iter_rows())
+    assert results["gone_1_1"] == "composite file missing"
+    assert {results[name] for name in ("c27_7_2", "c28_7_1", "c29_7_2")} == {"id not listed"}
+    assert all(results[name[:-4]] == KEPT for name in names[:54])
 
 
 @pytest.mark.parametrize(
@@ -179,9 +179,9 @@ def test_bad_pairs_are_counted_and_the_others_are_kept(tmp_path, capsys):
     write_image(tmp_path / "after" / "alone.png", photograph(1))
     write_image(tmp_path / "before" / f"{'x' * 210}.jpg", photograph(1))
     write_image(tmp_path / "before" / "good.png", photograph(1))
-    found = reasons(tmp_path, tmp_path / "work")
-    assert found.pop(f"{'x' * 210}.jpg") == "no file name"
-    assert found == {
+    results = reasons(tmp_path, tmp_path / "work")
+    assert results.pop(f"{'x' * 210}.jpg") == "no file name"
+    assert results == {
         "good": KEPT,
         "good (before good.png after good.png)": "two images of one name",
         "no_mask": "mask file missing",

@@ -76,7 +76,7 @@ def list_tf_icon(root: Path) -> Iterator[Case]:
             "fg_mask": masks,
             "mask_bg_fg": places,
         }
-        parts = [files[found[0]] if found else folder / f"{name}.png" for name, found in names.items()]
+        parts = [files[matches[0]] if matches else folder / f"{name}.png" for name, matches in names.items()]
         if backgrounds or foregrounds:
             yield Case("_".join(folder.relative_to(root).parts), *parts, caption=folder.name)
 
@@ -107,8 +107,8 @@ def list_libcom(root: Path) -> Iterator[Case]:
         mask = picture_at(
             root / "foreground_mask" / foreground.relative_to(root / "foreground").parent / foreground.stem
         )
-        own = tuple(picture_at(root / folder / name) for folder in ("composite", "composite_mask"))
-        composite = own if all(path.is_file() for path in own) else None
+        pictures = tuple(picture_at(root / folder / name) for folder in ("composite", "composite_mask"))
+        composite = pictures if all(path.is_file() for path in pictures) else None
         yield Case(name, background, foreground, mask, root / "bbox" / f"{name}.txt", composite)
 
 

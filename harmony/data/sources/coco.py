@@ -76,7 +76,7 @@ def select_instances(root: Path, splits: Sequence[str], rules: Rules, work: Path
                 continue
             has_name = instance.photograph is not None
             if has_name and firsts.setdefault((instance.split, instance.id), instance) is not instance:
-                items.append((repeated_row(instance, root), instance))
+                items.append((duplicate_row(instance, root), instance))
             else:
                 items.append((instance_row(instance, names, root, rules), instance))
     draw_masks([item for item in items if item[0]["reason"] == KEPT], root, work, rules.max_samples)
@@ -102,8 +102,8 @@ def limit_rows(table: pl.DataFrame, limit: int | None) -> pl.DataFrame:
     if limit is None:
         return table
     is_kept = pl.col("reason") == KEPT
-    exceeds = is_kept & (is_kept.cum_sum().over("split") > limit)
-    return table.with_columns(reason=pl.when(exceeds).then(pl.lit("over max_samples")).otherwise("reason"))
+    is_over = is_kept & (is_kept.cum_sum().over("split") > limit)
+    return table.with_columns(reason=pl.when(is_over).then(pl.lit("over max_samples")).otherwise("reason"))
 
 
 # --- files
@@ -111,19 +111,21 @@ def limit_rows(table: pl.DataFrame, limit: int | None) -> pl.DataFrame:
 
 def find_annotations(root: Path) -> list[Annotations]:
     """Find the files of annotations. UserError if there are none."""
-    found = []
+    candidates = []
     for file in sorted(root.glob("annotations/instances_*.json")):
         name = file.stem.removeprefix("instances_")
-        found.append(Annotations(file, (root / name, root / "images" / name, root / "images"), split_of(name)))
+        candidates.append(Annotations(file, (root / name, root / "images" / name, root / "images"), split_of(name)))
     folders = {split: split_folder(root, split) for split in SPLITS}
-    found += [Annotations(folder / "_annotations.coco.json", (folder,), split) for split, folder in folders.items()]
-    found.append(Annotations(root / "labels.json", (root / "data", root / "images"), None))
-    if not (found := [annotations for annotations in found if annotations.file.is_file()]):
+    candidates += [
+        Annotations(folder / "_annotations.coco.json", (folder,), split) for split, folder in folders.items()
+    ]
+    candidates.append(Annotations(root / "labels.json", (root / "data", root / "images"), None))
+    if not (files := [annotations for annotations in candidates if annotations.file.is_file()]):
         raise UserError(
             f"{root}: neither annotations/instances_NAME.json nor <split>/_annotations.coco.json nor labels.json is "
             "there; see datasets/coco/README.md"
         )
-    return found
+    return files
 
 
 def split_of(name: str) -> str | None:
@@ -143,9 +145,11 @@ def read_annotations(file: Path) -> dict:
 
 def check_classes(file: Path, names: dict[Any, str], rules: Rules) -> None:
     """UserError for a class of ``rules`` that the file does not have."""
-    if unknown := sorted({*map(str.lower, rules.classes or ())} - {*map(str.lower, names.values())}):
-        known = ", ".join(sorted(names.values())[:12])
-        raise UserError(f"dataset.select.classes: {file} has no class {', '.join(unknown)}; it has {known}, ...")
+    if unknown_names := sorted({*map(str.lower, rules.classes or ())} - {*map(str.lower, names.values())}):
+        examples = ", ".join(sorted(names.values())[:12])
+        raise UserError(
+            f"dataset.select.classes: {file} has no class {', '.join(unknown_names)}; it has {examples}, ..."
+        )
 
 
 def is_entry(value: Any, *names: str) -> bool:
@@ -162,14 +166,15 @@ def list_instances(annotations: Annotations, content: dict, has_test: bool) -> I
     Entries that are no photographs, and annotations of none, are named.
     """
     images = {i["id"]: i for i in content["images"] if is_entry(i, "id", "file_name", "width", "height")}
-    known = [a for a in content["annotations"] if is_entry(a, "id", "image_id") and is_hashable(a["image_id"])]
-    known = [a for a in known if a["image_id"] in images]
-    for name, count in (("images", len(images)), ("annotations", len(known))):
-        if lost := len(content[name]) - count:
+    objects = [a for a in content["annotations"] if is_entry(a, "id", "image_id") and is_hashable(a["image_id"])]
+    objects = [a for a in objects if a["image_id"] in images]
+    for name, count in (("images", len(images)), ("annotations", len(objects))):
+        if difference := len(content[name]) - count:
             count = len(content[name])
-            tell(f"{annotations.file}: {lost} of {count} {name} left out, incomplete, repeated or of no image")
-    counts = Counter(a["image_id"] for a in known)
-    entries = [(images[a["image_id"]], a) for a in known] + [(i, {}) for id_, i in images.items() if not counts[id_]]
+            tell(f"{annotations.file}: {difference} of {count} {name} left out, incomplete, repeated or of no image")
+    counts = Counter(a["image_id"] for a in objects)
+    entries = [(images[a["image_id"]], a) for a in objects]
+    entries += [(image, {}) for id_, image in images.items() if not counts[id_]]
     for image, annotation in entries:
         path = find_photograph(annotations.folders, str(image["file_name"]))
         stem = Path(str(image["file_name"])).stem
@@ -198,7 +203,7 @@ def find_photograph(folders: Sequence[Path], name: str) -> Path | None:
     return next((path for path in paths if path.is_file()), paths[0])
 
 
-def repeated_row(instance: Instance, root: Path) -> dict:
+def duplicate_row(instance: Instance, root: Path) -> dict:
     """The row of an instance that has the name of an earlier one."""
     path = os.path.relpath(instance.photograph, root)
     id_ = f"{instance.id} ({path.replace('/', ' ')}, annotation {instance.annotation.get('id')})"

@@ -86,12 +86,12 @@ def folder_captions(folder: Path, names: Collection[str] | None = None) -> dict[
     return read_caption_file(folder / "captions.json", names)
 
 
-def tell_omissions(what: str, names: Sequence[str]) -> None:
+def tell_omissions(title: str, names: Sequence[str]) -> None:
     """Print how many things are left out, and the first of them, if there are any."""
-    tell_names(what, names, " left out")
+    tell_names(title, names, " left out")
 
 
-def tell_names(what: str, names: Sequence[str], note: str = "") -> None:
+def tell_names(title: str, names: Sequence[str], note: str = "") -> None:
     """Print how many things there are, with a note, and the first of them, if there are any."""
     if names:
-        tell(f"{what}: {len(names)}{note}: {', '.join(names[:5])}{', ...' if len(names) > 5 else ''}")
+        tell(f"{title}: {len(names)}{note}: {', '.join(names[:5])}{', ...' if len(names) > 5 else ''}")

@@ -155,7 +155,7 @@ def read_lists(folders: Iterable[Path]) -> dict[str, str]:
     paths = sorted(path for folder in folders for path in folder.glob("*.txt"))
     splits, repeats = {}, set()
     for split in SPLITS:  # the last holds
-        lines = [line.strip() for path in paths if list_split(path) == split for line in read_lines(path)]
+        lines = [line.strip() for path in paths if split_of_list(path) == split for line in read_lines(path)]
         names = {picture_name(Path(line).name) for line in lines} - {""}
         repeats |= names & set(splits)
         splits |= dict.fromkeys(names, split)
@@ -163,7 +163,7 @@ def read_lists(folders: Iterable[Path]) -> dict[str, str]:
     return splits
 
 
-def list_split(path: Path) -> str | None:
+def split_of_list(path: Path) -> str | None:
     """The split of a list, which is the last word of its name or stands before ``list``; None for other texts."""
     words = list_words(path.stem)
     return SPLIT_NAMES.get("".join(words[-2:] if words[-1:] == ["list"] else words[-1:]).removesuffix("list"))
@@ -184,7 +184,7 @@ def set_splits(rows: Sequence[dict], pairs: Sequence[Pair], lists: dict[str, str
     for pair, row in zip(pairs, rows, strict=True):
         row["split"] = pair.split or drawn_splits.get(pair.truth_id) or draw_split(pair.truth_id)
         if lists and pair.split is None:
-            row["split"] = listed_split(pair, lists)
+            row["split"] = split_by_lists(pair, lists)
             if pair.id not in lists and row["reason"] == KEPT:
                 row["reason"] = "id not listed"
 
@@ -199,7 +199,7 @@ def tell_shared_photographs(root: Path, rows: Sequence[dict]) -> None:
     tell_names(f"{root}: photographs with composites in several splits, as the lists say", names)
 
 
-def listed_split(pair: Pair, lists: dict[str, str]) -> str:
+def split_by_lists(pair: Pair, lists: dict[str, str]) -> str:
     """The split of a pair where lists set them; validation is a tenth of train, by photographs, if it has no list."""
     split = lists.get(pair.id, "train")
     is_drawn = split == "train" and "validation" not in lists.values() and draw(pair.truth_id) < VALIDATION
