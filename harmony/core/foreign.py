@@ -6,6 +6,7 @@ Unicode has. What these functions return can always be written again as UTF-8.
 
 import csv
 import json
+import math
 import os
 import re
 from io import StringIO
@@ -73,6 +74,15 @@ def read_table(path: str | Path) -> list[dict[str, str]]:
     """Read a CSV file with a header as {column: value} for each row; a cut row lacks its last columns."""
     header, *rows = read_csv(path) or [[]]
     return [dict(zip(map(str.strip, header), row, strict=False)) for row in rows]
+
+
+def parse_box(text: str) -> list[float] | None:
+    """Parse ``x0 y0 x1 y1``, with commas and brackets as other programs write lists; None for anything else."""
+    try:
+        box = [float(word) for word in re.sub(r"[\[\](),;]", " ", text).split()]
+    except ValueError:
+        return None
+    return box if len(box) == 4 and all(map(math.isfinite, box)) else None
 
 
 # --- names

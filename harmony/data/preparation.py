@@ -72,10 +72,10 @@ def prepare_coco(recipe: dict, work: Path, backbone: str, trainer: lightning.Tra
 
 def prepare_bench(recipe: dict, work: Path, backbone: str, trainer: lightning.Trainer) -> Path:
     """Prepare a bench of composition, whose objects come from other pictures."""
-    from harmony.data.sources.benches import BENCH
+    from harmony.data.sources.benches import find_bench
     from harmony.data.sources.open_images.preparation import prepare_dataset
 
-    return prepare_dataset(recipe, work, BENCH, captioner(backbone), trainer)
+    return prepare_dataset(recipe, work, find_bench(recipe["bench"]), captioner(backbone), trainer)
 
 
 def prepare_pixels(recipe: dict, work: Path, backbone: str, trainer: lightning.Trainer) -> Path:

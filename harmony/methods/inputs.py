@@ -1,7 +1,5 @@
 """Reads the user's photographs, cut-outs, masks and boxes, of one composite or of a folder of them."""
 
-import math
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -10,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from harmony.core.errors import UserError
-from harmony.core.foreign import is_file_name, read_table
+from harmony.core.foreign import is_file_name, parse_box, read_table
 from harmony.data.descriptions import Description, parse_descriptions, read_descriptions
 from harmony.methods.insert import Insertion, Result, check_sizes, cut, find_shadow_region, find_square
 from harmony.methods.method import EXEMPLAR, LIGHTS, Method
@@ -248,15 +246,6 @@ def read_row(folder: Path, row: Mapping[str, str]) -> dict | None:
         return None
     background, foreground, mask = (paths[key] for key in ("background", "foreground", "foreground_mask"))
     return {"background": background, "foreground": foreground, "mask": mask, "box": box}
-
-
-def parse_box(text: str) -> list[float] | None:
-    """Parse ``x0 y0 x1 y1``, with commas and brackets as other programs write lists; None for anything else."""
-    try:
-        box = [float(word) for word in re.sub(r"[\[\](),;]", " ", text).split()]
-    except ValueError:
-        return None
-    return box if len(box) == 4 and all(map(math.isfinite, box)) else None
 
 
 # --- contact sheets

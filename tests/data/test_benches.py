@@ -9,7 +9,7 @@ import pytest
 from harmony.core.errors import UserError
 from harmony.data.manifest import read_manifest
 from harmony.data.preparation import prepare
-from harmony.data.sources.benches import BENCHES, read_captions, read_place, select_cases
+from harmony.data.sources.benches import BENCHES, find_bench, read_place, select_cases
 from harmony.data.sources.selection import KEPT, Rules
 from harmony.evaluation.eval_sets import load_reconstruct, load_relight
 from harmony.evaluation.exemplars import load_own_exemplars
@@ -106,18 +106,24 @@ def test_every_bench_gives_composites_without_a_truth(tmp_path, bench, fo):
         assert not (manifest.parent / "index.csv").exists(), "an exemplar without a mask cannot be pasted"
         return
     assert abs(c.instance[c.mask].mean() - 200) < 3 and (c.instance[~c.mask] == 90).mean() > 0.9
-    composites, left_out = list_composites(manifest.parent)
+    composites, omissions = list_composites(manifest.parent)
     inputs = read_inputs({name: value for name, value in composites[0][1].items()})
-    assert len(composites) == len(rows) and not left_out and (inputs.plate == 90).all()
+    assert len(composites) == len(rows) and not omissions and (inputs.plate == 90).all()
     assert np.array_equal(inputs.mask, BOX), "a square object fills the square place"
     assert (inputs.background[inputs.mask] >= 198).all() and (inputs.background[~inputs.mask] == 90).all()
 
 
 def test_captions_are_names_of_folders(tmp_path):
     add_tf_icon(tmp_path, "a tart, ultra realistic")
-    assert read_captions(tmp_path, ["test"]) == {
+    assert find_bench("tf_icon").captions(tmp_path, ["test"]) == {
         "test/same_domain_a tart, ultra realistic": ["a tart, ultra realistic"]
     }
+
+
+def test_only_tf_icon_has_captions(tmp_path):
+    """Guards the other benches, whose folders are no captions whatever their files are called."""
+    add_libcom(tmp_path, "bg1")
+    assert find_bench("libcom").captions(tmp_path, ["test"]) == {}
 
 
 def test_bad_cases_of_cocoee(tmp_path):
@@ -131,9 +137,9 @@ def test_bad_cases_of_cocoee(tmp_path):
     write_image(root / "Mask_bbox_3500" / "other_mask.png", BOX[:20])
     write_image(root / "Mask_bbox_3500" / "empty_mask.png", ~BOX & BOX)
     write_image(root / "GT_3500" / f"{'x' * 210}.png", gray(1))
-    found = reasons(root, "cocoee")
-    assert found.pop("x" * 210) == "no file name"
-    assert found == {
+    results = reasons(root, "cocoee")
+    assert results.pop("x" * 210) == "no file name"
+    assert results == {
         "good": KEPT,
         "no_mask": "mask file missing",
         "no_ref": "foreground file missing",
@@ -189,17 +195,17 @@ def test_libcom_takes_finished_composites_and_folders_of_pictures(tmp_path):
     for n, box in enumerate(("", "1 2 3", "a b c d", "5 5 5 5", "900 900 950 950", "nan 1 2 3")):
         add_libcom(root, f"box{n}", box)
     table = select(root, "libcom")
-    found = dict(table.select("id", "reason").iter_rows())
-    (repeated,) = [name for name in found if name.startswith("many (")]
-    assert repeated.endswith("background many.png)") and found.pop(repeated) == "two images of one name"
-    assert found == {"own": KEPT, "other": "composite shape differs", "many": KEPT} | {
+    results = dict(table.select("id", "reason").iter_rows())
+    (repeat,) = [name for name in results if name.startswith("many (")]
+    assert repeat.endswith("background many.png)") and results.pop(repeat) == "two images of one name"
+    assert results == {"own": KEPT, "other": "composite shape differs", "many": KEPT} | {
         f"box{n}": "no place for the object" for n in range(6)
     }
-    own = table.filter(table["id"] == "own").row(0, named=True)
-    assert (own["composite"], own["mask"]) == ("composite/own.png", "composite_mask/own.jpg")
-    many = table.filter(table["id"] == "many").row(0, named=True)
-    assert read_image(root / many["composite"])[30, 30].tolist() == [180] * 3
-    assert np.array_equal(read_mask(root / many["mask"]), BOX)
+    ready = table.filter(table["id"] == "own").row(0, named=True)
+    assert (ready["composite"], ready["mask"]) == ("composite/own.png", "composite_mask/own.jpg")
+    row = table.filter(table["id"] == "many").row(0, named=True)
+    assert read_image(root / row["composite"])[30, 30].tolist() == [180] * 3
+    assert np.array_equal(read_mask(root / row["mask"]), BOX)
 
 
 def test_what_changes_is_composed_again(tmp_path):
@@ -216,6 +222,13 @@ def test_what_changes_is_composed_again(tmp_path):
 def test_places_in_other_sizes(tmp_path):
     write_image(tmp_path / "place.png", np.kron(BOX, np.ones((2, 2), bool)))
     assert read_place(tmp_path / "place.png", (64, 48)) == (20, 16, 44, 40)
+
+
+@pytest.mark.parametrize("text", ["20 16 44 40", "20,16,44,40", "[20, 16, 44, 40]\n", "(20.0; 16; 44; 40)"])
+def test_places_in_any_writing(tmp_path, text):
+    """Guards boxes that other programs write: they are read as in index.csv."""
+    (tmp_path / "place.txt").write_text(text)
+    assert read_place(tmp_path / "place.txt", (64, 48)) == (20, 16, 44, 40)
 
 
 def test_what_is_no_bench_is_refused(tmp_path):

@@ -119,6 +119,31 @@ def test_each_annotation_is_a_row(tmp_path):
         select(tmp_path, classes=["cow"])
 
 
+def test_a_mask_is_drawn_again_for_another_size(tmp_path):
+    """Guards exports that give a photograph its size later: the same polygon is another mask."""
+    export = coco(tmp_path).image("a.jpg").instance()
+    for width, height in ((40, 32), (80, 32), (80, 64)):
+        export.images[0] |= {"width": width, "height": height}
+        export.write()
+        mask = read_mask(tmp_path / select(tmp_path, min_area=0)["mask"][0])
+        assert mask.shape == (height, width) and mask[8:24, 10:30].all() and mask.sum() == 320
+
+
+def test_only_as_many_masks_are_drawn_as_samples_are_wanted(tmp_path):
+    """Guards max_samples on all of COCO; where masks turn out to be damaged, those behind them take their place."""
+    export, bad_polygon = coco(tmp_path).image("a.jpg"), [[1, 2, 3]]
+    ids = sorted(f"a_{number}" for number in range(1, 601))
+    for number in range(1, 601):
+        export.instance(bad_polygon if f"a_{number}" in ids[:252] else SQUARE)
+    export.write()
+    table = select(tmp_path, splits=["validation", "test"], max_samples=3)
+    assert table["id"].to_list() == ids
+    assert table["reason"].to_list() == ["mask undecodable"] * 252 + [KEPT] * 3 + ["over max_samples"] * 345
+    assert len(list((tmp_path / "work").rglob("*.png"))) < 300
+    everything = select(tmp_path, splits=["validation", "test"])
+    assert everything[252:255].equals(table[252:255]) and set(everything["reason"][252:]) == {KEPT}
+
+
 def test_bad_entries_are_counted_and_the_others_are_kept(tmp_path, capsys):
     export = coco(tmp_path).image("good.jpg").instance().image("none.jpg").image("gone.jpg", exists=False).instance()
     export.image("crowd.jpg").instance(iscrowd=1).image("small.jpg").instance(box=[10, 8, 2, 2])
@@ -128,12 +153,12 @@ def test_bad_entries_are_counted_and_the_others_are_kept(tmp_path, capsys):
     export.annotations += [{"id": 99}, "x", {"id": 100, "image_id": [1]}, {"id": 101, "image_id": 12345}]
     export.images += [{"id": 999}, None]
     export.write()
-    found = dict(select(tmp_path).select("id", "reason").iter_rows())
-    repeated = {
-        name: reason for name, reason in found.items() if name.startswith("good (val2017 good.png, annotation ")
+    results = dict(select(tmp_path).select("id", "reason").iter_rows())
+    repeats = {
+        name: reason for name, reason in results.items() if name.startswith("good (val2017 good.png, annotation ")
     }
-    assert list(repeated.values()) == ["two images of one name"]
-    assert {name: reason for name, reason in found.items() if name not in repeated} == {
+    assert list(repeats.values()) == ["two images of one name"]
+    assert {name: reason for name, reason in results.items() if name not in repeats} == {
         "good": KEPT,
         "none": "no instance",
         "gone": "image file missing",
@@ -186,8 +211,8 @@ def test_prepared_instances(tmp_path, fo):
     """Guards the way through the database: a truncated photograph and a mask without a pixel are found by looking."""
     export = coco(tmp_path / "in", "train2017").image("a.jpg").instance().instance()
     export.image("cut.jpg").instance().image("empty.jpg").instance({"size": [32, 40], "counts": [1280]}).write()
-    cut = tmp_path / "in" / "train2017" / "cut.jpg"
-    cut.write_bytes(cut.read_bytes()[:300])
+    photograph = tmp_path / "in" / "train2017" / "cut.jpg"
+    photograph.write_bytes(photograph.read_bytes()[:300])
     recipe = {"name": "mycoco", "layout": "coco", "dir": str(tmp_path / "in"), "splits": list(SPLITS)}
     recipe |= {"select": {}, "captions": {"given": True, "captioner": "backbone"}}
     manifest = prepare(recipe, "tiny", str(tmp_path / "work"))

@@ -7,10 +7,11 @@ import pytest
 from PIL import Image
 
 from harmony.core.errors import UserError
-from harmony.core.row import SPLITS
+from harmony.core.row import SPLITS, Row
 from harmony.data.manifest import read_manifest
 from harmony.data.preparation import prepare
-from harmony.data.sources.pairs import read_captions, select_pairs
+from harmony.data.sources.open_images.rows import write_index
+from harmony.data.sources.pairs import read_captions, read_lists, select_pairs
 from harmony.data.sources.selection import KEPT, Rules
 from harmony.methods.inputs import list_composites
 from harmony.pixels.composites import change_light, copy_paste
@@ -109,10 +110,57 @@ def test_lists_set_the_splits(tmp_path):
     assert splits["c27_7_1"] == "test" and list(splits.values()).count("test") == 2
     assert 2 <= list(splits.values()).count("validation") <= 16
     assert all(splits[f"c{seed}_7_1"] == splits[f"c{seed}_7_2"] for seed in range(27))
-    found = dict(table.select("id", "reason").iter_rows())
-    assert found["gone_1_1"] == "composite file missing"
-    assert {found[name] for name in ("c27_7_2", "c28_7_1", "c29_7_2")} == {"id not listed"}
-    assert all(found[name[:-4]] == KEPT for name in names[:54])
+    results = dict(table.select("id", "reason").iter_rows())
+    assert results["gone_1_1"] == "composite file missing"
+    assert {results[name] for name in ("c27_7_2", "c28_7_1", "c29_7_2")} == {"id not listed"}
+    assert all(results[name[:-4]] == KEPT for name in names[:54])
+
+
+@pytest.mark.parametrize(
+    "file, split",
+    [
+        ("HCOCO_train", "train"),
+        ("trainlist", "train"),
+        ("train_list", "train"),
+        ("IHD_test", "test"),
+        ("le50_test", "test"),
+        ("TEST", "test"),
+        ("pairs-val", "validation"),
+        ("dev", "validation"),
+        ("latest", None),
+        ("retrain", None),
+        ("interval", None),
+        ("test_notes", None),
+        ("2026", None),
+    ],
+)
+def test_lists_are_called_by_a_whole_word(tmp_path, file, split):
+    """Guards notes beside the pictures, which reject nothing."""
+    (tmp_path / f"{file}.txt").write_text("a\n")
+    assert read_lists([tmp_path]) == ({} if split is None else {"a": split})
+
+
+def test_names_in_lists_keep_their_dots(tmp_path):
+    (tmp_path / "test.txt").write_text("my.car\nmy.dog.jpg\nsub/x.1.JPEG\r\n\n")
+    assert read_lists([tmp_path]) == {"my.car": "test", "my.dog": "test", "x.1": "test"}
+
+
+def test_lists_that_share_photographs_or_names_are_told(tmp_path, capsys):
+    """Guards test sets: what trains and is measured too is named, and a name in both lists is measured alone."""
+    for seed, name in enumerate("abc"):
+        add_five(tmp_path, name, seed, count=2)
+    (tmp_path / "my_test.txt").write_text("a_7_1\nb_7_1\nb_7_2\n")
+    (tmp_path / "my_train.txt").write_text("a_7_2\nb_7_1\nc_7_1\n")
+    (tmp_path / "my_val.txt").write_text("b_7_1\n")
+    splits = dict(select(tmp_path, tmp_path / "work").select("id", "split").iter_rows())
+    assert {name for name, split in splits.items() if split == "test"} == {"a_7_1", "b_7_1", "b_7_2"}
+    lines = capsys.readouterr().out.splitlines()
+    assert "names in lists of several splits, of which test holds before validation and train: 1: b_7_1" in lines
+    assert f"{tmp_path}: photographs with composites in several splits, as the lists say: 1: a.jpg" in lines
+    (tmp_path / "my_test.txt").write_text("a_7_1\na_7_2\n")
+    (tmp_path / "my_train.txt").write_text("c_7_1\n")
+    select(tmp_path, tmp_path / "work")
+    assert "several splits" not in capsys.readouterr().out, "composites that no list names are in no split"
 
 
 def test_bad_pairs_are_counted_and_the_others_are_kept(tmp_path, capsys):
@@ -131,9 +179,9 @@ def test_bad_pairs_are_counted_and_the_others_are_kept(tmp_path, capsys):
     write_image(tmp_path / "after" / "alone.png", photograph(1))
     write_image(tmp_path / "before" / f"{'x' * 210}.jpg", photograph(1))
     write_image(tmp_path / "before" / "good.png", photograph(1))
-    found = reasons(tmp_path, tmp_path / "work")
-    assert found.pop(f"{'x' * 210}.jpg") == "no file name"
-    assert found == {
+    results = reasons(tmp_path, tmp_path / "work")
+    assert results.pop(f"{'x' * 210}.jpg") == "no file name"
+    assert results == {
         "good": KEPT,
         "good (before good.png after good.png)": "two images of one name",
         "no_mask": "mask file missing",
@@ -164,6 +212,16 @@ def test_captions_of_photographs_hold_for_all_their_composites(tmp_path):
     assert captions == {"train/f1_7_1": ["a cow"], "train/f1_7_2": ["a cow"], "train/f2_7_1": ["a dog"]}
 
 
+def test_captions_tell_no_omission_again(tmp_path, capsys):
+    """Guards the output: what the selection leaves out is named once."""
+    add_five(tmp_path, "f1", count=2)
+    write_image(tmp_path / "real_images" / "alone.jpg", photograph(1))
+    write_image(tmp_path / "masks" / "f1_7.jpg", MASK)
+    select(tmp_path, tmp_path / "work")
+    read_captions(tmp_path, SPLITS)
+    assert capsys.readouterr().out.count("left out") == 2
+
+
 def test_names_that_no_table_can_hold_are_counted(tmp_path):
     """Guards names that are no UTF-8, twice the same where they are replaced."""
     add_before(tmp_path, "good")
@@ -171,6 +229,22 @@ def test_names_that_no_table_can_hold_are_counted(tmp_path):
         os.link(tmp_path / "before" / "good.jpg", os.fsencode(tmp_path / "before") + b"/caf" + byte + b".jpg")
     table = select(tmp_path, tmp_path / "work")
     assert sorted(table["reason"]) == [KEPT, "no file name", "no file name"]
+
+
+def test_pairs_of_one_name_in_several_splits_are_all_in_the_index(tmp_path):
+    """Guards folders train/ and test/ with the same names: each composite has a name of its own for harmonize."""
+    facts = {"box": (0, 0, 1, 1), "label": "", "caption": "", "width": 1, "height": 1, "sha256": ""}
+    rows = [
+        Row(id_, f"{split}/{id_}.png", "m.png", split=split, extras={"composite": f"{split}/{id_}.jpg"}, **facts)
+        for split, id_ in (("train", "a"), ("train", "b"), ("test", "a"))
+    ]
+    write_index(tmp_path, rows)
+    items, omissions = list_composites(tmp_path)
+    assert not omissions and {id_: options["composite"] for id_, options in items} == {
+        "train_a": str(tmp_path / "train" / "a.jpg"),
+        "b": str(tmp_path / "train" / "b.jpg"),
+        "test_a": str(tmp_path / "test" / "a.jpg"),
+    }
 
 
 def test_a_prepared_pair_knows_its_composite(tmp_path, fo):

@@ -39,10 +39,10 @@ def prepare(tmp_path):
 
 def test_runs_go_along_the_rows():
     """Guards masks: start and length in a flat picture of 512 x 512, cut at its end; the rim may change too."""
-    expected = np.zeros((512, 512), bool)
-    expected[100:300, 50:250] = True
-    expected[[0, -1]] = expected[:, [0, -1]] = True
-    assert np.array_equal(read_runs(SQUARE), expected)
+    mask = np.zeros((512, 512), bool)
+    mask[100:300, 50:250] = True
+    mask[[0, -1]] = mask[:, [0, -1]] = True
+    assert np.array_equal(read_runs(SQUARE), mask)
     assert read_runs([0, 512 * 512 + 9]).all() and read_runs([]).sum() == 4 * 511
     for values in ([1, 2, 3], [-1, 5], [512 * 512, 1], [[1], [2, 3]], ["a", "b"], None, [10**30, 1]):
         with pytest.raises((ValueError, TypeError, OverflowError)):
@@ -74,8 +74,8 @@ def test_bad_cases_are_counted_and_the_others_are_kept(tmp_path, capsys):
         "c007": {"mask": None},
     }
     make(tmp_path / "in", ids=("000", *(name[1:] for name in bad), "008"), **bad)
-    cut = tmp_path / "in" / "annotation_images" / "0_kind" / "1_artificial" / "008.jpg"
-    cut.write_bytes(cut.read_bytes()[:100])
+    photograph = tmp_path / "in" / "annotation_images" / "0_kind" / "1_artificial" / "008.jpg"
+    photograph.write_bytes(photograph.read_bytes()[:100])
     file = prepare(tmp_path)
     assert [case.id for case in read_cases(file)] == ["000"]
     rows = [line.split(",")[1:] for line in (file.parent / "selection.csv").read_text().splitlines()[1:]]
@@ -148,9 +148,9 @@ def test_edits_without_a_truth_are_measured_by_words_and_outside_the_mask(random
     pie = {f"pie/{name}" for name in ("psnr", "mse", "ssim", "clip_whole", "clip_edited")}
     assert names == parts | pie
     assert report.figures["source as it is/pie/psnr"] == 100 and report.figures["source as it is/pie/mse"] == 0
-    whole, edited = (report.figures[f"prompt alone/pie/clip_{name}"] for name in ("whole", "edited"))
+    whole, edit = (report.figures[f"prompt alone/pie/clip_{name}"] for name in ("whole", "edited"))
     assert whole == pytest.approx(np.mean([report.figures[f"prompt alone/{w}/clip_t"] for w in WORDS]))
-    assert edited != whole, "all outside the mask is black"
+    assert edit != whole, "all outside the mask is black"
     assert report.figures["source as it is/random/bg_mse"] == 0
     assert "1 scenes left out, such as 200: the prompt 'a very long" in report.text
     assert "concepts: left out, the dataset has none" in report.text and report.facts["count"] == 2

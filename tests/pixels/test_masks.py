@@ -90,9 +90,9 @@ def test_every_kind_of_mask_is_right_or_refused(tmp_path, name):
     if set(marks) <= {".", "x"}:
         assert "".join(".x"[int(v)] for v in masks.read_mask(path, (4, 1))[0]) == marks
     else:
-        with pytest.raises(UserError, match=f"m.tif .*{marks}") as caught:
+        with pytest.raises(UserError, match=f"m.tif .*{marks}") as error:
             masks.read_mask(path, (4, 1))
-        assert "\n" not in str(caught.value) and isinstance(caught.value, masks.EmptyMaskError) == (marks == "empty")
+        assert "\n" not in str(error.value) and isinstance(error.value, masks.EmptyMaskError) == (marks == "empty")
 
 
 @pytest.mark.parametrize(
@@ -107,8 +107,8 @@ def test_every_kind_of_mask_is_right_or_refused(tmp_path, name):
 )
 def test_a_transparent_value_is_no_object(tmp_path, image, transparent, marks):
     image.save(tmp_path / "m.png", transparency=transparent)
-    read = masks.read_mask(tmp_path / "m.png", (4, 1), empty=True)
-    assert "".join(".x"[int(v)] for v in read[0]) == marks
+    mask = masks.read_mask(tmp_path / "m.png", (4, 1), empty=True)
+    assert "".join(".x"[int(v)] for v in mask[0]) == marks
 
 
 def test_a_mask_has_its_own_size_where_none_is_asked(tmp_path):
@@ -119,8 +119,8 @@ def test_another_size_is_refused_with_both_sizes_or_resized_on_request(tmp_path)
     path = save(tmp_path / "m.png", disc(32, 8).astype(np.uint8) * 255)
     with pytest.raises(UserError, match="32 x 32.*64 x 48"):
         masks.read_mask(path, (64, 48))
-    resized = masks.read_mask(path, (64, 64), resize=True)
-    assert np.array_equal(resized, disc(32, 8).repeat(2, 0).repeat(2, 1))
+    mask = masks.read_mask(path, (64, 64), resize=True)
+    assert np.array_equal(mask, disc(32, 8).repeat(2, 0).repeat(2, 1))
 
 
 def test_bad_mask_files(tmp_path):
@@ -248,13 +248,13 @@ def test_a_shape_moves_within_the_picture(shape):
     mask = np.zeros(shape, bool)
     mask[1:5, 1:4] = True
     mask[1, 1] = False
-    moved = [masks.move_mask(mask, np.random.default_rng(seed)) for seed in range(200)]
-    boxes = np.array([masks.bounding_box(m) for m in moved])
+    shapes = [masks.move_mask(mask, np.random.default_rng(seed)) for seed in range(200)]
+    boxes = np.array([masks.bounding_box(m) for m in shapes])
     sides = boxes[:, 2:] - boxes[:, :2]
     assert sides.min() >= 1 and (sides <= (3, 4)).all() and (sides == (3, 4)).all(1).any()
     assert boxes[:, :2].min() == 0 and (boxes[:, 2:].max(0) == (shape[1], shape[0])).all()
-    assert all(m.shape == shape and m.dtype == bool for m in moved)
-    whole = [m[y0:y1, x0:x1] for m, (x0, y0, x1, y1) in zip(moved, boxes, strict=True) if (x1 - x0, y1 - y0) == (3, 4)]
+    assert all(m.shape == shape and m.dtype == bool for m in shapes)
+    whole = [m[y0:y1, x0:x1] for m, (x0, y0, x1, y1) in zip(shapes, boxes, strict=True) if (x1 - x0, y1 - y0) == (3, 4)]
     assert all(np.array_equal(m, mask[1:5, 1:4]) for m in whole)
 
 
@@ -265,8 +265,8 @@ def test_what_was_changed_is_told_from_what_jpeg_does():
     photograph = np.repeat(np.clip(rng.normal(120, 20, (256, 256, 1)), 0, 255).astype(np.uint8), 3, axis=2)
     photograph[95:145, 115:165] = 0
     composite = np.where(mask[..., None], (0.7 * photograph).astype(np.uint8), photograph)
-    for picture, expected in ((photograph, ~mask & mask), (composite, mask)):
+    for picture, truth in ((photograph, ~mask & mask), (composite, mask)):
         file = BytesIO()
         Image.fromarray(picture).save(file, "JPEG", quality=75)
-        found = masks.find_change(np.asarray(Image.open(file)), photograph)
-        assert (found & expected).sum() >= 0.9 * (found | expected).sum()
+        change = masks.find_change(np.asarray(Image.open(file)), photograph)
+        assert (change & truth).sum() >= 0.9 * (change | truth).sum()

@@ -12,6 +12,7 @@ folder.
 
 import os
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -19,7 +20,7 @@ import numpy as np
 import polars as pl
 
 from harmony.core.errors import UserError
-from harmony.core.foreign import is_file_name, read_text
+from harmony.core.foreign import is_file_name, parse_box, read_text
 from harmony.data.captions import NO_LABEL
 from harmony.data.sources.files import image_files, locate
 from harmony.data.sources.folder import SCHEMA, mask_box
@@ -75,7 +76,7 @@ def list_tf_icon(root: Path) -> Iterator[Case]:
             "fg_mask": masks,
             "mask_bg_fg": places,
         }
-        parts = [files[found[0]] if found else folder / f"{name}.png" for name, found in names.items()]
+        parts = [files[matches[0]] if matches else folder / f"{name}.png" for name, matches in names.items()]
         if backgrounds or foregrounds:
             yield Case("_".join(folder.relative_to(root).parts), *parts, caption=folder.name)
 
@@ -106,8 +107,8 @@ def list_libcom(root: Path) -> Iterator[Case]:
         mask = picture_at(
             root / "foreground_mask" / foreground.relative_to(root / "foreground").parent / foreground.stem
         )
-        own = tuple(picture_at(root / folder / name) for folder in ("composite", "composite_mask"))
-        composite = own if all(path.is_file() for path in own) else None
+        pictures = tuple(picture_at(root / folder / name) for folder in ("composite", "composite_mask"))
+        composite = pictures if all(path.is_file() for path in pictures) else None
         yield Case(name, background, foreground, mask, root / "bbox" / f"{name}.txt", composite)
 
 
@@ -138,11 +139,16 @@ def first_picture(path: Path) -> Path:
 # --- selection
 
 
-def select_recipe(recipe: dict, work: Path) -> Selection:
-    """Select the cases of the bench that a recipe names; composites go to ``work``. UserError for another name."""
-    if recipe["bench"] not in BENCHES:
-        raise UserError(f"dataset.bench={recipe['bench']}: no such bench; choose one of {', '.join(BENCHES)}")
-    return select_cases(locate(recipe), recipe["bench"], Rules.of(recipe["select"]), work)
+def find_bench(name: str) -> Source:
+    """Find the source of a bench. UserError for another name."""
+    if name not in BENCHES:
+        raise UserError(f"dataset.bench={name}: no such bench; choose one of {', '.join(BENCHES)}")
+    return Source(partial(select_recipe, name), partial(read_captions, name), list_places)
+
+
+def select_recipe(bench: str, recipe: dict, work: Path) -> Selection:
+    """Select the cases of a recipe; composites go to ``work``."""
+    return select_cases(locate(recipe), bench, Rules.of(recipe["select"]), work)
 
 
 def select_cases(root: Path, bench: str, rules: Rules, work: Path) -> Selection:
@@ -216,23 +222,20 @@ def read_place(path: Path, size: tuple[int, int]) -> tuple[float, ...] | None:
     """The box x0, y0, x1, y1 in pixels of a picture of ``size``: that of a mask of any size, or of a text; or None."""
     try:
         if path.suffix == ".txt":
-            box = [float(word) for word in read_text(path).split()[:4]]
-            return tuple(box) if len(box) == 4 and np.isfinite(box).all() else None
+            box = parse_box(read_text(path))
+            return None if box is None else tuple(box)
         mask = read_mask(path)
-    except (UserError, ValueError):
+    except UserError:
         return None
     scale = np.tile(np.array(size) / mask.shape[::-1], 2)
     return tuple((scale * bounding_box(mask)).tolist())
 
 
-def read_captions(root: Path, splits: Sequence[str]) -> dict[str, list[str]]:
-    """Read the captions that TF-ICON's folders are called by, {<split>/<id>: [caption]}; other benches have none."""
-    return {f"{SPLIT}/{case.id}": [case.caption] for case in list_tf_icon(root) if case.caption}
+def read_captions(bench: str, root: Path, splits: Sequence[str]) -> dict[str, list[str]]:
+    """Read the captions of a bench, {<split>/<id>: [caption]}, which only TF-ICON has: its folders' names."""
+    return {f"{SPLIT}/{case.id}": [case.caption] for case in BENCHES[bench](root) if case.caption}
 
 
 def list_places(root: Path, splits: Sequence[str]) -> list[Path]:
     """List the folder of the bench."""
     return [root]
-
-
-BENCH = Source(select_recipe, read_captions, list_places)

@@ -13,7 +13,6 @@ import json
 import os
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -29,7 +28,7 @@ from harmony.core.row import SPLITS
 from harmony.data.captions import NO_LABEL
 from harmony.data.sources.files import OTHER_NAMES, locate, split_folder
 from harmony.data.sources.folder import SCHEMA, draw, draw_split
-from harmony.data.sources.open_images.batches import map_in_threads
+from harmony.data.sources.open_images.batches import BATCH, map_in_threads
 from harmony.data.sources.selection import BAD_NAME, CORNERS, KEPT, SAME_NAME, Rules, Selection, Source
 from harmony.pixels.images import write_image
 
@@ -64,7 +63,7 @@ def select_instances(root: Path, splits: Sequence[str], rules: Rules, work: Path
 
     Raises UserError if there is no file of annotations, if one is no COCO JSON, and for an unknown class.
     """
-    rows: list[dict] = []
+    items: list[tuple[dict, Instance]] = []
     firsts: dict[tuple[str, str], Instance] = {}
     files = find_annotations(root)
     has_test = any(a.split in (None, "test") for a in files)
@@ -72,13 +71,30 @@ def select_instances(root: Path, splits: Sequence[str], rules: Rules, work: Path
         content = read_annotations(annotations.file)
         names = {c["id"]: str(c["name"]) for c in content["categories"] if is_entry(c, "id", "name")}
         check_classes(annotations.file, names, rules)
-        instances = [i for i in list_instances(annotations, content, has_test) if i.split in splits]
-        is_first = [i.photograph is None or firsts.setdefault((i.split, i.id), i) is i for i in instances]
-        rows += [repeated_row(i, root) for i, first in zip(instances, is_first, strict=True) if not first]
-        make_row = partial(instance_row, names=names, root=root, rules=rules, work=work)
-        firsts_of_file = [i for i, first in zip(instances, is_first, strict=True) if first]
-        rows += map_in_threads(make_row, firsts_of_file, f"draw the masks of {annotations.file.name}")
-    return Selection(root, limit_rows(pl.DataFrame(rows, schema=SCHEMA).sort("split", "id"), rules.max_samples), rules)
+        for instance in list_instances(annotations, content, has_test):
+            if instance.split not in splits:
+                continue
+            has_name = instance.photograph is not None
+            if has_name and firsts.setdefault((instance.split, instance.id), instance) is not instance:
+                items.append((duplicate_row(instance, root), instance))
+            else:
+                items.append((instance_row(instance, names, root, rules), instance))
+    draw_masks([item for item in items if item[0]["reason"] == KEPT], root, work, rules.max_samples)
+    table = pl.DataFrame([row for row, _ in items], schema=SCHEMA).sort("split", "id")
+    return Selection(root, limit_rows(table, rules.max_samples), rules)
+
+
+def draw_masks(items: Sequence[tuple[dict, Instance]], root: Path, work: Path, limit: int | None) -> None:
+    """Draw the masks of rows: in each split in the order of ids, until ``limit`` are drawn (None: all)."""
+    limit = len(items) if limit is None else limit
+    for split in SPLITS:
+        rest = sorted((item for item in items if item[0]["split"] == split), key=lambda item: item[0]["id"])
+        count = 0
+        while rest and count < limit:
+            size = max(limit - count, BATCH)
+            batch, rest = rest[:size], rest[size:]
+            map_in_threads(lambda item: write_mask(*item, root, work), batch, f"draw the masks of {split}")
+            count += sum(row["reason"] == KEPT for row, _ in batch)
 
 
 def limit_rows(table: pl.DataFrame, limit: int | None) -> pl.DataFrame:
@@ -86,8 +102,8 @@ def limit_rows(table: pl.DataFrame, limit: int | None) -> pl.DataFrame:
     if limit is None:
         return table
     is_kept = pl.col("reason") == KEPT
-    exceeds = is_kept & (is_kept.cum_sum().over("split") > limit)
-    return table.with_columns(reason=pl.when(exceeds).then(pl.lit("over max_samples")).otherwise("reason"))
+    is_over = is_kept & (is_kept.cum_sum().over("split") > limit)
+    return table.with_columns(reason=pl.when(is_over).then(pl.lit("over max_samples")).otherwise("reason"))
 
 
 # --- files
@@ -95,19 +111,21 @@ def limit_rows(table: pl.DataFrame, limit: int | None) -> pl.DataFrame:
 
 def find_annotations(root: Path) -> list[Annotations]:
     """Find the files of annotations. UserError if there are none."""
-    found = []
+    candidates = []
     for file in sorted(root.glob("annotations/instances_*.json")):
         name = file.stem.removeprefix("instances_")
-        found.append(Annotations(file, (root / name, root / "images" / name, root / "images"), split_of(name)))
+        candidates.append(Annotations(file, (root / name, root / "images" / name, root / "images"), split_of(name)))
     folders = {split: split_folder(root, split) for split in SPLITS}
-    found += [Annotations(folder / "_annotations.coco.json", (folder,), split) for split, folder in folders.items()]
-    found.append(Annotations(root / "labels.json", (root / "data", root / "images"), None))
-    if not (found := [annotations for annotations in found if annotations.file.is_file()]):
+    candidates += [
+        Annotations(folder / "_annotations.coco.json", (folder,), split) for split, folder in folders.items()
+    ]
+    candidates.append(Annotations(root / "labels.json", (root / "data", root / "images"), None))
+    if not (files := [annotations for annotations in candidates if annotations.file.is_file()]):
         raise UserError(
             f"{root}: neither annotations/instances_NAME.json nor <split>/_annotations.coco.json nor labels.json is "
             "there; see datasets/coco/README.md"
         )
-    return found
+    return files
 
 
 def split_of(name: str) -> str | None:
@@ -127,9 +145,11 @@ def read_annotations(file: Path) -> dict:
 
 def check_classes(file: Path, names: dict[Any, str], rules: Rules) -> None:
     """UserError for a class of ``rules`` that the file does not have."""
-    if unknown := sorted({*map(str.lower, rules.classes or ())} - {*map(str.lower, names.values())}):
-        known = ", ".join(sorted(names.values())[:12])
-        raise UserError(f"dataset.select.classes: {file} has no class {', '.join(unknown)}; it has {known}, ...")
+    if unknown_names := sorted({*map(str.lower, rules.classes or ())} - {*map(str.lower, names.values())}):
+        examples = ", ".join(sorted(names.values())[:12])
+        raise UserError(
+            f"dataset.select.classes: {file} has no class {', '.join(unknown_names)}; it has {examples}, ..."
+        )
 
 
 def is_entry(value: Any, *names: str) -> bool:
@@ -146,14 +166,15 @@ def list_instances(annotations: Annotations, content: dict, has_test: bool) -> I
     Entries that are no photographs, and annotations of none, are named.
     """
     images = {i["id"]: i for i in content["images"] if is_entry(i, "id", "file_name", "width", "height")}
-    known = [a for a in content["annotations"] if is_entry(a, "id", "image_id") and is_hashable(a["image_id"])]
-    known = [a for a in known if a["image_id"] in images]
-    for name, count in (("images", len(images)), ("annotations", len(known))):
-        if lost := len(content[name]) - count:
+    objects = [a for a in content["annotations"] if is_entry(a, "id", "image_id") and is_hashable(a["image_id"])]
+    objects = [a for a in objects if a["image_id"] in images]
+    for name, count in (("images", len(images)), ("annotations", len(objects))):
+        if difference := len(content[name]) - count:
             count = len(content[name])
-            tell(f"{annotations.file}: {lost} of {count} {name} left out, incomplete, repeated or of no image")
-    counts = Counter(a["image_id"] for a in known)
-    entries = [(images[a["image_id"]], a) for a in known] + [(i, {}) for id_, i in images.items() if not counts[id_]]
+            tell(f"{annotations.file}: {difference} of {count} {name} left out, incomplete, repeated or of no image")
+    counts = Counter(a["image_id"] for a in objects)
+    entries = [(images[a["image_id"]], a) for a in objects]
+    entries += [(image, {}) for id_, image in images.items() if not counts[id_]]
     for image, annotation in entries:
         path = find_photograph(annotations.folders, str(image["file_name"]))
         stem = Path(str(image["file_name"])).stem
@@ -182,15 +203,15 @@ def find_photograph(folders: Sequence[Path], name: str) -> Path | None:
     return next((path for path in paths if path.is_file()), paths[0])
 
 
-def repeated_row(instance: Instance, root: Path) -> dict:
+def duplicate_row(instance: Instance, root: Path) -> dict:
     """The row of an instance that has the name of an earlier one."""
     path = os.path.relpath(instance.photograph, root)
     id_ = f"{instance.id} ({path.replace('/', ' ')}, annotation {instance.annotation.get('id')})"
     return {"split": instance.split, "id": id_, "reason": SAME_NAME, "label": NO_LABEL, "image": path}
 
 
-def instance_row(instance: Instance, names: dict[Any, str], root: Path, rules: Rules, work: Path) -> dict:
-    """The row of ``COLUMNS`` of an instance; writes its mask."""
+def instance_row(instance: Instance, names: dict[Any, str], root: Path, rules: Rules) -> dict:
+    """The row of ``COLUMNS`` of an instance, without its mask."""
     image, annotation = instance.image, instance.annotation
     label = names.get(annotation.get("category_id")) if is_hashable(annotation.get("category_id")) else None
     row = {"split": instance.split, "id": instance.id, "label": " ".join((label or NO_LABEL).split())}
@@ -202,15 +223,20 @@ def instance_row(instance: Instance, names: dict[Any, str], root: Path, rules: R
         return row | {"reason": reason}
     if not instance.photograph.is_file():
         return row | {"reason": "image file missing"}
-    digest = hashlib.sha256(json.dumps(annotation["segmentation"]).encode()).hexdigest()[:8]
+    return row | {"reason": KEPT, **dict(zip(CORNERS, box, strict=True))}
+
+
+def write_mask(row: dict, instance: Instance, root: Path, work: Path) -> None:
+    """Write the mask of an instance and name it in its row, which gets a reason if the mask cannot be read."""
+    drawing = [instance.annotation["segmentation"], instance.image["height"], instance.image["width"]]
+    digest = hashlib.sha256(json.dumps(drawing).encode()).hexdigest()[:8]
     path = work / "annotations" / instance.split / f"{instance.id}-{digest}.png"
-    row |= {"mask": os.path.relpath(path, root), **dict(zip(CORNERS, box, strict=True))}
+    row["mask"] = os.path.relpath(path, root)
     try:
         if not path.is_file():
-            write_image(path, read_segmentation(annotation["segmentation"], image["height"], image["width"]))
+            write_image(path, read_segmentation(*drawing))
     except (ValueError, TypeError, KeyError, IndexError, OverflowError):
-        return row | {"reason": "mask undecodable"}
-    return row | {"reason": KEPT}
+        row["reason"] = "mask undecodable"
 
 
 def fraction_box(box: Any, image: dict) -> tuple[float, ...] | None:

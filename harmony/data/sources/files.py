@@ -1,5 +1,6 @@
 """The folder of a recipe, its pictures and their captions."""
 
+import re
 from collections.abc import Collection, Sequence
 from pathlib import Path
 
@@ -7,9 +8,11 @@ from harmony.core.errors import UserError
 from harmony.core.files import bundled
 from harmony.core.foreign import read_json
 from harmony.core.progress import tell
+from harmony.core.row import SPLITS
 from harmony.pixels.images import SUFFIXES
 
 OTHER_NAMES = {"validation": ("val", "valid", "dev")}  # of split folders
+SPLIT_NAMES = {name: split for split in SPLITS for name in (split, *OTHER_NAMES.get(split, ()))}
 
 
 def locate(recipe: dict) -> Path:
@@ -27,6 +30,11 @@ def split_folder(root: Path, split: str) -> Path:
     """The folder of a split: by its name, or else by another name that tools give it."""
     names = (split, *OTHER_NAMES.get(split, ()))
     return next((root / name for name in names if (root / name).is_dir()), root / split)
+
+
+def list_words(name: str) -> list[str]:
+    """List the words of a name, its runs of letters, in lower case."""
+    return re.findall(r"[^\W\d_]+", name.lower())
 
 
 def image_files(folder: Path) -> list[Path]:
@@ -78,7 +86,12 @@ def folder_captions(folder: Path, names: Collection[str] | None = None) -> dict[
     return read_caption_file(folder / "captions.json", names)
 
 
-def tell_omissions(what: str, names: Sequence[str]) -> None:
+def tell_omissions(title: str, names: Sequence[str]) -> None:
     """Print how many things are left out, and the first of them, if there are any."""
+    tell_names(title, names, " left out")
+
+
+def tell_names(title: str, names: Sequence[str], note: str = "") -> None:
+    """Print how many things there are, with a note, and the first of them, if there are any."""
     if names:
-        tell(f"{what}: {len(names)} left out: {', '.join(names[:5])}{', ...' if len(names) > 5 else ''}")
+        tell(f"{title}: {len(names)}{note}: {', '.join(names[:5])}{', ...' if len(names) > 5 else ''}")

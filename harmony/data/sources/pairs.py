@@ -3,12 +3,14 @@
     before/NAME.jpg                      after/NAME.jpg        masks/NAME.png         a user's; masks/ may be missing
     composite_images/ID_MASK_N.jpg       real_images/ID.jpg    masks/ID_MASK.png      iHarmony4 (Cong 2020)
 
-Both stand in the folder itself, in folders of iHarmony4's subsets, or in folders of splits. Lists such as
-``HCOCO_train.txt`` set the splits; else a name's hash draws them. All composites of one photograph fall into one split.
-Without ``masks/`` the mask is where the two pictures differ.
+Both stand in the folder itself, in folders of iHarmony4's subsets, or in folders of splits. A name's hash draws the
+splits, so that all composites of one photograph fall into one. Lists such as ``HCOCO_train.txt`` or ``vallist.txt`` set
+them instead, and may tear a photograph's composites apart, which is told; of a name in several, test holds before
+validation and train. Without ``masks/`` the mask is where the two pictures differ.
 """
 
 import os
+from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -21,10 +23,14 @@ from harmony.core.row import SPLITS
 from harmony.data.captions import NO_LABEL
 from harmony.data.sources.files import (
     OTHER_NAMES,
+    SPLIT_NAMES,
     folder_captions,
     image_files,
+    list_words,
     locate,
+    picture_name,
     split_folder,
+    tell_names,
     tell_omissions,
 )
 from harmony.data.sources.folder import SCHEMA, draw, draw_split, draw_splits, mask_box, mask_files
@@ -96,6 +102,7 @@ def select_pairs(root: Path, splits: Sequence[str], rules: Rules, work: Path) ->
     rows = map_in_threads(lambda pair: pair_row(pair, root, rules, work), pairs, "look at the pairs")
     set_splits(rows, pairs, lists)
     reject_repeats(rows)
+    tell_shared_photographs(root, rows)
     table = pl.DataFrame(rows, schema=SCHEMA | {"composite": pl.String})
     return Selection(root, table.filter(pl.col("split").is_in(list(splits))).sort("split", "id"), rules)
 
@@ -141,14 +148,25 @@ def cut_words(name: str, count: int) -> str:
 
 
 def read_lists(folders: Iterable[Path]) -> dict[str, str]:
-    """Read {name of a composite: its split} from the lists ``*train.txt``, ``*test.txt``, ... in ``folders``."""
-    endings = {other: split for split in SPLITS for other in (split, *OTHER_NAMES.get(split, ()))}
-    splits = {}
-    for path in sorted(path for folder in folders for path in folder.glob("*.txt")):
-        split = next((split for ending, split in endings.items() if path.stem.lower().endswith(ending)), None)
-        for line in read_lines(path) if split else ():
-            splits[Path(line.strip()).stem] = split
-    return {name: split for name, split in splits.items() if name}
+    """Read {name of a composite: its split} from the lists ``*train.txt``, ``*test.txt``, ... in ``folders``.
+
+    A name in lists of several splits is told; test holds before validation, and that before train.
+    """
+    paths = sorted(path for folder in folders for path in folder.glob("*.txt"))
+    splits, repeats = {}, set()
+    for split in SPLITS:  # the last holds
+        lines = [line.strip() for path in paths if split_of_list(path) == split for line in read_lines(path)]
+        names = {picture_name(Path(line).name) for line in lines} - {""}
+        repeats |= names & set(splits)
+        splits |= dict.fromkeys(names, split)
+    tell_names("names in lists of several splits, of which test holds before validation and train", sorted(repeats))
+    return splits
+
+
+def split_of_list(path: Path) -> str | None:
+    """The split of a list, which is the last word of its name or stands before ``list``; None for other texts."""
+    words = list_words(path.stem)
+    return SPLIT_NAMES.get("".join(words[-2:] if words[-1:] == ["list"] else words[-1:]).removesuffix("list"))
 
 
 def list_missing_pairs(place: Place, lists: dict[str, str], names: set[str]) -> Iterator[Pair]:
@@ -166,12 +184,22 @@ def set_splits(rows: Sequence[dict], pairs: Sequence[Pair], lists: dict[str, str
     for pair, row in zip(pairs, rows, strict=True):
         row["split"] = pair.split or drawn_splits.get(pair.truth_id) or draw_split(pair.truth_id)
         if lists and pair.split is None:
-            row["split"] = listed_split(pair, lists)
+            row["split"] = split_by_lists(pair, lists)
             if pair.id not in lists and row["reason"] == KEPT:
                 row["reason"] = "id not listed"
 
 
-def listed_split(pair: Pair, lists: dict[str, str]) -> str:
+def tell_shared_photographs(root: Path, rows: Sequence[dict]) -> None:
+    """Name the photographs whose composites are in several splits, which only lists can say."""
+    splits = defaultdict(set)
+    for row in rows:
+        if row["reason"] == KEPT:
+            splits[row["image"]].add(row["split"])
+    names = sorted(Path(image).name for image, others in splits.items() if len(others) > 1)
+    tell_names(f"{root}: photographs with composites in several splits, as the lists say", names)
+
+
+def split_by_lists(pair: Pair, lists: dict[str, str]) -> str:
     """The split of a pair where lists set them; validation is a tenth of train, by photographs, if it has no list."""
     split = lists.get(pair.id, "train")
     is_drawn = split == "train" and "validation" not in lists.values() and draw(pair.truth_id) < VALIDATION
@@ -218,13 +246,13 @@ def stamp_pair(pair: Pair) -> str:
 def read_captions(root: Path, splits: Sequence[str]) -> dict[str, list[str]]:
     """Read captions by people, {<split>/<id>: [caption, ...]}, by the names of composites or of photographs."""
     captions = {}
-    for place in find_places(root, splits):
-        pairs = list_pairs(place)
-        ids = [(pair.id, pair.truth_id) for pair in pairs]
-        texts = folder_captions(place.folder, {name for names in ids for name in names})
-        for id_, truth_id in ids:
+    for folder, naming, split in find_places(root, splits):
+        ids = [path.stem for path in image_files(folder / naming.composites)]
+        truth_ids = {id_: cut_words(id_, naming.truth_words) for id_ in ids}
+        texts = folder_captions(folder, {*truth_ids, *truth_ids.values()})
+        for id_, truth_id in truth_ids.items():
             if text := texts.get(id_) or texts.get(truth_id):
-                captions |= {f"{split}/{id_}": text for split in ([place.split] if place.split else splits)}
+                captions |= {f"{other}/{id_}": text for other in ([split] if split else splits)}
     return captions
 
 

@@ -97,10 +97,10 @@ def prepare_backbone(recipe: dict, work: Path) -> Path:
         raise UserError(f"dataset.photos={missing[0]}: no such folder; give one in Open Images layout, or null")
     write_stamps(folder, [place / name for place in sources for name in (*SPLITS, "metadata")])
     if recipe["dir"]:
-        what = {"start": 512, "splits": ("train",), "plate": False}
+        options = {"start": 512, "splits": ("train",), "plate": False}
     else:
-        what = {"splits": SPLITS}
-    renders = generate(folder / "studio", recipe["count"], recipe["size"], **what)
+        options = {"splits": SPLITS}
+    renders = generate(folder / "studio", recipe["count"], recipe["size"], **options)
     rows: list[Row] = []
     for split in SPLITS:
         if recipe["dir"]:

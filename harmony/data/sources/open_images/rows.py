@@ -2,6 +2,7 @@
 
 import csv
 import os
+from collections import Counter
 from collections.abc import Sequence
 from io import StringIO
 from pathlib import Path
@@ -58,15 +59,19 @@ def export_rows(dataset: "Dataset", base: Path, captions: dict[str, list[str]], 
 def write_index(folder: Path, rows: Sequence[Row]) -> None:
     """Write ``index.csv``, by which ``harmonize dir=`` reads the composites of ``rows``, if there are some.
 
-    The background of an object from another picture stands beside its composite.
+    The background of an object from another picture stands beside its composite. An id that occurs in several splits
+    has its split before it.
     """
     composites = [row for row in rows if "composite" in row.extras]
     if not composites:
         return
+    counts = Counter(row.id for row in composites)
+    ids = [row.id if counts[row.id] == 1 else f"{row.split}_{row.id}" for row in composites]
     text = StringIO()
     table = csv.writer(text, lineterminator="\n")
     table.writerow(["id", "composite", "mask", "background"])
-    table.writerows([r.id, r.extras["composite"], r.mask, "" if r.has_truth else r.image] for r in composites)
+    for id_, row in zip(ids, composites, strict=True):
+        table.writerow([id_, row.extras["composite"], row.mask, "" if row.has_truth else row.image])
     write_text(folder / "index.csv", text.getvalue())
 
 
