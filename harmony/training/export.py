@@ -18,7 +18,16 @@ from harmony.core.errors import UserError
 from harmony.core.files import make_scratch, write_json, write_text
 from harmony.data.latent_data import only_set
 from harmony.models.backbone import ship
-from harmony.models.controlnet import export_controlnet, from_unet, load_controlnet, read_hint, to_cells
+from harmony.models.controlnet import (
+    FILES,
+    WEIGHTS,
+    export_controlnet,
+    from_unet,
+    link_to_top,
+    load_controlnet,
+    read_hint,
+    to_cells,
+)
 from harmony.models.paint_by_example import backbone_facts, export_painter, load_painter
 from harmony.models.shipped import CONTROLNET, PAINTER, find_weights
 from harmony.models.weights import read_weights
@@ -27,8 +36,6 @@ from harmony.training.cards import render_backbone_card, render_controlnet_card,
 from harmony.training.checkpoints import KINDS, Facts, find_checkpoint, read_checkpoint, read_facts, restore
 from harmony.training.run_folder import RunFolder
 
-WEIGHTS = "diffusion_pytorch_model.safetensors"
-FILES = ("config.json", "hint.json", WEIGHTS)  # of a ControlNet; hint.json may be missing
 ITS_TRAINING = "the command of its training exports them, with resume=RUN checkpoint=best those of the best checkpoint"
 BACKBONE_PARTS = ("vae", "clip", "captioner", "inpaint")  # in the order of their trainings
 RENDERS = 512  # bundled studio scenes, beside those that a training renders
@@ -139,9 +146,9 @@ def write_networks(
         controlnet, facts = restore_controlnet(run, output, kind)
     if half:
         tensors = {name: tensor.half() for name, tensor in read_weights(controlnet / WEIGHTS).items()}
-        # to another name first: tensors that were in half precision already are still mapped to the file
-        save_file(tensors, output / WEIGHTS, metadata={"format": "pt"})
-        os.replace(output / WEIGHTS, controlnet / WEIGHTS)
+        # to another file first: tensors that were in half precision already are still mapped to this one
+        save_file(tensors, output / "half.safetensors", metadata={"format": "pt"})
+        os.replace(output / "half.safetensors", controlnet / WEIGHTS)
     return controlnet, facts
 
 
@@ -153,6 +160,7 @@ def write_controlnet(
         controlnet, facts = write_networks(run, path, folder, half, checkpoint)
         card = render_controlnet_card(run, read_hint(controlnet), has_grid(run, output), license, facts)
         publish(run, controlnet, card, output)
+    link_to_top(output / "controlnet")
     return output
 
 
