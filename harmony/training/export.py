@@ -12,6 +12,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import torch
+from diffusers import __version__
 from safetensors.torch import save_file
 
 from harmony.core.errors import UserError
@@ -32,12 +33,17 @@ from harmony.models.paint_by_example import backbone_facts, export_painter, load
 from harmony.models.shipped import CONTROLNET, PAINTER, find_weights
 from harmony.models.weights import read_weights
 from harmony.pixels.hints import HINTS
-from harmony.training.cards import render_backbone_card, render_controlnet_card, render_painter_card
+from harmony.training.bundle import bundle
+from harmony.training.cards import read_fact, render_backbone_card, render_controlnet_card, render_painter_card
 from harmony.training.checkpoints import KINDS, Facts, find_checkpoint, read_checkpoint, read_facts, restore
 from harmony.training.run_folder import RunFolder
 
 ITS_TRAINING = "the command of its training exports them, with resume=RUN checkpoint=best those of the best checkpoint"
 BACKBONE_PARTS = ("vae", "clip", "captioner", "inpaint")  # in the order of their trainings
+PIPELINE_TITLE = """HarmonyPipeline, at the end of this file: the ControlNets of an export in one call of diffusers.
+
+Written by harmony's export from its own code; harmony itself need not be installed.
+"""
 RENDERS = 512  # bundled studio scenes, beside those that a training renders
 
 
@@ -153,15 +159,44 @@ def write_networks(
 
 
 def write_controlnet(
-    run: RunFolder, path: Path, output: Path, license: str | None, half: bool, checkpoint: str | None
+    run: RunFolder,
+    path: Path,
+    output: Path,
+    license: str | None,
+    half: bool,
+    checkpoint: str | None,
+    home: str | None = None,
 ) -> Path:
-    """Write the folder ``output`` for diffusers: ``controlnet/``, a model card, the last sample grid."""
+    """Write the folder ``output`` for diffusers: weights, ``HarmonyPipeline``, a model card, the last sample grid.
+
+    ``home``: the repository on a hub where the card will be read; None: in the folder.
+    """
     with open_scratch(output) as folder:
         controlnet, facts = write_networks(run, path, folder, half, checkpoint)
-        card = render_controlnet_card(run, read_hint(controlnet), has_grid(run, output), license, facts)
+        hint = read_hint(controlnet)
+        card = render_controlnet_card(run, hint, has_grid(run, output), license, facts, home)
         publish(run, controlnet, card, output)
     link_to_top(output / "controlnet")
+    write_pipeline(output, hint)
     return output
+
+
+def write_pipeline(output: Path, hint: Facts) -> None:
+    """Write what makes diffusers load ``output`` as a ``HarmonyPipeline``; nothing where the hint is unknown."""
+    index, code = output / "model_index.json", output / "pipeline.py"
+    if not hint:
+        index.unlink(missing_ok=True)
+        code.unlink(missing_ok=True)
+        return
+    write_text(code, bundle("harmony.training.pipeline", "HarmonyPipeline", PIPELINE_TITLE))
+    facts = {
+        "_class_name": ["pipeline", "HarmonyPipeline"],
+        "_diffusers_version": __version__,
+        "controlnet": ["diffusers", "ControlNetModel"],
+        "backbone": read_fact(hint, "backbone"),
+        "hints": {"controlnet": {name: hint[name] for name in ("branch", "parameters")}},
+    }
+    write_json(index, facts)
 
 
 def write_single_file(run: RunFolder, path: Path, output: Path, half: bool, checkpoint: str | None) -> Path:
