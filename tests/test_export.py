@@ -2,11 +2,14 @@
 data.
 """
 
+import base64
 import json
 import os
 import re
 import shutil
 import sys
+import threading
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -556,6 +559,100 @@ def test_the_snippets_of_a_shipped_card_run(name, is_new, command, tmp_path, mon
         shutil.copytree(ASSETS / name, tmp_path / name)
     monkeypatch.chdir(tmp_path / name)
     run_snippets(tmp_path / name, 64)
+
+
+# --- the hub
+
+
+class Hub(BaseHTTPRequestHandler):
+    """What a model hub answers to an upload: it keeps the files of the commit in ``server.files``."""
+
+    def do_POST(self):
+        body = self.rfile.read(int(self.headers["Content-Length"]))
+        server, answer = self.server, {}
+        if self.headers["Authorization"] != "Bearer hf_secret":
+            return self.reply(401, {"error": "Invalid username or password."})
+        if self.path == "/api/repos/create":
+            server.repositories.append(json.loads(body))
+            answer = {"url": f"{server.address}/{json.loads(body)['organization']}/net", "id": "org/net"}
+        elif self.path == "/api/models/org/net/preupload/main":
+            paths = [file["path"] for file in json.loads(body)["files"]]
+            kinds = {"uploadMode": "regular", "shouldIgnore": False}
+            answer = {"files": [{"path": path, **kinds} for path in paths]}
+        elif self.path == "/api/models/org/net/commit/main":
+            for line in map(json.loads, body.splitlines()):
+                if line["key"] == "file":
+                    server.files[line["value"]["path"]] = base64.b64decode(line["value"]["content"])
+            answer = {"commitUrl": f"{server.address}/org/net/commit/abc", "commitOid": "abc"}
+        self.reply(200, answer)
+
+    def do_GET(self):
+        self.reply(404, {"error": "not here"})
+
+    def reply(self, code: int, answer: dict):
+        content = json.dumps(answer).encode()
+        self.send_response(code)
+        self.send_header("Content-Type", "application/json")
+        self.send_header("Content-Length", str(len(content)))
+        self.end_headers()
+        self.wfile.write(content)
+
+    def log_message(self, *words):
+        pass
+
+
+@pytest.fixture
+def hub(monkeypatch):
+    """A hub on this machine, which is the one that uploads go to."""
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Hub)
+    server.repositories, server.files, server.address = [], {}, f"http://127.0.0.1:{server.server_port}"
+    monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", server.address)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+    monkeypatch.setenv("HF_TOKEN", "hf_secret")
+    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    yield server
+    server.shutdown()
+    server.server_close()
+
+
+def test_push(run, command, backbone, hub):
+    """Guards what leaves this machine: the files of the export and nothing else, into a repository that is private."""
+    folder, net = run
+    finish(folder, net, backbone)
+    (folder / "export" / "notes.txt").write_text("mine")
+    code, out, err = command(folder, "push=org/net")
+    assert code == 0, err
+    assert out == [f"uploaded to {hub.address}/org/net", str(folder / "export")]
+    (repository,) = hub.repositories
+    assert (repository["organization"], repository["name"]) == ("org", "net")
+    assert repository.get("private") or repository.get("visibility") == "private"
+    names = {*FILES, *(f"controlnet/{name}" for name in FILES), "README.md", "grid.png", "model_index.json"}
+    assert hub.files.keys() == names | {"pipeline.py"}
+    assert all((folder / "export" / name).read_bytes() == content for name, content in hub.files.items())
+    card = hub.files["README.md"].decode()
+    assert 'custom_pipeline="org/net"' in card and "controlnet=org/net " in card and "folder of this card" not in card
+    assert command(folder, "format=comfyui", "push=org/net")[0] == 0
+    assert hub.files.keys() == names | {"pipeline.py", "harmony-color.safetensors"}
+
+
+def test_a_push_that_fails_is_said(run, command, backbone, hub, monkeypatch):
+    folder, net = run
+    finish(folder, net, backbone)
+    for name in ("net", "a/b/c", "org/a b", "../net"):
+        code, _, err = command(folder, f"push={name}")
+        assert code == 2 and len(err) == 1 and "give a repository on the hub, owner/name" in err[0], err
+    assert not (folder / "export" / "README.md").exists(), "a wrong name is refused before anything is written"
+    monkeypatch.setenv("HF_TOKEN", "hf_old")
+    code, _, err = command(folder, "push=org/net")
+    assert code == 2 and len(err) == 1 and "log in by hf auth login" in err[0] and str(folder / "export") in err[0], err
+    hub.shutdown()
+    hub.server_close()
+    code, _, err = command(folder, "push=org/net")
+    assert code == 2 and len(err) == 1 and "cannot be uploaded to org/net" in err[0], err
+    assert not hub.files and (folder / "export" / "README.md").exists()
+    code, _, err = command(f"backbone={backbone.path}", "output=x", "push=org/net")
+    assert code == 2 and len(err) == 1 and "push=org/net is for runs" in err[0], err
 
 
 # --- cards

@@ -40,6 +40,7 @@ from harmony.training.run_folder import RunFolder
 
 ITS_TRAINING = "the command of its training exports them, with resume=RUN checkpoint=best those of the best checkpoint"
 BACKBONE_PARTS = ("vae", "clip", "captioner", "inpaint")  # in the order of their trainings
+PUBLISHED = (*FILES, "README.md", "grid.png", "model_index.json", "pipeline.py", "controlnet/*", "paint_by_example/*")
 PIPELINE_TITLE = """HarmonyPipeline, at the end of this file: the ControlNets of an export in one call of diffusers.
 
 Written by harmony's export from its own code; harmony itself need not be installed.
