@@ -22,7 +22,7 @@ from diffusers import (
     UNet2DConditionModel,
 )
 from huggingface_hub import hf_hub_download
-from PIL import Image
+from PIL import Image, ImageOps
 from transformers import CLIPTextModel, CLIPTokenizer
 
 from harmony.core.errors import UserError
@@ -130,8 +130,11 @@ class HarmonyPipeline(DiffusionPipeline):
         """
         if detail not in (AUTO, FULL, NONE):
             raise UserError(f"detail={detail}: give {AUTO}, {FULL} or {NONE}")
-        scales = np.broadcast_to(controlnet_conditioning_scale, len(self.networks)).tolist()
-        request = Request(prompt, tuple(scales), num_inference_steps, guidance_scale, seed)
+        weights = controlnet_conditioning_scale
+        scales = tuple(weights) if isinstance(weights, Sequence) else (weights,) * len(self.networks)
+        if len(scales) != len(self.networks):
+            raise UserError(f"controlnet_conditioning_scale={weights}: give a weight for {len(self.networks)} networks")
+        request = Request(prompt, scales, num_inference_steps, guidance_scale, seed)
         profile = image.info.get("icc_profile") if isinstance(image, Image.Image) else None
         pixels, mask = read_pixels(image), read_object(mask_image)
         insertion = cut(self.resolution, pixels, pixels, mask, profile=profile)
@@ -269,12 +272,11 @@ def load_export(name: str, dtype: torch.dtype) -> tuple[ControlNetModel, dict]:
 
 
 def read_pixels(image: Image.Image | np.ndarray) -> np.ndarray:
-    """The pixels of a picture, uint8 H x W x 3."""
-    return np.array(image.convert("RGB") if isinstance(image, Image.Image) else image)
+    """The pixels of a picture, upright, uint8 H x W x 3."""
+    return np.array(ImageOps.exif_transpose(image).convert("RGB") if isinstance(image, Image.Image) else image)
 
 
 def read_object(mask: Image.Image | np.ndarray) -> np.ndarray:
-    """Where a mask is white, bool H x W."""
-    if isinstance(mask, np.ndarray) and mask.dtype == bool:
-        return mask
-    return np.asarray((mask if isinstance(mask, Image.Image) else Image.fromarray(mask)).convert("L")) > OBJECT
+    """Where a mask is white, upright, bool H x W."""
+    image = mask if isinstance(mask, Image.Image) else Image.fromarray(mask)
+    return np.asarray(ImageOps.exif_transpose(image).convert("L")) > OBJECT

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 from diffusers import DiffusionPipeline
-from PIL import Image
+from PIL import ExifTags, Image
 
 from harmony import harmonize
 from harmony.methods.inpainting import Branch, Inpainting
@@ -142,10 +142,11 @@ def test_the_pipeline_is_saved_and_loaded_whole(both, photograph, tmp_path):
 
 
 def test_the_picture_keeps_its_color_profile(both, photograph, swapped_profile):
-    """Guards photographs in another space: networks see sRGB, and pixels outside the hole keep their value."""
+    """Guards photographs in another space, and on their side: networks see sRGB, upright; the values are kept."""
     backbone, folder, method = both
     pixels, mask = photograph
-    image = Image.fromarray(pixels)
+    image = Image.fromarray(np.ascontiguousarray(np.rot90(pixels)))
+    image.getexif()[ExifTags.Base.Orientation] = 6  # to be turned right
     image.info["icc_profile"] = swapped_profile
     pipeline = load(folder / "color", backbone.path)
     picture = pipeline("x", image, Image.fromarray(mask), num_inference_steps=2, detail="none").images[0]
@@ -164,6 +165,10 @@ def test_what_is_missing_is_said(both, photograph):
         pipeline("x", *photograph, detail="some")
     with pytest.raises(Exception, match="the mask is empty"):
         pipeline("x", photograph[0], np.zeros_like(photograph[1]))
+    with pytest.raises(Exception, match="mask is 160 x 119 but the background is 160 x 120"):
+        pipeline("x", photograph[0], photograph[1][1:])
+    with pytest.raises(Exception, match="give a weight for 1 networks"):
+        pipeline("x", *photograph, controlnet_conditioning_scale=[1.0, 0.5])
     unknown = load(folder / "color", backbone.path, hints={})
     with pytest.raises(Exception, match="does not know what controlnet sees"):
         unknown("x", *photograph)
