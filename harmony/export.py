@@ -13,6 +13,7 @@ from harmony.cli.command import entry, literal
 from harmony.cli.run_folder import make_folder
 from harmony.core.errors import UserError
 from harmony.core.hub import check_repository, upload_files
+from harmony.models.shipped import find_asset
 from harmony.training.export import (
     ITS_TRAINING,
     PUBLISHED,
@@ -55,9 +56,9 @@ def export_run(cfg: DictConfig) -> Path:
     """Write what ``cfg.run`` trained; the path of the result."""
     if cfg.run is None:
         raise UserError("what shall be exported? python -m harmony.export RUN, or backbone=FOLDER output=FOLDER")
-    path = Path(cfg.run)
+    path = find_asset(cfg.run) or Path(cfg.run)
     if not path.is_dir():
-        raise UserError(f"{path} does not exist; give a run folder, runs/<experiment>/<time>")
+        raise UserError(f"{path} does not exist; give a run folder, runs/<experiment>/<time>, or a shipped name")
     path, run = path.resolve(), find_run(path)
     paints = run.task == "ExemplarTask"
     if paints and cfg.format != "diffusers":

@@ -553,7 +553,7 @@ def test_the_snippets_of_a_shipped_card_run(name, is_new, command, tmp_path, mon
     """Guards weights in half precision: all parts of the pipeline must be asked for in one precision."""
     assert {tensor.dtype for tensor in safetensors_of(ASSETS / name / "controlnet").values()} == {torch.float16}
     if is_new:
-        code, _, err = command(ASSETS / name, f"output={tmp_path / name}")
+        code, _, err = command(name, f"output={tmp_path / name}")
         assert code == 0, err
     else:
         shutil.copytree(ASSETS / name, tmp_path / name)
