@@ -2,11 +2,14 @@
 data.
 """
 
+import base64
 import json
 import os
 import re
 import shutil
 import sys
+import threading
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -25,7 +28,7 @@ from harmony import export
 from harmony.cli.compose import compose
 from harmony.core.errors import UserError
 from harmony.models.backbone import Backbone
-from harmony.models.controlnet import export_controlnet, load_controlnet, read_hint
+from harmony.models.controlnet import FILES, export_controlnet, load_controlnet, read_hint
 from harmony.models.paint_by_example import build_encoder, build_painting_unet, export_painter, load_painter
 from harmony.models.shipped import ASSETS
 from harmony.pixels.images import read_image, write_image
@@ -260,7 +263,9 @@ def test_the_export_of_a_run_that_has_ended(run, command, backbone, tmp_path):
         assert code == 0, err
         written = output or folder / "export"
         assert out == [str(written)]
-        assert {p.name for p in written.iterdir()} == {"controlnet", "README.md", "grid.png"}
+        pipeline = {"model_index.json", "pipeline.py"}
+        assert {p.name for p in written.iterdir()} == {"controlnet", *FILES, "README.md", "grid.png"} | pipeline
+        assert same_weights(ControlNetModel.from_pretrained(written), net)
         assert same_weights(load_controlnet(written), net)
         assert (read_image(written / "grid.png") == 800 % 251).all()  # the last one
 
@@ -311,8 +316,8 @@ def test_half_the_size(run, command, backbone, tmp_path):
     finish(folder, net, backbone)
     code, lines, _ = command(str(folder), "half=true", f"output={tmp_path / 'out'}")
     assert code == 0
-    stored = safetensors_of(tmp_path / "out" / "controlnet")
-    assert {tensor.dtype for tensor in stored.values()} == {torch.float16}
+    for place in (tmp_path / "out" / "controlnet", tmp_path / "out"):
+        assert {tensor.dtype for tensor in safetensors_of(place).values()} == {torch.float16}
     loaded = load_controlnet(tmp_path / "out")
     assert loaded.dtype == torch.float32 and loaded.conv_in.weight.allclose(net.conv_in.weight, atol=1e-3)
     code, _, errors = command(str(folder), "half=true")
@@ -339,7 +344,8 @@ def test_one_of_several_controlnets(run, command, backbone):
     folder, net = run
     finish(folder, net, backbone)
     (folder / "export" / "color").mkdir()
-    (folder / "export" / "controlnet").rename(folder / "export" / "color" / "controlnet")
+    for name in ("controlnet", *FILES):
+        (folder / "export" / name).rename(folder / "export" / "color" / name)
     code, _, err = command(folder)
     assert code == 2 and "choose one of" in err[-1]
     for path in (folder / "export" / "color", folder / "export" / "color" / "controlnet"):
@@ -506,16 +512,19 @@ def picture_and_mask(side: int) -> tuple[np.ndarray, np.ndarray]:
     return np.random.default_rng(0).integers(0, 256, (side, side, 3), dtype=np.uint8), mask
 
 
-def run_snippet(folder: Path, side: int) -> None:
-    """Run the Python lines of the card in ``folder`` with two steps; only the hole may change."""
-    snippet = re.search(r"```python\n(.*?)```", (folder / "README.md").read_text(), re.S)[1]
+def run_snippets(folder: Path, side: int) -> None:
+    """Run each block of Python in the card in ``folder`` with two steps; only the hole may change."""
+    snippets = re.findall(r"```python\n(.*?)```", (folder / "README.md").read_text(), re.S)
     picture, mask = picture_and_mask(side)
     write_image(folder / "composite.png", picture)
     write_image(folder / "mask.png", mask)
-    exec(snippet.replace("num_inference_steps=20", "num_inference_steps=2"), {})
-    result, region = read_image("harmonized.png"), hole(mask, "dilate")
-    assert np.array_equal(result[~region], picture[~region])
-    assert (result[region] != picture[region]).mean() > 0.5
+    assert snippets
+    for snippet in snippets:
+        exec(snippet.replace("num_inference_steps=20", "num_inference_steps=2"), {})
+        result, region = read_image("harmonized.png"), hole(mask, "dilate")
+        assert np.array_equal(result[~region], picture[~region])
+        assert (result[region] != picture[region]).mean() > 0.5
+        Path("harmonized.png").unlink()
 
 
 def test_an_export_of_version_01_counts_in_cells(run, command, backbone, tmp_path):
@@ -533,26 +542,120 @@ def test_an_export_of_version_01_counts_in_cells(run, command, backbone, tmp_pat
     assert "cell=4, blur=1.0, normalize=True" in (tmp_path / "new" / "README.md").read_text()
 
 
-def test_the_snippet_of_a_card_runs(run, command, backbone, monkeypatch):
+def test_the_snippets_of_a_card_run(run, command, backbone, monkeypatch):
     folder, net = run
     finish(folder, net, backbone)
     assert command(folder)[0] == 0
     monkeypatch.chdir(folder / "export")
-    run_snippet(folder / "export", 32)
+    run_snippets(folder / "export", 32)
 
 
 @pytest.mark.parametrize("name", ["color", "color_relight"])
 @pytest.mark.parametrize("is_new", [False, True], ids=["shipped", "exported again"])
-def test_the_snippet_of_a_shipped_card_runs(name, is_new, command, tmp_path, monkeypatch):
+def test_the_snippets_of_a_shipped_card_run(name, is_new, command, tmp_path, monkeypatch):
     """Guards weights in half precision: all parts of the pipeline must be asked for in one precision."""
     assert {tensor.dtype for tensor in safetensors_of(ASSETS / name / "controlnet").values()} == {torch.float16}
     if is_new:
-        code, _, err = command(ASSETS / name, f"output={tmp_path / name}")
+        code, _, err = command(name, f"output={tmp_path / name}")
         assert code == 0, err
     else:
         shutil.copytree(ASSETS / name, tmp_path / name)
     monkeypatch.chdir(tmp_path / name)
-    run_snippet(tmp_path / name, 64)
+    run_snippets(tmp_path / name, 64)
+
+
+# --- the hub
+
+
+class Hub(BaseHTTPRequestHandler):
+    """What a model hub answers to an upload: it keeps the files of the commit in ``server.files``."""
+
+    def do_POST(self):
+        body = self.rfile.read(int(self.headers["Content-Length"]))
+        server, answer = self.server, {}
+        if self.headers["Authorization"] != "Bearer hf_secret":
+            return self.reply(401, {"error": "Invalid username or password."})
+        if self.path == "/api/repos/create":
+            server.repositories.append(json.loads(body))
+            answer = {"url": f"{server.address}/{json.loads(body)['organization']}/net", "id": "org/net"}
+        elif self.path == "/api/models/org/net/preupload/main":
+            paths = [file["path"] for file in json.loads(body)["files"]]
+            kinds = {"uploadMode": "regular", "shouldIgnore": False}
+            answer = {"files": [{"path": path, **kinds} for path in paths]}
+        elif self.path == "/api/models/org/net/commit/main":
+            for line in map(json.loads, body.splitlines()):
+                if line["key"] == "file":
+                    server.files[line["value"]["path"]] = base64.b64decode(line["value"]["content"])
+            answer = {"commitUrl": f"{server.address}/org/net/commit/abc", "commitOid": "abc"}
+        self.reply(200, answer)
+
+    def do_GET(self):
+        self.reply(404, {"error": "not here"})
+
+    def reply(self, code: int, answer: dict):
+        content = json.dumps(answer).encode()
+        self.send_response(code)
+        self.send_header("Content-Type", "application/json")
+        self.send_header("Content-Length", str(len(content)))
+        self.end_headers()
+        self.wfile.write(content)
+
+    def log_message(self, *words):
+        pass
+
+
+@pytest.fixture
+def hub(monkeypatch):
+    """A hub on this machine, which is the one that uploads go to."""
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Hub)
+    server.repositories, server.files, server.address = [], {}, f"http://127.0.0.1:{server.server_port}"
+    monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", server.address)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+    monkeypatch.setenv("HF_TOKEN", "hf_secret")
+    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    yield server
+    server.shutdown()
+    server.server_close()
+
+
+def test_push(run, command, backbone, hub):
+    """Guards what leaves this machine: the files of the export and nothing else, into a repository that is private."""
+    folder, net = run
+    finish(folder, net, backbone)
+    (folder / "export" / "notes.txt").write_text("mine")
+    code, out, err = command(folder, "push=org/net")
+    assert code == 0, err
+    assert out == [f"uploaded to {hub.address}/org/net", str(folder / "export")]
+    (repository,) = hub.repositories
+    assert (repository["organization"], repository["name"]) == ("org", "net")
+    assert repository.get("private") or repository.get("visibility") == "private"
+    names = {*FILES, *(f"controlnet/{name}" for name in FILES), "README.md", "grid.png", "model_index.json"}
+    assert hub.files.keys() == names | {"pipeline.py"}
+    assert all((folder / "export" / name).read_bytes() == content for name, content in hub.files.items())
+    card = hub.files["README.md"].decode()
+    assert 'custom_pipeline="org/net"' in card and "controlnet=org/net " in card and "folder of this card" not in card
+    assert command(folder, "format=comfyui", "push=org/net")[0] == 0
+    assert hub.files.keys() == names | {"pipeline.py", "harmony-color.safetensors"}
+
+
+def test_a_push_that_fails_is_said(run, command, backbone, hub, monkeypatch):
+    folder, net = run
+    finish(folder, net, backbone)
+    for name in ("net", "a/b/c", "org/a b", "../net"):
+        code, _, err = command(folder, f"push={name}")
+        assert code == 2 and len(err) == 1 and "give a repository on the hub, owner/name" in err[0], err
+    assert not (folder / "export" / "README.md").exists(), "a wrong name is refused before anything is written"
+    monkeypatch.setenv("HF_TOKEN", "hf_old")
+    code, _, err = command(folder, "push=org/net")
+    assert code == 2 and len(err) == 1 and "log in by hf auth login" in err[0] and str(folder / "export") in err[0], err
+    hub.shutdown()
+    hub.server_close()
+    code, _, err = command(folder, "push=org/net")
+    assert code == 2 and len(err) == 1 and "cannot be uploaded to org/net" in err[0], err
+    assert not hub.files and (folder / "export" / "README.md").exists()
+    code, _, err = command(f"backbone={backbone.path}", "output=x", "push=org/net")
+    assert code == 2 and len(err) == 1 and "push=org/net is for runs" in err[0], err
 
 
 # --- cards
@@ -573,9 +676,11 @@ def test_metadata_for_the_hub(tmp_path):
     assert metadata["base_model"] == "sd2-community/stable-diffusion-2-inpainting"
     assert (metadata["base_model_relation"], metadata["pipeline_tag"]) == ("adapter", "image-to-image")
     assert "model.path=sd2-community/stable-diffusion-2-inpainting" in text
+    assert "    backbone=" not in text, "the export names it"
     for name in ("tiny", "/some/where", "work/backbone/small", "a b/c"):
-        metadata, _ = card_of(tmp_path, backbone=name)
+        metadata, text = card_of(tmp_path, backbone=name)
         assert metadata["library_name"] == "diffusers" and "base_model" not in metadata
+        assert f"    backbone=backbone_path({name!r})," in text
 
 
 def test_a_controlnet_of_unknown_origin_has_a_card(tmp_path):
@@ -600,7 +705,7 @@ def test_foreign_text_is_shown_literally(run, command, backbone):
     assert r"| a\|b\](http://x)\<b\> | 2 | 1 |" in text
     assert """controlnet=. 'model.path=a'"'"'; rm -rf ~ #'""" in text
     fences = [line for line in text.splitlines() if line.startswith("```")]
-    assert fences == ["```bash", "```", "```python", "```", "```bash", "```"]
+    assert fences == ["```python", "```", "```bash", "```", "```python", "```", "```bash", "```"]
 
 
 def test_escapes():

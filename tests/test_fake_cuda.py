@@ -38,6 +38,7 @@ from harmony.training.control import ControlTask, JointTask
 from harmony.training.judge import JudgeTask
 from harmony.training.muon import Muon
 from harmony.training.paint_by_example import ExemplarTask
+from harmony.training.pipeline import PARTS, HarmonyPipeline
 from harmony.training.textual_inversion import TextualInversionTask
 
 GPU = torch.device("cuda", 0)
@@ -260,6 +261,22 @@ def test_controlnets_fill(sd2, composites):
     squares = [Composite(*item) for item in zip(*composites, ["a mushroom", "a car"], strict=True)]
     for settings in (Settings(1, 1.0), Settings(3, 7.5, encoder_every=2, guided=0.5)):
         assert checked(Inpainting(sd2, branches, settings).fill(squares, SEEDS), sd2.resolution)
+
+
+@pytest.mark.parametrize("detail", ["full", "none"])
+def test_the_pipeline_of_an_export_fills(sd2, composites, detail):
+    """Guards what diffusers runs, in mixed precision, with guidance."""
+    nets = [move_module(from_unet(sd2.unet, sd2.factor).requires_grad_(False).to(sd2.dtype), GPU) for _ in range(2)]
+    parts = {name: getattr(sd2, name) for name in PARTS}
+    hints = {
+        "controlnet": {"branch": "color", "parameters": {}},
+        "structure": {"branch": "structure", "parameters": {}},
+    }
+    pipeline = HarmonyPipeline(*nets, **parts, hints=hints)
+    pictures, _, masks, _ = composites
+    settings = {"num_inference_steps": 2, "guidance_scale": 7.5, "detail": detail, "output_type": "np"}
+    picture = pipeline("a mushroom", pictures[0], masks[0], controlnet_conditioning_scale=(1.0, 0.5), **settings)
+    assert checked(picture.images, sd2.resolution)
 
 
 @pytest.mark.parametrize(

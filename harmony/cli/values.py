@@ -288,7 +288,7 @@ OPTIONS: dict[str, Rule] = {
     "paths.work": Text(),
     "run": Text(none=True),
     "format": Choice(("diffusers", "comfyui")),
-    "license": Text(none=True),
+    **dict.fromkeys(("license", "push"), Text(none=True)),
     "backbone": Either((Text(), Keys()), none=True),
     "port": Whole(1, 65535),
     "address": Text(none=True),

@@ -1,5 +1,6 @@
-"""Downloads from a model hub."""
+"""Downloads from a model hub, and uploads to it."""
 
+from collections.abc import Sequence
 from pathlib import Path
 
 from harmony.core.errors import UserError
@@ -28,3 +29,36 @@ def fetch_folder(
         reason = str(error).splitlines()[0].removeprefix("Got: ")
         raise UserError(f"cannot fetch {part or 'weights'} of {name} from the hub ({reason}): {remedy}") from error
     return Path(folder) / part
+
+
+def check_repository(name: str) -> None:
+    """UserError unless ``name`` can be a repository on the hub, owner/name."""
+    from huggingface_hub.errors import HFValidationError
+    from huggingface_hub.utils import validate_repo_id
+
+    try:
+        validate_repo_id(name)
+        is_valid = "/" in name
+    except HFValidationError:
+        is_valid = False
+    if not is_valid:
+        raise UserError(f"push={name}: give a repository on the hub, owner/name")
+
+
+def upload_files(folder: Path, files: Sequence[str], name: str) -> str:
+    """Upload ``files`` of a folder, by names or patterns, to the hub repository ``name``; the repository's address.
+
+    A repository that does not exist is made, and is private until its owner opens it. UserError where the hub cannot
+    be reached or refuses.
+    """
+    from huggingface_hub import HfApi
+
+    api = HfApi()
+    try:
+        address = api.create_repo(name, private=True, exist_ok=True)
+        api.upload_folder(repo_id=name, folder_path=folder, allow_patterns=list(files), commit_message="Export")
+    except Exception as error:  # of the disk, the hub, or whichever HTTP library this version of its client has
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        mend = "log in by hf auth login, and give the same command again"
+        raise UserError(f"{folder} is complete, but cannot be uploaded to {name} ({reason}): {mend}") from error
+    return str(address)

@@ -7,13 +7,14 @@ Liu 2025. It is also the only form that the stock ``StableDiffusionControlNetInp
 import inspect
 import math
 import os
+import shutil
 from pathlib import Path
 
 import torch
 from diffusers import ControlNetModel, UNet2DConditionModel
 
 from harmony.core.errors import UserError
-from harmony.core.files import replace_folder, write_json
+from harmony.core.files import replace_file, replace_folder, write_json
 from harmony.core.foreign import read_json
 from harmony.models.backbone import Backbone
 from harmony.models.shipped import CONTROLNET, fetch_weights, find_weights
@@ -21,6 +22,8 @@ from harmony.models.weights import load_network
 from harmony.pixels.hints import HINTS
 from harmony.pixels.images import sha256
 
+WEIGHTS = "diffusion_pytorch_model.safetensors"
+FILES = ("config.json", "hint.json", WEIGHTS)  # of a ControlNet; hint.json may be missing
 HINT_CHANNELS = (16, 32, 96, 256)  # widths of the hint encoder's layers; each layer after the first halves the side
 SILU_GAIN = 1.68  # 1 / the root mean square of SiLU of a unit normal
 
@@ -117,10 +120,30 @@ def check_parameters(branch: str, parameters: dict) -> None:
 
 
 def export_controlnet(net: ControlNetModel, folder: Path, branch: str, parameters: dict, backbone: Backbone) -> Path:
-    """Write ``folder/controlnet`` in diffusers layout; ``hint.json`` beside the weights describes its hint."""
+    """Write ``folder/controlnet`` in diffusers layout; ``hint.json`` beside the weights describes its hint.
+
+    The same files stand at the top of ``folder``.
+    """
     target, hashes = Path(folder) / "controlnet", {part: backbone.hash(part) for part in ("vae", "unet")}
     facts = {"branch": branch, "parameters": parameters, "cell": backbone.factor, "backbone": backbone.name, **hashes}
     with replace_folder(target) as temp_folder:
         net.save_pretrained(temp_folder)
         write_json(temp_folder / "hint.json", facts)
+    link_to_top(target)
     return target
+
+
+def link_to_top(controlnet: Path) -> None:
+    """Put the files of the folder ``controlnet`` into the folder above it too, where hubs and diffusers look for them.
+
+    They are links where the disk has links, so that weights take their space once.
+    """
+    for name in FILES:
+        if not (controlnet / name).exists():
+            (controlnet.parent / name).unlink(missing_ok=True)
+            continue
+        with replace_file(controlnet.parent / name) as temp_path:
+            try:
+                os.link(controlnet / name, temp_path)
+            except OSError:
+                shutil.copyfile(controlnet / name, temp_path)

@@ -134,9 +134,17 @@ def read_fact(facts: Mapping[str, Any], name: str) -> str:
 
 
 def render_controlnet_card(
-    run: RunFolder, facts: Mapping[str, Any], grid: bool, license: str | None, checkpoint: Facts | None = None
+    run: RunFolder,
+    facts: Mapping[str, Any],
+    grid: bool,
+    license: str | None,
+    checkpoint: Facts | None = None,
+    home: str | None = None,
 ) -> str:
-    """The card of a ControlNet; ``facts``: those of ``hint.json``; ``checkpoint``: those of the weights."""
+    """The card of a ControlNet; ``facts``: those of ``hint.json``; ``checkpoint``: those of the weights.
+
+    ``home``: the repository on a hub where the card is read; None: in its folder.
+    """
     backbone, branch = read_fact(facts, "backbone"), facts.get("branch")
     license = license or read_license(backbone)
     parameters = facts.get("parameters", {})
@@ -148,6 +156,8 @@ def render_controlnet_card(
         make_metadata(license, backbone, "adapter", ("controlnet", "inpainting", "image-harmonization")),
         **collect_training_values(run, facts, "without the ControlNet", checkpoint),
         branch=branch,
+        home=home or ".",
+        is_on_hub=is_hub_id(backbone),
         surroundings=bool(parameters.get("surroundings")),
         call=f'hint("{branch}", image, mask{arguments})',
         model=format_model_option(backbone),

@@ -12,25 +12,39 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import torch
+from diffusers import __version__
 from safetensors.torch import save_file
 
 from harmony.core.errors import UserError
 from harmony.core.files import make_scratch, write_json, write_text
 from harmony.data.latent_data import only_set
 from harmony.models.backbone import ship
-from harmony.models.controlnet import export_controlnet, from_unet, load_controlnet, read_hint, to_cells
+from harmony.models.controlnet import (
+    FILES,
+    WEIGHTS,
+    export_controlnet,
+    from_unet,
+    link_to_top,
+    load_controlnet,
+    read_hint,
+    to_cells,
+)
 from harmony.models.paint_by_example import backbone_facts, export_painter, load_painter
 from harmony.models.shipped import CONTROLNET, PAINTER, find_weights
 from harmony.models.weights import read_weights
 from harmony.pixels.hints import HINTS
-from harmony.training.cards import render_backbone_card, render_controlnet_card, render_painter_card
+from harmony.training.bundle import bundle
+from harmony.training.cards import read_fact, render_backbone_card, render_controlnet_card, render_painter_card
 from harmony.training.checkpoints import KINDS, Facts, find_checkpoint, read_checkpoint, read_facts, restore
 from harmony.training.run_folder import RunFolder
 
-WEIGHTS = "diffusion_pytorch_model.safetensors"
-FILES = ("config.json", "hint.json", WEIGHTS)  # of a ControlNet; hint.json may be missing
 ITS_TRAINING = "the command of its training exports them, with resume=RUN checkpoint=best those of the best checkpoint"
 BACKBONE_PARTS = ("vae", "clip", "captioner", "inpaint")  # in the order of their trainings
+PUBLISHED = (*FILES, "README.md", "grid.png", "model_index.json", "pipeline.py", "controlnet/*", "paint_by_example/*")
+PIPELINE_TITLE = """HarmonyPipeline, at the end of this file: the ControlNets of an export in one call of diffusers.
+
+Written by harmony's export from its own code; harmony itself need not be installed.
+"""
 RENDERS = 512  # bundled studio scenes, beside those that a training renders
 
 
@@ -139,21 +153,51 @@ def write_networks(
         controlnet, facts = restore_controlnet(run, output, kind)
     if half:
         tensors = {name: tensor.half() for name, tensor in read_weights(controlnet / WEIGHTS).items()}
-        # to another name first: tensors that were in half precision already are still mapped to the file
-        save_file(tensors, output / WEIGHTS, metadata={"format": "pt"})
-        os.replace(output / WEIGHTS, controlnet / WEIGHTS)
+        # to another file first: tensors that were in half precision already are still mapped to this one
+        save_file(tensors, output / "half.safetensors", metadata={"format": "pt"})
+        os.replace(output / "half.safetensors", controlnet / WEIGHTS)
     return controlnet, facts
 
 
 def write_controlnet(
-    run: RunFolder, path: Path, output: Path, license: str | None, half: bool, checkpoint: str | None
+    run: RunFolder,
+    path: Path,
+    output: Path,
+    license: str | None,
+    half: bool,
+    checkpoint: str | None,
+    home: str | None = None,
 ) -> Path:
-    """Write the folder ``output`` for diffusers: ``controlnet/``, a model card, the last sample grid."""
+    """Write the folder ``output`` for diffusers: weights, ``HarmonyPipeline``, a model card, the last sample grid.
+
+    ``home``: the repository on a hub where the card will be read; None: in the folder.
+    """
     with open_scratch(output) as folder:
         controlnet, facts = write_networks(run, path, folder, half, checkpoint)
-        card = render_controlnet_card(run, read_hint(controlnet), has_grid(run, output), license, facts)
+        hint = read_hint(controlnet)
+        card = render_controlnet_card(run, hint, has_grid(run, output), license, facts, home)
         publish(run, controlnet, card, output)
+    link_to_top(output / "controlnet")
+    write_pipeline(output, hint)
     return output
+
+
+def write_pipeline(output: Path, hint: Facts) -> None:
+    """Write what makes diffusers load ``output`` as a ``HarmonyPipeline``; nothing where the hint is unknown."""
+    index, code = output / "model_index.json", output / "pipeline.py"
+    if not hint:
+        index.unlink(missing_ok=True)
+        code.unlink(missing_ok=True)
+        return
+    write_text(code, bundle("harmony.training.pipeline", "HarmonyPipeline", PIPELINE_TITLE))
+    facts = {
+        "_class_name": ["pipeline", "HarmonyPipeline"],
+        "_diffusers_version": __version__,
+        "controlnet": ["diffusers", "ControlNetModel"],
+        "backbone": read_fact(hint, "backbone"),
+        "hints": {"controlnet": {name: hint[name] for name in ("branch", "parameters")}},
+    }
+    write_json(index, facts)
 
 
 def write_single_file(run: RunFolder, path: Path, output: Path, half: bool, checkpoint: str | None) -> Path:

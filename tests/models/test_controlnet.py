@@ -1,14 +1,18 @@
 """A ControlNet before it is trained, and on its way to a folder and back."""
 
 import json
+import os
+import shutil
+from unittest.mock import Mock
 
 import pytest
 import torch
+from diffusers import ControlNetModel
 
 from harmony.core.errors import UserError
 from harmony.methods.inpainting import load_branch
 from harmony.models.backbone import Backbone
-from harmony.models.controlnet import export_controlnet, from_unet, load_controlnet, read_hint
+from harmony.models.controlnet import FILES, export_controlnet, from_unet, link_to_top, load_controlnet, read_hint
 from harmony.models.shipped import CONTROLNET, find_weights
 from harmony.models.unet_halves import decode, encode
 from harmony.sampling.guidance import control_residuals, embed_hints, predict
@@ -93,7 +97,29 @@ def test_export_and_load(backbone, awake, tmp_path):
         assert all(torch.equal(v, net.state_dict()[k]) for k, v in loaded.state_dict().items())
         facts = read_hint(path)
         assert (facts["branch"], facts["parameters"], facts["unet"]) == ("color", PARAMETERS, backbone.hash("unet"))
-    assert [p.name for p in folder.parent.iterdir()] == ["controlnet"]  # nothing half-written stays
+    assert {p.name for p in folder.parent.iterdir()} == {"controlnet", *FILES}  # nothing half-written stays
+
+
+def test_weights_at_the_top(backbone, awake, tmp_path, monkeypatch):
+    """Guards what a hub counts and fetches: the top of an export loads by itself, is current, and takes no space."""
+
+    def loads(net) -> bool:
+        loaded, ours = ControlNetModel.from_pretrained(tmp_path), load_controlnet(tmp_path / "fetched")
+        state = net.state_dict()
+        return all(torch.equal(v, state[k]) for part in (loaded, ours) for k, v in part.state_dict().items())
+
+    for seed in (0, 1, 2):
+        if seed == 2:  # a disk without links
+            monkeypatch.setattr("os.link", Mock(side_effect=OSError))
+        folder = export_controlnet(awake(backbone, seed), tmp_path, "color", PARAMETERS, backbone)
+        (tmp_path / "fetched").mkdir(exist_ok=True)
+        for name in FILES:
+            shutil.copyfile(tmp_path / name, tmp_path / "fetched" / name)
+            assert os.path.samefile(tmp_path / name, folder / name) == (seed < 2)
+        assert loads(awake(backbone, seed)) and not loads(awake(backbone, 9))
+    (folder / "hint.json").unlink()
+    link_to_top(folder)
+    assert not (tmp_path / "hint.json").exists(), "nothing says more than its source"
 
 
 def test_what_is_no_controlnet_is_said(backbone, awake, tmp_path):
