@@ -269,7 +269,8 @@ def test_a_bench_of_composition_is_measured_on_its_own_exemplars(small_manifest,
     rows = [replace(row, id=f"{i}", split="test", extras={"exemplar": row.image}) for i, row in enumerate(pictures)]
     write_manifest(manifest, rows, "cocoee")
     run = StudyRun("t", tmp_path, prepare=lambda: manifest, load=lambda: Backbone(str(random_backbone)))
-    options = dict.fromkeys(("radius", "degrade", "sweep", "pairs", "figure", "hidden", "drawn", "paper", "lambdas"))
+    names = ("against", "radius", "degrade", "sweep", "pairs", "figure", "hidden", "drawn", "paper", "lambdas")
+    options = dict.fromkeys(names)
     study = Comparison(run, EXEMPLAR, {}, **options)
     items = study.load("test")
     assert len(items) == 5 and items.kind == EXEMPLAR and not study.notes
