@@ -14,7 +14,7 @@ from hydra.utils import get_class, instantiate
 from omegaconf import DictConfig, OmegaConf
 
 from harmony.cli.command import entry
-from harmony.cli.logger import build_logger
+from harmony.cli.logger import build_logger, log_page
 from harmony.cli.methods import build, complete, row_facts, row_override
 from harmony.cli.provenance import provenance
 from harmony.cli.run_folder import device, make_folder, rank, run_folder, world
@@ -66,6 +66,8 @@ def overrides(words: list[str]) -> list[str]:
 @entry("evaluate", read=overrides)
 def main(cfg: DictConfig) -> None:
     """Figures, table and picture of one method or of a study; with ``inputs`` what other programs need for it."""
+    from harmony.evaluation.pages import write_page
+
     start = time.monotonic()
     if cfg.inputs is not None:
         if rank() == 0:
@@ -79,10 +81,12 @@ def main(cfg: DictConfig) -> None:
         return
     facts = report.facts | {"wall_time_s": round(time.monotonic() - start, 1)}
     write_json(folder / "provenance.json", provenance(cfg, **facts))
-    log(cfg, folder, report)
+    config = (folder / "config.yaml").read_text(encoding="utf-8")
+    page = write_page(folder, f"{cfg.name} {folder.name}", report.text, config, report.rows, facts["count"])
+    log(cfg, folder, report, page)
     write_json(folder / "metrics.json", report.figures)
     print(f"\n{report.text}")
-    print(folder, *report.pictures, sep="\n")
+    print(folder, page, *report.pictures, sep="\n")
 
 
 def number(cell: str) -> float | None:
@@ -90,7 +94,7 @@ def number(cell: str) -> float | None:
     return float(cell) if cell else None
 
 
-def log(cfg: DictConfig, folder: Path, report: Report) -> None:
+def log(cfg: DictConfig, folder: Path, report: Report, page: Path) -> None:
     """The same to W&B, where that is the logger: the table as a table of numbers, the figures as pictures."""
     logger = build_logger(cfg)
     if not hasattr(logger, "log_table"):
@@ -102,6 +106,7 @@ def log(cfg: DictConfig, folder: Path, report: Report) -> None:
         logger.log_table("table", columns=head, data=[[name, *map(number, cells)] for name, *cells in rows])
     for picture in report.pictures:
         logger.log_image(picture.stem, [str(picture)])
+    log_page(logger, page)
     logger.experiment.finish()
 
 

@@ -13,7 +13,7 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from omegaconf import DictConfig, OmegaConf
 
 from harmony.cli.command import entry, literal
-from harmony.cli.logger import build_logger
+from harmony.cli.logger import build_logger, log_page
 from harmony.cli.provenance import provenance
 from harmony.cli.run_folder import rank, run_folder
 from harmony.core.errors import UserError
@@ -22,6 +22,8 @@ from harmony.core.progress import tell
 from harmony.data.manifest import manifest_hash
 from harmony.data.preparation import ensure
 from harmony.data.shards import hand_over, predictor
+from harmony.evaluation.pages import read_grids, write_page
+from harmony.evaluation.report import Report
 from harmony.models.backbone import DIFFUSION
 from harmony.training.callbacks import AtomicCheckpoints, list_callbacks, read_last_metrics, read_validation
 from harmony.training.checkpoints import Facts, checkpoint_name, describe, restore_best
@@ -124,9 +126,9 @@ def overrides(words: list[str]) -> list[str]:
     return [literal(word, ("token",)) for word in words]
 
 
-def measure(cfg: DictConfig, task: Task) -> tuple[dict[str, float], dict, str]:
-    """(figures, facts, table) of the task's result beside its baseline, on held-out pictures."""
-    from harmony.evaluation.before_after import before_and_after, table
+def measure(cfg: DictConfig, task: Task) -> Report:
+    """The report of the task's result beside its baseline, on held-out pictures."""
+    from harmony.evaluation.before_after import before_and_after, page_rows, table
     from harmony.evaluation.eval_sets import load_reconstruct
     from harmony.sampling.guidance import Settings
 
@@ -136,7 +138,16 @@ def measure(cfg: DictConfig, task: Task) -> tuple[dict[str, float], dict, str]:
     methods = task.baseline(settings), task.result(settings)
     protocol = f"DDIM {e.steps} steps, guidance {e.guidance}, seed {e.seed}"
     outcome = before_and_after(task.backbone, items, *methods, e.seed, protocol)
-    return outcome.figures, outcome.facts, f"{table(outcome.figures, e.split, **outcome.facts)}\n"
+    text = f"{table(outcome.figures, e.split, **outcome.facts)}\n"
+    return Report(outcome.figures, outcome.facts, text, rows=page_rows(items, methods[1], outcome))
+
+
+def draw_page(cfg: DictConfig, folder: Path, report: Report, figures: dict[str, float]) -> Path:
+    """Write the page of a training: the pictures measured at its end, or its grids, and its ``figures``."""
+    lines = ["| training | |", "|---|---|", *(f"| {name} | {value:.4g} |" for name, value in sorted(figures.items()))]
+    text, config = "\n".join([report.text, *lines]), (folder / "config.yaml").read_text(encoding="utf-8")
+    rows = report.rows or read_grids(folder / "grids")
+    return write_page(folder, f"{cfg.name} {folder.name}", text, config, rows, report.facts.get("count", len(rows)))
 
 
 def data_facts(cfg: DictConfig, data: lightning.LightningDataModule) -> dict:
@@ -167,22 +178,24 @@ def main(cfg: DictConfig) -> None:
     task.eval().requires_grad_(False).to(task.home)  # Lightning has moved it to the CPU
     task.export(folder / "export")
     tell(f"exported checkpoint: {describe(checkpoint)}")
-    measured, facts, text = measure(cfg, task) if cfg.evaluate is not None else ({}, {}, "")
-    figures |= measured
+    report = measure(cfg, task) if cfg.evaluate is not None else Report()
+    page = draw_page(cfg, folder, report, figures)
+    figures |= report.figures
     backbone = instantiate(cfg.model)
-    facts |= {"backbone": {part: backbone.hash(part) for part in DIFFUSION}, **data_facts(cfg, trainer.datamodule)}
+    facts = report.facts | {"backbone": {part: backbone.hash(part) for part in DIFFUSION}}
+    facts |= data_facts(cfg, trainer.datamodule)
     facts |= {"checkpoint": checkpoint, "wall_time_s": round(time.monotonic() - start, 1)}
     write_json(folder / "provenance.json", provenance(cfg, **precision, **facts))
     if trainer.logger is not None:
         trainer.logger.log_metrics(figures, step=trainer.global_step)
+        log_page(trainer.logger, page)
         trainer.logger.finalize("success")
         if hasattr(trainer.logger.experiment, "finish"):  # W&B: flush, and let a sweep's next run be one of its own
             trainer.logger.experiment.finish()
     write_json(folder / "metrics.json", figures)
     grids = sorted((folder / "grids").glob("*.png"))
-    print(f"\n{text}\n{folder}" if text else folder)  # last, below what the logger has to say
-    if grids:
-        print(grids[-1])
+    print(f"\n{report.text}\n{folder}" if report.text else folder)  # last, below what the logger has to say
+    print(page, *grids[-1:], sep="\n")
 
 
 if __name__ == "__main__":

@@ -58,6 +58,8 @@ def folder_of(cfg: DictConfig) -> Path:
 @entry("harmonize", read=overrides)
 def main(cfg: DictConfig) -> None:
     """Harmonize one composite or a folder of them; every run writes a folder of its own."""
+    from harmony.evaluation.eval_sets import subsample
+    from harmony.evaluation.pages import ROWS, write_page
     from harmony.methods.inputs import PICTURES, list_composites, read_inputs
     from harmony.methods.runs import Inserter, Request
     from harmony.models.shipped import check_places
@@ -88,10 +90,15 @@ def main(cfg: DictConfig) -> None:
         return
     common = {"prompts": cfg.prompts}
     requests = {name: Request(common | options_of_one, folder / name, cfg.prompt) for name, options_of_one in items}
-    sheet, count = inserter.run_folder(requests, cfg.batch)
+    sheet, results = inserter.run_folder(requests, cfg.batch)
     write_image(folder / "sheet.png", sheet)
-    write_json(folder / "metrics.json", {"composites": len(items) - count, "left_out": count + len(incomplete_ids)})
-    print(folder / "sheet.png")
+    figures = {"composites": len(results), "left_out": len(items) - len(results) + len(incomplete_ids)}
+    rows = ((name, request.read_pictures()) for name, request in subsample(list(results.items()), ROWS))
+    text = f"{figures['composites']} composites, {figures['left_out']} left out\n{method.describe()}"
+    config = OmegaConf.to_yaml(cfg, resolve=True)
+    page = write_page(folder, f"harmonize {folder.name}", text, config, rows, len(results))
+    write_json(folder / "metrics.json", figures)
+    print(page, folder / "sheet.png", sep="\n")
 
 
 if __name__ == "__main__":

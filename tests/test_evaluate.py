@@ -1,5 +1,7 @@
 """Studies by their command: what they leave behind, what they refuse, and the same table however it came about."""
 
+import base64
+import io
 import json
 import os
 import subprocess
@@ -8,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from harmony import evaluate
 from harmony.cli.compose import CONFIGS, compose, load_yaml, why
@@ -61,6 +64,17 @@ def ready(random_backbone, controlnets, prepared_work, tmp_path):
     return make
 
 
+def read_page(folder: Path) -> tuple[list[str], dict]:
+    """(titles of the pictures of its first row, all content) of a run's page, of which every picture can be decoded."""
+    text = (folder / "report.html").read_text()
+    content = json.loads(text.partition('type="application/json">')[2].partition("</script>")[0])
+    for picture in [picture for row in content["rows"] for picture in row["pictures"]]:
+        Image.open(io.BytesIO(base64.b64decode(picture["source"].partition(",")[2]))).load()
+    assert content["title"] == f"{folder.parent.name} {folder.name}"
+    assert content["config"] == (folder / "config.yaml").read_text() and content["count"] == 2 == len(content["rows"])
+    return [picture["title"] for picture in content["rows"][0]["pictures"]], content
+
+
 def study_of(words: list[str]):
     return compose("evaluate", evaluate.overrides(words))
 
@@ -83,7 +97,11 @@ def test_a_study_runs(name, ready, tmp_path, capsys):
     assert len(drifts) >= 2 and set(drifts) == {0.0}
     assert "n = 2 test pictures" in (folder / "table.md").read_text() and (folder / "figure.png").stat().st_size > 5000
     said = capsys.readouterr().out
-    assert "part 1/" in said and str(folder / "figure.png") in said
+    assert "part 1/" in said and f"{folder}\n{folder / 'report.html'}\n{folder / 'figure.png'}\n" in said
+    titles, content = read_page(folder)
+    assert titles[0] == "input" and titles[-1] in ("truth", "source")
+    outputs = [title for title in titles[1:-1] if not title.startswith(("instance", "exemplar"))]
+    assert outputs == [row[0] for row in content["blocks"][0][1:]]
     facts = json.loads((folder / "provenance.json").read_text())
     assert {len(value) for value in facts["methods"].values()} == {64} and len(facts["manifest"]) == 64
     assert set(facts["methods"]) == set(listed) or not listed
@@ -101,7 +119,8 @@ def test_the_study_of_pairs_runs(ready, tmp_path, capsys):
     assert "zero_shot: not measured yet" in (folder / "table.md").read_text()
     assert {metrics[f"{name}/bg_drift"] for name in names} == {0} == {metrics["copy_paste/raw/bg_drift"]}
     assert metrics["copy_paste/raw/shift"] == 0 < metrics["color_relight_enlarged/raw/bg_drift"]
-    assert str(folder / "figure.png") in capsys.readouterr().out
+    assert f"{folder / 'report.html'}\n{folder / 'figure.png'}\n" in capsys.readouterr().out
+    assert read_page(folder)[0] == [*names, "truth"]
 
 
 def test_the_editing_study_runs(ready, tmp_path, capsys):
@@ -114,6 +133,8 @@ def test_the_editing_study_runs(ready, tmp_path, capsys):
     assert metrics["autoencoder/test/psnr"] > 0 and len(metrics) == 12
     said = capsys.readouterr().out
     assert "n = 2 scenes of editing" in (folder / "table.md").read_text() and str(folder / "figure.png") in said
+    titles = ["source", "ddim, w = 1", "ddim, w = 3", "one null text", "null text a step", "fast (null = condition)"]
+    assert read_page(folder)[0] == titles
     assert {"backbone/unet", "edits"} <= set(json.loads((folder / "provenance.json").read_text())["made_of"])
 
 
@@ -122,23 +143,28 @@ def test_the_bench_of_judges_runs(ready, tmp_path):
     evaluate.main(study_of(ready("judge_bench")))
     (folder,) = (tmp_path / "runs" / "judge_bench").iterdir()
     assert {"statistic/test/auc", "statistic/test/ece"} <= set(json.loads((folder / "metrics.json").read_text()))
+    titles, content = read_page(folder)
+    assert titles == ["another light", "as it was taken"]
+    assert "pair 1, natural by statistic 0." in content["rows"][0]["name"]
 
 
 def test_the_user_study_needs_neither_dataset_nor_backbone(tmp_path, monkeypatch, capsys):
     """Guards people's time: finished pictures alone make the page, and a file that is no answers ends in one line."""
     monkeypatch.setattr(evaluate, "ensure", lambda *recipe: 1 / 0)
     for method, value in (("ours", 60), ("paper", 90)):
-        (tmp_path / method / "0000").mkdir(parents=True)
-        write_image(tmp_path / method / "0000" / "harmonized.png", np.full((8, 8, 3), value, np.uint8))
+        for name in ("0000", "0001"):
+            (tmp_path / method / name).mkdir(parents=True)
+            write_image(tmp_path / method / name / "harmonized.png", np.full((8, 8, 3), value, np.uint8))
     methods = f"study.methods={{ours: {tmp_path / 'ours'}, paper: {tmp_path / 'paper'}}}"
     words = ["experiment=user_study", methods, f"paths.runs={tmp_path / 'runs'}", "model.path=nowhere", "logger=none"]
     monkeypatch.setattr(sys, "argv", ["evaluate", *words])
     evaluate.main()
     (folder,) = (tmp_path / "runs" / "user_study").iterdir()
-    made = {"study.html", "study.json", "table.csv", "table.md", "metrics.json", "provenance.json"}
+    made = {"study.html", "study.json", "table.csv", "table.md", "report.html", "metrics.json", "provenance.json"}
     assert made <= set(os.listdir(folder))
     said = capsys.readouterr().out.splitlines()
-    assert str(folder / "study.html") in said and said[-1] == str(folder)
+    assert read_page(folder)[0] == ["ours", "paper"]
+    assert str(folder / "study.html") in said and said[-2:] == [str(folder), str(folder / "report.html")]
     monkeypatch.setattr(sys, "argv", ["evaluate", *words, f"study.answers={folder / 'metrics.json'}"])
     with pytest.raises(SystemExit, match="2"):
         evaluate.main()
@@ -313,3 +339,5 @@ def test_a_study_on_wandb(ready, tmp_path):
     assert table["columns"][0] == "lambda" and [row[0] for row in table["data"]] == ["0.5", "1"]
     assert all(isinstance(cell, float | int) for row in table["data"] for cell in row[1:])
     assert len(list(run.rglob("*.png"))) == 2
+    (page,) = run.rglob("*.html")
+    assert page.read_text() == (folder / "report.html").read_text()

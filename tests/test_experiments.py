@@ -162,6 +162,8 @@ def test_it_runs(name, random_backbone, awake, prepared_work, tmp_path):
     assert (folder / "metrics.csv").read_text().count("\n") > 2 and (folder / "checkpoints" / "last.ckpt").exists()
     assert (folder / "checkpoints" / "best.ckpt").exists() == ("validation/loss" in metrics)
     assert list((folder / "grids").iterdir())
+    has_pictures = "data:image/" in (folder / "report.html").read_text()
+    assert has_pictures == any((folder / "grids").glob("*.png")), "the grids, where nothing else was drawn"
     if task in ("ControlTask", "JointTask"):
         exports = [""] if task == "ControlTask" else ["color", "structure"]
         assert all((folder / "export" / name / "controlnet" / "config.json").exists() for name in exports)
@@ -269,7 +271,13 @@ def test_a_training_without_evaluation_exports_all_the_same(random_backbone, pre
     main(composed("color", *more))
     (folder,) = (runs / "color").iterdir()
     assert not any("test/" in name for name in json.loads((folder / "metrics.json").read_text()))
-    assert (folder / "export" / "controlnet" / "config.json").exists() and list((folder / "grids").iterdir())
+    assert (folder / "export" / "controlnet" / "config.json").exists()
+    text = (folder / "report.html").read_text()
+    content = json.loads(text.partition('type="application/json">')[2].partition("</script>")[0])
+    grids = [f"step {file.stem.rpartition('_')[2]}" for file in sorted((folder / "grids").iterdir())]
+    (row,) = content["rows"]
+    assert row["name"] == "samples" and [picture["title"] for picture in row["pictures"]] == grids
+    assert ["train/loss"] == [name for name, _ in content["blocks"][0] if name == "train/loss"]
 
 
 def test_trainings_and_studies_know_their_command(monkeypatch, capsys):

@@ -143,10 +143,27 @@ def test_it_ends_with_a_table_and_absolute_paths(finished):
     """Guards the closing lines: before and after, the protocol of fid, and where things are."""
     folder, lines = finished
     lines = [line for line in lines if line]
-    assert lines[-2] == str(folder) and Path(lines[-1]).is_absolute() and Path(lines[-1]).suffix == ".png"
+    assert lines[-3:-1] == [str(folder), str(folder / "report.html")] and Path(lines[-1]).parent == folder / "grids"
     assert Path(lines[-1]).exists()
     assert any(line.startswith("| test/pasted/color_de |") for line in lines)
-    assert "n = 2" in lines[-3] and "fid and kid on backbone-clip features, clip on backbone-clip" in lines[-3]
+    assert "n = 2" in lines[-4] and "fid and kid on backbone-clip features, clip on backbone-clip" in lines[-4]
+
+
+def test_it_leaves_a_page_to_look_at(finished):
+    """Guards report.html: the pictures of the evaluation, its table and that of the training, options, W&B's copy."""
+    folder, _ = finished
+    text = (folder / "report.html").read_text()
+    content = json.loads(text.partition('type="application/json">')[2].partition("</script>")[0])
+    assert content["count"] == len(content["rows"]) == 2 and content["title"] == f"color {folder.name}"
+    for row in content["rows"]:
+        assert [picture["title"] for picture in row["pictures"]] == ["input", "hint", "baseline", "output", "truth"]
+    (head, *_), note, (_, *figures) = content["blocks"]
+    assert head == ["metric", "before", "after", "change"] and note.startswith("n = 2; fid and kid on backbone-clip")
+    assert "train/loss" in {name for name, _ in figures}
+    assert not any(name.removeprefix("baseline/").startswith("test/") for name, _ in figures), "those are above"
+    assert content["config"] == (folder / "config.yaml").read_text()
+    (copy,) = folder.glob("wandb/offline-run-*/files/media/html/*.html")
+    assert copy.read_text() == text
 
 
 def test_interrupted_it_goes_on_exactly(finished, command, tmp_path, monkeypatch):
@@ -207,7 +224,7 @@ def test_killed_it_goes_on_exactly(finished, command, tmp_path, environment):
     lines = second.communicate()[0].splitlines()
     assert second.returncode == 0, "\n".join(lines[-30:])
     assert list((runs / "color").iterdir()) == [folder]
-    assert lines[-2] == str(folder) and not any(line.startswith(f"step 1/{STEPS}") for line in lines)
+    assert lines[-3] == str(folder) and not any(line.startswith(f"step 1/{STEPS}") for line in lines)
     same_run(folder, finished[0])
 
 

@@ -1,5 +1,7 @@
 """``python -m harmony.harmonize`` as a person types it: real files in, pictures out, mistakes in one line."""
 
+import base64
+import io
 import json
 import subprocess
 import sys
@@ -345,6 +347,7 @@ def test_a_folder_of_composites(desk, command):
     assert json.loads((desk / "out" / "metrics.json").read_text()) == {"composites": 2, "left_out": 2}
     assert any(line.startswith("four left out") for line in lines) and any("3/3" in line for line in lines)
     assert Path(lines[-1]) == desk / "out" / "sheet.png" and read_image(lines[-1]).shape[0] > 2 * 150
+    assert lines[-2] == str(desk / "out" / "report.html")
     (told,) = (line for line in lines if "UNet " in line and " %, " in line and "the rest" in line)
     assert " s for 2 composites: " in told, "one batch"
     tiles = read_image(lines[-1])[24:, -150:]
@@ -443,12 +446,31 @@ def test_a_folder_goes_on(desk, command):
 
     (desk / "out" / "two" / "made_of.json").unlink()
     (desk / "out" / "sheet.png").unlink()
-    assert there() == 1 and there() == 2
+    (desk / "out" / "report.html").unlink()
+    assert there() == 1 and there() == 2 and (desk / "out" / "report.html").exists()
     assert (desk / "out/one/harmonized.png").stat().st_mtime_ns == when
     assert np.array_equal(read_image(desk / "out" / "sheet.png"), sheet)
     assert there("seed=1") == 0 and there("seed=1", "prompt=a cup") == 0 and there("seed=1") == 0
     write_image(desk / "f.png", read_image(desk / "b.png")[:, ::-1])
     assert there("seed=1") == 1
+
+
+def test_a_folder_leaves_a_page_to_look_at(desk, command, swapped_profile):
+    """Guards report.html: composite and result of each in sRGB, whatever its name; what was left out; options."""
+    Image.open(desk / "b.png").save(desk / "swapped.png", icc_profile=swapped_profile)
+    rows = ["id,composite,mask", "<b>,b.png,m.png", "swapped,swapped.png,m.png", "x,gone.png,m.png"]
+    (desk / "index.csv").write_text("\n".join(rows) + "\n")
+    assert command("dir=.", "output=out", "prompt=</script>")[0] == 0
+    text = (desk / "out" / "report.html").read_text()
+    content = json.loads(text.partition('type="application/json">')[2].partition("</script>")[0])
+    assert content["title"] == "harmonize out" and content["blocks"][0] == "2 composites, 1 left out"
+    assert "prompt: </script>" in content["config"] and content["count"] == 2
+    for row, name, step in zip(content["rows"], ("<b>", "swapped"), (1, -1), strict=True):
+        assert row["name"] == name
+        for picture, title in zip(row["pictures"], ("composite", "harmonized"), strict=True):
+            pixels = Image.open(io.BytesIO(base64.b64decode(picture["source"].partition(",")[2])))
+            written = read_image(desk / "out" / name / f"{title}.png")[..., ::step].astype(int)
+            assert picture["title"] == title and np.abs(np.asarray(pixels, int) - written).max() <= 2
 
 
 def test_a_folder_goes_on_without_being_named(desk, command, monkeypatch):

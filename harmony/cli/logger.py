@@ -1,6 +1,7 @@
 """The experiment logger of a command."""
 
 import os
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hydra.utils import instantiate
@@ -31,3 +32,11 @@ def build_logger(cfg: DictConfig) -> "Logger":
     logger._wandb_init.pop("anonymous", None)  # Lightning always passes it, and W&B warns of it
     logger.log_hyperparams({"config": OmegaConf.to_container(cfg, resolve=True)})
     return logger
+
+
+def log_page(logger: "Logger", page: Path) -> None:
+    """Show the page of a run in W&B, where that is the logger."""
+    if hasattr(logger, "log_table"):  # W&B's alone
+        import wandb
+
+        logger.experiment.log({"report": wandb.Html(str(page), inject=False)})

@@ -8,8 +8,9 @@ import numpy as np
 from harmony.core.files import write_text
 from harmony.core.progress import Progress, tell
 from harmony.data.manifest import manifest_hash
-from harmony.evaluation.eval_sets import EvalSet, enough, load_reconstruct, sample_grid, subsample
+from harmony.evaluation.eval_sets import EvalSet, enough, load_reconstruct, sample_grid, subsample, with_holes
 from harmony.evaluation.figures import Fidelity
+from harmony.evaluation.pages import ROWS, PageRow, by_row
 from harmony.evaluation.report import Report
 from harmony.evaluation.study import Study, StudyRun
 from harmony.methods.method import Method, make_seeds
@@ -83,6 +84,15 @@ def views_and_outputs(
     return {**method.views(items.composites), "baseline": list(baseline), "output": list(outputs)}
 
 
+def page_rows(items: EvalSet, method: Method, outcome: Outcome) -> list[PageRow]:
+    """The rows of a page: some of the items with what the networks see, the baseline, the output and the truth."""
+    few = subsample(list(range(len(items))), ROWS)
+    off, on = ([outputs[i] for i in few] for outputs in (outcome.before, outcome.after))
+    part = items.part(few)
+    columns = {"input": with_holes(part), **views_and_outputs(part, off, method, on), "truth": part.truths}
+    return by_row(part.labels, columns)
+
+
 @dataclass
 class BeforeAfter(Study):
     """The method of the command line beside inpainting by words alone."""
@@ -107,4 +117,5 @@ class BeforeAfter(Study):
         write_image(picture, sample_grid(part, views_and_outputs(part, off, method, on)))
         text = "\n".join([table(outcome.figures, run.split, **outcome.facts), *lines]) + "\n"
         write_text(run.folder / "table.md", text)
-        return Report(outcome.figures, outcome.facts | {"manifest": manifest_hash(run.manifest)}, text, [picture])
+        facts = outcome.facts | {"manifest": manifest_hash(run.manifest)}
+        return Report(outcome.figures, facts, text, [picture], page_rows(items, method, outcome))

@@ -31,6 +31,7 @@ from harmony.evaluation.eval_sets import (
 )
 from harmony.evaluation.exemplars import Likeness, load_exemplars, load_own_exemplars
 from harmony.evaluation.figures import Fidelity, scores
+from harmony.evaluation.pages import ROWS, by_row
 from harmony.evaluation.report import Report
 from harmony.evaluation.study import Study, StudyRun
 from harmony.evaluation.tables import ERROR, curves, flat, heat, mosaics, pictures, write_table
@@ -302,8 +303,10 @@ class Comparison(Study):
         line = f"{run.name}: n = {len(full)} {run.split} pictures of {run.manifest.parent.name}, {run.protocol}"
         if run.rank == 0:
             tell(line)
-        methods, table, columns = self.keep_fitting(self.methods(), full), {}, {}
-        few = subsample(list(range(len(full))), EXAMPLES)
+        methods, table = self.keep_fitting(self.methods(), full), {}
+        few = subsample(list(range(len(full))), ROWS)
+        part = full.part(few)
+        columns = {"input": with_holes(part)}
         several = len(self.degrade) > 1
         for factor in self.degrade:
             items = full if factor == 1 else degrade(full, factor)
@@ -315,6 +318,7 @@ class Comparison(Study):
                 columns |= self.columns(items, methods, few, suffix)
         if run.rank > 0:
             return Report()
+        columns["source" if full.kind == EXEMPLAR else "truth"] = part.truths
         for row in table:
             table[row] |= {f"paper/{metric}": value for metric, value in self.paper.get(row, {}).items()}
         notes = [f"{line}; fid and kid on {ruler.protocol}", *self.notes]
@@ -324,7 +328,8 @@ class Comparison(Study):
         prints = {name: method.fingerprint for name, method in methods.items()}
         facts = {"protocol": ruler.protocol, "count": len(full), "methods": prints}
         facts |= {"manifest": manifest_hash(run.manifest)}
-        return Report(flat(table), facts, text, self.draw(full.part(few), table, columns))
+        figures = self.draw(full.name, table, {title: subsample(column, EXAMPLES) for title, column in columns.items()})
+        return Report(flat(table), facts, text, figures, by_row(part.labels, columns))
 
     def write_inputs(self, folder: Path) -> None:
         if self.eval_set == EXEMPLAR:
@@ -374,25 +379,25 @@ class Comparison(Study):
             columns[f"{name}{suffix}"] = paste_outputs(part, [raw[i] for i in few])
         return columns
 
-    def draw(self, part: EvalSet, table: dict, columns: dict[str, list]) -> list[Path]:
+    def draw(self, split: str, table: dict, columns: dict[str, list]) -> list[Path]:
         """``figure.png``; curves and heat maps have the pictures beside them in ``pictures.png``.
 
-        ``columns``: title -> a picture for each item of ``part``.
+        ``columns``: title -> pictures, the input first and the truth last.
         """
         lambdas, kind, folder = self.lambdas, self.figure, self.run.folder
         target, beside = folder / "figure.png", folder / "pictures.png"
         labels = ("lambda_l (color)", "lambda_h (structure)")
-        metrics = [f"{part.name}/{metric}" for metric in self.drawn]
+        metrics = [f"{split}/{metric}" for metric in self.drawn]
         if kind == "heat":
             names = [[f"{h:g} {v:g}" for v in lambdas] for h in lambdas]
             values = {m: np.array([[table[name][m] for name in row] for row in names]) for m in metrics}
             heat(target, values, lambdas, lambdas, labels)
-            squares = [[[columns[name][i] for name in row] for row in names] for i in range(min(SQUARES, len(part)))]
+            count = min(SQUARES, len(columns["input"]))
+            squares = [[[columns[name][i] for name in row] for row in names] for i in range(count)]
             mosaics(beside, squares, lambdas, lambdas, labels)
             return [target, beside]
         shown_pictures = {title: column for title, column in columns.items() if title not in self.hidden}
-        rows = list(zip(with_holes(part), *shown_pictures.values(), part.truths, strict=True))
-        titles = ["input", *shown_pictures, "source" if part.kind == EXEMPLAR else "truth"]
+        rows, titles = list(zip(*shown_pictures.values(), strict=True)), list(shown_pictures)
         guidances = {
             name: row.options["guidance"]
             for name, row in self.rows.items()

@@ -22,6 +22,8 @@ from harmony.data.sources.editing import Case, concepts, read_cases
 from harmony.data.sources.files import folder_captions
 from harmony.evaluation.blocks import blocks
 from harmony.evaluation.eval_sets import subsample
+from harmony.evaluation.pages import ROWS as PAGE_ROWS
+from harmony.evaluation.pages import PageRow
 from harmony.evaluation.report import Report
 from harmony.evaluation.study import Study, StudyRun
 from harmony.evaluation.tables import flat, pictures, to_csv, to_markdown
@@ -347,22 +349,36 @@ class EditingStudy(Study):
         text = "\n".join([*texts, *notes]) + "\n"
         write_text(run.folder / "table.md", text)
         facts = {"protocol": f"clip on {self.clip.name} embeddings", "count": len(self.items), "made_of": self.made_of}
-        return Report(flat(table), facts | {"manifest": sha256(self.file)}, text, self.draw(outputs, views))
+        facts |= {"manifest": sha256(self.file)}
+        return Report(flat(table), facts, text, self.draw(outputs, views), self.page_rows(outputs))
 
-    def draw(self, outputs: dict[str, np.ndarray], views_of: dict) -> list[Path]:
-        """``figure.png``: sources brought back and edited; ``concepts.png``: what the words have learned."""
-        files, few = [], subsample(list(range(len(self.items))), ROWS)
+    def columns(self, few: Sequence[int], outputs: dict[str, np.ndarray]) -> dict[str, list[np.ndarray]]:
+        """Title -> a picture for each of the items ``few``: the source, brought back and edited."""
         back, edits = part_of(outputs, "reconstruction"), part_of(outputs, "edits")
         columns: dict[str, list[np.ndarray]] = {"source": [self.items[i].image for i in few]}
         columns |= {row: [images[i] for i in few] for row, images in back.items() if "null" in row or "ddim" in row}
         first = np.cumsum([0, *(len(item.cases) for item in self.items)])
-        for n, case in enumerate(self.items[0].cases if edits else ()):
+        for n, case in enumerate(self.items[few[0]].cases if edits else ()):
             word = case.word if all(self.items[i].cases[n].word == case.word for i in few) else "edit"
             for row, title in (("prompt alone", "alone"), ("null text and prompt-to-prompt", "edit")):
                 columns[f"{word}: {title}"] = [edits[row][first[i] + n] for i in few]
             if all(self.items[i].truths[n] is not None for i in few):
                 columns[f"{word}: truth"] = [self.items[i].truths[n] for i in few]
+        return columns
+
+    def page_rows(self, outputs: dict[str, np.ndarray]) -> list[PageRow]:
+        """The rows of the page: some scenes, each with the words of its own cases."""
+        rows = []
+        for i in subsample(list(range(len(self.items))), PAGE_ROWS) if outputs else ():
+            item, columns = self.items[i], self.columns([i], outputs)
+            rows.append((f"{item.cases[0].id}: {item.prompt}", {title: column[0] for title, column in columns.items()}))
+        return rows
+
+    def draw(self, outputs: dict[str, np.ndarray], views_of: dict) -> list[Path]:
+        """``figure.png``: sources brought back and edited; ``concepts.png``: what the words have learned."""
+        files, few = [], subsample(list(range(len(self.items))), ROWS)
         if outputs:
+            columns = self.columns(few, outputs)
             files.append(self.run.folder / "figure.png")
             pictures(files[-1], list(zip(*columns.values(), strict=True)), list(columns))
         if views_of:

@@ -67,6 +67,11 @@ class EvalSet:
     def captions(self) -> list[str]:
         return [c.caption for c in self.composites]
 
+    @property
+    def labels(self) -> list[str]:
+        """Name and caption of each item."""
+        return [f"{c.name}: {c.caption}" for c in self.composites]
+
     @cached_property
     def fingerprint(self) -> str:
         """Hash of all that outputs on this set depend on beside the method."""

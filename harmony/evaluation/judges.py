@@ -9,6 +9,7 @@ from harmony.core.progress import tell
 from harmony.data.judge_data import Composites
 from harmony.data.manifest import manifest_hash
 from harmony.evaluation.eval_sets import subsample
+from harmony.evaluation.pages import ROWS, PageRow
 from harmony.evaluation.report import Report
 from harmony.evaluation.study import Study, StudyRun
 from harmony.evaluation.tables import flat, pictures, write_table
@@ -62,4 +63,11 @@ class JudgeStudy(Study):
         figure = run.folder / "figure.png"
         pictures(figure, [[pairs[i][0][label] for i in few] for label in (0, 1)], titles)
         facts = {"count": len(pairs), "made_of": {row: judge_hash(at) for row, at in self.evaluators.items()}}
-        return Report(flat(table), facts | {"manifest": manifest_hash(run.manifest)}, text, [figure])
+        rows = [page_row(i, *pairs[i][0], scores) for i in subsample(list(range(len(pairs))), ROWS)]
+        return Report(flat(table), facts | {"manifest": manifest_hash(run.manifest)}, text, [figure], rows)
+
+
+def page_row(i: int, photograph: np.ndarray, other: np.ndarray, scores: dict[str, np.ndarray]) -> PageRow:
+    """Pair ``i`` for the page, named by what each evaluator thinks of its two pictures."""
+    opinions = [f"{row} {each[2 * i + 1]:.2f} and {each[2 * i]:.2f}" for row, each in scores.items()]
+    return f"pair {i + 1}, natural by {', '.join(opinions)}", {"another light": other, "as it was taken": photograph}

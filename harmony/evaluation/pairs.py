@@ -23,6 +23,7 @@ from harmony.data.manifest import manifest_hash
 from harmony.evaluation import comparison
 from harmony.evaluation.blocks import blocks
 from harmony.evaluation.eval_sets import read_truths, subsample
+from harmony.evaluation.pages import PageRow, by_row
 from harmony.evaluation.report import Report
 from harmony.evaluation.study import Study, StudyRun
 from harmony.evaluation.tables import flat, pictures, write_table
@@ -213,7 +214,8 @@ class Pairs(Study):
         text = write_table(run.folder, table, "method", notes, every=True)
         prints = {name: method.fingerprint for name, method in self.methods.items()}
         facts = {"count": count, "methods": prints, "manifest": manifest_hash(run.manifest)}
-        return Report(flat(table), facts, text, [self.draw()])
+        figure, rows = self.draw()
+        return Report(flat(table), facts, text, [figure], rows)
 
     def write_inputs(self, folder: Path) -> None:
         def make(path: Path) -> None:
@@ -253,20 +255,26 @@ class Pairs(Study):
                 table[name]["unchanged/fmse"] = float(np.mean([rows[i]["fmse"] for i in unchanged]))
         return table
 
-    def draw(self) -> Path:
-        """``figure.png``: the composite, each row and the photograph, around the objects of some items."""
+    def draw(self) -> tuple[Path, list[PageRow]]:
+        """``figure.png``: the composite, each row and the photograph, around the objects of some items.
+
+        The same items, whole, are the rows of the page.
+        """
         few = subsample([item for item in self.items if item[1]], EXAMPLES)
         columns: dict[str, list[np.ndarray]] = {}
         for name in self.methods:
             results = self.results(name, few)
             images = [p.composite if isinstance(r, UserError) else r.image for p, r in results]
-            columns[name] = [
-                crop_resize(y, find_square(p.mask), SIDE) for y, (p, _) in zip(images, results, strict=True)
-            ]
-        truths = [crop_resize(pair.photograph, find_square(pair.mask), SIDE) for pair, _ in results]
+            columns[name] = images
+        pairs = [pair for pair, _ in results]
+        columns["truth"] = [pair.photograph for pair in pairs]
+        rows = by_row([f"{row.id}: {row.caption}" for row, _ in few], columns)
         path = self.run.folder / "figure.png"
-        pictures(path, list(zip(*columns.values(), truths, strict=True)), [*columns, "truth"])
-        return path
+        squares, cells = [find_square(pair.mask) for pair in pairs], []
+        for column in columns.values():
+            cells.append([crop_resize(y, square, SIDE) for y, square in zip(column, squares, strict=True)])
+        pictures(path, list(zip(*cells, strict=True)), list(columns))
+        return path, rows
 
 
 def summarize(rows: Sequence[dict[str, float]], references: Sequence[dict[str, float]]) -> dict[str, float]:

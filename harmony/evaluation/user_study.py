@@ -41,6 +41,8 @@ from harmony.evaluation.answers import (
     read_rater,
     write_rater,
 )
+from harmony.evaluation.eval_sets import subsample
+from harmony.evaluation.pages import ROWS, PageRow
 from harmony.evaluation.report import Report
 from harmony.evaluation.study import Study, StudyRun
 from harmony.evaluation.tables import Table, flat, write_table
@@ -386,7 +388,16 @@ class UserStudy(Study):
         text = write_table(self.run.folder, table, "method", notes, every=True)
         names = sorted(rater.name for rater in (*people, *judge))
         facts = {"study": self.id, "raters": names, "count": len(self.pictures), "made_of": self.made_of}
-        return Report(flat(table) | to_figures(shares), facts, text, figures)
+        return Report(flat(table) | to_figures(shares), facts, text, figures, self.page_rows())
+
+    def page_rows(self) -> list[PageRow]:
+        """The rows of the report's page, which names the methods: it is not the one for raters."""
+        rows = []
+        for name in subsample(self.pictures, ROWS):
+            files = {"reference": self.references[name]} if name in self.references else {}
+            files |= {method: results[name] for method, results in self.results.items()}
+            rows.append((name, {title: read_in_space(file, None).pixels for title, file in files.items()}))
+        return rows
 
     def write_files(self, judge: Sequence[Rater]) -> Path:
         """Write the page, what its codes mean and the answers of a judge; returns the page's path."""

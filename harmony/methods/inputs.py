@@ -19,7 +19,7 @@ from harmony.pixels.images import crop_resize, grid, open_image, resize
 from harmony.pixels.masks import OBJECT, read_mask
 
 PICTURES = ("background", "foreground", "composite", "mask", "box", "region", "reference")  # options that give pixels
-OWN_NAMES = ("sheet.png", "metrics.json", "config.yaml")  # files of ours beside the folders of composites
+OWN_NAMES = ("sheet.png", "report.html", "metrics.json", "config.yaml")  # our files beside the folders of composites
 SHEET_SIDE = 384  # pixels of the longer side of a picture on the contact sheet
 
 

@@ -21,7 +21,7 @@ from harmony.methods.insert import AUTO, NONE, Insertion, Result, insert
 from harmony.methods.method import CAPTION, Method, fingerprint
 from harmony.models.backbone import Backbone
 from harmony.models.timing import measure_time, now
-from harmony.pixels.color_profiles import to_srgb
+from harmony.pixels.color_profiles import read_in_space, to_srgb
 from harmony.pixels.images import grid, paste_crop, read_image, sha256, write_image
 
 PICTURE_NAMES = ("harmonized", "raw", "composite", "hole", "sheet")  # of the PNG files of a result
@@ -38,6 +38,11 @@ class Request:
     options: Mapping[str, Any]
     folder: Path
     prompt: str | None = None
+
+    def read_pictures(self) -> dict[str, np.ndarray]:
+        """The composite and what became of it, in sRGB."""
+        names = ("composite", "harmonized")
+        return {name: read_in_space(self.folder / f"{name}.png", None).pixels for name in names}
 
 
 @dataclass
@@ -137,8 +142,8 @@ class Inserter:
             write_image(files[name], picture, icc_profile=inputs.profile, exif=exif)
         return files
 
-    def run_folder(self, requests: Mapping[str, Request], batch: int) -> tuple[np.ndarray, int]:
-        """Run the requests without results, ``batch`` at a time; a contact sheet of all, and how many were left out."""
+    def run_folder(self, requests: Mapping[str, Request], batch: int) -> tuple[np.ndarray, dict[str, Request]]:
+        """Run the requests without results, ``batch`` at a time; a contact sheet of all, and those with results."""
         names = [name for name, request in requests.items() if not self.is_done(request)]
         if len(names) < len(requests):
             self.say(f"{len(requests) - len(names)} of {len(requests)} composites are there already")
@@ -149,11 +154,13 @@ class Inserter:
             failures.update(self.run_batch({name: requests[name] for name in batch}))
 
         make_pieces("composites", batches, lambda batch: False, make, "done", say=self.say, decimals=2, detail=max)
-        results = [request for name, request in requests.items() if name not in failures]
+        results = {name: request for name, request in requests.items() if name not in failures}
         if not results:
             raise UserError(f"none of the {len(requests)} composites could be harmonized: see the lines above")
-        rows = [compare_baselines(read_inputs(r.options), read_image(r.folder / "harmonized.png")) for r in results]
-        return grid(rows, ["composite", "harmonized", "reinhard", "poisson"]), len(failures)
+        rows = [
+            compare_baselines(read_inputs(r.options), read_image(r.folder / "harmonized.png")) for r in results.values()
+        ]
+        return grid(rows, ["composite", "harmonized", "reinhard", "poisson"]), results
 
     def run_batch(self, requests: Mapping[str, Request]) -> set[str]:
         """Insert some composites of a folder together; the names of those that failed, each reported in a line."""

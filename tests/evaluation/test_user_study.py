@@ -1,10 +1,7 @@
 """User studies: the scores are Bradley and Terry's, bad answers are named, and the page works in a real browser."""
 
-import base64
 import json
-import os
 import shutil
-import subprocess
 import time
 from concurrent.futures import ThreadPoolExecutor
 from itertools import combinations
@@ -37,13 +34,7 @@ from harmony.evaluation.user_study import (
 )
 from harmony.pixels.images import write_image
 
-CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 TRUTH = np.array([0.9, 0.3, -0.2, -1.0])
-# key: (code, Windows' number), as the DevTools protocol wants them
-KEYS = {
-    "ArrowLeft": ("ArrowLeft", 37), "ArrowRight": ("ArrowRight", 39), "Backspace": ("Backspace", 8),
-    "a": ("KeyA", 65), "l": ("KeyL", 76), "Enter": ("Enter", 13),
-}  # fmt: skip
 
 
 def simulated(raters: int, each: int, seed: int) -> np.ndarray:
@@ -526,91 +517,6 @@ def test_who_agrees_with_whom():
 # --- the page in a browser
 
 
-class Browser:
-    """Chromium without a window, spoken to in its DevTools protocol over a pipe: no driver and no further package."""
-
-    def __init__(self, folder: Path):
-        theirs, self.to = os.pipe()
-        back, their_back = os.pipe()
-        flags = ["--headless=new", "--remote-debugging-pipe", "--no-sandbox", "--disable-gpu", "--no-first-run"]
-        command = ["sh", "-c", f'exec "$0" "$@" 3</dev/fd/{theirs} 4>/dev/fd/{their_back}', CHROMIUM, *flags]
-        quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
-        profile = f"--user-data-dir={folder / 'profile'}"
-        self.process = subprocess.Popen([*command, profile], pass_fds=(theirs, their_back), **quiet)
-        os.close(theirs)
-        os.close(their_back)
-        self.back, self.sent, self.session, self.events = os.fdopen(back, "rb"), 0, None, []
-        target = self.call("Target.createTarget", url="about:blank")["targetId"]
-        self.session = self.call("Target.attachToTarget", targetId=target, flatten=True)["sessionId"]
-        for domain in ("Page", "Runtime", "Network"):
-            self.call(f"{domain}.enable")
-        self.size(1280, 800)
-
-    def call(self, method: str, **parameters) -> dict:
-        """The answer to one command; events that come before it are kept."""
-        self.sent += 1
-        message = {"id": self.sent, "method": method, "params": parameters}
-        message |= {"sessionId": self.session} if self.session and not method.startswith("Browser.") else {}
-        os.write(self.to, json.dumps(message).encode() + b"\0")
-        while True:
-            found = json.loads(self.receive())
-            if found.get("id") == self.sent:
-                assert "error" not in found, found
-                return found["result"]
-            self.events.append(found)
-
-    def receive(self) -> bytes:
-        parts = []
-        while (part := self.back.read(1)) != b"\0":
-            assert part, "Chromium has ended"
-            parts.append(part)
-        return b"".join(parts)
-
-    def read(self, expression: str):
-        """The value of an expression of JavaScript."""
-        found = self.call("Runtime.evaluate", expression=expression, returnByValue=True)
-        assert "exceptionDetails" not in found, found
-        return found["result"].get("value")
-
-    def until(self, expression: str) -> None:
-        end = time.monotonic() + 60
-        while not self.read(expression):
-            assert time.monotonic() < end, f"never came true: {expression}"
-            time.sleep(0.02)
-
-    def open(self, page: Path) -> None:
-        self.call("Page.navigate", url=page.as_uri())
-        self.until("document.readyState == 'complete' && typeof trials == 'object' && began !== null")
-
-    def press(self, key: str, **more) -> None:
-        code, number = KEYS[key]
-        event = {"key": key, "code": code, "windowsVirtualKeyCode": number} | more
-        text = {"text": "\r"} if key == "Enter" else {}
-        self.call("Input.dispatchKeyEvent", type="keyDown" if text else "rawKeyDown", **event, **text)
-        self.call("Input.dispatchKeyEvent", type="keyUp", **event)
-
-    def size(self, width: int, height: int) -> None:
-        self.call("Emulation.setDeviceMetricsOverride", width=width, height=height, deviceScaleFactor=1, mobile=False)
-
-    def screenshot(self, file: Path) -> None:
-        file.write_bytes(base64.b64decode(self.call("Page.captureScreenshot")["data"]))
-
-    def close(self) -> None:
-        self.call("Browser.close")
-        self.process.wait(60)
-        os.close(self.to)
-        self.back.close()
-
-
-@pytest.fixture
-def browser(tmp_path):
-    if CHROMIUM is None:
-        pytest.skip("needs Chromium on the PATH (apt-get install chromium)")
-    browser = Browser(tmp_path)
-    yield browser
-    browser.close()
-
-
 @pytest.fixture
 def shown(study, tmp_path):
     """``shown(browser)``: what is to be seen; methods are told by their pixels, as no name is on the page."""
@@ -618,7 +524,7 @@ def shown(study, tmp_path):
     for method, files in study().results.items():
         names |= {data_uri(file): (method, name) for name, file in files.items()}
 
-    def look(browser: Browser) -> dict:
+    def look(browser) -> dict:
         left, right = (names[browser.read(f"at('{side}').firstChild.src")] for side in ("left", "right"))
         assert left[1] == right[1] and left[0] != right[0]
         count = browser.read("at('count').textContent")
@@ -636,7 +542,7 @@ def test_a_rater_goes_through_the_page(browser, study, shown, tmp_path, capsys):
 
     study().measure()
     browser.call("Browser.setDownloadBehavior", behavior="allow", downloadPath=str(tmp_path / "saved"))
-    browser.open(tmp_path / "run" / "study.html")
+    browser.open(tmp_path / "run" / "study.html", "typeof trials == 'object' && began !== null")
     assert browser.read("at('question').textContent") == "Which looks more real?"
     wide = [browser.read(f"at('{side}').firstChild.getBoundingClientRect().width") for side in ("left", "right")]
     assert wide[0] == wide[1] > 250 and browser.read("document.documentElement.scrollHeight <= innerHeight")
@@ -656,7 +562,7 @@ def test_a_rater_goes_through_the_page(browser, study, shown, tmp_path, capsys):
     answer()
     before = shown(browser)
     assert before["count"] == "3 of 6"
-    browser.open(tmp_path / "run" / "study.html")
+    browser.open(tmp_path / "run" / "study.html", "typeof trials == 'object' && began !== null")
     assert shown(browser) == before
     browser.press("Backspace")
     browser.until("began !== null")
@@ -701,7 +607,7 @@ def test_order_and_sides_follow_from_the_seed(browser, study, tmp_path):
     shorter session is the beginning of the longer one; and another person begins anew.
     """
     study(trials=4).measure()
-    browser.open(tmp_path / "run" / "study.html")
+    browser.open(tmp_path / "run" / "study.html", "typeof trials == 'object' && began !== null")
     assert browser.read("at('count').textContent") == "0 of 4"
     brief = "study.trials = {}; trialsOf({}).map(t => [t.picture.name, t.left, t.right])"
     orders = [browser.read(brief.format(6, seed)) for seed in range(200)]

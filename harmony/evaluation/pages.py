@@ -1,0 +1,96 @@
+"""The page of a run: pictures by row with a slider between two of them, figures and configuration, in one file."""
+
+import base64
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from io import BytesIO
+from itertools import groupby
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from harmony.core.files import PACKAGE, write_text
+from harmony.evaluation.eval_sets import subsample
+from harmony.pixels.images import read_image, resize
+
+PageRow = tuple[str, Mapping[str, np.ndarray]]  # the name of a picture; title -> uint8 H x W x 3, the truth last
+
+TEMPLATE = PACKAGE / "assets" / "report.html"
+NAME = "report.html"
+ROWS = 24  # pictures on a page, at most
+STEPS = 8  # of a training, of which it shows the grids
+SIDE = 1024  # px: longer side of a picture on it; larger ones are shrunk
+SMALL = 128  # px: up to this side a picture keeps every pixel value
+LIMIT = 9_500_000  # characters of all pictures: browsers of phones still take it
+
+
+def by_row(names: Sequence[str], columns: Mapping[str, Sequence[np.ndarray]]) -> list[PageRow]:
+    """The rows of a page from ``columns``, title -> a picture for each name."""
+    return [(name, {title: column[n] for title, column in columns.items()}) for n, name in enumerate(names)]
+
+
+def read_grids(folder: Path) -> list[PageRow]:
+    """The rows of a training that measures itself: its grids, NAME_STEP.png of ``folder``, some steps of each name."""
+    files: dict[str, list[Path]] = {}
+    for file in sorted(folder.glob("*_*.png")):
+        files.setdefault(file.stem.rpartition("_")[0], []).append(file)
+    rows = []
+    for name, steps in files.items():
+        few = subsample(steps, STEPS)
+        rows.append((name, {f"step {file.stem.rpartition('_')[2]}": read_image(file) for file in few}))
+    return rows
+
+
+def write_page(folder: Path, title: str, text: str, config: str, rows: Iterable[PageRow], count: int) -> Path:
+    """Write ``report.html`` and return its path.
+
+    ``text``: tables and notes in Markdown; ``rows``: some of ``count`` pictures, left out where the page would grow
+    too large. The page needs no network; every name on it is text, whatever it holds.
+    """
+    content = {"title": title, "blocks": split_text(text), "config": config, "rows": encode_rows(rows), "count": count}
+    report = json.dumps(content).replace("<", "\\u003c")  # nothing in it may end the script element
+    page = TEMPLATE.read_text(encoding="utf-8").replace("REPORT_AS_JSON", report)
+    write_text(folder / NAME, page)
+    return folder / NAME
+
+
+def split_text(text: str) -> list[str | list[list[str]]]:
+    """The tables of a Markdown text as rows of cells, the head first, and its other lines as they are."""
+    blocks: list[str | list[list[str]]] = []
+    for is_table, lines in groupby(text.splitlines(), lambda line: line.startswith("|")):
+        if is_table:
+            blocks.append([split_cells(line) for line in lines if not line.startswith("|--")])
+        else:
+            blocks += filter(None, lines)
+    return blocks
+
+
+def split_cells(line: str) -> list[str]:
+    """The cells of one line of a Markdown table."""
+    return [cell.strip() for cell in line.removeprefix("|").removesuffix("|").split("|")]
+
+
+def encode_rows(rows: Iterable[PageRow]) -> list[dict]:
+    """The rows for the page, the largest left out until all together are below LIMIT."""
+    encoded = [
+        {"name": name, "pictures": [{"title": title, "source": data_uri(y)} for title, y in pictures.items()]}
+        for name, pictures in rows
+    ]
+    sizes = [sum(len(picture["source"]) for picture in row["pictures"]) for row in encoded]
+    while len(encoded) > 1 and sum(sizes) > LIMIT:
+        largest = sizes.index(max(sizes))
+        del sizes[largest], encoded[largest]
+    return encoded
+
+
+def data_uri(picture: np.ndarray) -> str:
+    """A picture for a page without a network: a small one exactly, any other shrunk to SIDE and as JPEG."""
+    height, width = picture.shape[:2]
+    scale = min(1, SIDE / max(height, width))
+    if scale < 1:
+        picture = resize(picture, max(1, round(scale * width)), max(1, round(scale * height)))
+    kind, options = ("webp", {"lossless": True}) if max(height, width) <= SMALL else ("jpeg", {"subsampling": 0})
+    file = BytesIO()
+    Image.fromarray(picture).save(file, kind, quality=90, **options)
+    return f"data:image/{kind};base64,{base64.b64encode(file.getvalue()).decode()}"
