@@ -17,6 +17,7 @@ from harmony.models.shipped import find_asset
 from harmony.training.export import (
     ITS_TRAINING,
     PUBLISHED,
+    check_output,
     write_backbone,
     write_controlnet,
     write_painter,
@@ -49,6 +50,9 @@ def output_folder(cfg: DictConfig, path: Path, run: RunFolder) -> Path:
     is_other = cfg.half or not cfg.tower or (cfg.checkpoint is not None and run.has_ended)
     if is_other and output.is_relative_to(weights):
         raise UserError("half=true, tower=false and checkpoint= would change the run's own weights: add output=FOLDER")
+    if is_other and not run.config and output in (path, path.parent):
+        raise UserError(f"{output} holds the weights that are read: give another output=FOLDER")
+    check_output(output)
     return output
 
 

@@ -27,14 +27,15 @@ from safetensors.torch import load_file
 from harmony import export
 from harmony.cli.compose import compose
 from harmony.core.errors import UserError
+from harmony.methods.inpainting import load_branch
 from harmony.models.backbone import Backbone
-from harmony.models.controlnet import FILES, export_controlnet, load_controlnet, read_hint
+from harmony.models.controlnet import FILES, WEIGHTS, export_controlnet, load_controlnet, net_hash, read_hint
 from harmony.models.paint_by_example import build_encoder, build_painting_unet, export_painter, load_painter
 from harmony.models.shipped import ASSETS
-from harmony.pixels.images import read_image, write_image
+from harmony.pixels.images import read_image, sha256, write_image
 from harmony.pixels.masks import hole
 from harmony.sampling.guidance import Schedule, inpaint
-from harmony.training.cards import escape_cell, format_code, render_controlnet_card
+from harmony.training.cards import escape_cell, format_code, hide_folder, render_controlnet_card
 from harmony.training.run_folder import RunFolder
 
 HINTS = {"color": {"blur": 1.25, "normalize": True}, "structure": {"low": 100, "high": 200, "edge_source": "masked"}}
@@ -619,7 +620,7 @@ def hub(monkeypatch):
     server.server_close()
 
 
-def test_push(run, command, backbone, hub):
+def test_push(run, command, backbone, hub, monkeypatch):
     """Guards what leaves this machine: the files of the export and nothing else, into a repository that is private."""
     folder, net = run
     finish(folder, net, backbone)
@@ -635,8 +636,41 @@ def test_push(run, command, backbone, hub):
     assert all((folder / "export" / name).read_bytes() == content for name, content in hub.files.items())
     card = hub.files["README.md"].decode()
     assert 'custom_pipeline="org/net"' in card and "controlnet=org/net " in card and "folder of this card" not in card
+    told = b"".join(content for name, content in hub.files.items() if name.endswith((".md", ".json")))
+    assert str(Path(backbone.path).parent).encode() not in told, "no folder of this machine"
+    words = ("dataset.dir=/home/me/photos", "experiment=color", "/home/me")
+    assert [hide_folder(word) for word in words] == ["dataset.dir=FOLDER", "experiment=color", "/home/me"]
+    fetched = folder.parent / "fetched"
+    for name, content in hub.files.items():
+        (fetched / name).parent.mkdir(parents=True, exist_ok=True)
+        (fetched / name).write_bytes(content)
+    monkeypatch.setattr("huggingface_hub.snapshot_download", lambda *given, **options: str(fetched))
+    branch = load_branch("org/net", backbone)
+    assert (branch.name, branch.parameters) == ("color", HINTS["color"]), "by its id it sees what it was taught with"
+    assert branch.source == net_hash(fetched)
     assert command(folder, "format=comfyui", "push=org/net")[0] == 0
     assert hub.files.keys() == names | {"pipeline.py", "harmony-color.safetensors"}
+
+
+def test_nothing_else_is_overwritten(run, command, backbone, tmp_path):
+    """Guards what lies in output= already: the weights that are read, another pipeline, code and settings of others."""
+    folder, net = run
+    finish(folder, net, backbone)
+    flat = tmp_path / "flat"
+    shutil.copytree(folder / "export" / "controlnet", flat)
+    before = sha256(flat / WEIGHTS)
+    code, _, err = command(flat, f"output={flat}", "half=true")
+    assert code == 2 and "holds the weights that are read" in err[-1] and sha256(flat / WEIGHTS) == before
+    others = {"model_index.json": '{"_class_name": "StableDiffusionPipeline"}'}
+    others |= {"config.json": "[]", "pipeline.py": "mine"}
+    for name, text in others.items():
+        place = tmp_path / name.partition(".")[0]
+        place.mkdir()
+        (place / name).write_text(text)
+        code, _, err = command(folder, f"output={place}")
+        assert code == 2 and f"{name} is not of an export" in err[-1], err
+        assert [path.name for path in place.iterdir()] == [name] and (place / name).read_text() == text
+    assert [command(folder, f"output={tmp_path / 'own'}")[0] for _ in range(2)] == [0, 0], "its own it replaces"
 
 
 def test_a_push_that_fails_is_said(run, command, backbone, hub, monkeypatch):
@@ -653,6 +687,7 @@ def test_a_push_that_fails_is_said(run, command, backbone, hub, monkeypatch):
     hub.server_close()
     code, _, err = command(folder, "push=org/net")
     assert code == 2 and len(err) == 1 and "cannot be uploaded to org/net" in err[0], err
+    assert "log in" not in err[0] and err[0].endswith("give the same command again")
     assert not hub.files and (folder / "export" / "README.md").exists()
     code, _, err = command(f"backbone={backbone.path}", "output=x", "push=org/net")
     assert code == 2 and len(err) == 1 and "push=org/net is for runs" in err[0], err

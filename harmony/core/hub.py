@@ -52,6 +52,7 @@ def upload_files(folder: Path, files: Sequence[str], name: str) -> str:
     be reached or refuses.
     """
     from huggingface_hub import HfApi
+    from huggingface_hub.errors import LocalTokenNotFoundError
 
     api = HfApi()
     try:
@@ -59,6 +60,9 @@ def upload_files(folder: Path, files: Sequence[str], name: str) -> str:
         api.upload_folder(repo_id=name, folder_path=folder, allow_patterns=list(files), commit_message="Export")
     except Exception as error:  # of the disk, the hub, or whichever HTTP library this version of its client has
         reason = (str(error).splitlines() or [type(error).__name__])[0]
-        mend = "log in by hf auth login, and give the same command again"
+        status = getattr(getattr(error, "response", None), "status_code", None)
+        mend = "give the same command again"
+        if status in (401, 403) or isinstance(error, LocalTokenNotFoundError):
+            mend = "log in by hf auth login as somebody who may write there, and give the same command again"
         raise UserError(f"{folder} is complete, but cannot be uploaded to {name} ({reason}): {mend}") from error
     return str(address)

@@ -1,5 +1,6 @@
 """What every evaluation leaves: figures, facts, a table, pictures, rows of its page."""
 
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -19,4 +20,4 @@ class Report:
     facts: dict = field(default_factory=dict)
     text: str = ""
     pictures: list[Path] = field(default_factory=list)
-    rows: "list[PageRow]" = field(default_factory=list)
+    rows: "Iterable[PageRow]" = ()

@@ -12,9 +12,8 @@ import base64
 import hashlib
 import json
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cache
 from itertools import combinations
 from pathlib import Path
 from statistics import median
@@ -275,27 +274,31 @@ class UserStudy(Study):
         people = [rater for rater in raters if rater.model is None]
         if self.judge is None:
             return people, [rater for rater in raters if rater.model is not None], []
-        try:
-            return people, self.ask_judge(), []
+        pairs = list(combinations(self.methods, 2))
+        orders = [[(name, *pair[::step]) for name in self.pictures for pair in pairs] for step in (1, -1)]
+        try:  # what fails for one process fails for all; an error of a single question ends the run
+            place = Path(self.judgments) / digest(identify_model(self.judge, JUDGE_OPTION))
+            files = {question: self.judgment_file(place, *question) for order in orders for question in order}
+            is_complete = all(file.exists() for file in files.values())
+            judge = None if is_complete else VisionLanguageJudge(self.judge, JUDGE_OPTION, self.run.device)
         except UserError as error:
             if not people:
                 raise
             return people, [], [f"{JUDGE}: left out, {error}"]
+        return people, self.ask_judge(orders, files, judge), []
 
-    def ask_judge(self) -> list[Rater]:
-        """The answers of the model ``judge`` to every trial, each order a rater; those that are kept are not asked for.
+    def ask_judge(
+        self, orders: list[list[tuple]], files: dict[tuple, Path], judge: VisionLanguageJudge | None
+    ) -> list[Rater]:
+        """The answers of ``judge`` to every trial, each order a rater; those that are kept are not asked for.
 
-        An answer is kept by what it depends on: the model, its prompt and the pictures, whatever the study.
+        An answer is kept, in one of ``files``, by what it depends on: the model, its prompt and the pictures, whatever
+        the study.
         """
-        place = Path(self.judgments) / digest(identify_model(self.judge, JUDGE_OPTION))
-        pairs = list(combinations(self.methods, 2))
-        orders = [[(name, *pair[::step]) for name in self.pictures for pair in pairs] for step in (1, -1)]
-        files = {question: self.judgment_file(place, *question) for order in orders for question in order}
         questions = {file: question for question, file in files.items()}
-        load = cache(lambda: VisionLanguageJudge(self.judge, JUDGE_OPTION, self.run.device))
 
         def make(file: Path) -> None:
-            self.ask(load(), file, *questions[file])
+            self.ask(judge, file, *questions[file])
 
         sizes = dict.fromkeys(questions, 1)
         make_pieces(JUDGE, sizes, Path.exists, make, "questions", self.run.rank, self.run.world, every=EVERY)
@@ -390,14 +393,12 @@ class UserStudy(Study):
         facts = {"study": self.id, "raters": names, "count": len(self.pictures), "made_of": self.made_of}
         return Report(flat(table) | to_figures(shares), facts, text, figures, self.page_rows())
 
-    def page_rows(self) -> list[PageRow]:
-        """The rows of the report's page, which names the methods: it is not the one for raters."""
-        rows = []
+    def page_rows(self) -> Iterator[PageRow]:
+        """The rows of the report's page, one by one; it names the methods and is not the page for raters."""
         for name in subsample(self.pictures, ROWS):
             files = {"reference": self.references[name]} if name in self.references else {}
             files |= {method: results[name] for method, results in self.results.items()}
-            rows.append((name, {title: read_in_space(file, None).pixels for title, file in files.items()}))
-        return rows
+            yield name, {title: read_in_space(file, None).pixels for title, file in files.items()}
 
     def write_files(self, judge: Sequence[Rater]) -> Path:
         """Write the page, what its codes mean and the answers of a judge; returns the page's path."""
@@ -473,20 +474,22 @@ def describe_agreement(shares: Mapping[str, Share | None], people: int) -> list[
 
 def draw(path: Path, tables: Mapping[str, Table]) -> None:
     """Scores with their intervals, the best of the first table at the top; ``tables``: who chose -> what came of it."""
+    import matplotlib
     from matplotlib.figure import Figure
 
     first = next(iter(tables.values()))
     rows = sorted(first, key=lambda method: first[method]["score"])
-    figure = Figure(figsize=(6, 1.2 + 0.4 * len(rows)), layout="constrained")
-    axis = figure.subplots()
-    for n, (name, table) in enumerate(tables.items()):
-        scores, low, high = ([table[method][key] for method in rows] for key in ("score", "low", "high"))
-        y, color = np.arange(len(rows)) - 0.2 * n, COLORS[n]
-        axis.hlines(y, low, high, color=color, linewidth=2)
-        axis.plot(scores, y, "o", color=color, label=name)
-    axis.axvline(0, color="gray", linewidth=0.8, zorder=0)
-    axis.set(xlabel="Bradley-Terry score (log-strength, mean 0), 95 % interval", ylim=(-0.6, len(rows) - 0.4))
-    axis.set_yticks(range(len(rows)), rows)
-    axis.grid(axis="x", alpha=0.3)
-    axis.legend(fontsize="small")
-    figure.savefig(path, dpi=120)
+    with matplotlib.rc_context({"text.parse_math": False}):  # a name with a dollar sign is no formula
+        figure = Figure(figsize=(6, 1.2 + 0.4 * len(rows)), layout="constrained")
+        axis = figure.subplots()
+        for n, (name, table) in enumerate(tables.items()):
+            scores, low, high = ([table[method][key] for method in rows] for key in ("score", "low", "high"))
+            y, color = np.arange(len(rows)) - 0.2 * n, COLORS[n]
+            axis.hlines(y, low, high, color=color, linewidth=2)
+            axis.plot(scores, y, "o", color=color, label=name)
+        axis.axvline(0, color="gray", linewidth=0.8, zorder=0)
+        axis.set(xlabel="Bradley-Terry score (log-strength, mean 0), 95 % interval", ylim=(-0.6, len(rows) - 0.4))
+        axis.set_yticks(range(len(rows)), rows)
+        axis.grid(axis="x", alpha=0.3)
+        axis.legend(fontsize="small")
+        figure.savefig(path, dpi=120)

@@ -11,6 +11,7 @@ from harmony.core.errors import UserError
 from harmony.methods.method import CAPTION, Composite, Method, Seed, fingerprint
 from harmony.models.backbone import DIFFUSION, Backbone, move_module, weights_hash
 from harmony.models.controlnet import load_controlnet, net_hash, read_hint, to_cells
+from harmony.models.shipped import CONTROLNET, fetch_weights
 from harmony.models.timing import blocks
 from harmony.pixels.hints import HINTS, hint
 from harmony.pixels.images import from_model, to_hint, to_model
@@ -54,7 +55,8 @@ def load_branch(
 
 def read_branch(path: str, backbone: Backbone, operator: str | None) -> Branch:
     """Load a ControlNet, check that it fits the backbone, and find its operator."""
-    net, facts = move_module(load_controlnet(path, backbone.dtype), backbone.device), read_hint(path)
+    source = fetch_weights(CONTROLNET, path)
+    net, facts = move_module(load_controlnet(source, backbone.dtype), backbone.device), read_hint(source)
     name = facts.get("branch", operator)
     if name not in HINTS:
         raise UserError(f"{path} does not say which hint it needs (hint.json): add branch={'|'.join(HINTS)}")
@@ -67,7 +69,7 @@ def read_branch(path: str, backbone: Backbone, operator: str | None) -> Branch:
             )
     parameters = facts.get("parameters")
     parameters = parameters and to_cells(parameters, backbone.resolution // backbone.factor)
-    return Branch(name, net, 1.0, parameters, net_hash(path))
+    return Branch(name, net, 1.0, parameters, net_hash(source))
 
 
 # (items of the batch, noise, hole B x 1 x h x w, scaled masked latent) -> clean latents B x C x h x w

@@ -87,10 +87,16 @@ def format_model_option(backbone: str) -> str:
     return "" if backbone == DEFAULT_BACKBONE else shlex.quote(join_lines(f"model.path={backbone}"))
 
 
+def hide_folder(word: str) -> str:
+    """A word of a command, KEY=VALUE, with FOLDER in the place of an absolute path."""
+    key, sign, value = word.partition("=")
+    return f"{key}=FOLDER" if sign and os.path.isabs(value) else word
+
+
 def collect_training_values(
-    run: RunFolder, facts: Mapping[str, Any], baseline: str, checkpoint: Facts | None
+    run: RunFolder, facts: Mapping[str, Any], baseline: str, checkpoint: Facts | None, home: str | None = None
 ) -> dict[str, object]:
-    """The values of the template ``training``.
+    """The values of the template ``training``; with a ``home`` on a hub no folder of this machine is named.
 
     ``facts``: those of ``hint.json`` or ``backbone.json``; ``checkpoint``: those of the weights. The figures of the run
     are left out where they were measured with other weights.
@@ -100,10 +106,11 @@ def collect_training_values(
         checkpoint = exported
     figures = run.metrics if checkpoint == exported else {}
     words, limit = run.read_fact("command", list), run.read_option("evaluate.limit")
+    words = words and [hide_folder(str(word)) if home else str(word) for word in words]
     return {
         "backbone": read_fact(facts, "backbone"),
         "hashes": {part: read_fact(facts, part) for part in ("unet", "vae") if part in facts},
-        "command": words and join_lines(f"python -m harmony.fit {shlex.join(map(str, words[1:]))}"),
+        "command": words and join_lines(f"python -m harmony.fit {shlex.join(words[1:])}"),
         "dataset": run.read_option("dataset.name"),
         "manifest": run.read_fact("manifest"),
         "checkpoint": checkpoint and describe(checkpoint),
@@ -154,7 +161,7 @@ def render_controlnet_card(
     return render(
         ("controlnet", "training"),
         make_metadata(license, backbone, "adapter", ("controlnet", "inpainting", "image-harmonization")),
-        **collect_training_values(run, facts, "without the ControlNet", checkpoint),
+        **collect_training_values(run, facts, "without the ControlNet", checkpoint, home),
         branch=branch,
         home=home or ".",
         is_on_hub=is_hub_id(backbone),

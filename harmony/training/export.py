@@ -11,12 +11,14 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
+import numpy as np
 import torch
 from diffusers import __version__
 from safetensors.torch import save_file
 
 from harmony.core.errors import UserError
 from harmony.core.files import make_scratch, write_json, write_text
+from harmony.core.foreign import read_json
 from harmony.data.latent_data import only_set
 from harmony.models.backbone import ship
 from harmony.models.controlnet import (
@@ -34,7 +36,13 @@ from harmony.models.shipped import CONTROLNET, PAINTER, find_weights
 from harmony.models.weights import read_weights
 from harmony.pixels.hints import HINTS
 from harmony.training.bundle import bundle
-from harmony.training.cards import read_fact, render_backbone_card, render_controlnet_card, render_painter_card
+from harmony.training.cards import (
+    read_fact,
+    read_license,
+    render_backbone_card,
+    render_controlnet_card,
+    render_painter_card,
+)
 from harmony.training.checkpoints import KINDS, Facts, find_checkpoint, read_checkpoint, read_facts, restore
 from harmony.training.run_folder import RunFolder
 
@@ -66,6 +74,19 @@ def open_scratch(output: Path) -> Iterator[Path]:
 def copy_file(source: Path, target: Path, folder: Path) -> None:
     """Copy a file to ``target`` atomically, by way of the scratch ``folder``."""
     os.replace(shutil.copyfile(source, folder / target.name), target)
+
+
+def check_output(output: Path) -> None:
+    """UserError for a folder that holds something else than an export, of which a file would be overwritten."""
+    kinds = {"model_index.json": "HarmonyPipeline", "config.json": "ControlNetModel"}
+    for name, kind in kinds.items():
+        if (file := output / name).exists():
+            facts = read_json(file)
+            if not isinstance(facts, dict) or kind not in np.atleast_1d(facts.get("_class_name")):
+                raise UserError(f"{file} is not of an export: give output=FOLDER, a folder of its own")
+    code = output / "pipeline.py"
+    if code.exists() and PIPELINE_TITLE.splitlines()[0] not in code.read_text(encoding="utf-8", errors="replace"):
+        raise UserError(f"{code} is not of an export: give output=FOLDER, a folder of its own")
 
 
 def has_grid(run: RunFolder, output: Path) -> bool:
@@ -175,14 +196,25 @@ def write_controlnet(
     with open_scratch(output) as folder:
         controlnet, facts = write_networks(run, path, folder, half, checkpoint)
         hint = read_hint(controlnet)
+        license = license or read_license(read_fact(hint, "backbone"))
+        if hint and home is not None:  # on a hub nobody is to read where a backbone lies here
+            hint |= {"backbone": name_backbone(hint, home)}
+            write_json(controlnet / "hint.json", hint)
         card = render_controlnet_card(run, hint, has_grid(run, output), license, facts, home)
+        (output / "model_index.json").unlink(missing_ok=True)  # written last: what diffusers loads is of one export
         publish(run, controlnet, card, output)
     link_to_top(output / "controlnet")
-    write_pipeline(output, hint)
+    write_pipeline(output, hint, home)
     return output
 
 
-def write_pipeline(output: Path, hint: Facts) -> None:
+def name_backbone(facts: Facts, home: str | None) -> str:
+    """The backbone in ``facts`` for readers in ``home`` on a hub: of a folder here its last name alone."""
+    name = read_fact(facts, "backbone")
+    return Path(name).name if home is not None and os.path.isabs(name) else name
+
+
+def write_pipeline(output: Path, hint: Facts, home: str | None = None) -> None:
     """Write what makes diffusers load ``output`` as a ``HarmonyPipeline``; nothing where the hint is unknown."""
     index, code = output / "model_index.json", output / "pipeline.py"
     if not hint:
@@ -194,7 +226,7 @@ def write_pipeline(output: Path, hint: Facts) -> None:
         "_class_name": ["pipeline", "HarmonyPipeline"],
         "_diffusers_version": __version__,
         "controlnet": ["diffusers", "ControlNetModel"],
-        "backbone": read_fact(hint, "backbone"),
+        "backbone": name_backbone(hint, home),
         "hints": {"controlnet": {name: hint[name] for name in ("branch", "parameters")}},
     }
     write_json(index, facts)

@@ -6,6 +6,7 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from itertools import combinations
 from pathlib import Path
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -388,6 +389,16 @@ def test_a_judge_is_compared_with_people(judged, answered, sees_brightness):
     assert "raters: 2, answers: 12" in text and "100% ±0.0% (n = 4) of the trials that have a majority" in text
     assert "for comparison: one person chooses as most of the others do in 67% ±13.6% (n = 12)" in text
     assert "no scores by people" not in text
+
+
+def test_an_error_of_one_question_ends_the_run(judged, answered, sees_brightness, monkeypatch):
+    """Guards several processes: the one that fails says why, instead of leaving the others to wait for its answers."""
+    folder = answered(record_of(judged(), "a0"))
+    monkeypatch.setattr(user_study.VisionLanguageJudge, "choose", Mock(side_effect=UserError("out of memory")))
+    with pytest.raises(UserError, match="out of memory"):
+        judged(answers=str(folder)).measure()
+    monkeypatch.setattr(user_study, "identify_model", Mock(side_effect=UserError("no such model")))
+    assert "judge: left out, no such model" in judged(answers=str(folder)).measure().text
 
 
 def test_kept_answers_are_not_asked_for_again(judged, sees_brightness, spec, monkeypatch):
