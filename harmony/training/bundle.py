@@ -1,6 +1,7 @@
 """Writes a class of harmony, with everything of harmony that it needs, into one file that runs without harmony."""
 
 import ast
+import builtins
 import importlib.util
 from collections import defaultdict
 from dataclasses import dataclass, field
@@ -8,6 +9,7 @@ from functools import cache
 from pathlib import Path
 
 LINE_LENGTH = 120
+NAMED = (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef, ast.ExceptHandler, ast.MatchAs)  # they name something
 FUNCTIONS = (ast.FunctionDef, ast.AsyncFunctionDef, ast.Lambda)
 
 
@@ -36,6 +38,8 @@ def read_source(module: str) -> Source:
                 source.imports.update({alias.asname or alias.name: (node.module, alias.name) for alias in node.names})
             case ast.FunctionDef() | ast.ClassDef():
                 source.definitions[node.name] = node
+            case ast.AnnAssign(target=ast.Name(id=name)):
+                source.definitions[name] = node
             case ast.Assign():
                 names = [n.id for target in node.targets for n in ast.walk(target) if isinstance(n, ast.Name)]
                 source.definitions.update(dict.fromkeys(names, node))
@@ -52,6 +56,9 @@ def find_names(node: ast.AST) -> set[str]:
     inside = [n for part in (node.body if isinstance(node.body, list) else [node.body]) for n in ast.walk(part)]
     local = {n.id for n in inside if isinstance(n, ast.Name) and isinstance(n.ctx, ast.Store)}
     local |= {n.arg for n in ast.walk(node.args) if isinstance(n, ast.arg)}
+    local |= {n.name for n in inside if isinstance(n, NAMED)}
+    imports = [alias for n in inside if isinstance(n, ast.Import | ast.ImportFrom) for alias in n.names]
+    local |= {(alias.asname or alias.name).partition(".")[0] for alias in imports}
     outside = [node.args, *getattr(node, "decorator_list", ()), *filter(None, [getattr(node, "returns", None)])]
     return (names - local) | set().union(*map(find_names, outside))
 
@@ -86,6 +93,8 @@ class Bundle:
                     self.add(module, other)
                 start = min([node.lineno, *(d.lineno for d in getattr(node, "decorator_list", ()))])
                 self.pieces[module, node.lineno] = "\n".join(source.lines[start - 1 : node.end_lineno])
+        elif not hasattr(builtins, name) and name != "__file__":
+            raise ValueError(f"{module} reads {name}, which it neither imports nor defines in a plain statement")
 
     def claim(self, name: str, origin: tuple[str, str | None]) -> bool:
         """Whether ``name`` is new. ValueError where it means something else in another module."""

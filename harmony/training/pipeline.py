@@ -22,7 +22,7 @@ from diffusers import (
     UNet2DConditionModel,
 )
 from huggingface_hub import hf_hub_download
-from PIL import Image, ImageOps
+from PIL import Image, ImageCms, ImageOps
 from transformers import CLIPTextModel, CLIPTokenizer
 
 from harmony.core.errors import UserError
@@ -31,8 +31,9 @@ from harmony.methods.insert import AUTO, FULL, NONE, cut
 from harmony.methods.method import Composite
 from harmony.models.backbone import scaled_latent
 from harmony.models.controlnet import to_cells
+from harmony.pixels.color_profiles import from_srgb, to_srgb
 from harmony.pixels.hints import hint
-from harmony.pixels.images import from_model, to_hint, to_model
+from harmony.pixels.images import from_model, to_hint, to_model, to_rgb
 from harmony.pixels.masks import OBJECT, to_latent
 from harmony.sampling.ddim import clean_latent, level, noise_for, to_eps
 
@@ -135,7 +136,7 @@ class HarmonyPipeline(DiffusionPipeline):
         if len(scales) != len(self.networks):
             raise UserError(f"controlnet_conditioning_scale={weights}: give a weight for {len(self.networks)} networks")
         request = Request(prompt, scales, num_inference_steps, guidance_scale, seed)
-        profile = image.info.get("icc_profile") if isinstance(image, Image.Image) else None
+        profile = read_profile(image)
         pixels, mask = read_pixels(image), read_object(mask_image)
         insertion = cut(self.resolution, pixels, pixels, mask, profile=profile)
         is_larger = insertion.crop.side > self.resolution
@@ -272,11 +273,27 @@ def load_export(name: str, dtype: torch.dtype) -> tuple[ControlNetModel, dict]:
 
 
 def read_pixels(image: Image.Image | np.ndarray) -> np.ndarray:
-    """The pixels of a picture, upright, uint8 H x W x 3."""
-    return np.array(ImageOps.exif_transpose(image).convert("RGB") if isinstance(image, Image.Image) else image)
+    """The pixels of a picture, upright, uint8 H x W x 3. UserError for an array of another kind."""
+    if isinstance(image, Image.Image):
+        return to_rgb(ImageOps.exif_transpose(image), "image")
+    if image.ndim != 3 or image.shape[2] != 3 or image.dtype != np.uint8:
+        raise UserError(f"image: an array of {image.dtype}, {image.shape}; give uint8, height x width x 3")
+    return image
+
+
+def read_profile(image: Image.Image | np.ndarray) -> bytes | None:
+    """The color profile of a picture where it can be used, both ways; None: its colors are taken as sRGB."""
+    profile = image.info.get("icc_profile") if isinstance(image, Image.Image) else None
+    try:
+        from_srgb(to_srgb(np.zeros((1, 1, 3), np.uint8), profile), profile)
+    except (OSError, ValueError, ImageCms.PyCMSError):
+        return None
+    return profile
 
 
 def read_object(mask: Image.Image | np.ndarray) -> np.ndarray:
-    """Where a mask is white, upright, bool H x W."""
-    image = mask if isinstance(mask, Image.Image) else Image.fromarray(mask)
-    return np.asarray(ImageOps.exif_transpose(image).convert("L")) > OBJECT
+    """Where a mask is white, upright, bool H x W; an array of 0 and 1, or of what lies between, from one half on."""
+    if isinstance(mask, Image.Image):
+        return np.asarray(ImageOps.exif_transpose(mask).convert("L")) > OBJECT
+    mask = mask.squeeze()
+    return mask > (OBJECT if mask.dtype == np.uint8 and mask.max(initial=0) > 1 else 0.5)

@@ -49,6 +49,23 @@ def test_a_name_with_two_meanings_is_refused(write):
         bundle("harmony.a", "main", "x")
 
 
+@pytest.mark.parametrize(
+    "text", ["import os.path\n", "try:\n    import json as N\nexcept ImportError:\n    N = 1\n", ""]
+)
+def test_what_cannot_be_followed_is_refused(write, text):
+    """Guards exports against a name that nothing in the file defines: an error here, not in a stranger's program."""
+    write(a=f"{text}\ndef f():\n    return N + len(os.sep)\n")
+    with pytest.raises(ValueError, match="harmony.a reads (N|os), which it neither imports nor defines"):
+        bundle("harmony.a", "f", "x")
+
+
+def test_a_constant_with_its_type_is_followed(write):
+    write(a="N: int = 3\n\ndef f():\n    def g():\n        import json\n        return json\n    return N\n")
+    names = {}
+    exec(bundle("harmony.a", "f", "x"), names)
+    assert names["f"]() == 3
+
+
 def test_names_that_are_the_functions_own_are_not_read():
     code = "def f(a: Kind, b=START) -> Result:\n    c = a\n    return [outer(d, c, b) for d in lines]\n"
     assert find_names(ast.parse(code).body[0]) == {"Kind", "START", "Result", "outer", "lines"}

@@ -16,6 +16,7 @@ from diffusers import DiffusionPipeline
 from PIL import ExifTags, Image
 
 from harmony import harmonize
+from harmony.core.errors import UserError
 from harmony.methods.inpainting import Branch, Inpainting
 from harmony.methods.insert import cut, insert
 from harmony.models.backbone import Backbone
@@ -24,6 +25,7 @@ from harmony.models.shipped import ASSETS
 from harmony.pixels.images import read_image, write_image
 from harmony.sampling.guidance import Settings
 from harmony.training.export import write_controlnet, write_pipeline
+from harmony.training.pipeline import read_object, read_pixels, read_profile
 from harmony.training.run_folder import find_run
 
 SHIPPED = ("color", "color_relight")
@@ -154,6 +156,22 @@ def test_the_picture_keeps_its_color_profile(both, photograph, swapped_profile):
     insertion = cut(alone.resolution, pixels, pixels, mask, profile=swapped_profile, caption="x")
     assert is_same(insert(alone, [insertion], detail="none")[0].image, picture, True)
     assert picture.info["icc_profile"] == swapped_profile
+
+
+def test_pictures_of_all_kinds(tmp_path):
+    """Guards the pipeline's own reader: what harmonize takes is taken, whatever form a mask has; the rest is said."""
+    deep = (np.arange(12, dtype=np.uint16).reshape(3, 4) * 5000).clip(0, 60000)
+    assert np.abs(read_pixels(Image.fromarray(deep))[..., 0] - deep / 257).max() <= 0.5
+    mask = np.zeros((3, 4), bool)
+    mask[1:, 1:] = True
+    forms = (mask, mask.astype(np.uint8), mask * np.uint8(255), mask.astype(np.float32), mask[..., None])
+    assert all(np.array_equal(read_object(form), mask) for form in (*forms, Image.fromarray(mask)))
+    for wrong in (np.zeros((3, 4, 4), np.uint8), np.zeros((3, 4, 3), np.float32), mask):
+        with pytest.raises(UserError, match="give uint8, height x width x 3"):
+            read_pixels(wrong)
+    image = Image.new("RGB", (4, 3))
+    image.info["icc_profile"] = b"damaged" * 40
+    assert read_profile(image) is None and read_profile(np.zeros((3, 4, 3), np.uint8)) is None
 
 
 def test_what_is_missing_is_said(both, photograph):
