@@ -29,6 +29,7 @@ backbone: install  ## train the tiny backbone, part by part (PHOTOS=folder in Op
 	  $(RUN) -m harmony.fit experiment=backbone_$$part dataset.photos=$(PHOTOS) || exit; done
 	$(RUN) -m harmony.export backbone=work/backbone/tiny output=harmony/assets/tiny
 
+# (Other PHOTOS than before: remove work/small.)
 # Data first (renders of 256 px: half an hour of two cores), then eight minutes of a GPU: what is trained on pixels side by
 # side, the UNet on what they made of them, and the ControlNets side by side, each until its clock runs out.
 SMALL_DATA  := dataset.name=backbone_small dataset.dir=null dataset.count=1500 dataset.size=256 dataset.photos=$(PHOTOS)
@@ -43,7 +44,7 @@ small: install  ## train the backbone of 256 px and its ControlNets in eight min
 	$(MAKE) work/small/data.done
 	$(MAKE) -j3 work/small/README.md
 
-work/small/data.done: work/small/photos | install
+work/small/data.done: | install
 	$(RUN) -m harmony.prepare dataset=backbone $(SMALL_DATA)
 	mkdir -p $(@D)
 	touch $@
@@ -55,13 +56,6 @@ $(SMALL_PIXELS:%=work/small/%.fitted): work/small/%.fitted: work/small/data.done
 work/small/backbone_small_inpaint.fitted: $(SMALL_PIXELS:%=work/small/%.fitted)
 	$(RUN) -m harmony.fit experiment=backbone_small_inpaint $(SMALL_DATA) paths.runs=work/small/runs $(OPTIONS)
 	touch $@
-
-# another folder of photographs begins anew
-work/small/photos work/paper/photos: always
-	@mkdir -p $(@D)
-	@echo '$(PHOTOS)' | cmp -s - $@ || echo '$(PHOTOS)' > $@
-
-.PHONY: always
 
 # structure is trained alone, so that it runs beside color; eight minutes allow few draws of a light
 work/small/structure_long.fitted: private OWN := module.companion=null data.branch=structure
@@ -119,7 +113,7 @@ $(STUDIES:%=work/paper/%.done): work/paper/%.done: $(TRAININGS:%=work/paper/%)
 work/paper/structure_long.fitted: private BESIDE := module.companion=work/paper/color_long
 work/paper/structure_long.fitted: work/paper/color_long
 
-$(TRAININGS:%=work/paper/%.fitted): work/paper/%.fitted: work/paper/photos | install
+$(TRAININGS:%=work/paper/%.fitted): work/paper/%.fitted: | install
 	$(RUN) -m harmony.fit experiment=$* dataset.photos=$(PHOTOS) paths.runs=work/paper/runs $(BESIDE)
 	touch $@
 

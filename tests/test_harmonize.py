@@ -230,12 +230,11 @@ def test_no_prompt_and_no_captioner(desk, command):
 
 
 def test_the_backbones_captioner_is_asked(desk, command, monkeypatch):
-    def captions(paths, captioner, processor, batch_size, device):
-        for name, path in paths:
-            assert np.array_equal(read_image(path), read_image(desk / "b.png"))  # it sees the naive composite
-            yield name, f"{captioner}, {processor}"
+    def caption(picture, captioner, processor, device):
+        assert np.array_equal(picture, read_image(desk / "b.png"))  # it sees the naive composite
+        return f"{captioner}, {processor}"
 
-    monkeypatch.setattr(runs, "caption_images", captions)
+    monkeypatch.setattr(runs, "caption_picture", caption)
     monkeypatch.setattr(Backbone, "captioner", "a blue car")
     monkeypatch.setattr(Backbone, "processor", "on grass")
     code, out, err = command("composite=b.png", "mask=m.png")
