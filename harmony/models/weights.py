@@ -1,6 +1,7 @@
 """Weight files, read and checked: what is wrong with one ends in a line that names the file and the tensor."""
 
 import os
+import threading
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ from harmony.core.errors import UserError
 
 CONSTANTS = ("position_ids", "num_batches_tracked")  # tensors of whole numbers that networks may have
 RESTORE = "restore it from a copy"
+LOADING = threading.Lock()  # transformers replaces a method of its classes while it loads: two threads would lose it
 
 
 def read_weights(file: Path) -> dict[str, torch.Tensor]:
@@ -50,7 +52,8 @@ def load_network(cls: type, folder: str | os.PathLike, **options: Any) -> torch.
     files = sorted(Path(folder).glob("*.safetensors"))
     for file in files:
         read_weights(file)
-    network, facts = cls.from_pretrained(folder, output_loading_info=True, ignore_mismatched_sizes=True, **options)
+    with LOADING:
+        network, facts = cls.from_pretrained(folder, output_loading_info=True, ignore_mismatched_sizes=True, **options)
     source = files[0] if len(files) == 1 else folder
     for name in sorted(facts["missing_keys"]):
         raise UserError(f"{source} lacks the tensor {name}, which config.json beside it asks for: {RESTORE}")

@@ -3,10 +3,12 @@
 import json
 import re
 import shutil
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from transformers import PreTrainedModel
 
 from harmony.core.errors import UserError
 from harmony.data.captions import load_captioner
@@ -88,3 +90,11 @@ def test_facts_of_no_judge(facts, tmp_path):
     with pytest.raises(UserError, match="judge.json|arch=") as error:
         load_judge(folder)
     assert "\n" not in str(error.value)
+
+
+def test_threads_load_one_after_the_other():
+    """Guards transformers' tied weights: what loads in two threads at once takes them from all later networks."""
+    tie_weights = PreTrainedModel.tie_weights
+    with ThreadPoolExecutor(4) as pool:
+        parts = list(pool.map(lambda _: load_part(str(ASSETS / "tiny"), "captioner"), range(8)))
+    assert len(parts) == 8 and PreTrainedModel.tie_weights is tie_weights
