@@ -1,5 +1,6 @@
 """``python -m harmony.fit`` from end to end: the run folder, resuming after a kill, two processes, NaN, bad input."""
 
+import base64
 import csv
 import io
 import json
@@ -16,11 +17,13 @@ from contextlib import redirect_stdout
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import psutil
 import pytest
 import torch
 from lightning.pytorch.callbacks import Callback, Timer
 from omegaconf import OmegaConf
+from PIL import Image
 
 import harmony.fit
 from harmony.cli.compose import compose
@@ -157,6 +160,10 @@ def test_it_leaves_a_page_to_look_at(finished):
     assert content["count"] == len(content["rows"]) == 2 and content["title"] == f"color {folder.name}"
     for row in content["rows"]:
         assert [picture["title"] for picture in row["pictures"]] == ["input", "hint", "baseline", "output", "truth"]
+        sources = [base64.b64decode(picture["source"].partition(",")[2]) for picture in row["pictures"]]
+        seen, _, before, after, truth = (np.array(Image.open(io.BytesIO(source)).convert("RGB")) for source in sources)
+        outside = seen.any(2)  # the hole is black
+        assert all(np.array_equal(y[outside], truth[outside]) for y in (before, after)), "what is pasted back"
     (head, *_), note, (_, *figures) = content["blocks"]
     assert head == ["metric", "before", "after", "change"] and note.startswith("n = 2; fid and kid on backbone-clip")
     assert "train/loss" in {name for name, _ in figures}

@@ -8,7 +8,15 @@ import numpy as np
 from harmony.core.files import write_text
 from harmony.core.progress import Progress, tell
 from harmony.data.manifest import manifest_hash
-from harmony.evaluation.eval_sets import EvalSet, enough, load_reconstruct, sample_grid, subsample, with_holes
+from harmony.evaluation.eval_sets import (
+    EvalSet,
+    enough,
+    load_reconstruct,
+    paste_outputs,
+    sample_grid,
+    subsample,
+    with_holes,
+)
 from harmony.evaluation.figures import Fidelity
 from harmony.evaluation.pages import ROWS, PageRow, by_row
 from harmony.evaluation.report import Report
@@ -85,10 +93,13 @@ def views_and_outputs(
 
 
 def page_rows(items: EvalSet, method: Method, outcome: Outcome) -> list[PageRow]:
-    """The rows of a page: some of the items with what the networks see, the baseline, the output and the truth."""
+    """The rows of a page: some of the items with what the networks see, the baseline, the output and the truth.
+
+    Outputs are pasted back, as most figures of the page are of them.
+    """
     few = subsample(list(range(len(items))), ROWS)
-    off, on = ([outputs[i] for i in few] for outputs in (outcome.before, outcome.after))
     part = items.part(few)
+    off, on = (paste_outputs(part, [outputs[i] for i in few]) for outputs in (outcome.before, outcome.after))
     columns = {"input": with_holes(part), **views_and_outputs(part, off, method, on), "truth": part.truths}
     return by_row(part.labels, columns)
 
@@ -110,7 +121,7 @@ class BeforeAfter(Study):
         metrics, lines = run.metrics
         outcome = before_and_after(run.backbone, items, baseline, method, run.seed, run.protocol, run.clip, metrics)
         few = subsample(list(range(len(items))), self.shown)
-        off, on = ([outputs[i] for i in few] for outputs in (outcome.before, outcome.after))
+        off, on = (paste_outputs(part, [outputs[i] for i in few]) for outputs in (outcome.before, outcome.after))
         picture = run.folder / "grids" / "samples.png"
         picture.parent.mkdir(exist_ok=True)
         part = items.part(few)
