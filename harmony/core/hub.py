@@ -31,17 +31,21 @@ def fetch_folder(
     return Path(folder) / part
 
 
-def check_repository(name: str) -> None:
-    """UserError unless ``name`` can be a repository on the hub, owner/name."""
+def is_repository(name: str) -> bool:
+    """Whether ``name`` can be a repository on the hub, owner/name."""
     from huggingface_hub.errors import HFValidationError
     from huggingface_hub.utils import validate_repo_id
 
     try:
         validate_repo_id(name)
-        is_valid = "/" in name
     except HFValidationError:
-        is_valid = False
-    if not is_valid:
+        return False
+    return "/" in name
+
+
+def check_repository(name: str) -> None:
+    """UserError unless ``name`` can be a repository on the hub, owner/name."""
+    if not is_repository(name):
         raise UserError(f"push={name}: give a repository on the hub, owner/name")
 
 

@@ -121,7 +121,7 @@ class BeforeAfter(Study):
         metrics, lines = run.metrics
         outcome = before_and_after(run.backbone, items, baseline, method, run.seed, run.protocol, run.clip, metrics)
         few = subsample(list(range(len(items))), self.shown)
-        off, on = (paste_outputs(part, [outputs[i] for i in few]) for outputs in (outcome.before, outcome.after))
+        off, on = ([outputs[i] for i in few] for outputs in (outcome.before, outcome.after))
         picture = run.folder / "grids" / "samples.png"
         picture.parent.mkdir(exist_ok=True)
         part = items.part(few)

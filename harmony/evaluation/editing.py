@@ -287,12 +287,16 @@ class EditingStudy(Study):
             table[row] = {name: mean(values) for name, values in figures.items()}
             marks = [n for n, (_, _, truth, _) in enumerate(cases) if truth is None]
             if marks:
-                table[row] |= self.pie_figures([outputs[n] for n in marks], [cases[n] for n in marks])
+                features = looks[marks], words[marks]
+                table[row] |= self.pie_figures([outputs[n] for n in marks], [cases[n] for n in marks], *features)
         return table
 
-    def pie_figures(self, outputs: Sequence[np.ndarray], cases: Sequence[tuple]) -> dict[str, float]:
+    def pie_figures(
+        self, outputs: Sequence[np.ndarray], cases: Sequence[tuple], looks: torch.Tensor, words: torch.Tensor
+    ) -> dict[str, float]:
         """``pie/<figure>`` of edits of photographs: clip_whole and clip_edited to the target's words, and the rest.
 
+        ``looks``, ``words``: CLIP's features N x P of the outputs and of the targets.
         An edit without a mask may change the whole picture: it has no background, and counts for the others alone.
         """
         sources = [item.image for item, *_ in cases]
@@ -300,10 +304,9 @@ class EditingStudy(Study):
         rows = [background_metrics(*triple) for triple in zip(outputs, sources, masks, strict=True)]
         columns = {name: [row[name] for row in rows] for name in rows[0]}
         columns |= network_metrics(outputs, sources, masks, self.run.metrics[0])
-        words = self.clip.texts([case.target for _, case, *_ in cases]).cpu()
         edited = [blacken(y, ~mask) for y, mask in zip(outputs, masks, strict=True)]
-        for name, images in (("clip_whole", outputs), ("clip_edited", edited)):
-            columns[f"pie/{name}"] = [100 * cosine for cosine in cosines(embeddings(images, self.clip), words)]
+        for name, features in (("clip_whole", looks), ("clip_edited", embeddings(edited, self.clip))):
+            columns[f"pie/{name}"] = [100 * cosine for cosine in cosines(features, words)]
         return {name: float(np.nanmean(values)) for name, values in columns.items() if not np.isnan(values).all()}
 
     def concept_figures(self, views_of: dict[str, dict[str, list[np.ndarray]]]) -> dict[str, dict[str, float]]:

@@ -49,10 +49,14 @@ def write_page(folder: Path, title: str, text: str, config: str, rows: Iterable[
     too large. The page needs no network; every name on it is text, whatever it holds.
     """
     content = {"title": title, "blocks": split_text(text), "config": config, "rows": encode_rows(rows), "count": count}
-    report = json.dumps(content).replace("<", "\\u003c")  # nothing in it may end the script element
-    page = TEMPLATE.read_text(encoding="utf-8").replace("REPORT_AS_JSON", report)
-    write_text(folder / NAME, page)
+    write_text(folder / NAME, fill_template(TEMPLATE, "REPORT_AS_JSON", content))
     return folder / NAME
+
+
+def fill_template(template: Path, mark: str, content: object) -> str:
+    """The page ``template`` with ``content`` as JSON in the place of ``mark``; it cannot end the script element."""
+    text = json.dumps(content).replace("<", "\\u003c")
+    return template.read_text(encoding="utf-8").replace(mark, text)
 
 
 def split_text(text: str) -> list[str | list[list[str]]]:

@@ -152,13 +152,15 @@ class Pairs(Study):
                     raise UserError(f"study.rows.{name}: photographs name no lights, choose describer=words")
         return methods
 
+    @cached_property
+    def made_of(self) -> str:
+        """Hash of all that figures depend on beside the method and its detail."""
+        rows = [(r.id, r.sha256, r.caption, r.extras.get("composite_sha256"), changed) for r, changed in self.items]
+        return fingerprint(rows, self.run.seed, LARGEST, [metric.protocol for metric in self.run.metrics[0]])
+
     def file(self, name: str, block: range) -> Path:
         """Where the figures of a block of a row lie."""
-        run = self.run
-        composites = [row.extras.get("composite_sha256") for row, _ in self.items]
-        rows = [(row.id, row.sha256, row.caption, changed) for row, changed in self.items]
-        protocols = [metric.protocol for metric in run.metrics[0]]
-        settings = fingerprint(rows, composites, run.seed, self.details[name], LARGEST, protocols)
+        run, settings = self.run, fingerprint(self.made_of, self.details[name])
         return run.folder / "outputs" / self.methods[name].fingerprint[:16] / settings[:16] / f"{block.start:05d}.json"
 
     def results(self, name: str, items: Sequence[tuple[Row, bool]]) -> list[tuple[Pair, Result | UserError]]:

@@ -41,7 +41,7 @@ from harmony.evaluation.answers import (
     write_rater,
 )
 from harmony.evaluation.eval_sets import subsample
-from harmony.evaluation.pages import ROWS, PageRow
+from harmony.evaluation.pages import ROWS, PageRow, fill_template
 from harmony.evaluation.report import Report
 from harmony.evaluation.study import Study, StudyRun
 from harmony.evaluation.tables import Table, flat, write_table
@@ -249,8 +249,7 @@ class UserStudy(Study):
         ]
         settings = {"question": self.question, "pixelated": self.pixelated, "trials": self.trials}
         study = {"schema": SCHEMA, "study": self.id, **settings, "methods": codes, "pictures": pictures}
-        text = json.dumps(study).replace("<", "\\u003c")  # nothing in it may end the script element
-        return TEMPLATE.read_text(encoding="utf-8").replace("STUDY_AS_JSON", text)
+        return fill_template(TEMPLATE, "STUDY_AS_JSON", study)
 
     def raters(self) -> list[Rater]:
         """Who answered, of all files. UserError for two files of one rater, and for answers of two models."""

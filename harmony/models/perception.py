@@ -69,7 +69,7 @@ class Dino:
         if not projections:
             raise ValueError("a vision transformer is needed")
         self.keys: list[torch.Tensor] = []
-        projections[-1].register_forward_hook(lambda module, given, result: self.keys.append(result))
+        projections[-1].register_forward_hook(lambda module, inputs, result: self.keys.append(result))
 
     @torch.no_grad()
     def look(self, pixels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

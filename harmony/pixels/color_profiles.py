@@ -43,14 +43,19 @@ def read_photograph(path: str | Path) -> Photograph:
     try:
         note = f"{path}: colors converted from {describe(profile)} to sRGB"
         if open_profile(profile).profile.xcolor_space.strip() == "RGB" and image.mode not in NO_RGB:
-            for pair in ((profile, None), (None, profile)):  # fails where it is damaged, or leads one way alone
-                convert_colors(Image.new("RGB", (1, 1)), *pair)
+            check_profile(profile)
             return Photograph(to_rgb(image, path), profile, notes, exif)
         picture = convert_colors(image.convert("L") if image.mode == "LA" else image, profile, None)
     except (OSError, ValueError, ImageCms.PyCMSError):
         note = f"the color profile of {path} cannot be used: its colors are taken as sRGB"
         return Photograph(to_rgb(image, path), notes=(*notes, note), exif=exif)
     return Photograph(np.array(picture), notes=(*notes, note), exif=exif)
+
+
+def check_profile(profile: bytes) -> None:
+    """Raises OSError, ValueError or PyCMSError unless colors go from ``profile`` to sRGB and back."""
+    for pair in ((profile, None), (None, profile)):
+        convert_colors(Image.new("RGB", (1, 1)), *pair)
 
 
 def read_exif(image: Image.Image) -> bytes | None:

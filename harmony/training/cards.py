@@ -12,11 +12,10 @@ from pathlib import Path
 from typing import Any
 
 from huggingface_hub import ModelCard, ModelCardData
-from huggingface_hub.errors import HFValidationError
 from huggingface_hub.repocard import metadata_load
-from huggingface_hub.utils import validate_repo_id
 from yaml import YAMLError
 
+from harmony.core.hub import is_repository
 from harmony.models.shipped import ASSETS, backbone_path
 from harmony.training.checkpoints import Facts, describe
 from harmony.training.run_folder import RunFolder, select
@@ -65,11 +64,7 @@ def make_metadata(license: str, backbone: str, relation: str, tags: Sequence[str
 
 def is_hub_id(backbone: str) -> bool:
     """Whether a backbone is owner/name on the hub and no local folder."""
-    try:
-        validate_repo_id(backbone)
-    except HFValidationError:
-        return False
-    return "/" in backbone and not os.path.exists(backbone_path(backbone))
+    return is_repository(backbone) and not os.path.exists(backbone_path(backbone))
 
 
 def read_license(backbone: str) -> str:

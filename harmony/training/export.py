@@ -198,23 +198,18 @@ def write_controlnet(
         hint = read_hint(controlnet)
         license = license or read_license(read_fact(hint, "backbone"))
         if hint and home is not None:  # on a hub nobody is to read where a backbone lies here
-            hint |= {"backbone": name_backbone(hint, home)}
+            name = read_fact(hint, "backbone")
+            hint |= {"backbone": Path(name).name if os.path.isabs(name) else name}
             write_json(controlnet / "hint.json", hint)
         card = render_controlnet_card(run, hint, has_grid(run, output), license, facts, home)
         (output / "model_index.json").unlink(missing_ok=True)  # written last: what diffusers loads is of one export
         publish(run, controlnet, card, output)
     link_to_top(output / "controlnet")
-    write_pipeline(output, hint, home)
+    write_pipeline(output, hint)
     return output
 
 
-def name_backbone(facts: Facts, home: str | None) -> str:
-    """The backbone in ``facts`` for readers in ``home`` on a hub: of a folder here its last name alone."""
-    name = read_fact(facts, "backbone")
-    return Path(name).name if home is not None and os.path.isabs(name) else name
-
-
-def write_pipeline(output: Path, hint: Facts, home: str | None = None) -> None:
+def write_pipeline(output: Path, hint: Facts) -> None:
     """Write what makes diffusers load ``output`` as a ``HarmonyPipeline``; nothing where the hint is unknown."""
     index, code = output / "model_index.json", output / "pipeline.py"
     if not hint:
@@ -226,7 +221,7 @@ def write_pipeline(output: Path, hint: Facts, home: str | None = None) -> None:
         "_class_name": ["pipeline", "HarmonyPipeline"],
         "_diffusers_version": __version__,
         "controlnet": ["diffusers", "ControlNetModel"],
-        "backbone": name_backbone(hint, home),
+        "backbone": read_fact(hint, "backbone"),
         "hints": {"controlnet": {name: hint[name] for name in ("branch", "parameters")}},
     }
     write_json(index, facts)

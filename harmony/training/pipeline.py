@@ -31,7 +31,7 @@ from harmony.methods.insert import AUTO, FULL, NONE, cut
 from harmony.methods.method import Composite
 from harmony.models.backbone import scaled_latent
 from harmony.models.controlnet import to_cells
-from harmony.pixels.color_profiles import from_srgb, to_srgb
+from harmony.pixels.color_profiles import check_profile
 from harmony.pixels.hints import hint
 from harmony.pixels.images import from_model, to_hint, to_model, to_rgb
 from harmony.pixels.masks import OBJECT, to_latent
@@ -244,8 +244,8 @@ class HarmonyPipeline(DiffusionPipeline):
         times, text = torch.full((len(x),), int(t), device=x.device), condition.text.to(dtype)
         down, middle = None, None
         for net, picture, scale in condition.controls:
-            seen = x[:, : net.config.in_channels], times, text, picture.repeat(halves, 1, 1, 1)
-            residuals, last = net(*seen, conditioning_scale=scale, return_dict=False)
+            inputs = x[:, : net.config.in_channels], times, text, picture.repeat(halves, 1, 1, 1)
+            residuals, last = net(*inputs, conditioning_scale=scale, return_dict=False)
             down = residuals if down is None else [a + b for a, b in zip(down, residuals, strict=True)]
             middle = last if middle is None else middle + last
         options = {"down_block_additional_residuals": down, "mid_block_additional_residual": middle}
@@ -284,8 +284,10 @@ def read_pixels(image: Image.Image | np.ndarray) -> np.ndarray:
 def read_profile(image: Image.Image | np.ndarray) -> bytes | None:
     """The color profile of a picture where it can be used, both ways; None: its colors are taken as sRGB."""
     profile = image.info.get("icc_profile") if isinstance(image, Image.Image) else None
+    if not profile:
+        return None
     try:
-        from_srgb(to_srgb(np.zeros((1, 1, 3), np.uint8), profile), profile)
+        check_profile(profile)
     except (OSError, ValueError, ImageCms.PyCMSError):
         return None
     return profile

@@ -49,13 +49,11 @@ def test_a_name_with_two_meanings_is_refused(write):
         bundle("harmony.a", "main", "x")
 
 
-@pytest.mark.parametrize(
-    "text", ["import os.path\n", "try:\n    import json as N\nexcept ImportError:\n    N = 1\n", ""]
-)
-def test_what_cannot_be_followed_is_refused(write, text):
+@pytest.mark.parametrize("text, body", [("import os.path\n", "os"), ("if True:\n    NO = 1\n", "NO"), ("", "NO")])
+def test_what_cannot_be_followed_is_refused(write, text, body):
     """Guards exports against a name that nothing in the file defines: an error here, not in a stranger's program."""
-    write(a=f"{text}\ndef f():\n    return N + len(os.sep)\n")
-    with pytest.raises(ValueError, match="harmony.a reads (N|os), which it neither imports nor defines"):
+    write(a=f"{text}\ndef f():\n    return {body}\n")
+    with pytest.raises(ValueError, match=f"harmony.a reads {body[:2]}, which it neither imports nor defines"):
         bundle("harmony.a", "f", "x")
 
 

@@ -179,7 +179,7 @@ def case_row(case: Case, root: Path, rules: Rules, work: Path) -> dict:
     files = case_files(case, size, work)
     if isinstance(files, str):
         return row | {"reason": files}
-    reason, box = mask_box(case.background, files["mask"], rules)
+    reason, box = mask_box(case.background, files["mask"], rules, size)
     if reason == KEPT and "composite" in files and open_image(files["composite"]).size != size:
         reason = "composite shape differs"
     row |= {name: os.path.relpath(path, root) for name, path in files.items()}

@@ -26,10 +26,10 @@ from harmony.core.foreign import is_file_name, path_inside, read_json
 from harmony.core.progress import tell
 from harmony.core.row import SPLITS
 from harmony.data.captions import NO_LABEL
-from harmony.data.sources.files import OTHER_NAMES, locate, split_folder
+from harmony.data.sources.files import SPLIT_NAMES, locate, split_folder
 from harmony.data.sources.folder import SCHEMA, draw, draw_split
 from harmony.data.sources.open_images.batches import BATCH, map_in_threads
-from harmony.data.sources.selection import BAD_NAME, CORNERS, KEPT, SAME_NAME, Rules, Selection, Source
+from harmony.data.sources.selection import BAD_NAME, CORNERS, KEPT, SAME_NAME, Rules, Selection, Source, limit_samples
 from harmony.pixels.images import write_image
 
 DAMAGED = "damaged row"
@@ -81,7 +81,7 @@ def select_instances(root: Path, splits: Sequence[str], rules: Rules, work: Path
                 items.append((instance_row(instance, names, root, rules), instance))
     draw_masks([item for item in items if item[0]["reason"] == KEPT], root, work, rules.max_samples)
     table = pl.DataFrame([row for row, _ in items], schema=SCHEMA).sort("split", "id")
-    return Selection(root, limit_rows(table, rules.max_samples), rules)
+    return Selection(root, limit_samples(table, rules.max_samples), rules)
 
 
 def draw_masks(items: Sequence[tuple[dict, Instance]], root: Path, work: Path, limit: int | None) -> None:
@@ -95,15 +95,6 @@ def draw_masks(items: Sequence[tuple[dict, Instance]], root: Path, work: Path, l
             batch, rest = rest[:size], rest[size:]
             map_in_threads(lambda item: write_mask(*item, root, work), batch, f"draw the masks of {split}")
             count += sum(row["reason"] == KEPT for row, _ in batch)
-
-
-def limit_rows(table: pl.DataFrame, limit: int | None) -> pl.DataFrame:
-    """Keep the first ``limit`` rows of each split."""
-    if limit is None:
-        return table
-    is_kept = pl.col("reason") == KEPT
-    is_over = is_kept & (is_kept.cum_sum().over("split") > limit)
-    return table.with_columns(reason=pl.when(is_over).then(pl.lit("over max_samples")).otherwise("reason"))
 
 
 # --- files
@@ -130,8 +121,7 @@ def find_annotations(root: Path) -> list[Annotations]:
 
 def split_of(name: str) -> str | None:
     """The split that a name begins with, such as ``val2017``, or None."""
-    endings = {other: split for split in SPLITS for other in (split, *OTHER_NAMES.get(split, ()))}
-    return next((split for other, split in endings.items() if name.lower().startswith(other)), None)
+    return next((split for other, split in SPLIT_NAMES.items() if name.lower().startswith(other)), None)
 
 
 def read_annotations(file: Path) -> dict:
@@ -154,7 +144,7 @@ def check_classes(file: Path, names: dict[Any, str], rules: Rules) -> None:
 
 def is_entry(value: Any, *names: str) -> bool:
     """Whether ``value`` is an object that has ``names``, an id among them that can be looked up."""
-    return isinstance(value, dict) and all(name in value for name in names) and isinstance(value["id"], int | str)
+    return isinstance(value, dict) and all(name in value for name in names) and is_hashable(value["id"])
 
 
 # --- rows
@@ -173,13 +163,13 @@ def list_instances(annotations: Annotations, content: dict, has_test: bool) -> I
             count = len(content[name])
             tell(f"{annotations.file}: {difference} of {count} {name} left out, incomplete, repeated or of no image")
     counts = Counter(a["image_id"] for a in objects)
+    paths = {id_: find_photograph(annotations.folders, str(image["file_name"])) for id_, image in images.items()}
     entries = [(images[a["image_id"]], a) for a in objects]
     entries += [(image, {}) for id_, image in images.items() if not counts[id_]]
     for image, annotation in entries:
-        path = find_photograph(annotations.folders, str(image["file_name"]))
         stem = Path(str(image["file_name"])).stem
         id_ = stem if counts[image["id"]] < 2 else f"{stem}_{annotation['id']}"
-        yield Instance(id_, choose_split(annotations.split, stem, has_test), image, annotation, path)
+        yield Instance(id_, choose_split(annotations.split, stem, has_test), image, annotation, paths[image["id"]])
 
 
 def is_hashable(value: Any) -> bool:
@@ -332,9 +322,8 @@ def read_captions(root: Path, splits: Sequence[str]) -> dict[str, list[str]]:
 
 def list_places(root: Path, splits: Sequence[str]) -> list[Path]:
     """List the annotations and the photographs, also of splits that may come."""
-    names = [*SPLITS, *(name for others in OTHER_NAMES.values() for name in others)]
     folders = [folder for annotations in find_annotations(root) for folder in annotations.folders]
-    places = [root / name for name in ("annotations", "labels.json", "images", "data", *names)]
+    places = [root / name for name in ("annotations", "labels.json", "images", "data", *SPLIT_NAMES)]
     return [*places, *(folder for folder in folders if not any(folder.is_relative_to(place) for place in places))]
 
 

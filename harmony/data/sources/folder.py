@@ -18,7 +18,7 @@ from harmony.core.foreign import is_file_name
 from harmony.core.row import SPLITS
 from harmony.data.captions import NO_LABEL
 from harmony.data.sources.files import (
-    OTHER_NAMES,
+    SPLIT_NAMES,
     folder_captions,
     image_files,
     locate,
@@ -107,13 +107,18 @@ def mask_files(folder: Path) -> dict[str, Path]:
     return masks
 
 
-def mask_box(image: Path, mask: Path, rules: Rules) -> tuple[str, tuple[float | None, ...]]:
-    """Return (``kept`` or a reason, box of the mask in fractions of the image)."""
+def mask_box(
+    image: Path, mask: Path, rules: Rules, size: tuple[int, int] | None = None
+) -> tuple[str, tuple[float | None, ...]]:
+    """Return (``kept`` or a reason, box of the mask in fractions of the image).
+
+    ``size``: the image's width and height in px, where they are known already.
+    """
     no_box = (None,) * 4
     if not mask.is_file():
         return "mask file missing", no_box
     try:
-        size = open_image(image).size
+        size = size or open_image(image).size
     except UserError:
         return "image undecodable", no_box
     try:
@@ -167,7 +172,7 @@ def read_captions(root: Path, splits: Sequence[str]) -> dict[str, list[str]]:
 
 def list_places(root: Path, splits: Sequence[str]) -> list[Path]:
     """List the folders of images and masks and the captions, also of splits that may come."""
-    folders = ["", *SPLITS, *(name for names in OTHER_NAMES.values() for name in names)]
+    folders = ["", *SPLIT_NAMES]
     return [root / folder / name for folder in folders for name in ("images", "masks", "captions.json")]
 
 

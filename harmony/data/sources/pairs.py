@@ -22,7 +22,6 @@ from harmony.core.foreign import is_file_name, read_lines
 from harmony.core.row import SPLITS
 from harmony.data.captions import NO_LABEL
 from harmony.data.sources.files import (
-    OTHER_NAMES,
     SPLIT_NAMES,
     folder_captions,
     image_files,
@@ -180,11 +179,12 @@ def list_missing_pairs(place: Place, lists: dict[str, str], names: set[str]) -> 
 
 def set_splits(rows: Sequence[dict], pairs: Sequence[Pair], lists: dict[str, str]) -> None:
     """Set the split of each row: its folder's, else that of the lists, else one drawn by the photograph's name."""
+    has_validation = "validation" in lists.values()
     drawn_splits = draw_splits(sorted({pair.truth_id for pair, row in zip(pairs, rows) if row["reason"] == KEPT}))
     for pair, row in zip(pairs, rows, strict=True):
         row["split"] = pair.split or drawn_splits.get(pair.truth_id) or draw_split(pair.truth_id)
         if lists and pair.split is None:
-            row["split"] = split_by_lists(pair, lists)
+            row["split"] = split_by_lists(pair, lists, has_validation)
             if pair.id not in lists and row["reason"] == KEPT:
                 row["reason"] = "id not listed"
 
@@ -199,10 +199,10 @@ def tell_shared_photographs(root: Path, rows: Sequence[dict]) -> None:
     tell_names(f"{root}: photographs with composites in several splits, as the lists say", names)
 
 
-def split_by_lists(pair: Pair, lists: dict[str, str]) -> str:
+def split_by_lists(pair: Pair, lists: dict[str, str], has_validation: bool) -> str:
     """The split of a pair where lists set them; validation is a tenth of train, by photographs, if it has no list."""
     split = lists.get(pair.id, "train")
-    is_drawn = split == "train" and "validation" not in lists.values() and draw(pair.truth_id) < VALIDATION
+    is_drawn = split == "train" and not has_validation and draw(pair.truth_id) < VALIDATION
     return "validation" if is_drawn else split
 
 
@@ -214,16 +214,17 @@ def pair_row(pair: Pair, root: Path, rules: Rules, work: Path) -> dict:
         name = pair.composite.name.encode(errors="replace").decode()
         return {"id": name, "reason": BAD_NAME, "label": NO_LABEL, **dict.fromkeys(paths, name)}
     row = {"id": pair.id, "label": NO_LABEL} | {name: os.path.relpath(path, root) for name, path in paths.items()}
-    if reason := pair_problem(pair):
-        return row | {"reason": reason}
+    size = read_size(pair)
+    if isinstance(size, str):
+        return row | {"reason": size}
     if not (pair.mask or mask.is_file()):
         write_image(mask, find_change(read_image(pair.composite), read_image(pair.truth)))
-    reason, box = mask_box(pair.truth, mask, rules)
+    reason, box = mask_box(pair.truth, mask, rules, size)
     return row | {"reason": reason, **dict(zip(CORNERS, box, strict=True))}
 
 
-def pair_problem(pair: Pair) -> str | None:
-    """The reason for which the composite does not go with its photograph, or None."""
+def read_size(pair: Pair) -> tuple[int, int] | str:
+    """Width and height of a composite and its photograph, or the reason for which they do not go together."""
     if not pair.composite.is_file():
         return "composite file missing"
     if not pair.truth.is_file():
@@ -233,7 +234,7 @@ def pair_problem(pair: Pair) -> str | None:
     except UserError:
         return "composite undecodable"
     try:
-        return None if open_image(pair.truth).size == size else "composite shape differs"
+        return size if open_image(pair.truth).size == size else "composite shape differs"
     except UserError:
         return "image undecodable"
 
@@ -259,7 +260,7 @@ def read_captions(root: Path, splits: Sequence[str]) -> dict[str, list[str]]:
 def list_places(root: Path, splits: Sequence[str]) -> list[Path]:
     """List the folders of pairs, the lists and the captions, also of subsets and splits that may come."""
     names = ["masks", "captions.json", *(name for naming in NAMINGS for name in (naming.composites, naming.truths))]
-    folders = ["", *SUBSETS, *SPLITS, *(name for others in OTHER_NAMES.values() for name in others)]
+    folders = ["", *SUBSETS, *SPLIT_NAMES]
     lists = [path for folder in folders for path in sorted((root / folder).glob("*.txt"))]
     return [root / folder / name for folder in folders for name in names] + lists
 

@@ -224,3 +224,12 @@ def write_selection(selection: Selection, folder: Path, table: pl.DataFrame | No
     for path, text in zip(paths, (table.write_csv(), json.dumps(summary, indent=2, default=list) + "\n"), strict=True):
         write_text(path, text)
     return paths
+
+
+def limit_samples(table: pl.DataFrame, limit: int | None) -> pl.DataFrame:
+    """Keep the first ``limit`` rows of each split, a random draw where ids are random, as those of Open Images are."""
+    if limit is None:
+        return table
+    is_kept = pl.col("reason") == KEPT
+    exceeds = is_kept & (is_kept.cum_sum().over("split") > limit)
+    return table.with_columns(reason=pl.when(exceeds).then(pl.lit("over max_samples")).otherwise("reason"))

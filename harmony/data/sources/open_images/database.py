@@ -26,7 +26,7 @@ from typing import TYPE_CHECKING
 from harmony.core.errors import UserError
 from harmony.core.signals import ignore_ctrl_c_in_children
 from harmony.data.sources.open_images.batches import batches
-from harmony.data.sources.selection import BAD_NAME, KEPT, Selection
+from harmony.data.sources.selection import BAD_NAME, CORNERS, KEPT, Selection
 
 if TYPE_CHECKING:
     from fiftyone import Dataset, Sample
@@ -246,7 +246,7 @@ def find_collection(dataset: "Dataset") -> "Collection | None":
 
 def sample_values(row: dict) -> dict:
     """The fields of a sample, kept or rejected, that have a value; labels as dictionaries."""
-    is_kept, has_box = row["reason"] == KEPT, None not in (row[side] for side in ("x0", "y0", "x1", "y1"))
+    is_kept, has_box = row["reason"] == KEPT, None not in (row[side] for side in CORNERS)
     values = {
         "filepath": row["image"],
         "tags": [row["split"], "kept" if is_kept else "rejected"],

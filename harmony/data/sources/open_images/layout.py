@@ -21,7 +21,7 @@ import polars as pl
 
 from harmony.core.errors import UserError
 from harmony.core.foreign import NAME_BYTES, NO_FILE_NAME, read_csv
-from harmony.data.sources.files import OTHER_NAMES, read_caption_file, split_folder, tell_omissions
+from harmony.data.sources.files import SPLIT_NAMES, read_caption_file, split_folder, tell_omissions
 from harmony.pixels.images import SUFFIXES
 
 FULL_HEADER = {
@@ -47,7 +47,7 @@ class Split:
 
     @property
     def name(self) -> str:
-        return next((split for split, names in OTHER_NAMES.items() if self.folder.name in names), self.folder.name)
+        return SPLIT_NAMES.get(self.folder.name, self.folder.name)
 
     @property
     def box_file(self) -> Path:

@@ -12,7 +12,16 @@ import polars as pl
 from harmony.core.errors import UserError
 from harmony.data.sources.open_images.layout import CORNERS, FLAGS, Split, find_splits, has_bad_name, mask_path
 from harmony.data.sources.open_images.skim import skim_boxes
-from harmony.data.sources.selection import BAD_NAME, COLUMNS, KEPT, Rules, Selection, check_files, read_ids
+from harmony.data.sources.selection import (
+    BAD_NAME,
+    COLUMNS,
+    KEPT,
+    Rules,
+    Selection,
+    check_files,
+    limit_samples,
+    read_ids,
+)
 
 
 def select(root: Path, splits: Sequence[str], rules: Rules, files: bool = True) -> Selection:
@@ -130,15 +139,6 @@ def first_reason(rules: Rules, classes: set[str] | None, ids: set[str] | None) -
     }
     reasons = [pl.when(condition).then(pl.lit(reason)) for reason, condition in conditions.items()]
     return pl.coalesce(*reasons, pl.lit(KEPT))
-
-
-def limit_samples(images: pl.DataFrame, limit: int | None) -> pl.DataFrame:
-    """Keep the first ``limit`` images by id, a random draw because Open Images ids are random."""
-    if limit is None:
-        return images
-    is_kept = pl.col("reason") == KEPT
-    exceeds = is_kept & (is_kept.cum_sum() > limit)
-    return images.with_columns(reason=pl.when(exceeds).then(pl.lit("over max_samples")).otherwise("reason"))
 
 
 def class_ids(split: Split, classes: Sequence[str] | None) -> set[str] | None:
