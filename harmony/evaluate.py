@@ -14,7 +14,7 @@ from hydra.utils import get_class, instantiate
 from omegaconf import DictConfig, OmegaConf
 
 from harmony.cli.command import entry
-from harmony.cli.logger import build_logger, log_page
+from harmony.cli.logger import Artifact, build_logger, log_artifacts, log_page, log_samples, log_table
 from harmony.cli.methods import build, complete, row_facts, row_override
 from harmony.cli.provenance import provenance
 from harmony.cli.run_folder import device, make_folder, rank, run_folder, world
@@ -23,7 +23,7 @@ from harmony.data.preparation import ensure
 from harmony.evaluation.report import Report
 
 if TYPE_CHECKING:
-    from harmony.evaluation.study import Study
+    from harmony.evaluation.study import Study, StudyRun
 
 
 def protocol(cfg: DictConfig) -> str:
@@ -76,14 +76,15 @@ def main(cfg: DictConfig) -> None:
             print(inputs)
         return
     folder = run_folder(cfg)
-    report = study(cfg, folder).measure()
+    measurement = study(cfg, folder)
+    report = measurement.measure()
     if rank() > 0:
         return
     facts = report.facts | {"wall_time_s": round(time.monotonic() - start, 1)}
     write_json(folder / "provenance.json", provenance(cfg, **facts))
     config = (folder / "config.yaml").read_text(encoding="utf-8")
     page = write_page(folder, f"{cfg.name} {folder.name}", report.text, config, report.rows, facts["count"])
-    log(cfg, folder, report, page)
+    log(cfg, measurement.run, report, page)
     write_json(folder / "metrics.json", report.figures)
     print(f"\n{report.text}")
     print(folder, page, *report.pictures, sep="\n")
@@ -94,19 +95,38 @@ def number(cell: str) -> float | None:
     return float(cell) if cell else None
 
 
-def log(cfg: DictConfig, folder: Path, report: Report, page: Path) -> None:
-    """The same to W&B, where that is the logger: the table as a table of numbers, the figures as pictures."""
-    logger = build_logger(cfg)
+def list_artifacts(cfg: DictConfig, run: "StudyRun", report: Report) -> list[Artifact]:
+    """What the figures were made of, for W&B: the manifest if any, and the networks of all rows that lie in a folder."""
+    from harmony.models.shipped import list_weights
+
+    nodes = {**cfg.study.get("rows", {}), "sweep": cfg.study.get("sweep")}
+    rows = [options for name, node in nodes.items() if (options := row_facts(name, node).get("options"))]
+    networks: dict[str, Path] = {}
+    for options in rows or [cfg.method]:
+        networks |= list_weights(options)
+    manifests = [run.manifest] if "manifest" in report.facts else []
+    artifacts = [Artifact(cfg.dataset.name, "dataset", {path.name: path}) for path in manifests]
+    return artifacts + [Artifact(name, "model", {"": folder}) for name, folder in networks.items()]
+
+
+def log(cfg: DictConfig, run: "StudyRun", report: Report, page: Path) -> None:
+    """The same to W&B, where that is the logger: the figures, their table, pictures, and what they were made of.
+
+    Figures are pictures of their own beside the table of samples, the pictures of which an older W&B does not send.
+    """
+    logger = build_logger(cfg, "evaluate")
     if not hasattr(logger, "log_table"):
         return
     logger.log_metrics(report.figures)
-    if (folder / "table.csv").exists():
-        with open(folder / "table.csv", newline="") as file:
+    if (run.folder / "table.csv").exists():
+        with open(run.folder / "table.csv", newline="") as file:
             head, *rows = csv.reader(file)
-        logger.log_table("table", columns=head, data=[[name, *map(number, cells)] for name, *cells in rows])
+        log_table(logger, "table", head, [[name, *map(number, cells)] for name, *cells in rows])
     for picture in report.pictures:
         logger.log_image(picture.stem, [str(picture)])
     log_page(logger, page)
+    log_samples(logger, report.rows, report.samples)
+    log_artifacts(logger, list_artifacts(cfg, run, report), [])
     logger.experiment.finish()
 
 

@@ -13,7 +13,7 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from omegaconf import DictConfig, OmegaConf
 
 from harmony.cli.command import entry, literal
-from harmony.cli.logger import build_logger, log_page
+from harmony.cli.logger import Artifact, build_logger, log_artifacts, log_page, log_samples
 from harmony.cli.provenance import provenance
 from harmony.cli.run_folder import rank, run_folder
 from harmony.core.errors import UserError
@@ -72,7 +72,7 @@ def train(cfg: DictConfig, folder: Path, data: lightning.LightningDataModule, ta
     lightning.seed_everything(cfg.seed, workers=True, verbose=False)  # whatever the preparation has drawn
     if hasattr(data, "prepare"):
         data.prepare(first := predictor(partial(build_trainer, cfg)))
-    logger = build_logger(cfg)
+    logger = build_logger(cfg, "fit")
     callbacks = instantiate(cfg.callbacks, _convert_="all")
     if cfg.checkpoint == "best":
         callbacks["best"].is_required = True
@@ -139,20 +139,39 @@ def measure(cfg: DictConfig, task: Task) -> Report:
     protocol = f"DDIM {e.steps} steps, guidance {e.guidance}, seed {e.seed}"
     outcome = before_and_after(task.backbone, items, *methods, e.seed, protocol)
     text = f"{table(outcome.figures, e.split, **outcome.facts)}\n"
-    return Report(outcome.figures, outcome.facts, text, rows=page_rows(items, methods[1], outcome))
+    rows = page_rows(items, methods[1], outcome)
+    return Report(outcome.figures, outcome.facts, text, rows=rows, samples=outcome.samples)
 
 
 def draw_page(cfg: DictConfig, folder: Path, report: Report, figures: dict[str, float]) -> Path:
-    """Write the page of a training: the pictures measured at its end, or its grids, and its ``figures``."""
+    """Write the page of a training: its report, its ``figures``, the pictures of both."""
     lines = ["| training | |", "|---|---|", *(f"| {name} | {value:.4g} |" for name, value in sorted(figures.items()))]
     text, config = "\n".join([report.text, *lines]), (folder / "config.yaml").read_text(encoding="utf-8")
-    rows = report.rows or read_grids(folder / "grids")
-    return write_page(folder, f"{cfg.name} {folder.name}", text, config, rows, report.facts.get("count", len(rows)))
+    count = report.facts.get("count", len(report.rows))
+    return write_page(folder, f"{cfg.name} {folder.name}", text, config, report.rows, count)
 
 
 def data_facts(cfg: DictConfig, data: lightning.LightningDataModule) -> dict:
     """What the run was trained on: the manifest's hash, or those of a concept's pictures."""
     return {"pictures": data.hashes()} if hasattr(data, "hashes") else {"manifest": manifest_hash(cfg.data.manifest)}
+
+
+def data_artifacts(cfg: DictConfig, data: lightning.LightningDataModule) -> list[Artifact]:
+    """What the run was trained on, for W&B: the manifest, and what describes its latent caches."""
+    if (path := cfg.data.get("manifest")) is None:
+        return []
+    artifacts = [Artifact(cfg.dataset.name, "dataset", {Path(path).name: Path(path)})]
+    if indices := getattr(data, "indices", None):
+        names = {f"{split}.json": index for split, index in indices.items()}
+        artifacts.append(Artifact(f"{cfg.dataset.name}-latents", "cache", names))
+    return artifacts
+
+
+def export_artifacts(cfg: DictConfig, folder: Path, checkpoint: Facts) -> list[Artifact]:
+    """What the run has exported, for W&B; nothing for a part of a backbone, which goes into its backbone's folder."""
+    export = folder / "export"
+    name, facts = cfg.name or "unnamed", {"run": folder.name, "checkpoint": checkpoint}
+    return [Artifact(name, "model", {"": export}, facts, [checkpoint["kind"]])] if export.is_dir() else []
 
 
 @entry("fit", read=overrides)
@@ -178,7 +197,7 @@ def main(cfg: DictConfig) -> None:
     task.eval().requires_grad_(False).to(task.home)  # Lightning has moved it to the CPU
     task.export(folder / "export")
     tell(f"exported checkpoint: {describe(checkpoint)}")
-    report = measure(cfg, task) if cfg.evaluate is not None else Report()
+    report = measure(cfg, task) if cfg.evaluate is not None else Report(rows=read_grids(folder / "grids"))
     page = draw_page(cfg, folder, report, figures)
     figures |= report.figures
     backbone = instantiate(cfg.model)
@@ -189,6 +208,10 @@ def main(cfg: DictConfig) -> None:
     if trainer.logger is not None:
         trainer.logger.log_metrics(figures, step=trainer.global_step)
         log_page(trainer.logger, page)
+        if report.samples:
+            log_samples(trainer.logger, report.rows, report.samples)
+        used, results = data_artifacts(cfg, trainer.datamodule), export_artifacts(cfg, folder, checkpoint)
+        log_artifacts(trainer.logger, used, results)
         trainer.logger.finalize("success")
         if hasattr(trainer.logger.experiment, "finish"):  # W&B: flush, and let a sweep's next run be one of its own
             trainer.logger.experiment.finish()

@@ -86,6 +86,32 @@ def fo():
 
 
 @pytest.fixture(scope="session")
+def wandb_records():
+    """``wandb_records(run folder)``: all records of its only offline run of W&B, as they are sent later.
+
+    The file is a log of LevelDB's form: in blocks of 32 KiB, parts with checksum, length and kind.
+    """
+    from wandb.proto.wandb_internal_pb2 import Record
+
+    def read(folder: Path) -> list:
+        (path,) = folder.glob("wandb/offline-run-*/run-*.wandb")
+        data, position, part, records = path.read_bytes(), 7, b"", []
+        while position + 7 <= len(data):
+            if (left := 32768 - position % 32768) < 7:
+                position += left
+                continue
+            _, length, kind = struct.unpack_from("<IHB", data, position)
+            part += data[position + 7 : position + 7 + length]
+            position += 7 + length
+            if kind in (1, 4):  # whole, or the last part
+                records.append(Record.FromString(part))
+                part = b""
+        return records
+
+    return read
+
+
+@pytest.fixture(scope="session")
 def shared_data() -> Path:
     """Folder with the photographs that lie beside the checkout."""
     if not SHARED_DATA.is_dir():

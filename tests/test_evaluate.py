@@ -328,16 +328,26 @@ def test_guidance_without_a_painter_draws_no_curve(ready, tmp_path):
     assert (read_image(folder / "figure.png") == 255).all(2).mean() < 0.3
 
 
-def test_a_study_on_wandb(ready, tmp_path):
-    """Guards the third copy: an offline run in the run folder, with a table of numbers and every picture."""
+def test_a_study_on_wandb(ready, tmp_path, wandb_records):
+    """Guards the third copy: an offline run in the run folder, with tables, every picture and what it was made of."""
     words = [w for w in ready("table2", "study.lambdas=[0.5,1]") if w != "logger=none"]
     evaluate.main(study_of(words))
     (folder,) = (tmp_path / "runs" / "table2").iterdir()
     (run,) = folder.glob("wandb/offline-run-*")
-    (file,) = run.rglob("*.table.json")
+    (file,) = run.rglob("table_*.table.json")
     table = json.loads(file.read_text())
     assert table["columns"][0] == "lambda" and [row[0] for row in table["data"]] == ["0.5", "1"]
     assert all(isinstance(cell, float | int) for row in table["data"] for cell in row[1:])
     assert len(list(run.rglob("*.png"))) == 2
+    (file,) = run.rglob("pictures_*.table.json")
+    pictures = json.loads(file.read_text())
+    names = ["id", "caption", "input", "instance", "0.5", "1", "truth"]
+    assert pictures["columns"][:7] == names and len(pictures["data"]) == 2
+    rows = [dict(zip(pictures["columns"], row, strict=True)) for row in pictures["data"]]
+    means = [dict(zip(table["columns"], row, strict=True))["test/pasted/color_de"] for row in table["data"]]
+    assert [np.mean([row[f"{name}/color_de"] for row in rows]) for name in ("0.5", "1")] == pytest.approx(means, 1e-3)
+    used = [r.artifact for r in wandb_records(folder) if r.WhichOneof("record_type") == "artifact"]
+    names = {(a.type, a.name) for a in used if a.use_after_commit}
+    assert names == {("dataset", "studio"), ("model", "color"), ("model", "structure")}
     (page,) = run.rglob("*.html")
     assert page.read_text() == (folder / "report.html").read_text()

@@ -93,7 +93,7 @@ def same_run(folder: Path, other: Path, steps: int = STEPS) -> None:
     assert figures[0]["test/pasted/color_de"] == figures[1]["test/pasted/color_de"]
 
 
-def test_the_run_folder_holds_everything(finished, random_backbone, work):
+def test_the_run_folder_holds_everything(finished, random_backbone, work, wandb_records):
     """Guards the run folder: each file, flat metrics under their names, provenance that identifies data and weights."""
     folder, _ = finished
     config = OmegaConf.load(folder / "config.yaml")
@@ -119,6 +119,14 @@ def test_the_run_folder_holds_everything(finished, random_backbone, work):
     while stored.stat().st_size <= 1000 and time.monotonic() < end:
         time.sleep(0.5)
     assert stored.stat().st_size > 1000, "W&B offline writes real files, inside the run folder"
+    records = [r.artifact for r in wandb_records(folder) if r.WhichOneof("record_type") == "artifact"]
+    found = {
+        (a.type, a.name, a.use_after_commit): {c.path: Path(c.local_path) for c in a.manifest.contents} for a in records
+    }
+    assert found[("dataset", "studio", True)].keys() == {"manifest.jsonl"}
+    caches = found[("cache", "studio-latents", True)]
+    assert [json.loads(path.read_text())["description"]["crop"] for path in caches.values()] == ["jitter", "center"]
+    assert "controlnet/diffusion_pytorch_model.safetensors" in found[("model", "color", False)]
     assert not [path for path in folder.rglob("*") if "partial" in path.name]
 
 

@@ -31,6 +31,7 @@ from harmony.pixels.images import Crop, crop_resize, read_image, resize, sha256,
 from harmony.pixels.masks import bounding_box, coverage, hole, move_mask, read_mask, resize_mask, to_latent
 
 CACHE_SCHEMA = 1
+INDEX = "index.json"  # what describes a cache, written last
 SHARD = 256  # items in a shard
 SHAPE_SHARES = {"shape": SHAPE_SHARE, "box": 0.0}  # hole rules around the extended box -> share of arbitrary shapes
 
@@ -336,7 +337,7 @@ class Cache:
         sizes = dict(zip(names, map(len, self.shards), strict=True))
         digests = {name: read_digest(self.record(n)) for n, name in enumerate(names)}
         facts = {"key": cache_key(self.description), "description": self.description, "sizes": sizes, "shards": digests}
-        write_json(self.folder / "index.json", facts)
+        write_json(self.folder / INDEX, facts)
 
 
 def read_digest(record: Path) -> str | None:
@@ -350,13 +351,13 @@ def read_digest(record: Path) -> str | None:
 def read_index(folder: Path) -> dict:
     """Read the index of a cache. UserError if it is missing or damaged."""
     try:
-        return json.loads((folder / "index.json").read_text())
+        return json.loads((folder / INDEX).read_text())
     except FileNotFoundError:
         raise UserError(
             f"no complete latent cache in {folder}: run the same command again without interrupting it"
         ) from None
     except json.JSONDecodeError:
-        raise UserError(f"{folder}/index.json is damaged: run harmony.fit again to rebuild it") from None
+        raise UserError(f"{folder / INDEX} is damaged: run harmony.fit again to rebuild it") from None
 
 
 class Latents(torch.utils.data.Dataset):

@@ -9,7 +9,7 @@ import torch
 from torch.utils.data import DataLoader
 
 from harmony.core.progress import tell
-from harmony.data.latent_cache import Cache, Latents, Recipe, cache_key, describe, example
+from harmony.data.latent_cache import INDEX, Cache, Latents, Recipe, cache_key, describe, example
 from harmony.data.manifest import is_render, read_manifest, share_out
 from harmony.data.shards import Shards, make_shards, predictor
 from harmony.data.stream import Stream, generator
@@ -150,6 +150,11 @@ class LatentData(lightning.LightningDataModule):
                 )
             tokens = self.backbone.tokens(captions)
             self.sets[split] = Draws(latents, tokens, self.seed, self.augment and split == "train")
+
+    @property
+    def indices(self) -> dict[str, Path]:
+        """Split -> the file that describes its cache, once the caches are read."""
+        return {split: draws.latents.folder / INDEX for split, draws in self.sets.items()}
 
     def train_dataloader(self) -> DataLoader:
         draws = self.sets["train"]

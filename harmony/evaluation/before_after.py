@@ -17,7 +17,7 @@ from harmony.evaluation.eval_sets import (
     subsample,
     with_holes,
 )
-from harmony.evaluation.figures import Fidelity
+from harmony.evaluation.figures import Fidelity, list_samples
 from harmony.evaluation.pages import ROWS, PageRow, by_row
 from harmony.evaluation.report import Report
 from harmony.evaluation.study import Study, StudyRun
@@ -44,10 +44,14 @@ def fill_set(items: EvalSet, method: Method, seed: int, what: str) -> list[np.nd
 
 @dataclass(frozen=True)
 class Outcome:
-    """Figures of a method and, under ``baseline/``, of its baseline; the ``facts`` behind them; the outputs of both."""
+    """Figures of a method and, under ``baseline/``, of its baseline; the ``facts`` behind them; the outputs of both.
+
+    ``samples``: see ``Report``.
+    """
 
     figures: dict[str, float]
     facts: dict
+    samples: dict[str, dict[str, float | str]]
     before: list[np.ndarray]
     after: list[np.ndarray]
 
@@ -69,9 +73,11 @@ def before_and_after(
     fidelity = Fidelity(enough(items), feature_extractor(backbone), clip_of(backbone, clip), metrics)
     tell(f"evaluating on {len(items)} {items.name} pictures, before and after: {protocol}; fid on {fidelity.protocol}")
     outputs = [fill_set(items, method, seed, what) for what, method in (("before", before), ("after", after))]
-    old, new = (fidelity.measure(images).means for images in outputs)
+    old, new = (fidelity.measure(images) for images in outputs)
+    samples = list_samples(items, {"baseline": old.rows, "output": new.rows})
     facts = {"protocol": fidelity.protocol, "count": len(items)}
-    return Outcome({f"baseline/{name}": value for name, value in old.items()} | new, facts, *outputs)
+    figures = {f"baseline/{name}": value for name, value in old.means.items()} | new.means
+    return Outcome(figures, facts, samples, *outputs)
 
 
 def table(metrics: dict[str, float], split: str, protocol: str, count: int) -> str:
@@ -129,4 +135,5 @@ class BeforeAfter(Study):
         text = "\n".join([table(outcome.figures, run.split, **outcome.facts), *lines]) + "\n"
         write_text(run.folder / "table.md", text)
         facts = outcome.facts | {"manifest": manifest_hash(run.manifest)}
-        return Report(outcome.figures, facts, text, [picture], page_rows(items, method, outcome))
+        rows = page_rows(items, method, outcome)
+        return Report(outcome.figures, facts, text, [picture], rows, outcome.samples)

@@ -30,7 +30,7 @@ from harmony.evaluation.eval_sets import (
     with_holes,
 )
 from harmony.evaluation.exemplars import Likeness, load_exemplars, load_own_exemplars
-from harmony.evaluation.figures import Fidelity, scores
+from harmony.evaluation.figures import Fidelity, list_samples, scores
 from harmony.evaluation.pages import ROWS, by_row
 from harmony.evaluation.report import Report
 from harmony.evaluation.study import Study, StudyRun
@@ -303,7 +303,7 @@ class Comparison(Study):
         line = f"{run.name}: n = {len(full)} {run.split} pictures of {run.manifest.parent.name}, {run.protocol}"
         if run.rank == 0:
             tell(line)
-        methods, table = self.keep_fitting(self.methods(), full), {}
+        methods, table, samples = self.keep_fitting(self.methods(), full), {}, {}
         few = subsample(list(range(len(full))), ROWS)
         part = full.part(few)
         columns = {"input": with_holes(part)}
@@ -314,7 +314,9 @@ class Comparison(Study):
             if run.rank == 0:
                 suffix = f" x{factor}" if several else ""
                 ruler = self.measures(items)
-                table |= self.figures(items, methods, ruler, suffix)
+                figures, rows_of = self.figures(items, methods, ruler, suffix)
+                table |= figures
+                samples = {label: samples.get(label, {}) | row for label, row in list_samples(items, rows_of).items()}
                 columns |= self.columns(items, methods, few, suffix)
         if run.rank > 0:
             return Report()
@@ -328,8 +330,8 @@ class Comparison(Study):
         prints = {name: method.fingerprint for name, method in methods.items()}
         facts = {"protocol": ruler.protocol, "count": len(full), "methods": prints}
         facts |= {"manifest": manifest_hash(run.manifest)}
-        figures = self.draw(full.name, table, {title: subsample(column, EXAMPLES) for title, column in columns.items()})
-        return Report(flat(table), facts, text, figures, by_row(part.labels, columns))
+        files = self.draw(full.name, table, {title: subsample(column, EXAMPLES) for title, column in columns.items()})
+        return Report(flat(table), facts, text, files, by_row(part.labels, columns), samples)
 
     def write_inputs(self, folder: Path) -> None:
         if self.eval_set == EXEMPLAR:
@@ -346,8 +348,10 @@ class Comparison(Study):
                 write_image(folder / part / f"{name}.png", picture)
         write_json(folder / "captions.json", {c.name: c.caption for c in items.composites})
 
-    def figures(self, items: EvalSet, methods: dict[str, Method], ruler: Fidelity | Likeness, suffix: str) -> dict:
-        """Row -> figures; notes say how often a pick was the best there was."""
+    def figures(
+        self, items: EvalSet, methods: dict[str, Method], ruler: Fidelity | Likeness, suffix: str
+    ) -> tuple[dict[str, dict], dict[str, list[dict]]]:
+        """Row -> figures, and row -> those of each picture; notes say how often a pick was the best there was."""
         table, pictures_of = {}, {}
         against = self.against or next(iter(methods))
         for n, (name, method) in enumerate(methods.items(), 1):
@@ -365,7 +369,7 @@ class Comparison(Study):
             table[f"{name}{suffix}"] |= {f"{items.name}/pasted/{m}{ERROR}": v for m, v in errors.items()}
         if len(methods) > 1:
             self.notes.append(f"±: paired standard error of the difference from {against}{suffix}")
-        return table
+        return table, {f"{name}{suffix}": rows for name, rows in pictures_of.items()}
 
     def columns(self, items: EvalSet, methods: dict[str, Method], few: Sequence[int], suffix: str) -> dict[str, list]:
         """Title -> pictures of the items ``few``: the instance or exemplar, and each row after paste-back."""

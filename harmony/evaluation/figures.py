@@ -1,6 +1,6 @@
 """The figures of a method's outputs on an eval set: raw and after paste-back, means over pictures."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -95,6 +95,15 @@ class Fidelity:
             numbers |= distances(extract(outputs, self.extractor, self.extractor.size), self.real)
             means |= {f"{items.name}/{kind}/{name}": float(value) for name, value in numbers.items()}
         return Figures(means, rows)
+
+
+def list_samples(items: EvalSet, rows_of: Mapping[str, Sequence[Mapping[str, float]]]) -> dict[str, dict]:
+    """The ``samples`` of a report: of each item its name, caption and the figures of ``rows_of``, method -> rows."""
+    samples = {}
+    for n, (label, c) in enumerate(zip(items.labels, items.composites, strict=True)):
+        figures = {f"{name}/{metric}": value for name, rows in rows_of.items() for metric, value in rows[n].items()}
+        samples[label] = {"id": c.name, "caption": c.caption, **figures}
+    return samples
 
 
 def distances(outputs: torch.Tensor, real: torch.Tensor) -> dict[str, float]:

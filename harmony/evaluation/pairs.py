@@ -68,6 +68,11 @@ class Pair:
         return cut(method.resolution, self.composite, self.composite, self.mask, None, method.radius, **fields)
 
 
+def title(row: Row) -> str:
+    """The name of a photograph on a page."""
+    return f"{row.id}: {row.caption}"
+
+
 def name_composite(row: Row, is_changed: bool) -> str:
     """The name by which other programs know a composite."""
     return row.id if is_changed else f"{row.id}{AS_IT_IS}"
@@ -208,7 +213,7 @@ class Pairs(Study):
         await_files(list(pieces))
         if run.rank > 0:
             return Report()
-        table = self.table()
+        table, samples = self.table()
         metrics, lines = run.metrics
         notes = [line, *self.notes, *lines, *(metric.protocol for metric in metrics)]
         if "poisson" in table:
@@ -217,7 +222,7 @@ class Pairs(Study):
         prints = {name: method.fingerprint for name, method in self.methods.items()}
         facts = {"count": count, "methods": prints, "manifest": manifest_hash(run.manifest)}
         figure, rows = self.draw()
-        return Report(flat(table), facts, text, [figure], rows)
+        return Report(flat(table), facts, text, [figure], rows, samples)
 
     def write_inputs(self, folder: Path) -> None:
         def make(path: Path) -> None:
@@ -234,8 +239,8 @@ class Pairs(Study):
         make_pieces("inputs", dict.fromkeys(items, 1), lambda path: False, make, "composites", every=50)
         write_json(folder / "captions.json", captions)
 
-    def table(self) -> dict[str, dict[str, float]]:
-        """Row -> figures, over the photographs that all rows can take."""
+    def table(self) -> tuple[dict[str, dict[str, float]], dict[str, dict]]:
+        """Row -> figures, over the photographs that all rows can take; and the samples of a report."""
         figures = {name: self.read(name) for name in self.methods}
         failures = [
             (name, rows[i], i) for name, rows in figures.items() for i in range(len(rows)) if isinstance(rows[i], str)
@@ -249,13 +254,15 @@ class Pairs(Study):
         unchanged = [i for i in common if not self.items[i][1]]
         if len(changed) < 2:
             raise UserError(f"fewer than two pictures are left: {'; '.join(self.notes)}")
-        table = {}
+        table, samples = {}, {title(self.items[i][0]): {"id": self.items[i][0].id} for i in changed}
         for name, rows in figures.items():
             parts = [[of[i] for i in changed] for of in (rows, figures[COPY_PASTE])]
             table[name] = summarize(*parts)
             if unchanged:
                 table[name]["unchanged/fmse"] = float(np.mean([rows[i]["fmse"] for i in unchanged]))
-        return table
+            for i in changed:
+                samples[title(self.items[i][0])] |= {f"{name}/{metric}": value for metric, value in rows[i].items()}
+        return table, samples
 
     def draw(self) -> tuple[Path, list[PageRow]]:
         """``figure.png``: the composite, each row and the photograph, around the objects of some items.
@@ -270,7 +277,7 @@ class Pairs(Study):
             columns[name] = images
         pairs = [pair for pair, _ in results]
         columns["truth"] = [pair.photograph for pair in pairs]
-        rows = by_row([f"{row.id}: {row.caption}" for row, _ in few], columns)
+        rows = by_row([title(row) for row, _ in few], columns)
         path = self.run.folder / "figure.png"
         squares, cells = [find_square(pair.mask) for pair in pairs], []
         for column in columns.values():

@@ -86,6 +86,23 @@ def check_places(options: Mapping[str, Any]) -> None:
         raise UserError(f"{folder}: there is no such folder of results; give one that exists")
 
 
+def list_weights(options: Mapping[str, Any]) -> dict[str, Path]:
+    """Name -> folder of the networks that the options of a method name and that lie here.
+
+    Of a run it is the name of its experiment and the whole export.
+    """
+    weights = {}
+    for option, kind in PLACES.items():
+        if not isinstance(place := options.get(option), str) or place == "statistic":
+            continue
+        folder, run = find_weights(kind, place), Path(place)
+        if folder is not None and (run / "config.yaml").is_file() and (run / "export").is_dir():
+            weights[run.resolve().parent.name] = run / "export"
+        elif folder is not None:
+            weights[run.name] = find_asset(place) or folder
+    return weights
+
+
 def fetch_weights(kind: Weights, name: str | os.PathLike) -> Path:
     """``find_weights``, or the folder of a hub id, fetched. UserError where the hub cannot be reached."""
     return find_weights(kind, name) or fetch_folder(str(name), remedy="give a run folder or a diffusers folder")
