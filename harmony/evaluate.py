@@ -96,7 +96,7 @@ def number(cell: str) -> float | None:
 
 
 def list_artifacts(cfg: DictConfig, run: "StudyRun", report: Report) -> list[Artifact]:
-    """What the figures were made of, for W&B: the manifest if any, and the networks of all rows that lie in a folder."""
+    """What the figures were made of, for W&B: the manifest if any, and the networks of all rows that lie here."""
     from harmony.models.shipped import list_weights
 
     nodes = {**cfg.study.get("rows", {}), "sweep": cfg.study.get("sweep")}
