@@ -12,7 +12,7 @@ from PIL import Image
 
 from harmony.core.files import PACKAGE, write_text
 from harmony.evaluation.eval_sets import subsample
-from harmony.pixels.images import read_image, resize
+from harmony.pixels.images import limit_size, read_image, resize
 
 PageRow = tuple[str, Mapping[str, np.ndarray]]  # the name of a picture; title -> uint8 H x W x 3, the truth last
 
@@ -91,9 +91,7 @@ def encode_rows(rows: Iterable[PageRow]) -> list[dict]:
 def data_uri(picture: np.ndarray) -> str:
     """A picture for a page without a network: a small one exactly, any other shrunk to SIDE and as JPEG."""
     height, width = picture.shape[:2]
-    scale = min(1, SIDE / max(height, width))
-    if scale < 1:
-        picture = resize(picture, max(1, round(scale * width)), max(1, round(scale * height)))
+    picture = resize(picture, *limit_size(width, height, SIDE))
     kind, options = ("webp", {"lossless": True}) if max(height, width) <= SMALL else ("jpeg", {"subsampling": 0})
     file = BytesIO()
     Image.fromarray(picture).save(file, kind, quality=90, **options)

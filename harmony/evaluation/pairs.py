@@ -34,7 +34,7 @@ from harmony.metrics.fidelity import aggregate, bg_drift, color_de, fmse, ssim, 
 from harmony.models.perception import PairMetric
 from harmony.pixels.composites import change_light, copy_paste
 from harmony.pixels.exemplars import cut_out
-from harmony.pixels.images import crop_resize, read_image, resize, write_image
+from harmony.pixels.images import crop_resize, limit_size, read_image, resize, write_image
 from harmony.pixels.masks import read_mask, resize_mask
 
 LARGEST = 512  # px: longer side at which figures are measured; larger photographs are shrunk
@@ -83,11 +83,9 @@ def read_pair(row: Row, root: Path, seed: int, is_changed: bool) -> Pair:
     photograph = read_image(root / row.image)
     mask = read_mask(root / row.mask, (row.width, row.height), resize=True)
     own = read_image(root / row.extras["composite"]) if is_changed and "composite" in row.extras else None
-    scale = LARGEST / max(photograph.shape[:2])
-    if scale < 1:
-        size = [max(1, round(scale * length)) for length in (row.width, row.height)]
-        photograph, mask = resize(photograph, *size), resize_mask(mask, *size)
-        own = None if own is None else resize(own, *size)
+    size = limit_size(row.width, row.height, LARGEST)
+    photograph, mask = resize(photograph, *size), resize_mask(mask, *size)
+    own = None if own is None else resize(own, *size)
     if own is not None:
         return Pair(row, photograph, own, own, mask, is_changed)
     light = change_light(photograph, np.random.default_rng([seed, row.number])) if is_changed else photograph

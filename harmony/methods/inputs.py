@@ -15,7 +15,7 @@ from harmony.methods.method import EXEMPLAR, LIGHTS, Method
 from harmony.pixels.color_profiles import Photograph, read_in_space, read_photograph, to_srgb
 from harmony.pixels.composites import copy_paste, place, poisson, reinhard
 from harmony.pixels.exemplars import cut_out
-from harmony.pixels.images import crop_resize, grid, open_image, resize
+from harmony.pixels.images import crop_resize, grid, limit_size, open_image, resize
 from harmony.pixels.masks import OBJECT, read_mask
 
 PICTURES = ("background", "foreground", "composite", "mask", "box", "region", "reference")  # options that give pixels
@@ -257,8 +257,7 @@ def draw_sheet(inputs: Inputs, result: Result, image: np.ndarray) -> np.ndarray:
     The exemplar, where there is one, takes the place of the composite.
     """
     background, reference = inputs.background, inputs.reference
-    scale = min(1, SHEET_SIDE / max(background.shape[:2]))
-    width, height = (max(1, round(scale * length)) for length in get_size(background))
+    width, height = limit_size(*get_size(background), SHEET_SIDE)
     pictures, side = [background, result.composite, image], min(width, height)
     overviews = [resize(picture, width, height) for picture in pictures]
     closeups = [crop_resize(picture, result.crop, side) for picture in pictures]

@@ -11,7 +11,7 @@ from PIL import Image
 
 from harmony.core.errors import UserError
 from harmony.models.weights import load_network
-from harmony.pixels.images import resize, sha256
+from harmony.pixels.images import limit_size, resize, sha256
 
 SIDE = 768  # px: longer side of a picture that a judge is shown; a browser's page shows people no more
 REFERENCE, LABELS = "For reference:", ("First picture:", "Second picture:")
@@ -126,8 +126,4 @@ def to_text(text: str) -> dict:
 def to_part(picture: np.ndarray) -> dict:
     """A picture as a part of a chat's message, not larger than SIDE."""
     height, width = picture.shape[:2]
-    scale = min(1, SIDE / max(height, width))
-    return {
-        "type": "image",
-        "image": Image.fromarray(resize(picture, *(max(1, round(scale * n)) for n in (width, height)))),
-    }
+    return {"type": "image", "image": Image.fromarray(resize(picture, *limit_size(width, height, SIDE)))}

@@ -189,6 +189,12 @@ def resize(image: np.ndarray, width: int, height: int) -> np.ndarray:
     return cv2.resize(image, (width, height), interpolation=cv2.INTER_AREA if shrinks else cv2.INTER_CUBIC)
 
 
+def limit_size(width: int, height: int, side: int) -> tuple[int, int]:
+    """Width and height in pixels, shrunk in proportion so that the longer of them is at most ``side``."""
+    scale = min(1, side / max(width, height))
+    return max(1, round(scale * width)), max(1, round(scale * height))
+
+
 def paste_crop(image: np.ndarray, patch: np.ndarray, crop: Crop) -> np.ndarray:
     """The inverse of ``crop_resize``: a copy of ``image`` with ``patch`` (uint8, square) resized back into ``crop``."""
     x0, y0, x1, y1 = crop.clip(image.shape[1], image.shape[0])
