@@ -86,8 +86,8 @@ def test_every_kind_of_mask_is_right_or_refused(tmp_path, name):
     """Guards against holes that are wrong without a word."""
     image, marks = MARKS[name]
     path = tmp_path / "m.tif"
-    whole = {"tiffinfo": {530: (1, 1)}} if image.mode == "YCbCr" else {}  # an older Pillow says that chroma is halved
-    image.save(path, format="PNG" if image.mode in ("P", "I;16") else "TIFF", **whole)
+    packed = {"compression": "tiff_lzw"} if image.mode == "YCbCr" else {}  # Pillow 12 cannot read its own raw one
+    image.save(path, format="PNG" if image.mode in ("P", "I;16") else "TIFF", **packed)
     if set(marks) <= {".", "x"}:
         assert "".join(".x"[int(v)] for v in masks.read_mask(path, (4, 1))[0]) == marks
     else:
