@@ -266,8 +266,7 @@ def test_masks_of_other_forms(run, photograph):
     """A mask without its batch, or with a channel, as other nodes give them, and a soft one."""
     picture, mask = photograph
     (expected,) = run("HarmonyReinhard", image=to_image(picture), mask=to_mask(mask))
-    soft = to_mask(mask) * 0.4 + 0.3
-    for other in (to_mask(mask)[0], to_mask(mask)[:, None], soft):
+    for other in (to_mask(mask)[0], to_mask(mask)[:, None], to_mask(mask) * 0.4 + 0.3):
         assert torch.equal(run("HarmonyReinhard", image=to_image(picture), mask=other)[0], expected)
 
 
@@ -418,7 +417,7 @@ def test_links_and_types(workflow, types_of):
     assert len(links) == len(workflow["links"]) == workflow["last_link_id"]
     for number, source, slot, target, place, kind in workflow["links"]:
         output, entry = by_id[source]["outputs"][slot], by_id[target]["inputs"][place]
-        assert number in output["links"] and entry["link"] == number
+        assert number in output.get("links", ()) and entry["link"] == number
         assert output["type"] == entry["type"] == kind
     for node in workflow["nodes"]:
         inputs, outputs = types_of[node["type"]]
