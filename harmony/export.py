@@ -2,7 +2,7 @@
 
 ``format=diffusers`` makes a folder that DiffusionPipeline loads as a HarmonyPipeline, one call for a photograph of any
 size, and whose weights the stock StableDiffusionControlNetInpaintPipeline loads, both with the same output as ours;
-``format=comfyui`` makes one file for ComfyUI's models/controlnet, under a name of its own.
+``format=comfyui`` makes one file for the models/controlnet of ComfyUI, which knows the sizes of sd1 and sd2 alone.
 """
 
 from pathlib import Path

@@ -199,7 +199,6 @@ CASES = (
     evaluate("judge_bench", "experiment=judge_bench", "limit=8", "study.evaluators.judge=$judge"),
     # exports
     export("export_diffusers", "$color", "half=true"),
-    export("export_comfyui", "$structure_long", "format=comfyui"),
     export("export_paint_by_example", "$paint_by_example", "tower=false"),
     export("export_kit", "kit=$kit"),
 )  # fmt: skip

@@ -16,7 +16,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from diffusers import ControlNetModel, StableDiffusionControlNetInpaintPipeline
+from diffusers import ControlNetModel, StableDiffusionControlNetInpaintPipeline, UNet2DConditionModel
 from huggingface_hub import ModelCard
 from huggingface_hub.repocard import metadata_load
 from hydra.utils import instantiate
@@ -28,7 +28,7 @@ from harmony import export
 from harmony.cli.compose import compose
 from harmony.core.errors import UserError
 from harmony.methods.inpainting import load_branch
-from harmony.models.backbone import Backbone
+from harmony.models.backbone import GEOMETRY, Backbone
 from harmony.models.controlnet import FILES, WEIGHTS, export_controlnet, load_controlnet, net_hash, read_hint
 from harmony.models.paint_by_example import build_encoder, build_painting_unet, export_painter, load_painter
 from harmony.models.shipped import ASSETS
@@ -36,6 +36,7 @@ from harmony.pixels.images import read_image, sha256, write_image
 from harmony.pixels.masks import hole
 from harmony.sampling.guidance import Schedule, inpaint
 from harmony.training.cards import escape_cell, format_code, hide_folder, render_controlnet_card
+from harmony.training.export import check_comfyui
 from harmony.training.run_folder import RunFolder
 
 HINTS = {"color": {"blur": 1.25, "normalize": True}, "structure": {"low": 100, "high": 200, "edge_source": "masked"}}
@@ -139,6 +140,12 @@ def refused(settings):
     return call
 
 
+@pytest.fixture
+def any_size(monkeypatch):
+    """Networks of the tests, which are too small for ComfyUI, are written for it all the same."""
+    monkeypatch.setattr("harmony.training.export.check_comfyui", lambda facts: None)
+
+
 def same_weights(net, other) -> bool:
     mine, theirs = net.state_dict(), other.state_dict()
     return mine.keys() == theirs.keys() and all(torch.equal(mine[k], theirs[k]) for k in mine)
@@ -160,7 +167,7 @@ def test_the_last_checkpoint_of_a_run_that_goes_on(run, command, backbone):
     assert torch.equal(load_controlnet(folder).conv_in.weight, net.conv_in.weight + 1)
 
 
-def test_the_checkpoint_that_is_asked_for(run, command, backbone, refused, tmp_path):
+def test_the_checkpoint_that_is_asked_for(run, command, backbone, refused, tmp_path, any_size):
     """Guards ``checkpoint=`` of a run that goes on: the file, what its own option says, and the line of the card."""
     folder, net = run
     assert "has no best checkpoint" in refused(folder, checkpoint="best", output=tmp_path / "x")
@@ -293,7 +300,62 @@ def test_the_card_says_what_it_is(run, command, backbone):
     assert "/somewhere" not in card.text
 
 
-def test_one_file(run, command, backbone, tmp_path):
+def detect_unet(net: ControlNetModel) -> str | None:
+    """Which of its UNets ComfyUI takes a ControlNet for, by what its detector looks at: shapes alone."""
+    shapes = {name: tensor.shape for name, tensor in net.state_dict().items()}
+    depths, context = [], None
+    for i in range(len(net.down_blocks)):
+        blocks = [name for name in shapes if re.match(rf"down_blocks\.{i}\.attentions\.\d+\.norm\.weight", name)]
+        depths += [1] * len(blocks) or [0] * len(net.down_blocks[i].resnets)
+        context = shapes.get(f"down_blocks.{i}.attentions.0.transformer_blocks.0.attn2.to_k.weight", (0, context))[1]
+    facts = (*shapes["conv_in.weight"][:2], context, depths)
+    names = {768: "SD15", 1024: "SD21"}
+    return names.get(context) if facts == (320, 4, context, [1, 1, 1, 1, 1, 1, 0, 0]) else None
+
+
+def build_controlnet(geometry: str, **sizes) -> ControlNetModel:
+    """A ControlNet of a backbone's size without memory."""
+    with torch.device("meta"):
+        unet = UNet2DConditionModel.from_config(UNet2DConditionModel.load_config(GEOMETRY / geometry / "unet"))
+        net = ControlNetModel.from_unet(unet, load_weights_from_unet=False)
+        return ControlNetModel.from_config({**net.config, "in_channels": 4} | sizes)
+
+
+@pytest.mark.parametrize("geometry, name", [("sd1", "SD15"), ("sd2", "SD21"), ("sd2_base", "SD21")])
+def test_comfyui_knows_stable_diffusion(geometry, name):
+    net = build_controlnet(geometry)
+    assert detect_unet(net) == name
+    check_comfyui(json.loads(net.to_json_string()))
+
+
+@pytest.mark.parametrize(
+    "sizes, is_detected",
+    [
+        ({"in_channels": 9}, False),
+        ({"cross_attention_dim": 512}, False),
+        ({"layers_per_block": 1}, False),
+        ({"block_out_channels": [128, 256, 512, 512], "attention_head_dim": 8}, False),
+        ({"attention_head_dim": 8}, True),  # it would be loaded with other heads
+        ({"conditioning_embedding_out_channels": [16, 32, 96]}, True),
+    ],
+)
+def test_comfyui_does_not_know_other_sizes(sizes, is_detected):
+    """Guards the rule itself: what ComfyUI's detector does not know, and what it takes for another network."""
+    net = build_controlnet("sd2", **sizes)
+    assert bool(detect_unet(net)) == is_detected
+    with pytest.raises(UserError, match=f"this one has another {', '.join(sizes)}: leave out") as caught:
+        check_comfyui(json.loads(net.to_json_string()))
+    assert "\n" not in str(caught.value)
+
+
+def test_a_file_that_comfyui_cannot_load_is_not_written(command, tmp_path):
+    """Guards the shipped networks, which are too small for ComfyUI: one line, and nothing is left."""
+    code, out, err = command("color", "format=comfyui", f"output={tmp_path / 'models'}")
+    assert (code, out, len(err)) == (2, [], 1) and "ComfyUI loads ControlNets of sd1 and sd2" in err[0]
+    assert "another block_out_channels" in err[0] and not (tmp_path / "models").exists()
+
+
+def test_one_file(run, command, backbone, tmp_path, any_size):
     folder, net = run
     finish(folder, net, backbone)
     code, out, err = command(folder, "format=comfyui", f"output={tmp_path / 'models'}")
@@ -620,7 +682,7 @@ def hub(monkeypatch):
     server.server_close()
 
 
-def test_push(run, command, backbone, hub, monkeypatch):
+def test_push(run, command, backbone, hub, monkeypatch, any_size):
     """Guards what leaves this machine: the files of the export and nothing else, into a repository that is private."""
     folder, net = run
     finish(folder, net, backbone)

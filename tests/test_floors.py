@@ -25,6 +25,7 @@ FLOORS = (  # from below; what lies directly in the package, the commands, stand
     "evaluation",
     "training",
     "benchmarks",
+    "apps",
 )
 
 

@@ -20,7 +20,7 @@ def desk(tmp_path_factory):
 
 
 def test_they_are_all_here():
-    assert [path.stem for path in BOOKS] == ["01_browse", "02_conditions", "03_results"]
+    assert [path.stem for path in BOOKS] == ["01_browse", "02_hints", "03_results", "04_your_photograph"]
 
 
 @pytest.mark.parametrize("path", BOOKS, ids=lambda path: path.stem)

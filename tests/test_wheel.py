@@ -61,6 +61,7 @@ def test_a_wheel_holds_every_file(wheel):
         expected |= {f"{target}/{path}" for path in paths if "__pycache__" not in path.parts}
     assert {path for path in expected - files if not path.endswith("README.md")} == set()
     assert files - expected == set()
+    assert "harmony/apps/comfyui/README.md" in files, "how to install the nodes"
 
 
 def test_commands_find_what_they_need(installed):

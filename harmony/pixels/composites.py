@@ -6,7 +6,6 @@ import cv2
 import numpy as np
 from scipy.sparse import csc_array, diags_array
 from scipy.sparse.linalg import splu
-from skimage.exposure import match_histograms
 
 from harmony.core.errors import UserError
 from harmony.pixels.images import resize
@@ -64,6 +63,8 @@ def match_histogram(foreground: np.ndarray, mask: np.ndarray, background: np.nda
 
     The background's distribution is that outside ``mask``; where the mask covers everything nothing is matched.
     """
+    from skimage.exposure import match_histograms  # not in every Python that runs ComfyUI
+
     if not mask.any() or mask.all():
         return copy_paste(background, foreground, mask)
     pixels = match_histograms(foreground[mask][:, None], background[~mask][:, None], channel_axis=-1)

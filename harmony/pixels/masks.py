@@ -9,7 +9,6 @@ import torch
 import torch.nn.functional as F
 from PIL import Image, ImageChops
 from scipy.ndimage import binary_fill_holes
-from skimage.filters import apply_hysteresis_threshold
 
 from harmony.core.errors import UserError
 from harmony.pixels.images import open_image
@@ -176,6 +175,8 @@ def shadow_region(mask: np.ndarray, radius_px: int) -> np.ndarray:
 
 def find_change(before: np.ndarray, after: np.ndarray) -> np.ndarray:
     """Where two pictures of one size differ by more than JPEG's errors, gaps closed and specks left out, bool H x W."""
+    from skimage.filters import apply_hysteresis_threshold  # not in every Python that runs ComfyUI
+
     difference = before.astype(np.float32) - after  # with its sign: JPEG's errors have a mean of 0
     mean = cv2.GaussianBlur(difference, (0, 0), max(1.0, scale_length(3, before.shape)))
     mask = apply_hysteresis_threshold(np.abs(mean).max(axis=2), *CHANGE).astype(np.uint8)

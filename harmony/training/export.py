@@ -20,7 +20,7 @@ from harmony.core.errors import UserError
 from harmony.core.files import make_scratch, write_json, write_text
 from harmony.core.foreign import read_json
 from harmony.data.latent_data import only_set
-from harmony.models.backbone import ship
+from harmony.models.backbone import GEOMETRY, ship
 from harmony.models.controlnet import (
     FILES,
     WEIGHTS,
@@ -53,6 +53,16 @@ PIPELINE_TITLE = """HarmonyPipeline, at the end of this file: the ControlNets of
 
 Written by harmony's export from its own code; harmony itself need not be installed.
 """
+COMFYUI_KNOWS = ("sd1", "sd2")  # backbones; its list of UNets is fixed, and its ControlNets read 4 channels
+COMFYUI_HINTS = {"conditioning_embedding_out_channels": [16, 32, 96, 256], "conditioning_channels": 3}
+UNET_SIZES = (
+    "block_out_channels",
+    "layers_per_block",
+    "down_block_types",
+    "cross_attention_dim",
+    "attention_head_dim",
+    "use_linear_projection",
+)
 RENDERS = 512  # bundled studio scenes, beside those that a training renders
 
 
@@ -227,10 +237,30 @@ def write_pipeline(output: Path, hint: Facts) -> None:
     write_json(index, facts)
 
 
+def check_comfyui(controlnet: Facts) -> None:
+    """UserError for the configuration of a ControlNet that ComfyUI cannot load, or would load as another network.
+
+    ComfyUI looks the shapes of the weights up in a fixed list (``unet_config_from_diffusers_unet``) and builds the
+    network of the list, whose attention heads and hint encoder are none of the shapes that it compares.
+    """
+    differences = []
+    for name in COMFYUI_KNOWS:
+        unet = {"use_linear_projection": False} | read_json(GEOMETRY / name / "unet" / "config.json")
+        known = {key: unet[key] for key in UNET_SIZES} | COMFYUI_HINTS | {"in_channels": 4}
+        differences.append([key for key, value in known.items() if controlnet.get(key) != value])
+    nearest = min(differences, key=len)
+    if nearest:
+        raise UserError(
+            f"format=comfyui: ComfyUI loads ControlNets of {' and '.join(COMFYUI_KNOWS)}, this one has another "
+            f"{', '.join(nearest)}: leave out format=comfyui, or train it with model=sd2"
+        )
+
+
 def write_single_file(run: RunFolder, path: Path, output: Path, half: bool, checkpoint: str | None) -> Path:
     """Write one file for ComfyUI with the keys of diffusers, and hint and configuration in its metadata."""
     with open_scratch(output) as folder:
         controlnet, _ = write_networks(run, path, folder, half, checkpoint)
+        check_comfyui(read_json(controlnet / "config.json"))
         facts = read_hint(controlnet)
         target = output / f"harmony-{facts.get('branch', 'controlnet')}.safetensors"
         texts = {"format": "pt", "config": (controlnet / "config.json").read_text(), "hint": json.dumps(facts)}
