@@ -91,7 +91,7 @@ class Browser:
         """Left, top, width and height of an element, which is brought into view."""
         rectangle = "(r => ({x: r.x, y: r.y, width: r.width, height: r.height}))(e.getBoundingClientRect())"
         find = f"document.querySelector({json.dumps(selector)})"
-        return self.read(f"(e => (e.scrollIntoView({{block: 'center', behavior: 'instant'}}), {rectangle}))({find})")
+        return self.read(f"(e => (e.scrollIntoView({{block: 'nearest', behavior: 'instant'}}), {rectangle}))({find})")
 
     def drag(self, *points: tuple[float, float]) -> None:
         """Press the mouse at the first point, move over the others, release at the last; one point is a click."""
