@@ -8,6 +8,8 @@ profile and EXIF. The page makes no request to any other machine; Ctrl-C ends th
   model=sd2 controlnet=FOLDER guidance=7.5                 at true size
 """
 
+import importlib.util
+
 from hydra.utils import instantiate
 from omegaconf import DictConfig
 
@@ -26,14 +28,11 @@ def overrides(words: list[str]) -> list[str]:
 @entry("demo", read=overrides)
 def main(cfg: DictConfig) -> None:
     """Serve the demo until it is interrupted."""
+    if importlib.util.find_spec("gradio") is None:
+        raise UserError("the demo needs gradio: pip install 'harmony-diffusion[demo]', or make demo")
     from harmony.apps.demo.engine import Engine, list_choices
+    from harmony.apps.demo.page import check_address, serve
 
-    try:
-        from harmony.apps.demo.page import check_address, serve
-    except ModuleNotFoundError as error:
-        if error.name != "gradio":
-            raise
-        raise UserError("the demo needs gradio: pip install 'harmony-diffusion[demo]', or make demo") from None
     check_address(cfg.host, cfg.port)
     choices = list_choices(cfg)
     serve(Engine(cfg, choices, instantiate(cfg.model).to(device())), cfg.host, cfg.port, cfg.waiting)

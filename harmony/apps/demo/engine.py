@@ -29,7 +29,7 @@ from harmony.pixels.color_profiles import read_in_space, to_srgb
 from harmony.pixels.images import read_image, resize, write_image
 from harmony.pixels.masks import OBJECT, bounding_box
 
-VIEW_SIDE = 1280  # pixels of the longer side of what the page shows; a mask is painted at this size
+VIEW_SIDES = (512, 1280)  # pixels of the longer side of what the page shows, at least and at most
 CUT_OUT_SIDE = 512  # pixels of the longer side of a cut-out that is placed
 RELIGHT, KEEP = "color_relight", "color"  # the shipped ControlNets
 EXAMPLE, WORDS = "paint_by_example", "zero_shot"  # methods
@@ -148,7 +148,7 @@ class Engine:
             (files,) = inserter.run([request], [inputs])
         pictures = request.read_pictures()
         before = pictures["composite"] if inputs.reference is None else to_srgb(inputs.background, inputs.profile)
-        views = (shrink(picture, VIEW_SIDE) for picture in (before, pictures["harmonized"]))
+        views = (fit_view(picture) for picture in (before, pictures["harmonized"]))
         return Outcome(*views, draw_baselines(inputs, files["harmonized"]), files["harmonized"], tuple(lines))
 
 
@@ -185,17 +185,17 @@ def draw_baselines(inputs: Inputs, file: Path) -> dict[str, np.ndarray]:
 # --- what the page shows before a run
 
 
-def shrink(image: np.ndarray, side: int) -> np.ndarray:
-    """An image of at most ``side`` pixels a side."""
+def fit_view(image: np.ndarray, sides: tuple[int, int] = VIEW_SIDES) -> np.ndarray:
+    """An image whose longer side has as many pixels as ``sides`` allow, at least and at most."""
     width, height = get_size(image)
-    scale = min(1, side / max(width, height))
+    scale = np.clip(max(width, height), *sides) / max(width, height)
     return resize(image, max(1, round(scale * width)), max(1, round(scale * height)))
 
 
 def view_photograph(path: str) -> tuple[np.ndarray, tuple[int, int]]:
-    """A small view of a photograph in sRGB, and its true width and height."""
+    """A view of a photograph in sRGB, and its true width and height."""
     pixels = read_in_space(path, None).pixels
-    return shrink(pixels, VIEW_SIDE), get_size(pixels)
+    return fit_view(pixels), get_size(pixels)
 
 
 def view_cut_out(path: str) -> np.ndarray:
@@ -203,7 +203,7 @@ def view_cut_out(path: str) -> np.ndarray:
     mask = read_alpha_mask(path)
     x0, y0, x1, y1 = bounding_box(mask)
     pixels = np.dstack([read_in_space(path, None).pixels, mask * np.uint8(255)])
-    return shrink(np.ascontiguousarray(pixels[y0:y1, x0:x1]), CUT_OUT_SIDE)
+    return fit_view(np.ascontiguousarray(pixels[y0:y1, x0:x1]), (1, CUT_OUT_SIDE))
 
 
 def choose_place(path: str, size: tuple[int, int]) -> list[int]:
@@ -226,9 +226,9 @@ def encode(image: np.ndarray) -> str:
     return f"data:image/png;base64,{base64.b64encode(buffer.getvalue()).decode()}"
 
 
-def write_mask(path: Path, alpha: np.ndarray, size: tuple[int, int]) -> str:
-    """Write what was painted on a view, uint8 H x W, as a mask of the photograph's size. UserError for nothing."""
-    mask = resize(alpha, *size) > OBJECT
+def write_mask(path: Path, paint: np.ndarray, size: tuple[int, int]) -> str:
+    """Write what was painted on a view, bool H x W, as a mask of the photograph's size. UserError for nothing."""
+    mask = resize(paint * np.uint8(255), *size) > OBJECT
     if not mask.any():
         raise UserError("nothing is painted: paint over the object first")
     write_image(path, mask)

@@ -41,7 +41,7 @@ from harmony.core.progress import tell
 
 PLACE, PAINT = "A cut-out to place on it", "In the photograph already"
 FOLDER = Path(__file__).parent
-INK = "#f97316"  # of the brush
+INK, OPACITY = "#f97316", 0.6  # of the brush, which lets the object be seen
 DAY = 24 * 60 * 60  # seconds after which an upload is removed while the demo runs
 LARGEST_UPLOAD = "100mb"
 FILES = ["image", ".heic", ".heif"]
@@ -99,7 +99,7 @@ def say_plainly(function: Callable) -> Callable:
         try:
             return function(*args, **options)
         except UserError as error:
-            raise gr.Error(html.escape(str(error)), title="Not yet", print_exception=False) from None
+            raise gr.Error(html.escape(str(error)), print_exception=False) from None
 
     return answer
 
@@ -115,8 +115,8 @@ def name_files(function: Callable, *paths: str | None) -> Any:
 # --- answers to what is done on the page
 
 
-def make_views(photograph: str | None, cut_out: str | None, painted: np.ndarray | None = None) -> tuple[Any, Any]:
-    """The placement and the editor for a photograph and a cut-out; ``painted``: what is painted over at first."""
+def make_views(photograph: str | None, cut_out: str | None) -> tuple[Any, Any]:
+    """The placement and the editor for a photograph and a cut-out."""
     if photograph is None:
         return gr.update(photo="", value=""), None
     view, size = name_files(view_photograph, photograph)
@@ -125,14 +125,7 @@ def make_views(photograph: str | None, cut_out: str | None, painted: np.ndarray 
     if cut_out is not None:
         box = name_files(lambda path: choose_place(path, size), cut_out)
         placement |= {"cut_out": encode(name_files(view_cut_out, cut_out)), "value": ",".join(map(str, box))}
-    layers = [] if painted is None else [ink(painted)]
-    return gr.update(**placement), {"background": view, "layers": layers, "composite": None}
-
-
-def ink(mask: np.ndarray) -> np.ndarray:
-    """A mask as if it had been painted, uint8 H x W x 4."""
-    color = [int(INK[n : n + 2], 16) for n in (1, 3, 5)]
-    return np.where(mask[..., None], np.uint8([*color, 255]), np.uint8(0))
+    return gr.update(**placement), {"background": view, "layers": [], "composite": None}
 
 
 def show_way(way: str, choice: str) -> list[Any]:
@@ -150,12 +143,12 @@ def draw_figures(pictures: Mapping[str, np.ndarray]) -> str:
     return f'<div class="figures">{"".join(figures)}</div>' if pictures else ""
 
 
-def read_alpha(editor: dict | None) -> np.ndarray:
-    """How opaque each pixel of the view was painted, uint8 H x W. UserError for an empty editor."""
+def read_paint(editor: dict | None) -> np.ndarray:
+    """Where the view was painted, bool H x W. UserError for an empty editor."""
     layers = [] if editor is None else [layer[..., 3] for layer in editor["layers"] if layer is not None]
     if not layers:
         raise UserError("nothing is painted: paint over the object first")
-    return np.max(layers, axis=0)
+    return np.max(layers, axis=0) > 0
 
 
 def collect_pictures(
@@ -170,7 +163,7 @@ def collect_pictures(
             raise UserError("there is no cut-out yet: upload one, or say that the object is in the photograph already")
         return {"background": photograph, "foreground": cut_out, "box": parse_box(box or "")}
     _, size = view_photograph(photograph)
-    mask = write_mask(folder / "painted.png", read_alpha(editor), size)
+    mask = write_mask(folder / "painted.png", read_paint(editor), size)
     if reference is not None:
         return {"background": photograph, "reference": reference, "mask": mask}
     return {"composite": photograph, "mask": mask}
@@ -193,7 +186,8 @@ class Desk:
         folder, pictures = self.sessions.new_folder(session), {}
 
         def advance(number: int, total: int | None) -> None:
-            progress((number, total), desc=f"{time.monotonic() - start:.0f} s", unit="steps")
+            whole = "" if total is None else f" of {total}"
+            progress((number, total), desc=f"step {number}{whole}", unit="steps")
 
         try:
             reference = reference if choice == EXAMPLE else None
@@ -220,8 +214,7 @@ class Desk:
     def load_example(self, index: int) -> tuple:
         """Fill the page with an example."""
         example = self.examples[index]
-        way = PAINT if example.cut_out is None else PLACE
-        return way, example.photograph, example.cut_out, *make_views(example.photograph, example.cut_out, example.mask)
+        return PLACE, example.photograph, example.cut_out, *make_views(example.photograph, example.cut_out)
 
     def show_settings(self, choice: str) -> list[Any]:
         """Which settings are seen with a method: strengths of color and structure, prompt, words for lights."""
@@ -266,7 +259,7 @@ def build_page(desk: Desk) -> gr.Blocks:
                 with gr.Column(visible=False) as paint_column:
                     editor = gr.ImageEditor(
                         label="Paint over the object", sources=(), transforms=(), layers=False, format="png",
-                        image_mode="RGBA", brush=gr.Brush(default_size=24, colors=[INK], color_mode="fixed"),
+                        image_mode="RGBA", brush=gr.Brush(default_size=24, colors=[(INK, OPACITY)], color_mode="fixed"),
                         buttons=[], elem_id="editor", height=460,
                     )  # fmt: skip
                 reference = gr.File(
@@ -297,7 +290,11 @@ def build_page(desk: Desk) -> gr.Blocks:
                 baselines = gr.HTML(elem_id="baselines")
                 with gr.Accordion("What was done", open=False, visible=False) as report:
                     lines = gr.Textbox(show_label=False, container=False, lines=4, max_lines=12, elem_id="lines")
-        free = {"queue": False, "show_progress": "hidden", "api_visibility": "private"}  # not held up by a run
+        free = {
+            "concurrency_limit": None,
+            "show_progress": "hidden",
+            "api_visibility": "private",
+        }  # not held up by a run
         views = say_plainly(make_views)
         for file in (photograph, cut_out):
             for event in (file.upload, file.clear):
