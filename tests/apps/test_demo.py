@@ -17,7 +17,7 @@ from PIL import Image, ImageDraw
 pytest.importorskip("gradio")
 
 from harmony.apps.demo import page
-from harmony.apps.demo.engine import Engine, Order, list_choices
+from harmony.apps.demo.engine import RELIGHT, Engine, Order, list_choices
 from harmony.cli.compose import compose
 from harmony.core.errors import UserError
 from harmony.pixels.images import read_image
@@ -200,6 +200,27 @@ def test_steps_are_counted(engine, photograph, cut_out, tmp_path):
     assert steps[5:] and {total for _, total in steps[5:]} == {None}
 
 
+def test_what_the_networks_do_not_fit_is_not_offered(random_backbone, capsys):
+    """Guards other backbones: the shipped networks are left out with a line each, what works stays."""
+    cfg = compose("demo", [f"model.path={random_backbone}", "evaluator=null"])
+    engine = Engine(cfg, list_choices(cfg), instantiate(cfg.model))
+    assert [*engine.choices] == ["zero_shot"]
+    assert capsys.readouterr().out.count(" left out: ") == 3
+    only = {name: choice for name, choice in list_choices(cfg).items() if name != "zero_shot"}
+    with pytest.raises(UserError, match="no method fits backbone"):
+        Engine(cfg, only, engine.backbone)
+
+
+def test_choices_follow_the_command(engine):
+    """A ControlNet of one's own stands first, a strength of structure is there where a net for it is given."""
+    choices = list_choices(compose("demo", [f"controlnet={ROOT}/harmony/assets/color", "structure=color"]))
+    assert [choice.title for choice in choices.values()][:2] == ["ControlNet color", engine.choices[RELIGHT].title]
+    assert choices[RELIGHT].has_structure and not engine.choices[RELIGHT].has_structure
+    assert [*list_choices(compose("demo", ["controlnet=null"]))][0] == "inpainting"
+    with pytest.raises(UserError, match="there is no ControlNet none_such"):
+        list_choices(compose("demo", ["controlnet=none_such"]))
+
+
 def test_a_method_is_built_once(engine, photograph, cut_out, tmp_path):
     pictures = {"background": str(photograph), "foreground": str(cut_out), "box": None}
     engine.run(Order("color", pictures, color=0.5), tmp_path, lambda *step: None)
@@ -239,7 +260,7 @@ def refuse(call, *args) -> str:
     "changes, sentence",
     [
         ({}, "there is no photograph yet: upload one first"),
-        ({"photograph": "p"}, "there is no cut-out yet: upload one, or say that the object is in the photograph"),
+        ({"photograph": "p"}, "there is no cut-out yet: upload one, or choose to paint over the object"),
         ({"photograph": "p", "way": page.PAINT}, "nothing is painted: paint over the object first"),
         ({"photograph": "p", "way": page.PAINT, "editor": painted(0)}, "nothing is painted: paint over"),
         ({"photograph": "p", "way": page.PAINT, "editor": painted(255)}, "the object covers the whole picture"),
@@ -296,8 +317,12 @@ def test_a_bad_upload_shows_its_sentence_on_the_page(browser, address, tmp_path,
     assert "Traceback" not in "".join(capfd.readouterr())
 
 
-def test_an_example_fills_the_page(browser, address):
-    """The second example lies where its object was rendered: one click, then a result beside all three baselines."""
+def test_an_example_fills_the_page(browser, address, tmp_path, monkeypatch):
+    """The second example lies where its object was rendered: one click, then a result beside all three baselines.
+
+    Also from a folder that does not hold the package, where Gradio serves none of its files.
+    """
+    monkeypatch.chdir(tmp_path)
     browser.open(address, READY)
     browser.read("document.querySelectorAll('#examples button')[1].click()")
     browser.until(PLACED)

@@ -32,11 +32,12 @@ from harmony.pixels.masks import OBJECT, bounding_box
 VIEW_SIDES = (512, 1280)  # pixels of the longer side of what the page shows, at least and at most
 CUT_OUT_SIDE = 512  # pixels of the longer side of a cut-out that is placed
 RELIGHT, KEEP = "color_relight", "color"  # the shipped ControlNets
-EXAMPLE, WORDS = "paint_by_example", "zero_shot"  # methods
+PLAIN, EXAMPLE, WORDS = "inpainting", "paint_by_example", "zero_shot"  # methods
 TITLES = {
     RELIGHT: "Fit it to the light (ControlNet color_relight)",
     KEEP: "Keep its own colors (ControlNet color)",
     EXAMPLE: "Paint it anew (Paint by Example)",
+    PLAIN: "Inpaint by words",
     WORDS: "Relight it by words (zero-shot)",
 }
 
@@ -87,15 +88,14 @@ class Outcome:
 
 def list_choices(cfg: DictConfig) -> dict[str, Choice]:
     """Name -> choice: the ControlNet of the command first. UserError where one names weights that are not there."""
-    names = dict.fromkeys([cfg.controlnet, RELIGHT, KEEP])
-    options = {str(name): {"method": "controlnet", "controlnet": name} for name in names if name is not None}
-    if cfg.controlnet is None:
-        options = {"inpaint": {"method": "inpaint"}} | options
+    names = [PLAIN if cfg.controlnet is None else cfg.controlnet, RELIGHT, KEEP, EXAMPLE, WORDS]
     choices = {}
-    for name, each in (options | {method: {"method": method} for method in (EXAMPLE, WORDS)}).items():
+    for name in dict.fromkeys(names):
+        is_method = name in (PLAIN, EXAMPLE, WORDS)
+        each = {"method": name} if is_method else {"method": "controlnet", "controlnet": name}
         node = complete(cfg, each)
         check_places(node)
-        title = TITLES.get(name) or ("Inpaint by words" if name == "inpaint" else f"ControlNet {Path(name).name}")
+        title = TITLES.get(name, f"ControlNet {Path(name).name}")
         choices[name] = Choice(title, each | {key: node[key] for key in ("controlnet", "structure") if key in node})
     return choices
 

@@ -1,5 +1,6 @@
 """Examples of the demo, made of the pictures that come with the package."""
 
+import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -26,27 +27,28 @@ class Example:
 
 
 def list_examples(folder: Path) -> list[Example]:
-    """The examples; what has to be put together first is written into ``folder``."""
-    pairs = {"astronaut": (str(ASSETS / "example" / "rocket.jpg"), str(ASSETS / "example" / "astronaut.webp"))}
+    """The examples, all of their files in ``folder``: Gradio serves none of the package's own."""
+    folder.mkdir(parents=True)
+    pictures = [ASSETS / "example" / name for name in ("rocket.jpg", "astronaut.webp")]
+    pairs = {"astronaut": [shutil.copy(picture, folder) for picture in pictures]}
     split = bundled("datasets") / "studio" / "test"
     for name in RENDERS if split.is_dir() else ():
         mask = next(split.glob(f"labels/masks/*/{name}_*.png"))
         cut_out = cut_out_object(split / "relit" / f"{name}.jpg", mask, folder / f"{name}_object.png")
-        pairs[name] = (str(split / "plates" / f"{name}.jpg"), cut_out)
-    return [Example(*pair, paste(*pair, folder / f"{name}.png")) for name, pair in pairs.items()]
+        pairs[name] = [shutil.copy(split / "plates" / f"{name}.jpg", folder), cut_out]
+    return [Example(*map(str, pair), paste(*pair, folder / f"{name}.png")) for name, pair in pairs.items()]
 
 
-def cut_out_object(picture: Path, mask: Path, target: Path) -> str:
+def cut_out_object(picture: Path, mask: Path, target: Path) -> Path:
     """Write the object of a picture with a transparent background."""
     pixels = read_image(picture)
     alpha = read_mask(mask, get_size(pixels)) * np.uint8(255)
-    target.parent.mkdir(parents=True, exist_ok=True)
     Image.fromarray(np.dstack([pixels, alpha])).save(target)
-    return str(target)
+    return target
 
 
-def paste(photograph: str, cut_out: str, target: Path) -> str:
+def paste(photograph: Path, cut_out: Path, target: Path) -> str:
     """Write a cut-out pasted on a photograph."""
-    inputs = read_inputs({"background": photograph, "foreground": cut_out, "box": None})
+    inputs = read_inputs({"background": str(photograph), "foreground": str(cut_out), "box": None})
     write_image(target, copy_paste(inputs.background, inputs.foreground, inputs.mask))
     return str(target)

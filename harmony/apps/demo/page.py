@@ -39,7 +39,7 @@ from harmony.core.errors import UserError
 from harmony.core.foreign import parse_box
 from harmony.core.progress import tell
 
-PLACE, PAINT = "A cut-out to place on it", "In the photograph already"
+PLACE, PAINT = "A cut-out to place on it", "What I paint over"
 FOLDER = Path(__file__).parent
 INK, OPACITY = "#f97316", 0.6  # of the brush, which lets the object be seen
 DAY = 24 * 60 * 60  # seconds after which an upload is removed while the demo runs
@@ -48,14 +48,19 @@ FILES = ["image", ".heic", ".heif"]
 TEXT = """# harmony
 Put an object into a photograph so that it belongs there: its light, its colors, its shadow. Every pixel outside the
 object and a small rim stays as it is."""
+SHOW_RESULT = "() => document.querySelector('#results').scrollIntoView({ behavior: 'smooth', block: 'nearest' })"
 CSS = """
 .gradio-container { max-width: 1240px !important; margin: 0 auto !important; }
 footer { display: none !important; }
 #object-hint p { font-size: var(--text-sm); }
+#object-hint { margin-top: -12px; }
 .gradio-container .wrap .or { display: none; }
-.figures { display: grid; grid-template-columns: repeat(auto-fit, minmax(120px, 1fr)); gap: 10px; }
+@media (min-width: 800px) { #results { position: sticky; top: 12px; align-self: flex-start; } }
+.figures { display: grid; grid-template-columns: repeat(4, 1fr); gap: 10px; }
+@media (max-width: 799px) { .figures { grid-template-columns: repeat(2, 1fr); } }
 .figures figure { margin: 0; text-align: center; }
 .figures img { width: 100%; border-radius: 6px; }
+.figures + p { font-size: var(--text-sm); margin-top: 4px; }
 .figures figcaption { font-size: var(--text-sm); margin-top: 2px; }
 """
 
@@ -140,7 +145,8 @@ def draw_figures(pictures: Mapping[str, np.ndarray]) -> str:
         f'<figure><img src="{encode(picture)}" alt=""><figcaption>{html.escape(title)}</figcaption></figure>'
         for title, picture in pictures.items()
     )
-    return f'<div class="figures">{"".join(figures)}</div>' if pictures else ""
+    note = "" if "Poisson" in pictures else "<p>Poisson blending needs the photograph without the object.</p>"
+    return f'<div class="figures">{"".join(figures)}</div>{note}' if pictures else ""
 
 
 def read_paint(editor: dict | None) -> np.ndarray:
@@ -160,7 +166,7 @@ def collect_pictures(
         raise UserError("there is no photograph yet: upload one first")
     if way == PLACE:
         if cut_out is None:
-            raise UserError("there is no cut-out yet: upload one, or say that the object is in the photograph already")
+            raise UserError("there is no cut-out yet: upload one, or choose to paint over the object")
         return {"background": photograph, "foreground": cut_out, "box": parse_box(box or "")}
     _, size = view_photograph(photograph)
     mask = write_mask(folder / "painted.png", read_paint(editor), size)
@@ -263,7 +269,7 @@ def build_page(desk: Desk) -> gr.Blocks:
                         buttons=[], elem_id="editor", height=460,
                     )  # fmt: skip
                 reference = gr.File(
-                    label="A picture of what to paint there (without it: the object itself)", file_types=FILES,
+                    label="Optional: a picture of what is to appear there instead", file_types=FILES,
                     height=120, visible=False, elem_id="reference",
                 )  # fmt: skip
                 choice = gr.Radio(choices, value=first, label="3. Method", elem_id="method")
@@ -281,7 +287,7 @@ def build_page(desk: Desk) -> gr.Blocks:
                     steps = gr.Slider(1, 100, engine.cfg.steps, step=1, label="Steps")
                     seed = gr.Number(0, label="Seed", precision=0, minimum=0, maximum=2**32 - 1, elem_id="seed")
                 button = gr.Button("Harmonize", variant="primary", size="lg", elem_id="run")
-            with gr.Column():
+            with gr.Column(elem_id="results"):
                 slider = gr.ImageSlider(
                     label="Before and after", format="png", interactive=False, buttons=["fullscreen"],
                     max_height=620, elem_id="result",
@@ -310,6 +316,7 @@ def build_page(desk: Desk) -> gr.Blocks:
             desk.run, given, results,
             concurrency_id="device", show_progress_on=[slider], api_visibility="private",
         )  # fmt: skip
+        button.click(None, js=SHOW_RESULT)
         page.unload(desk.close)
     return page
 
