@@ -103,7 +103,11 @@ class Browser:
         self.call("Input.dispatchMouseEvent", type="mouseReleased", x=x, y=y, **mouse)
 
     def click(self, selector: str) -> None:
-        place = self.locate(selector)
+        """Click the middle of an element that has come to rest: pages may scroll smoothly."""
+        place, last_place = self.locate(selector), None
+        while place != last_place:
+            time.sleep(0.1)
+            place, last_place = self.locate(selector), place
         self.drag((place["x"] + place["width"] / 2, place["y"] + place["height"] / 2))
 
     def download_to(self, folder: Path) -> None:

@@ -216,6 +216,8 @@ def test_choices_follow_the_command(engine):
     choices = list_choices(compose("demo", [f"controlnet={ROOT}/harmony/assets/color", "structure=color"]))
     assert [choice.title for choice in choices.values()][:2] == ["ControlNet color", engine.choices[RELIGHT].title]
     assert choices[RELIGHT].has_structure and not engine.choices[RELIGHT].has_structure
+    assert page.list_settings(engine, RELIGHT) == [True, False, True, False]
+    assert page.list_settings(engine, "zero_shot") == [False, False, False, True]
     assert [*list_choices(compose("demo", ["controlnet=null"]))][0] == "inpainting"
     with pytest.raises(UserError, match="there is no ControlNet none_such"):
         list_choices(compose("demo", ["controlnet=none_such"]))
@@ -310,10 +312,10 @@ def test_other_kinds_of_photographs_are_taken(desk, cut_out, tmp_path, kind):
 
 def test_a_bad_upload_shows_its_sentence_on_the_page(browser, address, tmp_path, capfd):
     """Guards the terminal too: no traceback there."""
-    (tmp_path / "words.png").write_bytes(b"no picture")
+    (tmp_path / "a word <i>.png").write_bytes(b"no picture")
     browser.open(address, READY)
-    browser.upload("#photograph input[type=file]", tmp_path / "words.png")
-    browser.until(f"({TOAST}).includes('words.png cannot be decoded')")
+    browser.upload("#photograph input[type=file]", tmp_path / "a word <i>.png")
+    browser.until(f"({TOAST}).includes('cannot be decoded (it is none of be decoded')")
     assert "Traceback" not in "".join(capfd.readouterr())
 
 

@@ -12,9 +12,10 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from functools import wraps
+from functools import partial, wraps
 from itertools import count
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"  # read when Gradio is imported
@@ -70,9 +71,8 @@ def make_placement() -> gr.HTML:
     # no subclass: for one, Gradio writes a file beside this one
     template, css, script = ((FOLDER / f"placement.{kind}").read_text() for kind in ("html", "css", "js"))
     state = {"photo": "", "cut_out": "", "width": 1, "height": 1}
-    return gr.HTML(
-        "", html_template=template, css_template=css, js_on_load=script, elem_id="placement", **state
-    )  # fmt: skip
+    parts = {"html_template": template, "css_template": css, "js_on_load": script}
+    return gr.HTML("", elem_id="placement", **parts, **state)
 
 
 class Sessions:
@@ -104,7 +104,7 @@ def say_plainly(function: Callable) -> Callable:
         try:
             return function(*args, **options)
         except UserError as error:
-            raise gr.Error(html.escape(str(error)), print_exception=False) from None
+            raise gr.Error(html.escape(str(error), quote=False), print_exception=False) from None
 
     return answer
 
@@ -137,6 +137,17 @@ def show_way(way: str, choice: str) -> list[Any]:
     """Which components are seen: of placing or of painting, and of the chosen method."""
     places = way == PLACE
     return [gr.update(visible=seen) for seen in (places, not places, not places and choice == EXAMPLE)]
+
+
+def list_settings(engine: Engine, choice: str) -> list[bool]:
+    """Which settings a method has: strengths of color and structure, a prompt, words for both lights."""
+    chosen = engine.choices[choice]
+    return [chosen.has_color, chosen.has_structure, choice not in (EXAMPLE, WORDS), choice == WORDS]
+
+
+def show_settings(engine: Engine, choice: str) -> list[Any]:
+    """Which settings are seen."""
+    return [gr.update(visible=seen) for seen in list_settings(engine, choice)]
 
 
 def draw_figures(pictures: Mapping[str, np.ndarray]) -> str:
@@ -204,7 +215,7 @@ class Desk:
             )
             outcome = self.engine.run(order, folder, advance)
         except UserError as error:
-            shutil.rmtree(folder)
+            shutil.rmtree(folder, ignore_errors=True)
             raise UserError(shorten_paths(str(error), pictures)) from None
         finally:
             self.sessions.sweep(session)
@@ -222,12 +233,6 @@ class Desk:
         example = self.examples[index]
         return PLACE, example.photograph, example.cut_out, *make_views(example.photograph, example.cut_out)
 
-    def show_settings(self, choice: str) -> list[Any]:
-        """Which settings are seen with a method: strengths of color and structure, prompt, words for lights."""
-        chosen = self.engine.choices[choice]
-        seen = (chosen.has_color, chosen.has_structure, choice not in (EXAMPLE, WORDS), choice == WORDS)
-        return [gr.update(visible=each) for each in seen]
-
     def close(self, request: gr.Request) -> None:
         """A page was closed."""
         self.sessions.close(request.session_hash)
@@ -236,87 +241,99 @@ class Desk:
 # --- the page
 
 
+def add_object(w: SimpleNamespace) -> None:
+    """Where the photograph and its object are given."""
+    w.photograph = make_file("1. Your photograph", "photograph")
+    w.way = gr.Radio([PLACE, PAINT], value=PLACE, label="2. The object is", elem_id="way")
+    with gr.Column() as w.place_column:
+        w.cut_out = make_file("The cut-out (PNG or WebP with a transparent background)", "cut-out")
+        w.placement = make_placement()
+        gr.Markdown("Drag the object; pull a corner for its size.", elem_id="object-hint")
+    with gr.Column(visible=False) as w.paint_column:
+        brush = gr.Brush(default_size=24, colors=[(INK, OPACITY)], color_mode="fixed")
+        bare = {"sources": (), "transforms": (), "layers": False, "buttons": [], "format": "png", "image_mode": "RGBA"}
+        w.editor = gr.ImageEditor(label="Paint over the object", brush=brush, height=460, elem_id="editor", **bare)
+    w.reference = make_file("Optional: a picture of what is to appear there instead", "reference", visible=False)
+
+
+def make_file(label: str, name: str, **options) -> gr.File:
+    """A place to drop a picture, whose file is kept as it is."""
+    return gr.File(label=label, file_types=FILES, height=120, elem_id=name, **options)
+
+
+def add_settings(w: SimpleNamespace, engine: Engine) -> None:
+    """The method and its settings, which begin as the command says."""
+    cfg, first = engine.cfg, next(iter(engine.choices))
+    titles = [(choice.title, name) for name, choice in engine.choices.items()]
+    color, structure, prompt, prompts = list_settings(engine, first)
+    w.choice = gr.Radio(titles, value=first, label="3. Method", elem_id="method")
+    with gr.Accordion("Settings", open=False):
+        w.color = make_strength("Strength of color", cfg.lambda_l, visible=color)
+        w.structure = make_strength("Strength of structure", cfg.lambda_h, visible=structure)
+        w.prompt = gr.Textbox(label="What the finished picture shows (may stay empty)", max_length=500, visible=prompt)
+        hint = "a red car: warm sunset light -> pink neon light"
+        w.prompts = gr.Textbox(
+            label="Words for both lights (may stay empty)", max_length=500, placeholder=hint, visible=prompts
+        )
+        w.shadow = gr.Checkbox(True, label="A placed object may cast a soft shadow at its foot")
+        w.steps = gr.Slider(1, max(100, cfg.steps), cfg.steps, step=1, label="Steps")
+        w.seed = gr.Number(0, label="Seed", precision=0, minimum=0, maximum=2**32 - 1)
+
+
+def make_strength(label: str, value: float, **options) -> gr.Slider:
+    """The scale of a ControlNet."""
+    return gr.Slider(min(0, value), max(2, value), value, step=0.05, label=label, **options)
+
+
+def add_results(w: SimpleNamespace) -> None:
+    """Before and after, the file, the baselines, and what was done."""
+    shown = {"interactive": False, "buttons": ["fullscreen"], "max_height": 620, "format": "png"}
+    w.slider = gr.ImageSlider(label="Before and after", elem_id="result", **shown)
+    w.download = gr.DownloadButton("Download the picture (PNG)", interactive=False, elem_id="download")
+    w.baselines = gr.HTML(elem_id="baselines")
+    with gr.Accordion("What was done", open=False, visible=False) as w.report:
+        w.lines = gr.Textbox(show_label=False, container=False, lines=4, max_lines=12)
+
+
+def connect(w: SimpleNamespace, desk: Desk) -> None:
+    """What happens on the page; only runs wait for each other."""
+    free = {"concurrency_limit": None, "show_progress": "hidden", "api_visibility": "private"}
+    views, columns = say_plainly(make_views), [w.place_column, w.paint_column, w.reference]
+    for file in (w.photograph, w.cut_out):
+        for event in (file.upload, file.clear):
+            event(views, [w.photograph, w.cut_out], [w.placement, w.editor], **free)
+    for radio in (w.way, w.choice):
+        radio.change(show_way, [w.way, w.choice], columns, **free)
+    settings = [w.color, w.structure, w.prompt, w.prompts]
+    w.choice.change(partial(show_settings, desk.engine), w.choice, settings, **free)
+    w.examples.click(desk.load_example, w.examples, [w.way, w.photograph, w.cut_out, w.placement, w.editor], **free)
+    given = [w.way, w.photograph, w.cut_out, w.placement, w.editor, w.reference, w.choice, w.color, w.structure]
+    given += [w.steps, w.seed, w.shadow, w.prompt, w.prompts]
+    results = [w.slider, w.download, w.baselines, w.report, w.lines]
+    alone = {"concurrency_limit": 1, "show_progress_on": [w.slider], "api_visibility": "private"}
+    w.button.click(desk.run, given, results, **alone)
+    w.button.click(None, js=SHOW_RESULT)
+
+
 def build_page(desk: Desk) -> gr.Blocks:
     """The page with all its events."""
-    engine, examples = desk.engine, desk.examples
-    choices = [(choice.title, name) for name, choice in engine.choices.items()]
-    first = next(iter(engine.choices))
-    chosen = engine.choices[first]
+    w = SimpleNamespace()  # the components that events read or change
     with gr.Blocks(title="harmony", analytics_enabled=False, delete_cache=(DAY, DAY)) as page:
         gr.Markdown(TEXT)
-        thumbnails = gr.Dataset(
-            components=[gr.Image(render=False, format="png")],
-            samples=[[example.thumbnail] for example in examples],
-            type="index",
-            label="Try one of these, or begin with a photograph of your own",
-            elem_id="examples",
+        label, picture = (
+            "Try one of these, or begin with a photograph of your own",
+            gr.Image(render=False, format="png"),
         )
+        samples = [[example.thumbnail] for example in desk.examples]
+        w.examples = gr.Dataset(components=[picture], samples=samples, type="index", label=label, elem_id="examples")
         with gr.Row():
             with gr.Column():
-                photograph = gr.File(label="1. Your photograph", file_types=FILES, height=120, elem_id="photograph")
-                way = gr.Radio([PLACE, PAINT], value=PLACE, label="2. The object is", elem_id="way")
-                with gr.Column() as place_column:
-                    cut_out = gr.File(
-                        label="The cut-out (PNG or WebP with a transparent background)", file_types=FILES, height=120,
-                        elem_id="cut-out",
-                    )  # fmt: skip
-                    placement = make_placement()
-                    gr.Markdown("Drag the object; pull a corner for its size.", elem_id="object-hint")
-                with gr.Column(visible=False) as paint_column:
-                    editor = gr.ImageEditor(
-                        label="Paint over the object", sources=(), transforms=(), layers=False, format="png",
-                        image_mode="RGBA", brush=gr.Brush(default_size=24, colors=[(INK, OPACITY)], color_mode="fixed"),
-                        buttons=[], elem_id="editor", height=460,
-                    )  # fmt: skip
-                reference = gr.File(
-                    label="Optional: a picture of what is to appear there instead", file_types=FILES,
-                    height=120, visible=False, elem_id="reference",
-                )  # fmt: skip
-                choice = gr.Radio(choices, value=first, label="3. Method", elem_id="method")
-                with gr.Accordion("Settings", open=False):
-                    color = gr.Slider(0, 2, 1, step=0.05, label="Strength of color", visible=chosen.has_color)
-                    structure = gr.Slider(
-                        0, 2, 1, step=0.05, label="Strength of structure", visible=chosen.has_structure
-                    )
-                    prompt = gr.Textbox(label="What the finished picture shows (may stay empty)", max_length=500)
-                    prompts = gr.Textbox(
-                        label="Words for both lights (may stay empty)", max_length=500, visible=False,
-                        placeholder="a red car: warm sunset light -> pink neon light", elem_id="prompts",
-                    )  # fmt: skip
-                    shadow = gr.Checkbox(True, label="A placed object may cast a soft shadow at its foot")
-                    steps = gr.Slider(1, 100, engine.cfg.steps, step=1, label="Steps")
-                    seed = gr.Number(0, label="Seed", precision=0, minimum=0, maximum=2**32 - 1, elem_id="seed")
-                button = gr.Button("Harmonize", variant="primary", size="lg", elem_id="run")
+                add_object(w)
+                add_settings(w, desk.engine)
+                w.button = gr.Button("Harmonize", variant="primary", size="lg", elem_id="run")
             with gr.Column(elem_id="results"):
-                slider = gr.ImageSlider(
-                    label="Before and after", format="png", interactive=False, buttons=["fullscreen"],
-                    max_height=620, elem_id="result",
-                )  # fmt: skip
-                download = gr.DownloadButton("Download the picture (PNG)", interactive=False, elem_id="download")
-                baselines = gr.HTML(elem_id="baselines")
-                with gr.Accordion("What was done", open=False, visible=False) as report:
-                    lines = gr.Textbox(show_label=False, container=False, lines=4, max_lines=12, elem_id="lines")
-        free = {
-            "concurrency_limit": None,
-            "show_progress": "hidden",
-            "api_visibility": "private",
-        }  # not held up by a run
-        views = say_plainly(make_views)
-        for file in (photograph, cut_out):
-            for event in (file.upload, file.clear):
-                event(views, [photograph, cut_out], [placement, editor], **free)
-        way.change(show_way, [way, choice], [place_column, paint_column, reference], **free)
-        choice.change(show_way, [way, choice], [place_column, paint_column, reference], **free)
-        choice.change(desk.show_settings, choice, [color, structure, prompt, prompts], **free)
-        thumbnails.click(desk.load_example, thumbnails, [way, photograph, cut_out, placement, editor], **free)
-        given = [way, photograph, cut_out, placement, editor, reference, choice]
-        given += [color, structure, steps, seed, shadow, prompt, prompts]
-        results = [slider, download, baselines, report, lines]
-        button.click(
-            desk.run, given, results,
-            concurrency_id="device", show_progress_on=[slider], api_visibility="private",
-        )  # fmt: skip
-        button.click(None, js=SHOW_RESULT)
+                add_results(w)
+        connect(w, desk)
         page.unload(desk.close)
     return page
 
@@ -335,7 +352,7 @@ def open_page(engine: Engine, host: str, port: int, waiting: int) -> Iterator[st
     root = Path(tempfile.mkdtemp(prefix="harmony-demo-"))
     os.environ["GRADIO_TEMP_DIR"] = str(root / "uploads")
     page = build_page(Desk(engine, Sessions(root / "sessions"), list_examples(root / "examples")))
-    page.queue(default_concurrency_limit=1, max_size=waiting)
+    page.queue(max_size=waiting)
     options = {"server_name": host, "server_port": port, "max_file_size": LARGEST_UPLOAD, "css": CSS}
     private = {"share": False, "enable_monitoring": False, "footer_links": []}
     try:
