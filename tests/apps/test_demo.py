@@ -16,9 +16,11 @@ from PIL import Image, ImageDraw
 
 pytest.importorskip("gradio")
 
+from harmony import demo
 from harmony.apps.demo import page
 from harmony.apps.demo.engine import RELIGHT, Engine, Order, list_choices
-from harmony.cli.compose import compose
+from harmony.cli.compose import CONFIGS, compose
+from harmony.cli.help import help_text
 from harmony.core.errors import UserError
 from harmony.pixels.images import read_image
 from tests.browser import Browser
@@ -371,3 +373,14 @@ def test_without_gradio_one_line_says_what_to_install(tmp_path):
     result = subprocess.run(words, cwd=tmp_path, env={"PYTHONPATH": str(ROOT)}, capture_output=True, text=True)
     line = "harmony: error: the demo needs gradio: pip install 'harmony-diffusion[demo]', or make demo\n"
     assert (result.returncode, result.stdout, result.stderr) == (2, "", line)
+
+
+def test_help_keeps_its_lines():
+    """Guards the examples of a command, one a line, which were run together."""
+    lines = help_text(demo.main, "demo", CONFIGS).splitlines()
+    assert [line.split()[0] for line in lines if line.startswith("  ") and "=" in line.split()[0]][:3] == [
+        "host=0.0.0.0",
+        "controlnet=RUN",
+        "model=sd2",
+    ]
+    assert max(map(len, lines)) <= 100
