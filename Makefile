@@ -6,7 +6,7 @@ STAMP  := $(VENV)/.installed
 PHOTOS ?= null
 
 .DEFAULT_GOAL := help
-.PHONY: help install backbone small small-data fit paper words test test-slow gpu golden lint clean
+.PHONY: help install demo backbone small small-data fit paper words test test-slow gpu golden lint clean
 
 help:  ## show these targets
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 12
@@ -83,6 +83,9 @@ work/small/README.md: $(SMALL_STUDIES:%=work/small/%.done)
 	{ cat work/small/small/README.md; for study in $(SMALL_STUDIES); do echo; \
 	  cat $$(ls -t work/small/runs/$$study/*/table.md | head -1); done; } > $@.partial
 	mv $@.partial $@
+
+demo: install  ## start the demo in the browser, on this machine alone
+	$(RUN) -m harmony.demo
 
 fit: install  ## train the color ControlNet on the bundled dataset and the tiny backbone, then print the table
 	$(RUN) -m harmony.fit experiment=color

@@ -28,7 +28,7 @@ from harmony.core.files import PACKAGE
 
 INSTALL = "make install"
 FEW_GIB = 5  # an installed environment, one cache of the bundled dataset and a few runs
-EXTRAS = {"studio": "mitsuba", "dev": "pytest"}
+EXTRAS = {"studio": "mitsuba", "demo": "gradio", "dev": "pytest"}
 BACKBONE_PARTS = ("vae", "unet", "text_encoder", "tokenizer", "scheduler", "image_encoder", "captioner")
 IMAGES = {".jpg", ".jpeg", ".png"}
 

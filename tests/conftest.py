@@ -32,6 +32,8 @@ os.environ.update(
 )
 sys.path.insert(0, str(ROOT))  # so that the tests see this checkout whatever is installed
 
+from tests.browser import CHROMIUM, Browser  # noqa: E402
+
 
 @pytest.fixture(autouse=True)
 def torch_as_it_was() -> Iterator[None]:
@@ -390,3 +392,12 @@ def bring_code(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
         return tmp_path / "ran"
 
     return write
+
+
+@pytest.fixture
+def browser(tmp_path: Path) -> Iterator[Browser]:
+    if CHROMIUM is None:
+        pytest.skip("needs Chromium on the PATH (apt-get install chromium)")
+    browser = Browser(tmp_path)
+    yield browser
+    browser.close()

@@ -19,6 +19,7 @@ START = {
     "export": "run=c.png",
     "bench": "what=[train]",
     "browse": "",
+    "demo": "",
     "doctor": "check=python",
     "fit": "experiment=color logger=none",
     "fit ": "experiment=textual_inversion logger=none token=<a> init=car dataset.dir=.",
@@ -72,6 +73,10 @@ BAD = {
         offload=[1,2] sampling.batch=0 sampling.steps=abc data.boxes=0 data.masks=abc limit=0 sampling.guidance=nan
     """,
     "browse": "port=0 port=70000 port=abc port=null address=[1] dataset=none_such",
+    "demo": """
+        port=0 port=70000 port=abc port=null host=[1] host=null waiting=0 waiting=abc steps=0 steps=abc rounds=0
+        lambda_l=abc lambda_h=nan guidance=abc solver=euler controlnet=[1] model=huge method=controlnet
+    """,
     "doctor": "check=everything check=[] check=3 paths=3",
     "fit": """
         module.lr=nan module.lr=abc module.lr=-1 module.lr=null module.lr=[1] module.lr=true module.zero_init_lr=abc

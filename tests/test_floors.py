@@ -12,7 +12,7 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = ROOT / "harmony"
 FILES = sorted(path for path in PACKAGE.rglob("*.py") if path.name != "__init__.py")
-ONE_DOOR = ("fiftyone", "wandb", "mitsuba")
+ONE_DOOR = ("fiftyone", "wandb", "mitsuba", "gradio")
 FLOORS = (  # from below; what lies directly in the package, the commands, stands on top
     "core",
     "cli",

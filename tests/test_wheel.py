@@ -71,7 +71,7 @@ def test_commands_find_what_they_need(installed):
     shown = installed("harmony-fit", "experiment=color_long", "--cfg", "job")
     assert shown.returncode == 0 and "max_steps: 2000" in shown.stdout, shown.stderr
     assert "table1" in installed("harmony-evaluate", "--help").stdout
-    for command in ("prepare", "harmonize", "edit", "export", "bench", "browse", "doctor"):
+    for command in ("prepare", "harmonize", "edit", "export", "bench", "browse", "demo", "doctor"):
         result = installed(f"harmony-{command}", "--help")
         assert result.returncode == 0 and "Usage:" in result.stdout, (command, result.stderr)
 

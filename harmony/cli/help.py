@@ -24,7 +24,7 @@ def help_text(task: Callable, name: str, config_dir: Path) -> str:
     """What ``--help`` prints: what the command does, groups with their options, settings with their comments."""
     about = inspect.cleandoc(sys.modules[task.__module__].__doc__ or task.__doc__ or name)
     groups = default_groups(name, config_dir)
-    lines = [about, "", f"Usage: python -m harmony.{name} [KEY=VALUE ...] [GROUP=OPTION ...]", ""]
+    lines = [*about.splitlines(), "", f"Usage: python -m harmony.{name} [KEY=VALUE ...] [GROUP=OPTION ...]", ""]
     if groups:
         lines.append("Groups (* = default)")
     for group, chosen in groups.items():

@@ -292,6 +292,8 @@ OPTIONS: dict[str, Rule] = {
     "backbone": Either((Text(), Keys()), none=True),
     "port": Whole(1, 65535),
     "address": Text(none=True),
+    "host": Text(),
+    "waiting": Whole(1),
     "blocks": COUNT,
     **dict.fromkeys(("data.boxes", "data.masks", "data.samples", "data.compared"), COUNT),
 }

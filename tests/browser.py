@@ -1,4 +1,4 @@
-"""Fixtures of the tests of studies: a real browser."""
+"""A real browser for tests: Chromium in its DevTools protocol."""
 
 import base64
 import json
@@ -7,8 +7,6 @@ import shutil
 import subprocess
 import time
 from pathlib import Path
-
-import pytest
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 # key: (code, Windows' number), as the DevTools protocol wants them
@@ -35,7 +33,7 @@ class Browser:
         self.back, self.sent, self.session, self.events = os.fdopen(back, "rb"), 0, None, []
         target = self.call("Target.createTarget", url="about:blank")["targetId"]
         self.session = self.call("Target.attachToTarget", targetId=target, flatten=True)["sessionId"]
-        for domain in ("Page", "Runtime", "Network"):
+        for domain in ("Page", "Runtime", "Network", "DOM"):
             self.call(f"{domain}.enable")
         self.size(1280, 800)
 
@@ -71,9 +69,9 @@ class Browser:
             assert time.monotonic() < end, f"never came true: {expression}"
             time.sleep(0.02)
 
-    def open(self, page: Path, ready: str) -> None:
-        """Open a page and wait until the expression ``ready`` is true on it."""
-        self.call("Page.navigate", url=page.as_uri())
+    def open(self, page: Path | str, ready: str) -> None:
+        """Open a page, a file or an address, and wait until the expression ``ready`` is true on it."""
+        self.call("Page.navigate", url=page if isinstance(page, str) else page.as_uri())
         self.until(f"document.readyState == 'complete' && {ready}")
 
     def press(self, key: str, **more) -> None:
@@ -82,6 +80,44 @@ class Browser:
         text = {"text": "\r"} if key == "Enter" else {}
         self.call("Input.dispatchKeyEvent", type="keyDown" if text else "rawKeyDown", **event, **text)
         self.call("Input.dispatchKeyEvent", type="keyUp", **event)
+
+    def upload(self, selector: str, *files: Path) -> None:
+        """Give files to an input for files, as if they had been chosen."""
+        root = self.call("DOM.getDocument")["root"]["nodeId"]
+        node = self.call("DOM.querySelector", nodeId=root, selector=selector)["nodeId"]
+        self.call("DOM.setFileInputFiles", nodeId=node, files=[str(file) for file in files])
+
+    def locate(self, selector: str) -> dict:
+        """Left, top, width and height of an element, which is brought into view."""
+        rectangle = "(r => ({x: r.x, y: r.y, width: r.width, height: r.height}))(e.getBoundingClientRect())"
+        find = f"document.querySelector({json.dumps(selector)})"
+        return self.read(f"(e => (e.scrollIntoView({{block: 'nearest', behavior: 'instant'}}), {rectangle}))({find})")
+
+    def drag(self, *points: tuple[float, float]) -> None:
+        """Press the mouse at the first point, move over the others, release at the last; one point is a click."""
+        mouse = {"button": "left", "clickCount": 1}
+        for n, (x, y) in enumerate(points):
+            self.call("Input.dispatchMouseEvent", type="mouseMoved", x=x, y=y, buttons=int(n > 0), **mouse)
+            if n == 0:
+                self.call("Input.dispatchMouseEvent", type="mousePressed", x=x, y=y, buttons=1, **mouse)
+        self.call("Input.dispatchMouseEvent", type="mouseReleased", x=x, y=y, **mouse)
+
+    def click(self, selector: str) -> None:
+        """Click the middle of an element that has come to rest: pages may scroll smoothly."""
+        place, last_place = self.locate(selector), None
+        while place != last_place:
+            time.sleep(0.1)
+            place, last_place = self.locate(selector), place
+        self.drag((place["x"] + place["width"] / 2, place["y"] + place["height"] / 2))
+
+    def download_to(self, folder: Path) -> None:
+        """Downloads go to ``folder`` from now on."""
+        self.call("Browser.setDownloadBehavior", behavior="allow", downloadPath=str(folder))
+
+    def requests(self) -> list[str]:
+        """The addresses of all requests so far."""
+        sent = (event["params"] for event in self.events if event["method"] == "Network.requestWillBeSent")
+        return [parameters["request"]["url"] for parameters in sent]
 
     def size(self, width: int, height: int, mobile: bool = False) -> None:
         size = {"width": width, "height": height, "deviceScaleFactor": 1, "mobile": mobile}
@@ -95,12 +131,3 @@ class Browser:
         self.process.wait(60)
         os.close(self.to)
         self.back.close()
-
-
-@pytest.fixture
-def browser(tmp_path):
-    if CHROMIUM is None:
-        pytest.skip("needs Chromium on the PATH (apt-get install chromium)")
-    browser = Browser(tmp_path)
-    yield browser
-    browser.close()
