@@ -8,8 +8,10 @@ from harmony.cli.command import entry
 @entry("browse")
 def main(cfg: DictConfig) -> None:
     """Look at a prepared dataset in the FiftyOne App: what was kept, and what was rejected for which reason."""
+    from harmony.apps.plugin.link import link_plugin
     from harmony.data.sources.open_images.browse import browse
 
+    link_plugin()
     browse(OmegaConf.to_container(cfg.dataset, resolve=True), cfg.port, cfg.address)
 
 
