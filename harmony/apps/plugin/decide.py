@@ -6,10 +6,13 @@ from fiftyone.operators.operator import RiskLevel
 
 from harmony.apps.plugin.samples import (
     ComposeOperator,
+    ask_choice,
+    check_choice,
     find_work,
     list_ids,
     name_samples,
     place_button,
+    read_param,
     warn_unselected,
 )
 from harmony.core.errors import UserError
@@ -18,6 +21,7 @@ from harmony.data.sources.open_images.database import show_decisions
 from harmony.data.sources.selection import BY_HAND, RULE_REASONS
 
 FORGET = "as the rules say"
+CHOICES = (KEEP, REJECT, FORGET)
 
 
 class Decide(ComposeOperator):
@@ -43,7 +47,7 @@ class Decide(ComposeOperator):
         """The form: what to decide, and why."""
         inputs = types.Object()
         warn_unselected(ctx, inputs)
-        inputs.enum("choice", [KEEP, REJECT, FORGET], default=REJECT, label="Decision")
+        ask_choice(inputs, "choice", CHOICES, REJECT, "Decision")
         if ctx.params.get("choice", REJECT) != FORGET:
             try:
                 earlier = {
@@ -57,7 +61,7 @@ class Decide(ComposeOperator):
 
     def run(self, ctx: foo.ExecutionContext) -> str:
         """Write the decisions beside the dataset's work folder and show them in the field ``decision``."""
-        choice, reason = ctx.params.get("choice", REJECT), (ctx.params.get("reason") or "").strip()
+        choice, reason = check_choice(read_param(ctx, "choice", REJECT), CHOICES), read_param(ctx, "reason", "").strip()
         if choice == REJECT and not reason:
             raise UserError("a rejection needs a reason: say in a word or two what is wrong with the samples")
         file = decisions_file(find_work(ctx.dataset))

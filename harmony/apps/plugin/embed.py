@@ -10,8 +10,8 @@ from fiftyone.operators import types
 from fiftyone.operators.operator import RiskLevel
 from hydra.utils import instantiate
 
-from harmony.apps.plugin.harmonize import compose_options, list_models
-from harmony.apps.plugin.samples import ComposeOperator, flatten, name_samples, read_param
+from harmony.apps.plugin.harmonize import MODEL, compose_options, list_models
+from harmony.apps.plugin.samples import ComposeOperator, ask_choice, check_choice, flatten, name_samples, read_param
 from harmony.cli.run_folder import device
 from harmony.core.errors import UserError
 from harmony.metrics.similarity import Clip
@@ -19,6 +19,7 @@ from harmony.models.clip import clip_of
 from harmony.pixels.color_profiles import read_in_space
 
 BATCH = 32  # pictures at a time
+METHODS = ("pca", "tsne", "umap")  # of drawing the map
 FEWEST = 3  # pictures that a map can be made of
 MAP, SIMILARITY = "clip_map", "clip_similarity"  # brain keys
 
@@ -41,14 +42,13 @@ class Embed(ComposeOperator):
     def resolve_input(self, ctx: foo.ExecutionContext) -> types.Property:
         """The form: by which backbone, and how the map is drawn."""
         inputs = types.Object()
-        inputs.enum("model", list_models(), default="tiny", label="Backbone")
-        methods = ["pca", "tsne", *(["umap"] if find_spec("umap") else [])]
-        inputs.enum("method", methods, default="pca", label="Map", description="umap wants the package umap-learn")
+        ask_choice(inputs, "model", list_models(), MODEL, "Backbone")
+        ask_choice(inputs, "method", METHODS, METHODS[0], "Map", description="umap wants the package umap-learn")
         return types.Property(inputs, view=types.View(label="Embed the pictures of the current view"))
 
     def run(self, ctx: foo.ExecutionContext) -> str:
         """Embed, and store both results in the dataset; pictures that cannot be read are named."""
-        method = read_param(ctx, "method", "pca")
+        method = check_choice(read_param(ctx, "method", METHODS[0]), METHODS)
         if method == "umap" and not find_spec("umap"):
             raise UserError("method umap wants the package umap-learn: pip install umap-learn, or choose pca")
         cfg = compose_options({"model": ctx.params.get("model")})

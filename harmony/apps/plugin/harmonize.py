@@ -15,6 +15,8 @@ from omegaconf import DictConfig, OmegaConf
 
 from harmony.apps.plugin.samples import (
     ComposeOperator,
+    ask_choice,
+    check_choice,
     find_work,
     flatten,
     list_ids,
@@ -36,7 +38,8 @@ from harmony.models.shipped import check_places
 from harmony.pixels.images import write_image
 
 BATCH = 8  # samples at a time
-STEPS, SEED, FIELD, COMPOSITE = 50, 0, "harmonized", "composite"
+METHOD, MODEL, STEPS, SEED = "controlnet", "tiny", 50, 0  # as ``harmonize`` has them
+FIELD, COMPOSITE = "harmonized", "composite"
 COMPOSING = Lock()  # Hydra has one state for the process, and the App runs operators in threads
 
 
@@ -63,8 +66,8 @@ class Harmonize(ComposeOperator):
         """The form: by which method, and into which field."""
         inputs = types.Object()
         warn_unselected(ctx, inputs)
-        inputs.enum("method", list_methods(), default="controlnet", label="Method")
-        inputs.enum("model", list_models(), default="tiny", label="Backbone")
+        ask_choice(inputs, "method", list_methods(), METHOD, "Method")
+        ask_choice(inputs, "model", list_models(), MODEL, "Backbone")
         inputs.int("steps", min=1, max=1000, default=STEPS, label="Steps", description="Of the solver")
         inputs.int("seed", min=0, max=2**32 - 1, default=SEED, label="Seed", description="Of the noise")
         inputs.str("field", default=FIELD, label="Field", description="Of the results: the paths of pictures")
@@ -195,10 +198,8 @@ def load_inserter(params: Mapping[str, Any], say: Any) -> Inserter:
 
 def compose_options(params: Mapping[str, Any]) -> DictConfig:
     """The configuration of ``harmonize`` with the values of the form. UserError for an unknown method or backbone."""
-    method, model = params.get("method") or "controlnet", params.get("model") or "tiny"
-    for name, known in ((method, list_methods()), (model, list_models())):
-        if name not in known:
-            raise UserError(f"{name} is unknown here: choose one of {', '.join(known)}")
+    method = check_choice(params.get("method") or METHOD, list_methods())
+    model = check_choice(params.get("model") or MODEL, list_models())
     numbers = {"steps": STEPS, "seed": SEED} | {n: params[n] for n in ("steps", "seed") if params.get(n) is not None}
     with COMPOSING:
         words = [f"method={method}", f"model={model}", *(f"{name}={int(value)}" for name, value in numbers.items())]

@@ -1,5 +1,6 @@
 """The panel beside an open sample: before and after in one picture with a divider, and the figures."""
 
+from collections.abc import Sequence
 from functools import lru_cache
 from pathlib import Path
 
@@ -14,8 +15,9 @@ from harmony.pixels.color_profiles import read_in_space
 from harmony.pixels.images import resize
 
 SIDE = 1024  # px: longer side of the picture, at most
-BEFORE, AFTER = ("composite", "input", "filepath"), ("truth", "hint", "input", "filepath", "composite")
+BEFORE, NO_RESULTS = ("composite", "input", "filepath"), ("truth", "hint", "input", "filepath", "composite")
 WIDTH = 3  # px of the divider
+FITTED = {"image": {"style": {"maxWidth": "100%", "maxHeight": "60vh"}}}  # the whole picture, in a panel of any size
 
 
 class Compare(foo.Panel):
@@ -37,7 +39,8 @@ class Compare(foo.Panel):
         self.show(ctx)
 
     def on_change_current_sample(self, ctx: foo.ExecutionContext) -> None:
-        """Show another sample."""
+        """Show another sample, the divider where its pictures differ."""
+        ctx.panel.state.split = None
         self.show(ctx)
 
     def choose_before(self, ctx: foo.ExecutionContext) -> None:
@@ -61,17 +64,17 @@ class Compare(foo.Panel):
         samples = find_samples(ctx)
         pictures = list_pictures(samples)
         names = list(pictures)
-        before = next((name for name in (state.before, *BEFORE) if name in pictures), None)
-        after = next(
-            (name for name in (state.after, *reversed([n for n in names if n not in AFTER])) if name in pictures), None
-        )
-        state.names, state.before, state.after = names, before, after or before
-        state.figures, state.notice = format_figures(samples), None
-        state.split = 50 if state.split is None else state.split
+        results = [name for name in reversed(names) if name not in NO_RESULTS]
+        state.names, state.before = names, choose(state.before, BEFORE, names)
+        state.after = choose(state.after, results, names) or state.before
+        state.figures, state.notice, picture = format_figures(samples), None, None
         try:
-            picture = wipe(*(pictures[name] for name in (state.before, state.after)), state.split) if names else None
+            if names:
+                left, right = read_pair(pictures[state.before], pictures[state.after])
+                state.split = find_split(left, right) if state.split is None else state.split
+                picture = data_uri(wipe(left, right, state.split))
         except UserError as error:
-            picture, state.notice = None, str(error)
+            state.notice = str(error)
         ctx.panel.set_data("picture", picture)
 
     def render(self, ctx: foo.ExecutionContext) -> types.Property:
@@ -83,13 +86,20 @@ class Compare(foo.Panel):
         row = panel.h_stack("choices", gap=2)
         for name, label, on_change in (("before", "Left", self.choose_before), ("after", "Right", self.choose_after)):
             row.enum(name, state.names, default=state.get(name), label=label, on_change=on_change)
-        panel.float("split", min=0, max=100, default=50, label="Divider", view=types.SliderView(), on_change=self.move)
+        slider = types.SliderView(label="Divider", value_precision=0, value_label_display="auto")
+        panel.int("split", min=0, max=100, default=state.split, view=slider, on_change=self.move)
         if state.notice:
             panel.view("notice", types.Warning(label=state.notice))
         else:
-            panel.str("picture", view=types.ImageView(width="100%", alt=f"{state.before} and {state.after}"))
-        panel.md(state.figures, name="figures")
+            panel.str("picture", view=types.ImageView(alt=f"{state.before} and {state.after}", componentsProps=FITTED))
+        if state.figures:
+            panel.md(state.figures, name="figures")
         return types.Property(panel)
+
+
+def choose(name: str | None, usual_names: Sequence[str], names: Sequence[str]) -> str | None:
+    """The picture that was chosen, where the sample has it, else the first usual one that it has."""
+    return next((each for each in (name, *usual_names) if each in names), None)
 
 
 def find_samples(ctx: foo.ExecutionContext) -> dict[str, fo.Sample]:
@@ -120,18 +130,27 @@ def read_picture(path: str, time: int) -> np.ndarray:
     return resize(pixels, *(max(1, round(scale * length)) for length in pixels.shape[1::-1])) if scale < 1 else pixels
 
 
-def wipe(before: str, after: str, split: float) -> str:
-    """A picture that shows ``before`` left of the divider, at ``split`` percent, and ``after`` right of it."""
-    left, right = (
-        read_picture(path, Path(path).stat().st_mtime_ns if Path(path).is_file() else 0) for path in (before, after)
-    )
-    height, width = left.shape[:2]
-    picture = resize(right, width, height).copy()
-    place = round(width * split / 100)
+def read_pair(before: str, after: str) -> tuple[np.ndarray, np.ndarray]:
+    """Two pictures at the size of the first one."""
+    times = (Path(path).stat().st_mtime_ns if Path(path).is_file() else 0 for path in (before, after))
+    left, right = (read_picture(path, time) for path, time in zip((before, after), times, strict=True))
+    return left, resize(right, left.shape[1], left.shape[0])
+
+
+def find_split(left: np.ndarray, right: np.ndarray) -> int:
+    """The middle of where two pictures differ, in percent of their width."""
+    weights = np.abs(left.astype(int) - right).sum(axis=(0, 2))
+    return round(100 * np.average(np.arange(len(weights)), weights=weights) / len(weights)) if weights.any() else 50
+
+
+def wipe(left: np.ndarray, right: np.ndarray, split: float) -> np.ndarray:
+    """A picture that shows ``left`` to the left of a divider at ``split`` percent, and ``right`` beyond it."""
+    width = left.shape[1]
+    picture, place = right.copy(), round(width * split / 100)
     picture[:, :place] = left[:, :place]
     if 0 < place < width:
         picture[:, max(0, place - WIDTH // 2) : place + WIDTH // 2 + 1] = 255
-    return data_uri(picture)
+    return picture
 
 
 def format_figures(samples: dict[str, fo.Sample]) -> str:
@@ -142,7 +161,7 @@ def format_figures(samples: dict[str, fo.Sample]) -> str:
             value = sample[name]
             if isinstance(value, float):
                 columns.setdefault(title, {})[name] = value
-            elif isinstance(value, fo.DynamicEmbeddedDocument):
+            elif type(value) is fo.DynamicEmbeddedDocument:
                 columns[name] = {key: value[key] for key in value.field_names if isinstance(value[key], float)}
     names = list(dict.fromkeys(name for column in columns.values() for name in column))
     if not names:

@@ -10,7 +10,7 @@ import numpy as np
 from fiftyone.operators import types
 from fiftyone.operators.operator import RiskLevel
 
-from harmony.apps.plugin.samples import ComposeOperator, find_work, read_param, set_figures
+from harmony.apps.plugin.samples import ComposeOperator, ask_choice, find_work, read_param, set_figures
 from harmony.core.errors import UserError
 from harmony.core.files import replace_folder
 from harmony.data.manifest import manifest_hash
@@ -46,7 +46,7 @@ class Score(ComposeOperator):
         if ctx.params.get("run"):
             try:
                 rows = read_run(ctx).rows
-                inputs.enum("row", rows, default=rows[-1], label="Row of its table")
+                ask_choice(inputs, "row", rows, rows[-1], "Row of its table")
                 inputs.str("field", label="Field", description="Of the figures; empty: the name of the row")
             except UserError as error:
                 inputs.view("notice", types.Warning(label=str(error)))

@@ -49,6 +49,21 @@ def list_ids(ctx: foo.ExecutionContext) -> list[str]:
     return ids
 
 
+def ask_choice(inputs: types.Object, name: str, choices: Sequence[str], default: str, label: str, **more: Any) -> None:
+    """Ask for one of some names; what is none of them, the operator itself refuses, in one line."""
+    view = types.DropdownView()
+    for choice in choices:
+        view.add_choice(choice, label=choice)
+    inputs.str(name, default=default, label=label, view=view, **more)
+
+
+def check_choice(name: str, choices: Sequence[str]) -> str:
+    """The name itself. UserError unless it is one of the choices."""
+    if name not in choices:
+        raise UserError(f"{name} is unknown here: choose one of {', '.join(choices)}")
+    return name
+
+
 def warn_unselected(ctx: foo.ExecutionContext, inputs: types.Object) -> None:
     """Say in a form that nothing is selected, if so."""
     try:

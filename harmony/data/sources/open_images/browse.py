@@ -5,6 +5,8 @@ from harmony.core.signals import ignore_ctrl_c_in_children
 from harmony.data.sources.files import locate
 from harmony.data.sources.open_images.database import dataset_name, load_fiftyone
 
+LOCAL = "127.0.0.1"  # where the App listens unless it is told otherwise; FiftyOne itself would open it to the network
+
 
 def browse(recipe: dict, port: int, address: str | None) -> None:
     """Serve the FiftyOne App for a prepared dataset until interrupted. Raises UserError for an unknown dataset."""
@@ -16,6 +18,6 @@ def browse(recipe: dict, port: int, address: str | None) -> None:
     dataset = fo.load_dataset(name)
     print(f"{name}: {dataset.count_sample_tags()}; saved views: {', '.join(dataset.list_saved_views())}", flush=True)
     with ignore_ctrl_c_in_children():
-        session = fo.launch_app(dataset, remote=True, port=port, address=address)
+        session = fo.launch_app(dataset, remote=True, port=port, address=address or LOCAL)
     print(f"{session.url}\nCtrl-C ends it.", flush=True)
     session.wait(-1)
