@@ -13,7 +13,7 @@ from harmony.apps.plugin.link import NAME, PLUGIN, link_plugin
 from harmony.core.errors import UserError
 from harmony.data.manifest import manifest_hash, read_manifest
 from harmony.data.sources.folder import FOLDER
-from harmony.data.sources.open_images import browse as browse_file
+from harmony.data.sources.open_images.browse import find_dataset, serve
 from harmony.data.sources.open_images.preparation import prepare_dataset
 from harmony.evaluation.blocks import fill_blocks
 from harmony.evaluation.eval_sets import load_reconstruct, paste_outputs
@@ -134,7 +134,7 @@ def test_the_app_listens_on_this_machine_alone(fo, photographs, monkeypatch):
 
     monkeypatch.setattr(fo, "launch_app", launch_app)
     for address in (None, "0.0.0.0"):
-        browse_file.browse({"name": dataset.name, "dir": None}, 5151, address)
+        serve(find_dataset({"name": dataset.name, "dir": None}), 5151, address)
     assert [options["address"] for options in calls] == ["127.0.0.1", "0.0.0.0"]
 
 
@@ -257,8 +257,10 @@ def test_what_has_no_mask_cannot_be_kept(plugin, make_photographs, tmp_path):
     assert "keep: 1: test/a3." in result["message"] and "cannot be kept 1: test/a1" in result["message"]
 
 
-def test_embeddings_map_and_sort(plugin, photographs):
+def test_embeddings_map_and_sort(plugin, photographs, monkeypatch):
     dataset, _ = photographs
+    monkeypatch.setattr("harmony.apps.plugin.embed.find_spec", lambda name: None)
+    assert "pip install umap-learn" in execute(plugin, "embed", dataset, method="umap")["error"]
     result = execute(plugin, "embed", dataset, model="tiny")
     assert result["message"].startswith("4 pictures embedded by backbone-clip of tiny")
     Path(dataset.first().filepath).write_bytes(b"no picture")
@@ -281,7 +283,7 @@ def test_embeddings_map_and_sort(plugin, photographs):
         ("open_run", {"run": "nowhere"}, "no finished run there"),
         ("harmonize", {"method": "magic", "selected": True}, "magic is unknown here: choose one of controlnet"),
         ("decide", {"choice": "perhaps", "selected": True}, "perhaps is unknown here"),
-        ("embed", {"method": "umap"}, "umap-learn"),
+        ("embed", {"method": "magic"}, "magic is unknown here"),
         ("harmonize", {"field": "sha256", "selected": True}, "sha256 cannot be the field"),
         ("harmonize", {"field": "../out", "selected": True}, "cannot be the field"),
     ],
