@@ -16,8 +16,8 @@ from harmony.pixels.images import resize
 
 SIDE = 1024  # px: longer side of the picture, at most
 BEFORE, NO_RESULTS = ("composite", "input", "filepath"), ("truth", "hint", "input", "filepath", "composite")
-WIDTH = 3  # px of the divider
-FITTED = {"image": {"style": {"maxWidth": "100%", "maxHeight": "60vh"}}}  # the whole picture, in a panel of any size
+# the whole picture, large also where it has few pixels, in a panel of any size
+FITTED = {"image": {"style": {"height": "60vh", "maxWidth": "100%", "objectFit": "contain", "objectPosition": "left"}}}
 
 
 class Compare(foo.Panel):
@@ -146,10 +146,9 @@ def find_split(left: np.ndarray, right: np.ndarray) -> int:
 def wipe(left: np.ndarray, right: np.ndarray, split: float) -> np.ndarray:
     """A picture that shows ``left`` to the left of a divider at ``split`` percent, and ``right`` beyond it."""
     width = left.shape[1]
-    picture, place = right.copy(), round(width * split / 100)
+    picture, place, line = right.copy(), round(width * split / 100), max(1, width // 300)
     picture[:, :place] = left[:, :place]
-    if 0 < place < width:
-        picture[:, max(0, place - WIDTH // 2) : place + WIDTH // 2 + 1] = 255
+    picture[:, place : place + line] = 255
     return picture
 
 
