@@ -28,6 +28,8 @@ os.environ.update(
     FIFTYONE_DO_NOT_TRACK="1",
     FIFTYONE_DATABASE_DIR=f"{DATABASE}/db",
     FIFTYONE_DATASET_ZOO_DIR=f"{DATABASE}/zoo",
+    FIFTYONE_DEFAULT_DATASET_DIR=f"{DATABASE}/datasets",
+    FIFTYONE_PLUGINS_DIR=f"{DATABASE}/plugins",
     OMP_NUM_THREADS="1",
 )
 sys.path.insert(0, str(ROOT))  # so that the tests see this checkout whatever is installed

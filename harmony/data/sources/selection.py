@@ -16,6 +16,7 @@ from harmony.core.foreign import read_text
 from harmony.core.row import SPLITS
 
 KEPT, BAD_NAME, SAME_NAME = "kept", "no file name", "two images of one name"
+BY_HAND = "by hand"
 REASONS = (
     # annotation: exactly one instance with exactly one mask
     "damaged row",
@@ -36,6 +37,8 @@ REASONS = (
     "source not wanted",
     "id not listed",
     "over max_samples",
+    # a person
+    BY_HAND,
     # files
     BAD_NAME,
     SAME_NAME,
@@ -56,6 +59,7 @@ REASONS = (
     "mask area too large",
 )
 ANNOTATION_REASONS = REASONS[:7]
+RULE_REASONS = (*REASONS[7 : REASONS.index(BY_HAND)], "mask area too small", "mask area too large")
 CORNERS = ("x0", "y0", "x1", "y1")  # of the box, in fractions of the image
 COLUMNS = ("split", "id", "reason", "label", *CORNERS, "image", "mask", "source")
 EXTRAS = ("composite", "exemplar")  # columns that only some layouts have: paths of further pictures of a row

@@ -1,4 +1,4 @@
-"""A dataset's selection in a persistent FiftyOne dataset in MongoDB. The only file that imports ``fiftyone``.
+"""A dataset's selection in a persistent FiftyOne dataset in MongoDB. Beside ``apps/plugin`` this imports ``fiftyone``.
 
 Training processes must not import it: simultaneous imports kill each other's database.
 
@@ -10,6 +10,7 @@ Fields of a sample
     mask_file         the whole mask at the image's size
     sha256, mask_sha256, mask_box, mask_area, looked_at    pixel facts, and the files and rules that they belong to
     caption, caption_model
+    decision          of a person, keep or reject with a reason, if there is one
 """
 
 import hashlib
@@ -17,7 +18,7 @@ import json
 import os
 import random
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from datetime import UTC, datetime
 from pathlib import Path
 from types import ModuleType
@@ -297,6 +298,24 @@ def save_views(dataset: "Dataset") -> None:
             dataset.delete_saved_view(name)
     for name, view in views.items():
         dataset.save_view(name, view, overwrite=True)
+
+
+def note_work(dataset: "Dataset", folder: Path) -> None:
+    """Note in the dataset where it is prepared, so that the App finds its manifest."""
+    if dataset.info.get("work") != str(folder):
+        dataset.info["work"] = str(folder)
+        dataset.save()
+
+
+def show_decisions(dataset: "Dataset", decisions: Mapping[str, object]) -> None:
+    """Show {<split>/<id>: decision} in the field ``decision``, and no others."""
+    import fiftyone as fo
+
+    if not dataset.has_sample_field("decision"):
+        dataset.add_sample_field("decision", fo.StringField)
+    old = dict(zip(*dataset.values(["harmony_id", "decision"]), strict=True))
+    new = {key: str(decisions[key]) if key in decisions else None for key in old}
+    dataset.set_values("decision", {key: new[key] for key in old if new[key] != old[key]}, key_field="harmony_id")
 
 
 def rejections(dataset: "Dataset") -> dict[str, str]:

@@ -1,7 +1,9 @@
 """Facts from the pixels of an image and its mask: whether they decode, their size, hash, box and area."""
 
 import os
+from collections.abc import Collection
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -21,12 +23,15 @@ if TYPE_CHECKING:
 ASPECT_TOLERANCE = 0.02  # Open Images rounds the sizes of masks and photographs independently
 
 
-def look_at_pixels(dataset: "Dataset", rules: Rules, work: Path) -> None:
-    """Decode every kept image and mask that is new or has changed; store the facts, or reject with a reason."""
-    fo, samples = load_fiftyone(), find_changed_samples(dataset, rules)
+def look_at_pixels(dataset: "Dataset", rules: Rules, work: Path, kept_keys: Collection[str] = ()) -> None:
+    """Decode every kept image and mask that is new or has changed; store the facts, or reject with a reason.
+
+    The masks of ``kept_keys``, which are kept by hand, may have any area.
+    """
+    fo, samples = load_fiftyone(), find_changed_samples(dataset, rules, kept_keys)
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         for batch in batches(samples, "look at the pixels"):
-            facts = list(pool.map(lambda sample: pixel_facts(sample, rules, work), batch))
+            facts = list(pool.map(lambda sample: pixel_facts(sample, sample["rules"], work), batch))
             results = {sample["id"]: fact for sample, fact in zip(batch, facts, strict=True)}
             split_of = {sample["id"]: sample["key"].split("/")[0] for sample in batch}
             facts_by_id = {i: f for i, f in results.items() if "reason" not in f}
@@ -48,15 +53,17 @@ def look_at_pixels(dataset: "Dataset", rules: Rules, work: Path) -> None:
             dataset.set_values("looked_at", {s["id"]: s["stamp"] for s in batch}, key_field="id")
 
 
-def find_changed_samples(dataset: "Dataset", rules: Rules) -> list[dict]:
+def find_changed_samples(dataset: "Dataset", rules: Rules, kept_keys: Collection[str] = ()) -> list[dict]:
     """The samples that the selection keeps and whose files or area limits differ from ``looked_at``."""
+    any_area = replace(rules, min_area=0, max_area=1)
     F, pixel_reasons = load_fiftyone().ViewField, REASONS[REASONS.index("image undecodable") :]
     view = dataset.match(~F("rejected_because").exists() | F("rejected_because").is_in(pixel_reasons))
     names = {"id": "id", "key": "harmony_id", "image": "filepath", "mask": "mask_stored", "looked_at": "looked_at"}
     names |= {"mask_file": "mask_file", "mask_sha256": "mask_sha256", "sha256": "sha256", "shown": "mask.mask_path"}
     rows = [dict(zip(names, values, strict=True)) for values in zip(*view.values(list(names.values())), strict=True)]
     for row in rows:
-        row["stamp"] = stamp(rules, row["image"], row["mask"])
+        row["rules"] = any_area if row["key"] in kept_keys else rules
+        row["stamp"] = stamp(row["rules"], row["image"], row["mask"])
     return [
         row
         for row in rows

@@ -16,9 +16,16 @@ from harmony.core.files import write_json
 from harmony.data.captions import caption_images, load_captioner
 from harmony.data.manifest import write_manifest
 from harmony.data.shards import Shards, make_shards, predictor
+from harmony.data.sources.decisions import apply_decisions, decisions_file, list_kept, read_decisions
 from harmony.data.sources.files import split_folder
 from harmony.data.sources.open_images.captions import find_uncaptioned, set_captions
-from harmony.data.sources.open_images.database import import_dataset, rejections, save_views
+from harmony.data.sources.open_images.database import (
+    import_dataset,
+    note_work,
+    rejections,
+    save_views,
+    show_decisions,
+)
 from harmony.data.sources.open_images.layout import Split
 from harmony.data.sources.open_images.pixel_facts import look_at_pixels
 from harmony.data.sources.open_images.rows import export_rows, write_index
@@ -89,12 +96,16 @@ class Preparation(Shards):
         selection, folder = self.source.select(self.recipe, self.folder), self.folder
         ids, splits = selection.rules.image_ids, self.recipe["splits"]
         places = [*self.source.places(selection.root, splits), *([Path(ids)] if isinstance(ids, str) else [])]
-        write_stamps(folder, places)  # before a picture is read
+        write_stamps(folder, [*places, decisions_file(folder)])  # before a picture is read
+        decisions = read_decisions(decisions_file(folder))
+        selection = apply_decisions(selection, decisions)
         write_selection(selection, folder)
         for path, number in selection.damage_counts.items():
             print(f"{path}: {number} damaged rows skipped (a value is missing or unreadable, or the line is cut)")
         dataset = import_dataset(self.recipe["name"], selection)
-        look_at_pixels(dataset, selection.rules, folder)
+        note_work(dataset, folder)
+        look_at_pixels(dataset, selection.rules, folder, list_kept(decisions))
+        show_decisions(dataset, decisions)
         save_views(dataset)
         table = reject(selection.table, rejections(dataset))
         write_selection(selection, folder, table)

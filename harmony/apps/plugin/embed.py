@@ -1,0 +1,96 @@
+"""The operator that embeds pictures by the backbone's CLIP: a map of the dataset, and search by similarity."""
+
+from importlib.util import find_spec
+
+import fiftyone as fo
+import fiftyone.brain as fob
+import fiftyone.operators as foo
+import numpy as np
+from fiftyone.operators import types
+from fiftyone.operators.operator import RiskLevel
+from hydra.utils import instantiate
+
+from harmony.apps.plugin.harmonize import MODEL, compose_options, list_models
+from harmony.apps.plugin.samples import ComposeOperator, ask_choice, check_choice, flatten, name_samples, read_param
+from harmony.cli.run_folder import device
+from harmony.core.errors import UserError
+from harmony.metrics.similarity import Clip
+from harmony.models.clip import clip_of
+from harmony.pixels.color_profiles import read_in_space
+
+BATCH = 32  # pictures at a time
+METHODS = ("pca", "tsne", "umap")  # of drawing the map
+FEWEST = 3  # pictures that a map can be made of
+MAP, SIMILARITY = "clip_map", "clip_similarity"  # brain keys
+
+
+class Embed(ComposeOperator):
+    """Embeds the pictures of the view, for the App's panel of embeddings and its sorting by similarity."""
+
+    @property
+    def config(self) -> foo.OperatorConfig:
+        """How the App shows the operator."""
+        return foo.OperatorConfig(
+            name="embed",
+            label="Map and sort by CLIP",
+            description="Embed the pictures by the backbone's CLIP, for the embeddings panel and sorting by similarity",
+            icon="scatter_plot",
+            allow_delegated_execution=True,
+            risk_level=RiskLevel.MEDIUM,
+        )
+
+    def resolve_input(self, ctx: foo.ExecutionContext) -> types.Property:
+        """The form: by which backbone, and how the map is drawn."""
+        inputs = types.Object()
+        ask_choice(inputs, "model", list_models(), MODEL, "Backbone")
+        ask_choice(inputs, "method", METHODS, METHODS[0], "Map", description="umap wants the package umap-learn")
+        return types.Property(inputs, view=types.View(label="Embed the pictures of the current view"))
+
+    def run(self, ctx: foo.ExecutionContext) -> str:
+        """Embed, and store both results in the dataset; pictures that cannot be read are named."""
+        method = check_choice(read_param(ctx, "method", METHODS[0]), METHODS)
+        if method == "umap" and not find_spec("umap"):
+            raise UserError("method umap wants the package umap-learn: pip install umap-learn, or choose pca")
+        cfg = compose_options({"model": ctx.params.get("model")})
+        backbone = instantiate(cfg.model).to(device())
+        if (clip := clip_of(backbone)) is None:
+            raise UserError(f"backbone {backbone.name} has no CLIP image tower: choose another one")
+        view = flatten(ctx.view)
+        embeddings, failures = embed_pictures(ctx, view, clip)
+        if len(embeddings) < FEWEST:
+            raise UserError(f"{len(embeddings)} pictures that can be read: a map needs {FEWEST} at least")
+        view = view.select(list(embeddings), ordered=True)
+        store_results(ctx.dataset, view, np.stack(list(embeddings.values())), method)
+        ctx.ops.reload_dataset()
+        rest = f"; cannot be read {name_samples(failures)}" if failures else ""
+        return f"{len(embeddings)} pictures embedded by {clip.name} of {backbone.name}: {MAP}, {SIMILARITY}{rest}"
+
+
+def embed_pictures(
+    ctx: foo.ExecutionContext, view: fo.DatasetView, clip: Clip
+) -> tuple[dict[str, np.ndarray], list[str]]:
+    """The embedding of each sample by its id, and the paths of those that cannot be read."""
+    paths, embeddings, failures = dict(zip(*view.values(["id", "filepath"]), strict=True)), {}, []
+    ids = list(paths)
+    for n in range(0, len(ids), BATCH):
+        ctx.set_progress(n / len(ids), f"{n} of {len(ids)} pictures")
+        pictures = {}
+        for id_ in ids[n : n + BATCH]:
+            try:
+                pictures[id_] = read_in_space(paths[id_], None).pixels
+            except UserError:
+                failures.append(paths[id_])
+        if pictures:
+            rows = clip.images(list(pictures.values())).cpu().numpy()
+            embeddings |= dict(zip(pictures, rows, strict=True))
+    return embeddings, failures
+
+
+def store_results(dataset: fo.Dataset, view: fo.DatasetView, embeddings: np.ndarray, method: str) -> None:
+    """Store the map and the index of a view in place of those that are there."""
+    for key in {MAP, SIMILARITY} & set(dataset.list_brain_runs()):
+        dataset.delete_brain_run(key)
+    common = {"embeddings": embeddings, "progress": False}
+    perplexity = {"perplexity": min(30, len(embeddings) - 1)} if method == "tsne" else {}
+    fob.compute_visualization(view, method=method, brain_key=MAP, seed=0, verbose=False, **common, **perplexity)
+    fob.compute_similarity(view, brain_key=SIMILARITY, backend="sklearn", **common)
