@@ -13,8 +13,18 @@ from typing import TYPE_CHECKING
 from hydra.utils import get_class, instantiate
 from omegaconf import DictConfig, OmegaConf
 
+from harmony.cli.artifacts import Artifact, manifest_artifact, model_artifact
 from harmony.cli.command import entry
-from harmony.cli.logger import Artifact, build_logger, log_artifacts, log_page, log_samples, log_table
+from harmony.cli.logger import (
+    as_one_line,
+    build_logger,
+    close_logger,
+    is_wandb,
+    log_artifacts,
+    log_page,
+    log_pictures,
+    log_table,
+)
 from harmony.cli.methods import build, complete, row_facts, row_override
 from harmony.cli.provenance import provenance
 from harmony.cli.run_folder import device, make_folder, rank, run_folder, world
@@ -23,7 +33,8 @@ from harmony.data.preparation import ensure
 from harmony.evaluation.report import Report
 
 if TYPE_CHECKING:
-    from harmony.evaluation.study import Study, StudyRun
+    from harmony.evaluation.study import Study
+    from harmony.methods.method import Method
 
 
 def protocol(cfg: DictConfig) -> str:
@@ -33,8 +44,11 @@ def protocol(cfg: DictConfig) -> str:
     return f"{solver} {cfg.steps} steps{guidance}, seed {cfg.seed}"
 
 
-def study(cfg: DictConfig, folder: Path) -> "Study":
-    """The study that the configuration names, ready to be measured."""
+def study(cfg: DictConfig, folder: Path, nodes: list[dict]) -> "Study":
+    """The study that the configuration names, ready to be measured.
+
+    ``nodes`` is filled with the configurations of the methods and judges that it builds.
+    """
     from harmony.evaluation.study import StudyRun
     from harmony.models.shipped import check_places
     from harmony.sampling.guidance import Settings
@@ -45,9 +59,14 @@ def study(cfg: DictConfig, folder: Path) -> "Study":
         cfg.clip, cfg.evaluator, OmegaConf.to_container(cfg.metrics), rank(), world(), device(),
         prepare=lambda: ensure(recipe, cfg.model.path, cfg.paths.work),
         load=lambda: instantiate(cfg.model).to(device()),
-        build=lambda options: build(complete(cfg, options), run.backbone),
-        method=lambda: build(cfg.method, run.backbone),
+        build=lambda options: build_node(complete(cfg, options)),
+        method=lambda: build_node(OmegaConf.to_container(cfg.method, resolve=True)),
     )  # fmt: skip
+
+    def build_node(node: dict) -> "Method":
+        nodes.append(node)
+        return build(node, run.backbone)
+
     options = OmegaConf.to_container(cfg.study, resolve=True)
     if "rows" in options:
         options["rows"] = {name: row_facts(name, node) for name, node in cfg.study.rows.items()}
@@ -55,6 +74,7 @@ def study(cfg: DictConfig, folder: Path) -> "Study":
         options["sweep"] = row_facts("sweep", cfg.study.sweep) or None
         for facts in (*options["rows"].values(), options["sweep"]):
             check_places((facts or {}).get("options", {}))
+    nodes += [{"evaluator": judge} for judge in (options.get("evaluators") or {}).values()]
     return get_class(options.pop("_target_"))(run, **options)
 
 
@@ -72,11 +92,12 @@ def main(cfg: DictConfig) -> None:
     if cfg.inputs is not None:
         if rank() == 0:
             inputs = make_folder(cfg.inputs)
-            study(cfg, inputs).write_inputs(inputs)
+            study(cfg, inputs, []).write_inputs(inputs)
             print(inputs)
         return
     folder = run_folder(cfg)
-    measurement = study(cfg, folder)
+    nodes: list[dict] = []
+    measurement = study(cfg, folder, nodes)
     report = measurement.measure()
     if rank() > 0:
         return
@@ -84,8 +105,10 @@ def main(cfg: DictConfig) -> None:
     write_json(folder / "provenance.json", provenance(cfg, **facts))
     config = (folder / "config.yaml").read_text(encoding="utf-8")
     page = write_page(folder, f"{cfg.name} {folder.name}", report.text, config, report.rows, facts["count"])
-    log(cfg, measurement.run, report, page)
     write_json(folder / "metrics.json", report.figures)
+    if is_wandb(cfg):
+        with as_one_line():
+            log(cfg, folder, report, page, list_inputs(cfg, measurement, report, nodes))
     print(f"\n{report.text}")
     print(folder, page, *report.pictures, sep="\n")
 
@@ -95,39 +118,29 @@ def number(cell: str) -> float | None:
     return float(cell) if cell else None
 
 
-def list_artifacts(cfg: DictConfig, run: "StudyRun", report: Report) -> list[Artifact]:
-    """What the figures were made of, for W&B: the manifest if any, and the networks of all rows that lie here."""
-    from harmony.models.shipped import list_weights
+def list_inputs(cfg: DictConfig, measurement: "Study", report: Report, nodes: list[dict]) -> list[Artifact]:
+    """What the figures were made of, for W&B: the manifest if any, and the networks in ``nodes`` that lie here."""
+    from harmony.models.shipped import list_networks
 
-    nodes = {**cfg.study.get("rows", {}), "sweep": cfg.study.get("sweep")}
-    rows = [options for name, node in nodes.items() if (options := row_facts(name, node).get("options"))]
-    networks: dict[str, Path] = {}
-    for options in rows or [cfg.method]:
-        networks |= list_weights(options)
-    manifests = [run.manifest] if "manifest" in report.facts else []
-    artifacts = [Artifact(cfg.dataset.name, "dataset", {path.name: path}) for path in manifests]
-    return artifacts + [Artifact(name, "model", {"": folder}) for name, folder in networks.items()]
+    manifests = [measurement.run.manifest] if "manifest" in report.facts else []
+    folders = dict.fromkeys(folder.resolve() for node in nodes for folder in list_networks(node))
+    return [*(manifest_artifact(cfg.dataset.name, path) for path in manifests), *map(model_artifact, folders)]
 
 
-def log(cfg: DictConfig, run: "StudyRun", report: Report, page: Path) -> None:
-    """The same to W&B, where that is the logger: the figures, their table, pictures, and what they were made of.
-
-    Figures are pictures of their own beside the table of samples, the pictures of which an older W&B does not send.
-    """
+def log(cfg: DictConfig, folder: Path, report: Report, page: Path, inputs: list[Artifact]) -> None:
+    """The same to W&B, where that is the logger: figures, tables, pictures, and what they were made of."""
     logger = build_logger(cfg, "evaluate")
-    if not hasattr(logger, "log_table"):
-        return
     logger.log_metrics(report.figures)
-    if (run.folder / "table.csv").exists():
-        with open(run.folder / "table.csv", newline="") as file:
+    if (folder / "table.csv").exists():
+        with open(folder / "table.csv", newline="") as file:
             head, *rows = csv.reader(file)
         log_table(logger, "table", head, [[name, *map(number, cells)] for name, *cells in rows])
-    for picture in report.pictures:
+    for picture in report.pictures:  # W&B offline keeps pictures in a table apart from the rest
         logger.log_image(picture.stem, [str(picture)])
     log_page(logger, page)
-    log_samples(logger, report.rows, report.samples)
-    log_artifacts(logger, list_artifacts(cfg, run, report), [])
-    logger.experiment.finish()
+    log_pictures(logger, {row.id: row.pictures for row in report.rows}, report.samples)
+    log_artifacts(logger, inputs, [])
+    close_logger(logger)
 
 
 if __name__ == "__main__":

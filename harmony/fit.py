@@ -12,8 +12,9 @@ from hydra.utils import instantiate
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from omegaconf import DictConfig, OmegaConf
 
+from harmony.cli.artifacts import Artifact, latents_artifact, manifest_artifact, model_artifact
 from harmony.cli.command import entry, literal
-from harmony.cli.logger import Artifact, build_logger, log_artifacts, log_page, log_samples
+from harmony.cli.logger import as_one_line, build_logger, close_logger, log_artifacts, log_page, log_pictures
 from harmony.cli.provenance import provenance
 from harmony.cli.run_folder import rank, run_folder
 from harmony.core.errors import UserError
@@ -25,6 +26,7 @@ from harmony.data.shards import hand_over, predictor
 from harmony.evaluation.pages import read_grids, write_page
 from harmony.evaluation.report import Report
 from harmony.models.backbone import DIFFUSION
+from harmony.models.shipped import find_exports
 from harmony.training.callbacks import AtomicCheckpoints, list_callbacks, read_last_metrics, read_validation
 from harmony.training.checkpoints import Facts, checkpoint_name, describe, restore_best
 from harmony.training.schedule import find_timer
@@ -144,11 +146,11 @@ def measure(cfg: DictConfig, task: Task) -> Report:
 
 
 def draw_page(cfg: DictConfig, folder: Path, report: Report, figures: dict[str, float]) -> Path:
-    """Write the page of a training: its report, its ``figures``, the pictures of both."""
+    """Write the page of a training: the pictures measured at its end, or its grids, and its ``figures``."""
     lines = ["| training | |", "|---|---|", *(f"| {name} | {value:.4g} |" for name, value in sorted(figures.items()))]
     text, config = "\n".join([report.text, *lines]), (folder / "config.yaml").read_text(encoding="utf-8")
-    count = report.facts.get("count", len(report.rows))
-    return write_page(folder, f"{cfg.name} {folder.name}", text, config, report.rows, count)
+    rows = report.rows or read_grids(folder / "grids")
+    return write_page(folder, f"{cfg.name} {folder.name}", text, config, rows, report.facts.get("count", len(rows)))
 
 
 def data_facts(cfg: DictConfig, data: lightning.LightningDataModule) -> dict:
@@ -156,22 +158,22 @@ def data_facts(cfg: DictConfig, data: lightning.LightningDataModule) -> dict:
     return {"pictures": data.hashes()} if hasattr(data, "hashes") else {"manifest": manifest_hash(cfg.data.manifest)}
 
 
-def data_artifacts(cfg: DictConfig, data: lightning.LightningDataModule) -> list[Artifact]:
-    """What the run was trained on, for W&B: the manifest, and what describes its latent caches."""
+def list_inputs(cfg: DictConfig, data: lightning.LightningDataModule) -> list[Artifact]:
+    """What the run was trained on, for W&B: the manifest if any, and its latent caches."""
     if (path := cfg.data.get("manifest")) is None:
         return []
-    artifacts = [Artifact(cfg.dataset.name, "dataset", {Path(path).name: Path(path)})]
-    if indices := getattr(data, "indices", None):
-        names = {f"{split}.json": index for split, index in indices.items()}
-        artifacts.append(Artifact(f"{cfg.dataset.name}-latents", "cache", names))
-    return artifacts
+    artifacts, indices = [manifest_artifact(cfg.dataset.name, Path(path))], getattr(data, "indices", None)
+    return artifacts + ([latents_artifact(cfg.dataset.name, indices)] if indices else [])
 
 
-def export_artifacts(cfg: DictConfig, folder: Path, checkpoint: Facts) -> list[Artifact]:
-    """What the run has exported, for W&B; nothing for a part of a backbone, which goes into its backbone's folder."""
-    export = folder / "export"
-    name, facts = cfg.name or "unnamed", {"run": folder.name, "checkpoint": checkpoint}
-    return [Artifact(name, "model", {"": export}, facts, [checkpoint["kind"]])] if export.is_dir() else []
+def log_end(cfg: DictConfig, trainer: lightning.Trainer, report: Report, page: Path, checkpoint: Facts) -> None:
+    """Give the logger what there is at the end of a run."""
+    logger, folder = trainer.logger, page.parent
+    log_page(logger, page)
+    log_pictures(logger, {row.id: row.pictures for row in report.rows}, report.samples)
+    facts = {"run": folder.name, "checkpoint": checkpoint}
+    models = [model_artifact(network, facts, [checkpoint["kind"]]) for network in find_exports(folder)]
+    log_artifacts(logger, list_inputs(cfg, trainer.datamodule), models)
 
 
 @entry("fit", read=overrides)
@@ -197,7 +199,7 @@ def main(cfg: DictConfig) -> None:
     task.eval().requires_grad_(False).to(task.home)  # Lightning has moved it to the CPU
     task.export(folder / "export")
     tell(f"exported checkpoint: {describe(checkpoint)}")
-    report = measure(cfg, task) if cfg.evaluate is not None else Report(rows=read_grids(folder / "grids"))
+    report = measure(cfg, task) if cfg.evaluate is not None else Report()
     page = draw_page(cfg, folder, report, figures)
     figures |= report.figures
     backbone = instantiate(cfg.model)
@@ -205,17 +207,12 @@ def main(cfg: DictConfig) -> None:
     facts |= data_facts(cfg, trainer.datamodule)
     facts |= {"checkpoint": checkpoint, "wall_time_s": round(time.monotonic() - start, 1)}
     write_json(folder / "provenance.json", provenance(cfg, **precision, **facts))
-    if trainer.logger is not None:
-        trainer.logger.log_metrics(figures, step=trainer.global_step)
-        log_page(trainer.logger, page)
-        if report.samples:
-            log_samples(trainer.logger, report.rows, report.samples)
-        used, results = data_artifacts(cfg, trainer.datamodule), export_artifacts(cfg, folder, checkpoint)
-        log_artifacts(trainer.logger, used, results)
-        trainer.logger.finalize("success")
-        if hasattr(trainer.logger.experiment, "finish"):  # W&B: flush, and let a sweep's next run be one of its own
-            trainer.logger.experiment.finish()
     write_json(folder / "metrics.json", figures)
+    if trainer.logger is not None:
+        with as_one_line():
+            trainer.logger.log_metrics(figures, step=trainer.global_step)
+            log_end(cfg, trainer, report, page, checkpoint)
+        close_logger(trainer.logger)
     grids = sorted((folder / "grids").glob("*.png"))
     print(f"\n{report.text}\n{folder}" if report.text else folder)  # last, below what the logger has to say
     print(page, *grids[-1:], sep="\n")

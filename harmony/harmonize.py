@@ -59,7 +59,7 @@ def folder_of(cfg: DictConfig) -> Path:
 def main(cfg: DictConfig) -> None:
     """Harmonize one composite or a folder of them; every run writes a folder of its own."""
     from harmony.evaluation.eval_sets import subsample
-    from harmony.evaluation.pages import ROWS, write_page
+    from harmony.evaluation.pages import ROWS, PageRow, write_page
     from harmony.methods.inputs import PICTURES, list_composites, read_inputs
     from harmony.methods.runs import Inserter, Request
     from harmony.models.shipped import check_places
@@ -93,7 +93,7 @@ def main(cfg: DictConfig) -> None:
     sheet, results = inserter.run_folder(requests, cfg.batch)
     write_image(folder / "sheet.png", sheet)
     figures = {"composites": len(results), "left_out": len(items) - len(results) + len(incomplete_ids)}
-    rows = ((name, request.read_pictures()) for name, request in subsample(list(results.items()), ROWS))
+    rows = (PageRow(name, request.read_pictures(), name) for name, request in subsample(list(results.items()), ROWS))
     text = f"{figures['composites']} composites, {figures['left_out']} left out\n{method.describe()}"
     config = OmegaConf.to_yaml(cfg, resolve=True)
     page = write_page(folder, f"harmonize {folder.name}", text, config, rows, len(results))

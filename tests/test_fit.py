@@ -119,14 +119,13 @@ def test_the_run_folder_holds_everything(finished, random_backbone, work, wandb_
     while stored.stat().st_size <= 1000 and time.monotonic() < end:
         time.sleep(0.5)
     assert stored.stat().st_size > 1000, "W&B offline writes real files, inside the run folder"
-    records = [r.artifact for r in wandb_records(folder) if r.WhichOneof("record_type") == "artifact"]
-    found = {
-        (a.type, a.name, a.use_after_commit): {c.path: Path(c.local_path) for c in a.manifest.contents} for a in records
-    }
-    assert found[("dataset", "studio", True)].keys() == {"manifest.jsonl"}
-    caches = found[("cache", "studio-latents", True)]
+    artifacts = [r.artifact for r in wandb_records(folder) if r.WhichOneof("record_type") == "artifact"]
+    files = {(a.name, a.use_after_commit): {c.path: Path(c.local_path) for c in a.manifest.contents} for a in artifacts}
+    assert files[("studio-manifest", True)].keys() == {"manifest.jsonl"}
+    caches = files[("studio-latents", True)]
     assert [json.loads(path.read_text())["description"]["crop"] for path in caches.values()] == ["jitter", "center"]
-    assert "controlnet/diffusion_pytorch_model.safetensors" in found[("model", "color", False)]
+    names = {"config.json", "diffusion_pytorch_model.safetensors", "hint.json"}
+    assert files[(f"color-{random_backbone.name}-model", False)].keys() == names
     assert not [path for path in folder.rglob("*") if "partial" in path.name]
 
 

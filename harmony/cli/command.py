@@ -32,6 +32,7 @@ from harmony.cli.explain import (
     refuse_parallel_sweep,
 )
 from harmony.cli.help import help_text
+from harmony.cli.logger import check_wandb
 from harmony.cli.run_folder import made, rank, remove_made
 from harmony.cli.values import check_groups, check_values, flatten
 from harmony.core.errors import UserError
@@ -108,6 +109,7 @@ def run(
             refuse_missing(cfg)
             check_options(cfg, name, choices, config_dir)
             refuse_logger(cfg)
+            check_wandb(cfg)
             task(cfg)
         except Exception as error:
             raise _Leave from error

@@ -1,39 +1,57 @@
-"""The experiment logger of a command, and what W&B gets beside figures: pages, tables with pictures, artifacts."""
+"""The experiment logger of a command, and what W&B gets beside figures: the page, tables, artifacts."""
 
 import os
-import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 
+from harmony.cli.artifacts import Artifact, mark_input, to_wandb
+from harmony.core.errors import UserError
+from harmony.core.progress import tell
+
 if TYPE_CHECKING:
     from lightning.pytorch.loggers import Logger
     from wandb import Run
 
 # W&B's own switch, which comes before logger.offline: its values, and what they mean for it.
-OFFLINE = {"offline": True, "dryrun": True, "online": False, "run": False}
-WEIGHTS = ".safetensors"
+OFFLINE = {"offline": True, "dryrun": True, "online": False, "run": False, "shared": False}
+DISABLED = "disabled"
+# options of the logger that are null until W&B's own variables, or these values, set them
+VARIABLES = {"project": "WANDB_PROJECT", "entity": "WANDB_ENTITY", "name": "WANDB_NAME", "group": "WANDB_RUN_GROUP"}
+PROJECT = "harmony"
 TAG = 64  # characters of a tag, which W&B takes
+NAME = 128  # characters of a name
 
 
-@dataclass(frozen=True)
-class Artifact:
-    """Files that a run used or made, as W&B shows them with their lineage.
+def is_wandb(cfg: DictConfig) -> bool:
+    """Whether a configuration logs to W&B."""
+    is_there = str(OmegaConf.select(cfg, "logger._target_") or "").endswith("WandbLogger")
+    return is_there and os.environ.get("WANDB_MODE") != DISABLED
 
-    ``kind``: dataset, cache or model; ``files``: name -> a file, or a folder with all that is in it; ``facts``: what
-    is shown of it; ``aliases``: beside ``latest``.
-    """
 
-    name: str
-    kind: str
-    files: Mapping[str, Path]
-    facts: Mapping[str, Any] = field(default_factory=dict)
-    aliases: Sequence[str] = ()
+def is_offline(cfg: DictConfig) -> bool:
+    """Whether W&B writes files alone. UserError for a WANDB_MODE that W&B does not know."""
+    mode = os.environ.get("WANDB_MODE", "")
+    if mode and mode not in OFFLINE:
+        raise UserError(f"WANDB_MODE={mode}: choose one of {', '.join((*OFFLINE, DISABLED))}, or unset it")
+    return OFFLINE.get(mode, bool(cfg.logger.offline))
+
+
+def check_wandb(cfg: DictConfig) -> None:
+    """UserError where W&B is to log online and nobody is logged in; asked before anything is done."""
+    if not is_wandb(cfg) or is_offline(cfg):
+        return
+    import wandb
+
+    try:
+        wandb.login()
+    except (wandb.Error, ValueError) as error:
+        line = str(error).splitlines()[0]
+        raise UserError(f"W&B lets nobody in ({line}): run `wandb login`, or leave out logger.offline=false") from None
 
 
 def build_logger(cfg: DictConfig, job: str) -> "Logger":
@@ -43,18 +61,16 @@ def build_logger(cfg: DictConfig, job: str) -> "Logger":
     told to be quiet where it is offline: everything it says is in the run folder. With WANDB_MODE=disabled nothing is
     logged and no folder is written.
     """
-    if not cfg.logger._target_.endswith("WandbLogger"):
-        return instantiate(cfg.logger)
-    mode = os.environ.get("WANDB_MODE", "")
-    if mode == "disabled":
-        return instantiate({"_target_": "lightning.pytorch.loggers.logger.DummyLogger"})
-    folder = Path(cfg.paths.run)
-    options: dict[str, Any] = {"offline": OFFLINE.get(mode, cfg.logger.offline), "job_type": job}
-    options["name"] = cfg.logger.name or f"{folder.parent.name}/{folder.name}"
-    own = (cfg.dataset.name, Path(str(cfg.model.path)).name)
-    options["tags"] = [str(tag)[:TAG] for tag in (*own, *(cfg.logger.tags or ()))]
-    if "WANDB_RUN_ID" not in os.environ and (known := find_id(folder)):
-        options["id"] = known
+    if not is_wandb(cfg):
+        is_dummy = os.environ.get("WANDB_MODE") == DISABLED
+        return instantiate({"_target_": "lightning.pytorch.loggers.logger.DummyLogger"} if is_dummy else cfg.logger)
+    folder, options = Path(cfg.paths.run), {"offline": is_offline(cfg), "tags": list_tags(cfg)}
+    own = {"project": PROJECT, "name": f"{folder.parent.name}/{folder.name}", "group": folder.parent.name}
+    for option, variable in VARIABLES.items():
+        value = OmegaConf.select(cfg.logger, option) or os.environ.get(variable) or own.get(option)
+        options[option] = value and str(value)[:NAME]
+    options["job_type"] = os.environ.get("WANDB_JOB_TYPE") or job
+    options["id"] = os.environ.get("WANDB_RUN_ID") or find_id(folder)
     if options["offline"]:
         os.environ.setdefault("WANDB_SILENT", "true")
     logger = instantiate(cfg.logger, **options)
@@ -63,10 +79,17 @@ def build_logger(cfg: DictConfig, job: str) -> "Logger":
     return logger
 
 
+def list_tags(cfg: DictConfig) -> list[str]:
+    """The tags of a run: dataset, backbone, those of the configuration and of W&B's own variable."""
+    tags = [cfg.dataset.name, Path(str(cfg.model.path)).name, *(cfg.logger.tags or ())]
+    tags += os.environ.get("WANDB_TAGS", "").split(",")
+    return list(dict.fromkeys(str(tag).strip()[:TAG] for tag in tags if str(tag or "").strip()))
+
+
 def find_id(folder: Path) -> str | None:
     """The id of the run of W&B that began in a run folder; None where none did."""
-    runs = sorted((folder / "wandb").glob("*run-*-*"))
-    return runs[-1].name.rpartition("-")[2] if runs else None
+    files = sorted((folder / "wandb").glob("*run-*/run-*.wandb"), key=lambda file: file.parent.name)
+    return files[-1].stem.removeprefix("run-") if files else None
 
 
 def run_of(logger: "Logger | None") -> "Run | None":
@@ -75,8 +98,18 @@ def run_of(logger: "Logger | None") -> "Run | None":
 
 
 @contextmanager
-def staged_in(folder: str | os.PathLike) -> Iterator[None]:
-    """W&B keeps copies of files until they are sent: in this folder rather than in the user's home."""
+def as_one_line() -> Iterator[None]:
+    """What W&B refuses at the end of a run is one line: the run is complete without it."""
+    try:
+        yield
+    except Exception as error:
+        tell(f"W&B did not take everything ({type(error).__name__}: {str(error).splitlines()[0][:200]}); "
+             "the run folder has it all")  # fmt: skip
+
+
+@contextmanager
+def stage_in(folder: str | os.PathLike) -> Iterator[None]:
+    """Let W&B keep copies of files, until it sends them, in this folder rather than in the user's home."""
     if "WANDB_DATA_DIR" in os.environ:
         yield
         return
@@ -96,71 +129,52 @@ def log_page(logger: "Logger | None", page: Path) -> None:
 
 
 def log_table(logger: "Logger | None", name: str, columns: Sequence[str], rows: Iterable[Sequence[Any]]) -> None:
-    """Log a table to W&B, where that is the logger."""
+    """Log a table to W&B, where that is the logger; cells may be missing (None)."""
     if run := run_of(logger):
         import wandb
 
-        with staged_in(Path(logger.save_dir) / "wandb"):
+        with stage_in(Path(logger.save_dir) / "wandb"):
             run.log({name: wandb.Table(columns=list(columns), data=list(rows), allow_mixed_types=True)})
 
 
-def log_samples(
-    logger: "Logger | None", rows: Iterable[tuple[str, Mapping[str, Any]]], samples: Mapping[str, Mapping[str, Any]]
+def log_pictures(
+    logger: "Logger | None", pictures: Mapping[str, Mapping[str, Any]], samples: Mapping[str, Mapping[str, Any]]
 ) -> None:
     """Log the table ``pictures`` to W&B, where that is the logger: a row a picture, by whose ids runs can be joined.
 
-    ``rows``: (title, {column -> picture uint8 H x W x 3}) of some pictures; ``samples``: title -> ``id``, ``caption``
-    and figures of all pictures that have figures of their own; else the title is the id.
+    ``pictures``: id -> {column -> picture uint8 H x W x 3}, of some; ``samples``: id -> ``caption`` and figures, of
+    all that have any.
     """
-    shown = dict(rows)
-    titles = list(dict.fromkeys((*samples, *shown)))
-    if run_of(logger) is None or not titles:
+    ids = list(dict.fromkeys((*samples, *pictures)))
+    if run_of(logger) is None or not ids:
         return
     import wandb
 
-    facts = {title: {"id": title, **samples.get(title, {})} for title in titles}
-    pictures = list(dict.fromkeys(name for row in shown.values() for name in row))
-    texts = [name for name in ("id", "caption") if any(name in row for row in facts.values())]
-    figures = sorted({name for row in facts.values() for name in row} - {*texts})
-    for title, row in shown.items():
-        facts[title] |= {name: wandb.Image(picture) for name, picture in row.items()}
-    columns = [*texts, *pictures, *figures]
-    log_table(logger, "pictures", columns, [[row.get(name) for name in columns] for row in facts.values()])
+    rows = {key: {"id": key, **samples.get(key, {})} for key in ids}
+    for key, row in pictures.items():
+        rows[key] |= {column: wandb.Image(picture) for column, picture in row.items()}
+    texts = [name for name in ("id", "caption") if any(name in row for row in rows.values())]
+    titles = list(dict.fromkeys(title for row in pictures.values() for title in row))
+    figures = sorted({name for row in rows.values() for name in row} - {*texts, *titles})
+    columns = [*texts, *titles, *figures]
+    log_table(logger, "pictures", columns, [[row.get(name) for name in columns] for row in rows.values()])
 
 
-def log_artifacts(logger: "Logger | None", used: Iterable[Artifact], results: Iterable[Artifact]) -> None:
-    """Tell W&B, where that is the logger, what a run ``used`` and what came of it."""
+def log_artifacts(logger: "Logger | None", inputs: Iterable[Artifact], results: Iterable[Artifact]) -> None:
+    """Tell W&B, where that is the logger, what a run was made of and what came of it."""
     run = run_of(logger)
     if run is None:
         return
-    with staged_in(Path(logger.save_dir) / "wandb"):
-        for each in used:
-            use(run, to_wandb(each))
-        for each in results:
-            run.log_artifact(to_wandb(each), aliases=["latest", *each.aliases])
+    with stage_in(Path(logger.save_dir) / "wandb"):
+        for artifact in inputs:
+            mark_input(run, to_wandb(artifact))
+        for artifact in results:
+            run.log_artifact(to_wandb(artifact), aliases=["latest", *artifact.aliases])
 
 
-def to_wandb(artifact: Artifact) -> Any:
-    """An artifact as W&B's own object. Weights are not copied: W&B reads them where they lie when it sends them."""
-    import wandb
-
-    title = re.sub(r"[^\w.-]+", "-", artifact.name)
-    result = wandb.Artifact(title, artifact.kind, metadata=dict(artifact.facts))
-    for place, path in artifact.files.items():
-        files = [path] if path.is_file() else sorted(file for file in path.rglob("*") if file.is_file())
-        for file in files:
-            name = str(Path(place) / file.relative_to(path)) if path.is_dir() else place
-            keep = {"policy": "immutable", "skip_cache": True} if file.suffix == WEIGHTS else {}
-            result.add_file(str(file.resolve()), name, **keep)
-    return result
-
-
-def use(run: "Run", artifact: Any) -> None:
-    """Note that a run depends on an artifact.
-
-    The public ``use_artifact`` refuses to work offline, so there the record is written that it writes itself.
-    """
-    if not run.settings._offline:
-        run.use_artifact(artifact)
-    elif hasattr(run, "_log_artifact"):
-        run._log_artifact(artifact, aliases=["latest"], is_user_created=True, use_after_commit=True)
+def close_logger(logger: "Logger") -> None:
+    """End the run of a logger; W&B sends what is left, and the next run of this process is one of its own."""
+    with as_one_line():
+        logger.finalize("success")
+        if run := run_of(logger):
+            run.finish()

@@ -76,7 +76,7 @@ class Composites(torch.utils.data.Dataset):
         self.seed, rows = seed, read_split(manifest, split)
         recipe, root = Recipe(crop=crop, mismatch=1.0, seed=seed), Path(manifest).parent
         progress = Progress(f"reading {split}", len(rows), "pictures")
-        self.examples, self.has_relit = [], []
+        self.examples, self.has_relit, self.ids = [], [], [row.id for row in rows]
         for row in rows:
             square = example(row, root, recipe, side)
             self.examples.append((square.image, square.mask, square.instance))

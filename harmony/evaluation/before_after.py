@@ -74,7 +74,7 @@ def before_and_after(
     tell(f"evaluating on {len(items)} {items.name} pictures, before and after: {protocol}; fid on {fidelity.protocol}")
     outputs = [fill_set(items, method, seed, what) for what, method in (("before", before), ("after", after))]
     old, new = (fidelity.measure(images) for images in outputs)
-    samples = list_samples(items, {"baseline": old.rows, "output": new.rows})
+    samples = list_samples(items.names, items.captions, {"baseline": old.rows, "output": new.rows})
     facts = {"protocol": fidelity.protocol, "count": len(items)}
     figures = {f"baseline/{name}": value for name, value in old.means.items()} | new.means
     return Outcome(figures, facts, samples, *outputs)
@@ -107,7 +107,7 @@ def page_rows(items: EvalSet, method: Method, outcome: Outcome) -> list[PageRow]
     part = items.part(few)
     off, on = (paste_outputs(part, [outputs[i] for i in few]) for outputs in (outcome.before, outcome.after))
     columns = {"input": with_holes(part), **views_and_outputs(part, off, method, on), "truth": part.truths}
-    return by_row(part.labels, columns)
+    return by_row(part.names, part.captions, columns)
 
 
 @dataclass

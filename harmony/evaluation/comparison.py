@@ -316,7 +316,8 @@ class Comparison(Study):
                 ruler = self.measures(items)
                 figures, rows_of = self.figures(items, methods, ruler, suffix)
                 table |= figures
-                samples = {label: samples.get(label, {}) | row for label, row in list_samples(items, rows_of).items()}
+                of_items = list_samples(items.names, items.captions, rows_of)
+                samples = {key: samples.get(key, {}) | row for key, row in of_items.items()}
                 columns |= self.columns(items, methods, few, suffix)
         if run.rank > 0:
             return Report()
@@ -331,7 +332,8 @@ class Comparison(Study):
         facts = {"protocol": ruler.protocol, "count": len(full), "methods": prints}
         facts |= {"manifest": manifest_hash(run.manifest)}
         files = self.draw(full.name, table, {title: subsample(column, EXAMPLES) for title, column in columns.items()})
-        return Report(flat(table), facts, text, files, by_row(part.labels, columns), samples)
+        rows = by_row(part.names, part.captions, columns)
+        return Report(flat(table), facts, text, files, rows, samples)
 
     def write_inputs(self, folder: Path) -> None:
         if self.eval_set == EXEMPLAR:

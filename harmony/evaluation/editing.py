@@ -353,7 +353,8 @@ class EditingStudy(Study):
         write_text(run.folder / "table.md", text)
         facts = {"protocol": f"clip on {self.clip.name} embeddings", "count": len(self.items), "made_of": self.made_of}
         facts |= {"manifest": sha256(self.file)}
-        return Report(flat(table), facts, text, self.draw(outputs, views), self.page_rows(outputs))
+        samples = {item.cases[0].id: {"caption": item.prompt} for item in self.items} if outputs else {}
+        return Report(flat(table), facts, text, self.draw(outputs, views), self.page_rows(outputs), samples)
 
     def columns(self, few: Sequence[int], outputs: dict[str, np.ndarray]) -> dict[str, list[np.ndarray]]:
         """Title -> a picture for each of the items ``few``: the source, brought back and edited."""
@@ -374,7 +375,8 @@ class EditingStudy(Study):
         rows = []
         for i in subsample(list(range(len(self.items))), PAGE_ROWS) if outputs else ():
             item, columns = self.items[i], self.columns([i], outputs)
-            rows.append((f"{item.cases[0].id}: {item.prompt}", {title: column[0] for title, column in columns.items()}))
+            key, images = item.cases[0].id, {title: column[0] for title, column in columns.items()}
+            rows.append(PageRow(f"{key}: {item.prompt}", images, key))
         return rows
 
     def draw(self, outputs: dict[str, np.ndarray], views_of: dict) -> list[Path]:

@@ -68,9 +68,8 @@ class EvalSet:
         return [c.caption for c in self.composites]
 
     @property
-    def labels(self) -> list[str]:
-        """Name and caption of each item."""
-        return [f"{c.name}: {c.caption}" for c in self.composites]
+    def names(self) -> list[str]:
+        return [c.name for c in self.composites]
 
     @cached_property
     def fingerprint(self) -> str:

@@ -97,12 +97,14 @@ class Fidelity:
         return Figures(means, rows)
 
 
-def list_samples(items: EvalSet, rows_of: Mapping[str, Sequence[Mapping[str, float]]]) -> dict[str, dict]:
-    """The ``samples`` of a report: of each item its name, caption and the figures of ``rows_of``, method -> rows."""
+def list_samples(
+    ids: Sequence[str], captions: Sequence[str], rows_of: Mapping[str, Sequence[Mapping[str, float]]]
+) -> dict[str, dict]:
+    """The ``samples`` of a report: of each id its caption and its figures, ``rows_of`` the methods (method -> rows)."""
     samples = {}
-    for n, (label, c) in enumerate(zip(items.labels, items.composites, strict=True)):
+    for n, (key, caption) in enumerate(zip(ids, captions, strict=True)):
         figures = {f"{name}/{metric}": value for name, rows in rows_of.items() for metric, value in rows[n].items()}
-        samples[label] = {"id": c.name, "caption": c.caption, **figures}
+        samples[key] = {"caption": caption, **figures}
     return samples
 
 

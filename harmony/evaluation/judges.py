@@ -1,5 +1,6 @@
 """The bench of judges: how well an evaluator tells photographs from the same with their object in another light."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -18,6 +19,7 @@ from harmony.models.judge import judge_hash, load_evaluator
 from harmony.pixels.images import from_model
 
 SHOWN = 8  # pairs on the figure
+LIGHTS = ("another light", "as it was taken")  # the two pictures of a pair, by their label
 
 
 @dataclass
@@ -46,7 +48,8 @@ class JudgeStudy(Study):
         judges = {row: load_evaluator(at, run.backbone.device) for row, at in self.evaluators.items()}
         side = run.backbone.resolution
         composites = Composites(run.manifest, run.split, side, "center", run.seed)
-        items = [composites[i, i] for i in subsample(list(range(len(composites))), run.limit)]
+        indices = subsample(list(range(len(composites))), run.limit)
+        items, ids = [composites[i, i] for i in indices], [composites.ids[i] for i in indices]
         pairs = [([from_model(x) for x in item["image"]], item["mask"][0, 0].numpy() > 0) for item in items]
         labels, table, scores = np.tile([0.0, 1.0], len(pairs)), {}, {}
         for row, judge in judges.items():
@@ -63,11 +66,21 @@ class JudgeStudy(Study):
         figure = run.folder / "figure.png"
         pictures(figure, [[pairs[i][0][label] for i in few] for label in (0, 1)], titles)
         facts = {"count": len(pairs), "made_of": {row: judge_hash(at) for row, at in self.evaluators.items()}}
-        rows = [page_row(i, *pairs[i][0], scores) for i in subsample(list(range(len(pairs))), ROWS)]
-        return Report(flat(table), facts | {"manifest": manifest_hash(run.manifest)}, text, [figure], rows)
+        rows = [page_row(i, ids[i], pairs[i][0], scores) for i in subsample(list(range(len(pairs))), ROWS)]
+        samples = {
+            key: {
+                f"{row}/{light}": float(each[2 * i + n])
+                for row, each in scores.items()
+                for n, light in enumerate(LIGHTS)
+            }
+            for i, key in enumerate(ids)
+        }
+        facts |= {"manifest": manifest_hash(run.manifest)}
+        return Report(flat(table), facts, text, [figure], rows, samples)
 
 
-def page_row(i: int, photograph: np.ndarray, other: np.ndarray, scores: dict[str, np.ndarray]) -> PageRow:
-    """Pair ``i`` for the page, named by what each evaluator thinks of its two pictures."""
-    opinions = [f"{row} {each[2 * i + 1]:.2f} and {each[2 * i]:.2f}" for row, each in scores.items()]
-    return f"pair {i + 1}, natural by {', '.join(opinions)}", {"another light": other, "as it was taken": photograph}
+def page_row(i: int, key: str, images: Sequence[np.ndarray], scores: dict[str, np.ndarray]) -> PageRow:
+    """Pair ``i``, of the photograph ``key``, for the page: named by what each evaluator thinks of its two pictures."""
+    opinions = [f"{row} {each[2 * i]:.2f} and {each[2 * i + 1]:.2f}" for row, each in scores.items()]
+    title = f"pair {i + 1}, natural by {', '.join(opinions)}"
+    return PageRow(title, dict(zip(LIGHTS, images, strict=True)), key)

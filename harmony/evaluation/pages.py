@@ -6,6 +6,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from io import BytesIO
 from itertools import groupby
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 from PIL import Image
@@ -14,20 +15,29 @@ from harmony.core.files import PACKAGE, write_text
 from harmony.evaluation.eval_sets import subsample
 from harmony.pixels.images import limit_size, read_image, resize
 
-PageRow = tuple[str, Mapping[str, np.ndarray]]  # the name of a picture; title -> uint8 H x W x 3, the truth last
-
 TEMPLATE = PACKAGE / "assets" / "report.html"
 NAME = "report.html"
-ROWS = 24  # pictures on a page, at most
+ROWS = 24  # rows on a page, at most
 STEPS = 8  # of a training, of which it shows the grids
 SIDE = 1024  # px: longer side of a picture on it; larger ones are shrunk
 SMALL = 128  # px: up to this side a picture keeps every pixel value
 LIMIT = 9_500_000  # characters of all pictures: browsers of phones still take it
 
 
-def by_row(names: Sequence[str], columns: Mapping[str, Sequence[np.ndarray]]) -> list[PageRow]:
-    """The rows of a page from ``columns``, title -> a picture for each name."""
-    return [(name, {title: column[n] for title, column in columns.items()}) for n, name in enumerate(names)]
+class PageRow(NamedTuple):
+    """A row of a page: its title, its pictures (title -> uint8 H x W x 3, the truth last), the id of what they show."""
+
+    title: str
+    pictures: Mapping[str, np.ndarray]
+    id: str
+
+
+def by_row(ids: Sequence[str], captions: Sequence[str], columns: Mapping[str, Sequence[np.ndarray]]) -> list[PageRow]:
+    """The rows of a page from ``columns``, title -> a picture for each id, which its caption goes with."""
+    return [
+        PageRow(f"{key}: {caption}" if caption else key, {title: column[n] for title, column in columns.items()}, key)
+        for n, (key, caption) in enumerate(zip(ids, captions, strict=True))
+    ]
 
 
 def read_grids(folder: Path) -> list[PageRow]:
@@ -38,7 +48,7 @@ def read_grids(folder: Path) -> list[PageRow]:
     rows = []
     for name, steps in files.items():
         few = subsample(steps, STEPS)
-        rows.append((name, {f"step {file.stem.rpartition('_')[2]}": read_image(file) for file in few}))
+        rows.append(PageRow(name, {f"step {file.stem.rpartition('_')[2]}": read_image(file) for file in few}, name))
     return rows
 
 
@@ -78,8 +88,8 @@ def split_cells(line: str) -> list[str]:
 def encode_rows(rows: Iterable[PageRow]) -> list[dict]:
     """The rows for the page, the largest left out until all together are below LIMIT."""
     encoded = [
-        {"name": name, "pictures": [{"title": title, "source": data_uri(y)} for title, y in pictures.items()]}
-        for name, pictures in rows
+        {"name": row.title, "pictures": [{"title": title, "source": data_uri(y)} for title, y in row.pictures.items()]}
+        for row in rows
     ]
     sizes = [sum(len(picture["source"]) for picture in row["pictures"]) for row in encoded]
     while len(encoded) > 1 and sum(sizes) > LIMIT:
@@ -88,10 +98,16 @@ def encode_rows(rows: Iterable[PageRow]) -> list[dict]:
     return encoded
 
 
-def data_uri(picture: np.ndarray) -> str:
-    """A picture for a page without a network: a small one exactly, any other shrunk to SIDE and as JPEG."""
+def shrink(picture: np.ndarray) -> np.ndarray:
+    """A picture at the size at which a page shows it."""
     height, width = picture.shape[:2]
-    picture = resize(picture, *limit_size(width, height, SIDE))
+    return resize(picture, *limit_size(width, height, SIDE))
+
+
+def data_uri(picture: np.ndarray) -> str:
+    """A picture for a page without a network: a small one exactly, any other shrunk and as JPEG."""
+    height, width = picture.shape[:2]
+    picture = shrink(picture)
     kind, options = ("webp", {"lossless": True}) if max(height, width) <= SMALL else ("jpeg", {"subsampling": 0})
     file = BytesIO()
     Image.fromarray(picture).save(file, kind, quality=90, **options)

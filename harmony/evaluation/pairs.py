@@ -23,6 +23,7 @@ from harmony.data.manifest import manifest_hash
 from harmony.evaluation import comparison
 from harmony.evaluation.blocks import blocks
 from harmony.evaluation.eval_sets import read_truths, subsample
+from harmony.evaluation.figures import list_samples
 from harmony.evaluation.pages import PageRow, by_row
 from harmony.evaluation.report import Report
 from harmony.evaluation.study import Study, StudyRun
@@ -66,11 +67,6 @@ class Pair:
             fields["exemplar"] = cut_out(self.foreground, self.mask)
         # the composite is its own background: nothing that a method sees may show the truth's object
         return cut(method.resolution, self.composite, self.composite, self.mask, None, method.radius, **fields)
-
-
-def title(row: Row) -> str:
-    """The name of a photograph on a page."""
-    return f"{row.id}: {row.caption}"
 
 
 def name_composite(row: Row, is_changed: bool) -> str:
@@ -219,7 +215,7 @@ class Pairs(Study):
         text = write_table(run.folder, table, "method", notes, every=True)
         prints = {name: method.fingerprint for name, method in self.methods.items()}
         facts = {"count": count, "methods": prints, "manifest": manifest_hash(run.manifest)}
-        figure, rows = self.draw()
+        figure, rows = self.draw(set(samples))
         return Report(flat(table), facts, text, [figure], rows, samples)
 
     def write_inputs(self, folder: Path) -> None:
@@ -252,22 +248,22 @@ class Pairs(Study):
         unchanged = [i for i in common if not self.items[i][1]]
         if len(changed) < 2:
             raise UserError(f"fewer than two pictures are left: {'; '.join(self.notes)}")
-        table, samples = {}, {title(self.items[i][0]): {"id": self.items[i][0].id} for i in changed}
+        table = {}
         for name, rows in figures.items():
             parts = [[of[i] for i in changed] for of in (rows, figures[COPY_PASTE])]
             table[name] = summarize(*parts)
             if unchanged:
                 table[name]["unchanged/fmse"] = float(np.mean([rows[i]["fmse"] for i in unchanged]))
-            for i in changed:
-                samples[title(self.items[i][0])] |= {f"{name}/{metric}": value for metric, value in rows[i].items()}
-        return table, samples
+        photographs = [self.items[i][0] for i in changed]
+        rows_of = {name: [rows[i] for i in changed] for name, rows in figures.items()}
+        return table, list_samples([row.id for row in photographs], [row.caption for row in photographs], rows_of)
 
-    def draw(self) -> tuple[Path, list[PageRow]]:
-        """``figure.png``: the composite, each row and the photograph, around the objects of some items.
+    def draw(self, ids: set[str]) -> tuple[Path, list[PageRow]]:
+        """``figure.png``: the composite, each row and the photograph, around the objects of some of the photographs.
 
         The same items, whole, are the rows of the page.
         """
-        few = subsample([item for item in self.items if item[1]], EXAMPLES)
+        few = subsample([item for item in self.items if item[1] and item[0].id in ids], EXAMPLES)
         columns: dict[str, list[np.ndarray]] = {}
         for name in self.methods:
             results = self.results(name, few)
@@ -275,7 +271,7 @@ class Pairs(Study):
             columns[name] = images
         pairs = [pair for pair, _ in results]
         columns["truth"] = [pair.photograph for pair in pairs]
-        rows = by_row([title(row) for row, _ in few], columns)
+        rows = by_row([row.id for row, _ in few], [row.caption for row, _ in few], columns)
         path = self.run.folder / "figure.png"
         squares, cells = [find_square(pair.mask) for pair in pairs], []
         for column in columns.values():

@@ -14,7 +14,7 @@ class Report:
     """``figures``: flat names -> numbers; ``facts``: what they depend on; ``text``: the table in Markdown.
 
     ``pictures``: files; ``rows``: for the page, some of the pictures, of which there are ``facts["count"]``.
-    ``samples``: of each picture, by the title that its row has, ``id``, ``caption`` and METHOD/METRIC -> figure.
+    ``samples``: of each picture, by its id, the ``caption`` and METHOD/METRIC -> figure.
     """
 
     figures: dict[str, float] = field(default_factory=dict)

@@ -12,7 +12,7 @@ import base64
 import hashlib
 import json
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import combinations
 from pathlib import Path
@@ -41,7 +41,7 @@ from harmony.evaluation.answers import (
     write_rater,
 )
 from harmony.evaluation.eval_sets import subsample
-from harmony.evaluation.pages import ROWS, PageRow, fill_template
+from harmony.evaluation.pages import ROWS, PageRow, fill_template, shrink
 from harmony.evaluation.report import Report
 from harmony.evaluation.study import Study, StudyRun
 from harmony.evaluation.tables import Table, flat, write_table
@@ -392,12 +392,15 @@ class UserStudy(Study):
         facts = {"study": self.id, "raters": names, "count": len(self.pictures), "made_of": self.made_of}
         return Report(flat(table) | to_figures(shares), facts, text, figures, self.page_rows())
 
-    def page_rows(self) -> Iterator[PageRow]:
-        """The rows of the report's page, one by one; it names the methods and is not the page for raters."""
+    def page_rows(self) -> list[PageRow]:
+        """The rows of the report's page; it names the methods and is not the page for raters."""
+        rows = []
         for name in subsample(self.pictures, ROWS):
             files = {"reference": self.references[name]} if name in self.references else {}
             files |= {method: results[name] for method, results in self.results.items()}
-            yield name, {title: read_in_space(file, None).pixels for title, file in files.items()}
+            images = {title: shrink(read_in_space(file, None).pixels) for title, file in files.items()}
+            rows.append(PageRow(name, images, name))
+        return rows
 
     def write_files(self, judge: Sequence[Rater]) -> Path:
         """Write the page, what its codes mean and the answers of a judge; returns the page's path."""

@@ -86,21 +86,22 @@ def check_places(options: Mapping[str, Any]) -> None:
         raise UserError(f"{folder}: there is no such folder of results; give one that exists")
 
 
-def list_weights(options: Mapping[str, Any]) -> dict[str, Path]:
-    """Name -> folder of the networks that the options of a method name and that lie here.
+def list_networks(options: Mapping[str, Any]) -> list[Path]:
+    """The folders of the networks that the options of a method name, those of a hub left out."""
+    places = [(kind, options.get(option)) for option, kind in PLACES.items()]
+    folders = [find_weights(kind, at) for kind, at in places if isinstance(at, str) and at != "statistic"]
+    return [folder for folder in folders if folder is not None]
 
-    Of a run it is the name of its experiment and the whole export.
-    """
-    weights = {}
-    for option, kind in PLACES.items():
-        if not isinstance(place := options.get(option), str) or place == "statistic":
-            continue
-        folder, run = find_weights(kind, place), Path(place)
-        if folder is not None and (run / "config.yaml").is_file() and (run / "export").is_dir():
-            weights[run.resolve().parent.name] = run / "export"
-        elif folder is not None:
-            weights[run.name] = find_asset(place) or folder
-    return weights
+
+def find_exports(run: Path) -> list[Path]:
+    """The folders of the networks that a run has exported, as ``find_weights`` finds each; none for a backbone."""
+    for kind in (PAINTER, JUDGE, WORD, CONTROLNET):
+        for place in kind.places:
+            if place.startswith("export") and (run / place / kind.file).is_file():
+                return [run / place]
+        if kind.several and (several := sorted(run.glob(f"export/*/{kind.several}"))):
+            return several
+    return []
 
 
 def fetch_weights(kind: Weights, name: str | os.PathLike) -> Path:

@@ -9,7 +9,7 @@ import pytest
 from PIL import Image
 
 from harmony.evaluation import pages
-from harmony.evaluation.pages import by_row, data_uri, read_grids, split_text, write_page
+from harmony.evaluation.pages import PageRow, by_row, data_uri, read_grids, split_text, write_page
 from harmony.pixels.images import write_image
 
 EVIL = "</script><img src=x onerror=\"document.title='broken'\"> & REPORT_AS_JSON"
@@ -28,7 +28,8 @@ def flat(value: int, height: int = 32, width: int = 48) -> np.ndarray:
 def rows() -> list:
     """Three pictures with four columns, each of one gray."""
     columns = {"input": 0, EVIL: 60, "ours": 120, "truth": 180}
-    return by_row(["first: a car", EVIL, "third"], {t: [flat(v + n) for n in range(3)] for t, v in columns.items()})
+    pictures = {title: [flat(value + n) for n in range(3)] for title, value in columns.items()}
+    return by_row(["first", EVIL, "third"], ["a car", "", ""], pictures)
 
 
 @pytest.fixture
@@ -49,7 +50,7 @@ def test_a_small_picture_keeps_its_pixels_and_a_large_one_is_shrunk():
 def test_the_page_stays_below_its_limit(tmp_path, monkeypatch):
     """Guards phones: the largest pictures are left out, at least one stays, and the page says how many of how many."""
     noise = np.random.default_rng(0).integers(0, 255, (128, 128, 3), dtype=np.uint8)
-    rows = [("small", {"a": flat(0)}), ("large", {"a": noise}), ("tiny", {"a": flat(9)})]
+    rows = [PageRow(name, {"a": y}, name) for name, y in {"small": flat(0), "large": noise, "tiny": flat(9)}.items()]
     monkeypatch.setattr(pages, "LIMIT", 2000)
     assert [row["name"] for row in pages.encode_rows(rows)] == ["small", "tiny"]
     assert [row["name"] for row in pages.encode_rows(rows[1:2])] == ["large"]
@@ -70,7 +71,7 @@ def test_grids_are_shown_by_step(tmp_path):
         write_image(tmp_path / f"text_samples_{step:06d}.png", flat(step))
     write_image(tmp_path / "vae_000003.png", flat(3))
     (tmp_path / "captions_000003.txt").write_text("a car")
-    (name, steps), other = read_grids(tmp_path)
+    (name, steps, _), other = read_grids(tmp_path)
     assert name == "text_samples" and len(steps) == 8 and list(steps)[::7] == ["step 000000", "step 000019"]
     assert steps["step 000019"][0, 0, 0] == 19 and (other[0], *other[1]) == ("vae", "step 000003")
     assert read_grids(tmp_path / "nothing") == []
