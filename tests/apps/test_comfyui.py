@@ -8,6 +8,7 @@ import asyncio
 import configparser
 import importlib.util
 import json
+import math
 import re
 import subprocess
 import sys
@@ -21,10 +22,12 @@ import pytest
 import torch
 from PIL import Image
 
+from harmony.cli.compose import CONFIGS, load_yaml
 from harmony.core.errors import UserError
 from harmony.methods.inputs import read_inputs
 from harmony.methods.insert import FULL, cut, find_shadow_region, insert
 from harmony.methods.method import Method
+from harmony.models.controlnet import RANGES
 from harmony.pixels.composites import copy_paste, reinhard
 from harmony.pixels.hints import HINTS, hint
 from harmony.pixels.images import read_image
@@ -46,6 +49,7 @@ class Socket:
     id: str
     io_type: str
     optional: bool = False
+    advanced: bool = False
     tooltip: str | None = None
     options: list | None = None
     default: object = None
@@ -164,13 +168,16 @@ def test_crop(run, photograph, render, size, rim, shadow):
         assert set(hole.unique().tolist()) == {0, 1} and len(crop.insertions) == 1
 
 
+OTHERS = {
+    "color": {"blur": 2, "normalize": False},
+    "structure": {"low": 50, "high": 90, "edge_source": "full_times_mask"},
+}
+
+
 @pytest.mark.parametrize("kind", HINTS)
 def test_hint(run, photograph, render, kind):
     for picture, mask in (photograph, render):
-        image, parameters = (
-            to_image(picture),
-            {"color": {"blur": 2}, "structure": {"low": 50, "high": 90}}.get(kind, {}),
-        )
+        image, parameters = to_image(picture), OTHERS.get(kind, {})
         (shown,) = run("HarmonyHint", image=image, mask=to_mask(mask), kind=kind)
         assert np.array_equal(save(shown)[0], hint(kind, picture, mask)), "the defaults of training"
         (shown,) = run("HarmonyHint", image=image, mask=to_mask(mask), kind=kind, **parameters)
@@ -178,6 +185,18 @@ def test_hint(run, photograph, render, kind):
         hole = cut(None, picture, picture, mask).hole
         (shown,) = run("HarmonyHint", image=image, mask=to_mask(mask), kind=kind, hole=to_mask(hole))
         assert np.array_equal(save(shown)[0], hint(kind, picture, mask, picture, hole, surroundings=True))
+
+
+def test_hint_takes_what_training_takes(nodes):
+    """Guards networks that were trained otherwise: each of ``data.hints`` is an input, with default and whole range."""
+    inputs = {i.id: i for i in nodes["HarmonyHint"].define_schema().inputs}
+    for options in load_yaml(CONFIGS / "task" / "control.yaml").data.hints.values():
+        for name, value in options.items():
+            socket = inputs["hole" if name == "surroundings" else name]
+            assert socket.default == (None if name == "surroundings" else value), name
+            assert (socket.min, socket.max) == RANGES.get(name, (None, None))
+    decimals = -math.floor(math.log10(inputs["blur"].step))  # to which ComfyUI rounds what is typed
+    assert round(inputs["blur"].default, decimals) == inputs["blur"].default
 
 
 def test_reinhard(run, photograph, render):
@@ -285,6 +304,11 @@ def test_mistakes(run, photograph):
         ("HarmonyReinhard", whole | {"mask": masks.repeat(2, 1, 1)}, "2 masks for 1 images"),
         ("HarmonyReinhard", whole | {"image": image[..., :2]}, "this is 1 x 427 x 640 x 2"),
         ("HarmonyCrop", whole | {"image": broken}, "NaN"),
+        ("HarmonyCrop", whole | {"image": image[:0]}, "the image is 0 x 427 x 640 x 3, an empty batch"),
+        ("HarmonyReinhard", whole | {"mask": masks[:0]}, "the mask is 0 x 427 x 640, an empty batch"),
+        ("HarmonyHint", {"image": image[:0], "mask": masks[:0], "kind": "raw"}, "an empty batch"),
+        ("HarmonyPasteBack", {"crop": crop, "image": square[:0]}, "an empty batch"),
+        ("HarmonyPasteBack", {"crop": crop, "image": square, "before": square[:0]}, "an empty batch"),
         ("HarmonyPasteBack", {"crop": crop, "image": image}, "the image is 640 x 427: connect what the model made"),
         ("HarmonyPasteBack", {"crop": crop, "image": square, "before": square[:, :32, :32]}, "the image is 32 x 32"),
         ("HarmonyPasteBack", {"crop": crop, "image": square, "before": square.repeat(3, 1, 1, 1)}, "3 squares before"),
@@ -304,7 +328,11 @@ def test_schemas(nodes):
         ids = [socket.id for socket in (*schema.inputs, *schema.outputs) if socket.io_type != "HARMONY_CROP"]
         assert schema.node_id == name and len(set(ids)) == len(ids) and schema.category == "harmony"
         code = node.execute.__func__.__code__
-        assert [i.id for i in schema.inputs] == list(code.co_varnames[1 : code.co_argcount])
+        names = list(code.co_varnames[1 : code.co_argcount])
+        defaults = dict(zip(names[::-1], (node.execute.__func__.__defaults__ or ())[::-1], strict=False))
+        assert [i.id for i in schema.inputs] == names
+        assert all(i.optional == (i.id in defaults) for i in schema.inputs)
+        assert all(i.default == defaults[i.id] for i in schema.inputs if i.optional), "of workflows without them"
         assert all(i.tooltip for i in schema.inputs) and schema.description
         assert all(i.min <= i.default <= i.max for i in schema.inputs if i.io_type in ("INT", "FLOAT"))
 
@@ -320,9 +348,9 @@ def test_the_pack_runs_nothing():
 
 
 def test_the_pack_needs_little():
-    """Guards the Python of ComfyUI: the nodes need nothing that it lacks but OpenCV, and start no GPU."""
+    """Guards the Python of ComfyUI: all nodes run with nothing that it lacks but OpenCV, and start no GPU."""
     code = f"""
-import importlib.abc, sys
+import importlib.abc, sys, types
 class Others(importlib.abc.MetaPathFinder):
     def find_spec(self, name, path, target=None):
         top = name.split(".")[0]
@@ -331,8 +359,20 @@ class Others(importlib.abc.MetaPathFinder):
 import torch, scipy.ndimage, scipy.sparse.linalg  # what they need is theirs
 sys.meta_path.insert(0, Others())
 sys.path.insert(0, {str(ROOT)!r})
-import harmony.pixels.hints, harmony.pixels.composites, harmony.pixels.masks, harmony.pixels.images
-import harmony.methods.insert, harmony.apps.comfyui.tensors
+api = types.ModuleType("comfy_api.v0_0_2")
+api.ComfyExtension = object
+api.io = types.SimpleNamespace(ComfyNode=object, Custom=str, Schema=None, NodeOutput=lambda *args: args)
+sys.modules |= {{"comfy_api": types.ModuleType("comfy_api"), "comfy_api.v0_0_2": api}}
+from harmony.apps.comfyui import nodes
+image, mask = torch.rand(1, 96, 80, 3), torch.zeros(1, 96, 80)
+mask[:, 30:60, 20:50] = 1
+square, inside, hole, crop = nodes.HarmonyCrop.execute(image, mask, 64, 16, True)
+for kind in nodes.HINTS:
+    for others in ({{}}, {{"normalize": False, "edge_source": "full_times_mask", "hole": hole}}):
+        nodes.HarmonyHint.execute(square, inside, kind, 1.25, 100, 200, **others)
+for before in (None, square):
+    nodes.HarmonyPasteBack.execute(crop, 1 - square, 3, before)
+nodes.HarmonyReinhard.execute(image, mask)
 assert not torch.cuda.is_initialized() and "skimage" not in sys.modules and "diffusers" not in sys.modules
 """
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
