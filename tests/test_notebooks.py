@@ -56,10 +56,9 @@ def test_04_runs_with_your_own(desk):
     for name in files.values():
         shutil.copy(ASSETS / "example" / name, desk / f"my, own {name}")
     book = nbformat.read(desk / BOOKS[3].name, as_version=4)
-    settings = next(cell for cell in book.cells if "OVERRIDES = [" in cell.source)
     words = [f"{option}=my, own {name}" for option, name in files.items()]
     words += ["box=20,100,328,427", "prompt=a man, far away", "controlnet=color", "detail=none", "steps=2", "seed=3"]
-    settings.source = f"OVERRIDES = {words!r}"
+    book.cells[1].source = f"OVERRIDES = {words!r}"
     execute(book, desk)
     facts = json.loads((desk.parent / "work" / "mine" / "facts.json").read_text())
     assert (facts["prompt"], facts["seed"], facts["options"]["background"]) == ("a man, far away", 3, words[0][11:])
