@@ -29,7 +29,7 @@ def overrides(words: list[str]) -> list[str]:
 def main(cfg: DictConfig) -> None:
     """Serve the demo until it is interrupted."""
     if importlib.util.find_spec("gradio") is None:
-        raise UserError("the demo needs gradio: pip install 'harmony-diffusion[demo]', or make demo")
+        raise UserError("the demo needs gradio: make demo in a clone, or pip install 'gradio>=6.25,<7'")
     from harmony.apps.demo.engine import Engine, list_choices
     from harmony.apps.demo.page import check_address, serve
 

@@ -148,9 +148,9 @@ def check_wandb(cfg: DictConfig) -> Finding:
 def check_extras(cfg: DictConfig) -> Finding:
     """Optional dependencies."""
     there = {extra: importlib.util.find_spec(module) is not None for extra, module in EXTRAS.items()}
-    missing = [extra for extra, installed in there.items() if not installed]
+    missing = [EXTRAS[extra] for extra, installed in there.items() if not installed]
     text = ", ".join(f"{extra} {'yes' if installed else 'no'}" for extra, installed in there.items())
-    return Finding(not missing, text, f"pip install -e '.[{','.join(missing)}]'")
+    return Finding(not missing, text, f"{INSTALL}, or pip install {' '.join(missing)}")
 
 
 def check_disk(cfg: DictConfig) -> Finding:

@@ -68,3 +68,9 @@ def test_one_opencv_wheel():
 
 def test_bundled_dataset_is_whole():
     assert doctor.check_dataset(CFG).ok
+
+
+def test_what_is_missing_is_on_an_index(monkeypatch):
+    """Guards the mend for extras: harmony itself is on none."""
+    monkeypatch.setattr(doctor.importlib.util, "find_spec", lambda name: None)
+    assert doctor.check_extras(None).mend == "make install, or pip install mitsuba gradio pytest"

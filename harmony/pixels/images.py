@@ -78,7 +78,7 @@ def open_image(path: str | Path, what: str = "image") -> Image.Image:
     except UnidentifiedImageError:
         reason, mend = f"it is none of {', '.join(list_formats())}", "save it as PNG or JPEG"
         if Path(path).suffix.lower() in HEIF and "HEIF" not in list_formats():
-            reason, mend = "HEIF needs pillow-heif", "pip install 'harmony-diffusion[heif]', or save it as PNG or JPEG"
+            reason, mend = "HEIF needs pillow-heif", "pip install pillow-heif, or save it as PNG or JPEG"
     except Exception as error:  # damaged files make Pillow raise almost anything
         reason, mend = " ".join(str(error).split()) or type(error).__name__, "replace the file or fetch it again"
     raise UserError(f"{what} {path} cannot be decoded ({reason}); {mend}")

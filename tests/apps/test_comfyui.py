@@ -8,6 +8,7 @@ import asyncio
 import configparser
 import importlib.util
 import json
+import math
 import re
 import subprocess
 import sys
@@ -21,10 +22,12 @@ import pytest
 import torch
 from PIL import Image
 
+from harmony.cli.compose import CONFIGS, load_yaml
 from harmony.core.errors import UserError
 from harmony.methods.inputs import read_inputs
 from harmony.methods.insert import FULL, cut, find_shadow_region, insert
 from harmony.methods.method import Method
+from harmony.models.controlnet import RANGES
 from harmony.pixels.composites import copy_paste, reinhard
 from harmony.pixels.hints import HINTS, hint
 from harmony.pixels.images import read_image
@@ -46,6 +49,7 @@ class Socket:
     id: str
     io_type: str
     optional: bool = False
+    advanced: bool = False
     tooltip: str | None = None
     options: list | None = None
     default: object = None
@@ -146,8 +150,7 @@ def photograph():
 @pytest.fixture(scope="module")
 def render(studio_rows):
     """(picture, mask) of a bundled render."""
-    row = studio_rows[0]
-    return read_image(ROOT / row.image), np.asarray(Image.open(ROOT / row.mask).convert("L")) > 122
+    return read_image(ROOT / studio_rows[0].image), read_image(ROOT / studio_rows[0].mask)[..., 0] > 122
 
 
 @pytest.mark.parametrize("size, rim, shadow", [(64, 16, False), (512, 16, False), (256, 0, True)])
@@ -164,13 +167,16 @@ def test_crop(run, photograph, render, size, rim, shadow):
         assert set(hole.unique().tolist()) == {0, 1} and len(crop.insertions) == 1
 
 
+OTHERS = {
+    "color": {"blur": 2, "normalize": False},
+    "structure": {"low": 50, "high": 90, "edge_source": "full_times_mask"},
+}
+
+
 @pytest.mark.parametrize("kind", HINTS)
 def test_hint(run, photograph, render, kind):
     for picture, mask in (photograph, render):
-        image, parameters = (
-            to_image(picture),
-            {"color": {"blur": 2}, "structure": {"low": 50, "high": 90}}.get(kind, {}),
-        )
+        image, parameters = to_image(picture), OTHERS.get(kind, {})
         (shown,) = run("HarmonyHint", image=image, mask=to_mask(mask), kind=kind)
         assert np.array_equal(save(shown)[0], hint(kind, picture, mask)), "the defaults of training"
         (shown,) = run("HarmonyHint", image=image, mask=to_mask(mask), kind=kind, **parameters)
@@ -178,6 +184,18 @@ def test_hint(run, photograph, render, kind):
         hole = cut(None, picture, picture, mask).hole
         (shown,) = run("HarmonyHint", image=image, mask=to_mask(mask), kind=kind, hole=to_mask(hole))
         assert np.array_equal(save(shown)[0], hint(kind, picture, mask, picture, hole, surroundings=True))
+
+
+def test_hint_takes_what_training_takes(nodes):
+    """Guards networks that were trained otherwise: each of ``data.hints`` is an input, with default and whole range."""
+    inputs = {i.id: i for i in nodes["HarmonyHint"].define_schema().inputs}
+    for options in load_yaml(CONFIGS / "task" / "control.yaml").data.hints.values():
+        for name, value in options.items():
+            socket = inputs[{"surroundings": "hole"}.get(name, name)]
+            assert socket.default == (value or None), name
+            assert (socket.min, socket.max) == RANGES.get(name, (None, None))
+    decimals = -math.floor(math.log10(inputs["blur"].step))  # to which ComfyUI rounds what is typed
+    assert round(inputs["blur"].default, decimals) == inputs["blur"].default
 
 
 def test_reinhard(run, photograph, render):
@@ -240,15 +258,12 @@ def test_batches(run, photograph):
     for masks in ((mask,), (mask, other, mask)):
         square, inside, hole, crop = run("HarmonyCrop", image=to_image(*pictures), mask=to_mask(*masks), size=64)
         assert len(square) == len(inside) == len(hole) == 3
-        for kind, inputs in (
-            ("HarmonyReinhard", (to_image(*pictures), to_mask(*masks))),
-            ("HarmonyHint", (square, inside)),
-        ):
-            options = {"kind": "color"} if kind == "HarmonyHint" else {}
-            (results,) = run(kind, image=inputs[0], mask=inputs[1], **options)
+        squares = {"HarmonyReinhard": (to_image(*pictures), to_mask(*masks)), "HarmonyHint": (square, inside)}
+        for name, (images, places) in squares.items():
+            (results,) = run(name, image=images, mask=places)
             for i, result in enumerate(results):
-                one = inputs[1][min(i, len(inputs[1]) - 1)][None]
-                assert torch.equal(result, run(kind, image=inputs[0][i : i + 1], mask=one, **options)[0][0])
+                one = places[min(i, len(places) - 1)][None]
+                assert torch.equal(result, run(name, image=images[i : i + 1], mask=one)[0][0])
         (results,) = run("HarmonyPasteBack", crop=crop, image=1 - square)
         for i, result in enumerate(results):
             outside = ~crop.insertions[i].hole
@@ -281,10 +296,13 @@ def test_mistakes(run, photograph):
     for name, inputs, message in (
         ("HarmonyCrop", whole | {"mask": torch.zeros(1, 64, 64)}, "mask is 64 x 64 but the image is 640 x 427"),
         ("HarmonyCrop", whole | {"mask": torch.zeros(1, 427, 640)}, "mask 1 of 1 is empty"),
-        ("HarmonyHint", whole | {"mask": torch.cat([masks, 0 * masks]), "kind": "color"}, "mask 2 of 2 is empty"),
+        ("HarmonyHint", whole | {"mask": torch.cat([masks, 0 * masks])}, "mask 2 of 2 is empty"),
         ("HarmonyReinhard", whole | {"mask": masks.repeat(2, 1, 1)}, "2 masks for 1 images"),
         ("HarmonyReinhard", whole | {"image": image[..., :2]}, "this is 1 x 427 x 640 x 2"),
         ("HarmonyCrop", whole | {"image": broken}, "NaN"),
+        ("HarmonyCrop", whole | {"image": image[:0]}, "0 x 427 x 640 x 3, an empty batch"),
+        ("HarmonyReinhard", whole | {"mask": masks[:0]}, "0 x 427 x 640, an empty batch"),
+        ("HarmonyPasteBack", {"crop": crop, "image": square[:0]}, "an empty batch"),
         ("HarmonyPasteBack", {"crop": crop, "image": image}, "the image is 640 x 427: connect what the model made"),
         ("HarmonyPasteBack", {"crop": crop, "image": square, "before": square[:, :32, :32]}, "the image is 32 x 32"),
         ("HarmonyPasteBack", {"crop": crop, "image": square, "before": square.repeat(3, 1, 1, 1)}, "3 squares before"),
@@ -304,7 +322,10 @@ def test_schemas(nodes):
         ids = [socket.id for socket in (*schema.inputs, *schema.outputs) if socket.io_type != "HARMONY_CROP"]
         assert schema.node_id == name and len(set(ids)) == len(ids) and schema.category == "harmony"
         code = node.execute.__func__.__code__
-        assert [i.id for i in schema.inputs] == list(code.co_varnames[1 : code.co_argcount])
+        names = list(code.co_varnames[1 : code.co_argcount])
+        defaults = dict(zip(names[::-1], (node.execute.__func__.__defaults__ or ())[::-1], strict=False))
+        assert [i.id for i in schema.inputs] == names
+        assert {i.id: i.default for i in schema.inputs if i.optional} == defaults, "of workflows without them"
         assert all(i.tooltip for i in schema.inputs) and schema.description
         assert all(i.min <= i.default <= i.max for i in schema.inputs if i.io_type in ("INT", "FLOAT"))
 
@@ -320,9 +341,9 @@ def test_the_pack_runs_nothing():
 
 
 def test_the_pack_needs_little():
-    """Guards the Python of ComfyUI: the nodes need nothing that it lacks but OpenCV, and start no GPU."""
+    """Guards the Python of ComfyUI: all nodes run with nothing that it lacks but OpenCV, and start no GPU."""
     code = f"""
-import importlib.abc, sys
+import importlib.abc, sys, types
 class Others(importlib.abc.MetaPathFinder):
     def find_spec(self, name, path, target=None):
         top = name.split(".")[0]
@@ -331,8 +352,18 @@ class Others(importlib.abc.MetaPathFinder):
 import torch, scipy.ndimage, scipy.sparse.linalg  # what they need is theirs
 sys.meta_path.insert(0, Others())
 sys.path.insert(0, {str(ROOT)!r})
-import harmony.pixels.hints, harmony.pixels.composites, harmony.pixels.masks, harmony.pixels.images
-import harmony.methods.insert, harmony.apps.comfyui.tensors
+api = types.ModuleType("comfy_api.v0_0_2")
+api.ComfyExtension = object
+api.io = types.SimpleNamespace(ComfyNode=object, Custom=str, Schema=None, NodeOutput=lambda *args: args)
+sys.modules |= {{"comfy_api": types.ModuleType("comfy_api"), "comfy_api.v0_0_2": api}}
+from harmony.apps.comfyui import nodes
+image, mask = torch.rand(1, 96, 80, 3), torch.zeros(1, 96, 80)
+mask[:, 30:60, 20:50] = 1
+square, inside, hole, crop = nodes.HarmonyCrop.execute(image, mask, 64, 16, True)
+for kind in nodes.HINTS:
+    nodes.HarmonyHint.execute(square, inside, kind, 1, 100, 200, hole=hole)
+nodes.HarmonyPasteBack.execute(crop, 1 - square, 3, square)
+nodes.HarmonyReinhard.execute(image, mask)
 assert not torch.cuda.is_initialized() and "skimage" not in sys.modules and "diffusers" not in sys.modules
 """
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
@@ -447,21 +478,21 @@ def test_its_widgets_are_in_range(workflow, nodes):
     assert min(Image.open(WORKFLOW.with_suffix(".jpg")).size) >= 128, "ComfyUI shows the picture of the same name"
 
 
-def load_image(name: str) -> tuple[torch.Tensor, torch.Tensor]:
+def load_image(image):
     """Load Image: colors, and one minus alpha."""
-    picture = Image.open(EXAMPLE / name)
+    picture = Image.open(EXAMPLE / image)
     alpha = np.asarray(picture.convert("RGBA"))[..., 3]
     mask = 1 - torch.from_numpy(alpha.astype(np.float32) / 255) if "A" in picture.getbands() else torch.zeros(64, 64)
     return to_image(np.asarray(picture.convert("RGB"))), mask[None]
 
 
-def place(destination, source, x, y, mask=None):
-    """Image Composite Masked and Mask Composite (add), B x H x W x C."""
+def place(destination, source, x, y, mask=None, **options):
+    """Image Composite Masked and Mask Composite (add)."""
     result = destination.clone()
     part = result[:, y : y + source.shape[1], x : x + source.shape[2]]
     weight = 1 if mask is None else mask[..., None]
     part[:] = weight * source + (1 - weight) * part
-    return result
+    return (result,)
 
 
 def test_it_inserts_the_object(workflow, types_of, run, photograph):
@@ -471,18 +502,14 @@ def test_it_inserts_the_object(workflow, types_of, run, photograph):
     """
     links, results = {link[0]: link for link in workflow["links"]}, {}
     core = {
-        "LoadImage": lambda image: load_image(image),
+        "LoadImage": load_image,
         "PrimitiveInt": lambda value: (value,),
         "InvertMask": lambda mask: (1 - mask,),
         "ThresholdMask": lambda mask, value: ((mask > value).float(),),
         "GetImageSize": lambda image: (image.shape[2], image.shape[1], image.shape[0]),
         "SolidMask": lambda value, width, height: (torch.full((1, height, width), value),),
-        "ImageCompositeMasked": lambda destination, source, x, y, resize_source, mask: (
-            place(destination, source, x, y, mask),
-        ),
-        "MaskComposite": lambda destination, source, x, y, operation: (
-            place(destination[..., None], source[..., None], x, y)[..., 0],
-        ),
+        "ImageCompositeMasked": place,
+        "MaskComposite": place,
         "VAEDecode": lambda samples, vae: (torch.full((1, 512, 512, 3), 0.5),),
     }
     for node in sorted(workflow["nodes"], key=lambda node: node["order"]):
@@ -494,8 +521,8 @@ def test_it_inserts_the_object(workflow, types_of, run, photograph):
         if node["type"].startswith("Harmony"):
             results[node["id"]] = run(node["type"], **inputs)
         else:
-            nothing = (None,) * len(node["outputs"])
-            results[node["id"]] = core.get(node["type"], lambda nothing=nothing, **inputs: nothing)(**inputs)
+            known = core.get(node["type"])
+            results[node["id"]] = known(**inputs) if known else (None,) * len(node["outputs"])
     outputs = {node["type"]: results[node["id"]] for node in workflow["nodes"]}
     picture, mask = photograph
     assert np.array_equal(save(outputs["ImageCompositeMasked"][0])[0], picture)

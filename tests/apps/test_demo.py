@@ -1,5 +1,6 @@
 """The demo: a person's way through the page in a real browser, what it gives back, and what it refuses."""
 
+import re
 import signal
 import socket
 import subprocess
@@ -371,7 +372,8 @@ def test_without_gradio_one_line_says_what_to_install(tmp_path):
     code = "import sys; sys.modules['gradio'] = None; sys.argv = ['demo']; from harmony.demo import main; main()"
     words = [sys.executable, "-c", code]
     result = subprocess.run(words, cwd=tmp_path, env={"PYTHONPATH": str(ROOT)}, capture_output=True, text=True)
-    line = "harmony: error: the demo needs gradio: pip install 'harmony-diffusion[demo]', or make demo\n"
+    (gradio,) = re.findall("gradio>.*", (ROOT / "setup.cfg").read_text())
+    line = f"harmony: error: the demo needs gradio: make demo in a clone, or pip install '{gradio}'\n"
     assert (result.returncode, result.stdout, result.stderr) == (2, "", line)
 
 

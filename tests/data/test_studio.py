@@ -153,10 +153,10 @@ def test_generate_goes_on(tmp_path, monkeypatch, render_here):
     assert not list(tmp_path.rglob("*.partial"))
 
 
-def test_without_mitsuba_the_extra_is_named(monkeypatch):
+def test_without_mitsuba_it_is_named(monkeypatch):
     """Guards the message: what to install, in one line."""
     monkeypatch.setitem(__import__("sys").modules, "drjit", None)
     rendering.mitsuba.cache_clear()
-    with pytest.raises(UserError, match="studio"):
+    with pytest.raises(UserError, match="make install in a clone, or pip install 'mitsuba"):
         rendering.mitsuba()
     rendering.mitsuba.cache_clear()

@@ -104,15 +104,30 @@ class HarmonyHint(io.ComfyNode):
                 io.Float.Input(
                     "blur",
                     default=1.25,
-                    min=0.25,
-                    max=16,
-                    step=0.25,
-                    tooltip="color: sigma in latent cells of 8 pixels, as in training",
+                    min=0,
+                    max=64,
+                    step=0.05,  # ComfyUI rounds to the decimals of the step
+                    tooltip="color: sigma in latent cells of 8 pixels",
                 ),
                 io.Float.Input(
-                    "low", default=100, min=0, max=1000, step=1, tooltip="structure: Canny's lower threshold"
+                    "low", default=100, min=0, max=10_000, step=1, tooltip="structure: Canny's lower threshold"
                 ),
-                io.Float.Input("high", default=200, min=0, max=1000, step=1, tooltip="structure: its upper threshold"),
+                io.Float.Input("high", default=200, min=0, max=10_000, step=1, tooltip="structure: its upper one"),
+                io.Boolean.Input(
+                    "normalize",
+                    default=True,
+                    optional=True,
+                    advanced=True,
+                    tooltip="color: the black around the object does not darken its rim",
+                ),
+                io.Combo.Input(
+                    "edge_source",
+                    options=["masked", "full_times_mask"],
+                    default="masked",
+                    optional=True,
+                    advanced=True,
+                    tooltip="structure: masked: edges of the object on black; full_times_mask: of the picture, cut off",
+                ),
                 io.Mask.Input(
                     "hole",
                     optional=True,
@@ -131,9 +146,14 @@ class HarmonyHint(io.ComfyNode):
         blur: float,
         low: float,
         high: float,
+        normalize: bool = True,
+        edge_source: str = "masked",
         hole: torch.Tensor | None = None,
     ) -> io.NodeOutput:
-        parameters = {"color": {"blur": blur}, "structure": {"low": low, "high": high}}.get(kind, {})
+        parameters = {
+            "color": {"blur": blur, "normalize": normalize},
+            "structure": {"low": low, "high": high, "edge_source": edge_source},
+        }.get(kind, {})
         pictures = read_pictures(image)
         masks = read_masks(mask, pictures)
         holes = masks if hole is None else read_masks(hole, pictures)

@@ -13,6 +13,8 @@ def take_colors(image: torch.Tensor) -> torch.Tensor:
     """The colors of an IMAGE, float B x H x W x 3: of a gray one three times the same, of one with alpha without it."""
     if image.ndim != 4 or image.shape[-1] not in (1, 3, 4):
         raise UserError(f"an image is B x H x W x 3 (or gray, or with alpha) but this is {describe_shape(image)}")
+    if not image.numel():
+        raise UserError(f"the image is {describe_shape(image)}, an empty batch: give at least one picture")
     if image.isnan().any():
         raise UserError("the image holds NaN: load the model in float32 or bfloat16, or use another VAE")
     return image[..., :3].expand(-1, -1, -1, 3)
@@ -26,6 +28,8 @@ def read_pictures(image: torch.Tensor) -> list[np.ndarray]:
 
 def read_masks(mask: torch.Tensor, pictures: Sequence[np.ndarray]) -> list[np.ndarray]:
     """The masks of a MASK, bool H x W each and one for each picture, which may share one. UserError for others."""
+    if not mask.numel():
+        raise UserError(f"the mask is {describe_shape(mask)}, an empty batch: give at least one")
     masks = list((mask.reshape(-1, *mask.shape[-2:]).float() * 255).round().gt(OBJECT).cpu().numpy())
     height, width = pictures[0].shape[:2]
     if masks[0].shape != (height, width):

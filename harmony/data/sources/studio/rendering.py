@@ -29,9 +29,8 @@ def mitsuba() -> ModuleType:
         import drjit
         import mitsuba
     except ImportError as error:
-        raise UserError(
-            "rendering the studio needs Mitsuba 3: install the extra, pip install -e '.[studio]'"
-        ) from error
+        message = "rendering the studio needs Mitsuba 3: make install in a clone, or pip install 'mitsuba>=3.9,<4'"
+        raise UserError(message) from error
     mitsuba.set_variant("scalar_rgb")
     drjit.set_thread_count(1)
     mitsuba.set_log_level(mitsuba.LogLevel.Error)
