@@ -5,16 +5,12 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from omegaconf import OmegaConf
 
 from harmony.cli.compose import load_yaml
 from harmony.core.files import PACKAGE
-from harmony.core.progress import tell
-
-if TYPE_CHECKING:
-    from wandb import Run
 
 WEIGHTS = ".safetensors"
 OWN_FILES = (WEIGHTS, ".json")  # of a network; a card and pictures may be added to its folder later
@@ -67,17 +63,6 @@ def name_network(folder: Path) -> str:
     return next((part for part in reversed(folder.parts) if part not in PLACES), "")
 
 
-def to_wandb(artifact: Artifact) -> Any:
-    """An artifact as W&B's own object. Weights are not copied: W&B reads them where they lie when it sends them."""
-    import wandb
-
-    result = wandb.Artifact(to_name(artifact.name, artifact.kind), artifact.kind, metadata=dict(artifact.facts))
-    for name, path in artifact.files.items():
-        keep = {"policy": "immutable", "skip_cache": True} if path.suffix == WEIGHTS else {}
-        result.add_file(str(path.resolve()), name, **keep)
-    return result
-
-
 def to_name(name: str, kind: str) -> str:
     """``name-kind`` as W&B takes it, ASCII and not too long; what had to be changed is told apart by a hash.
 
@@ -89,16 +74,3 @@ def to_name(name: str, kind: str) -> str:
         digest = hashlib.sha256(name.encode()).hexdigest()[:8]
         plain = f"{plain[: room - 9]}-{digest}"
     return f"{plain}-{kind}"
-
-
-def mark_input(run: "Run", artifact: Any) -> None:
-    """Note that a run depends on an artifact.
-
-    W&B's public call refuses offline. It writes a record, and offline the same one is written here.
-    """
-    if not run.settings._offline:
-        run.use_artifact(artifact)
-    elif hasattr(run, "_log_artifact"):
-        run._log_artifact(artifact, is_user_created=True, use_after_commit=True)
-    else:
-        tell(f"W&B offline notes no input any more: {artifact.name} is missing from the lineage")

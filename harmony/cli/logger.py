@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 
-from harmony.cli.artifacts import Artifact, mark_input, to_wandb
+from harmony.cli.artifacts import WEIGHTS, Artifact, to_name
 from harmony.core.errors import UserError
 from harmony.core.progress import tell
 
@@ -170,6 +170,30 @@ def log_artifacts(logger: "Logger | None", inputs: Iterable[Artifact], results: 
             mark_input(run, to_wandb(artifact))
         for artifact in results:
             run.log_artifact(to_wandb(artifact), aliases=["latest", *artifact.aliases])
+
+
+def to_wandb(artifact: Artifact) -> Any:
+    """An artifact as W&B's own object. Weights are not copied: W&B reads them where they lie when it sends them."""
+    import wandb
+
+    result = wandb.Artifact(to_name(artifact.name, artifact.kind), artifact.kind, metadata=dict(artifact.facts))
+    for name, path in artifact.files.items():
+        keep = {"policy": "immutable", "skip_cache": True} if path.suffix == WEIGHTS else {}
+        result.add_file(str(path.resolve()), name, **keep)
+    return result
+
+
+def mark_input(run: "Run", artifact: Any) -> None:
+    """Note that a run depends on an artifact.
+
+    W&B's public call refuses offline. It writes a record, and offline the same one is written here.
+    """
+    if not run.settings._offline:
+        run.use_artifact(artifact)
+    elif hasattr(run, "_log_artifact"):
+        run._log_artifact(artifact, is_user_created=True, use_after_commit=True)
+    else:
+        tell(f"W&B offline notes no input any more: {artifact.name} is missing from the lineage")
 
 
 def close_logger(logger: "Logger") -> None:

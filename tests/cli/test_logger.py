@@ -21,7 +21,6 @@ from harmony.cli.artifacts import (
     model_artifact,
     name_network,
     to_name,
-    to_wandb,
 )
 from harmony.cli.compose import CONFIGS, compose, load_yaml
 from harmony.cli.logger import (
@@ -31,6 +30,7 @@ from harmony.cli.logger import (
     check_wandb,
     log_artifacts,
     log_pictures,
+    to_wandb,
 )
 from harmony.cli.run_folder import identity
 from harmony.core.errors import UserError
