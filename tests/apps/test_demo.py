@@ -1,5 +1,6 @@
 """The demo: a person's way through the page in a real browser, what it gives back, and what it refuses."""
 
+import json
 import re
 import signal
 import socket
@@ -10,6 +11,7 @@ import threading
 import time
 from pathlib import Path
 
+import httpx
 import numpy as np
 import pytest
 from hydra.utils import instantiate
@@ -19,7 +21,7 @@ pytest.importorskip("gradio")
 
 from harmony import demo
 from harmony.apps.demo import page
-from harmony.apps.demo.engine import RELIGHT, Engine, Order, list_choices
+from harmony.apps.demo.engine import RELIGHT, Engine, Job, list_choices
 from harmony.cli.compose import CONFIGS, compose
 from harmony.cli.help import help_text
 from harmony.core.errors import UserError
@@ -39,16 +41,34 @@ def free_port() -> int:
         return server.getsockname()[1]
 
 
+class Recorder(Engine):
+    """Keeps the hole of each run, whose folder is removed."""
+
+    def run(self, job, folder, advance):
+        result = super().run(job, folder, advance)
+        self.hole = read_image(folder / "hole.png")[..., 0] > 0
+        return result
+
+
 @pytest.fixture(scope="module")
 def engine():
     cfg = compose("demo", ["steps=2"])
-    return Engine(cfg, list_choices(cfg), instantiate(cfg.model))
+    return Recorder(cfg, list_choices(cfg), instantiate(cfg.model))
 
 
 @pytest.fixture(scope="module")
-def address(engine):
-    with page.open_page(engine, "127.0.0.1", free_port(), 20) as address:
-        yield address
+def folder(tmp_path_factory):
+    """The folder that the demo takes for the system's temporary one."""
+    return tmp_path_factory.mktemp("system")
+
+
+@pytest.fixture(scope="module")
+def address(engine, folder):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(tempfile, "tempdir", str(folder))
+        patch.setenv("GRADIO_TEMP_DIR", "")  # what the demo sets is undone
+        with page.open_page(engine, "127.0.0.1", free_port(), 20) as address:
+            yield address
 
 
 def draw_photograph(width: int, height: int) -> Image.Image:
@@ -78,12 +98,6 @@ def cut_out(tmp_path):
     return tmp_path / "cut-out.png"
 
 
-def newest_hole() -> np.ndarray:
-    """The hole of the last run, from the folder of its page."""
-    files = Path(tempfile.gettempdir()).glob("harmony-demo-*/sessions/*/*/hole.png")
-    return read_image(max(files, key=lambda path: path.stat().st_mtime))[..., 0] > 0
-
-
 def download(browser: Browser, folder: Path) -> Image.Image:
     browser.download_to(folder)
     browser.click("#download")
@@ -104,7 +118,9 @@ def paint(browser: Browser) -> None:
     browser.drag(*((x + dx, y) for dx in range(-20, 21, 5)))
 
 
-def test_a_painted_object_is_harmonized_and_all_else_stays(browser, address, photograph, swapped_profile, tmp_path):
+def test_a_painted_object_is_harmonized_and_all_else_stays(
+    browser, address, engine, folder, photograph, swapped_profile, tmp_path
+):  # fmt: skip
     """Upload, paint, run, download: bit-exact outside the hole, profile and EXIF kept, and no foreign request."""
     browser.open(address, READY)
     browser.upload("#photograph input[type=file]", photograph)
@@ -113,7 +129,7 @@ def test_a_painted_object_is_harmonized_and_all_else_stays(browser, address, pho
     browser.click("#run")
     browser.until(DONE)
     with download(browser, tmp_path / "downloads") as file:
-        picture, before, hole = np.array(file), read_image(photograph), newest_hole()
+        picture, before, hole = np.array(file), read_image(photograph), engine.hole
         assert file.format == "PNG" and file.info["icc_profile"] == swapped_profile
         assert file.getexif()[0x0110] == "camera of the test"
     assert picture.shape == before.shape == (*hole.shape, 3)
@@ -121,15 +137,10 @@ def test_a_painted_object_is_harmonized_and_all_else_stays(browser, address, pho
     assert hole[108, 166] and 0.005 < hole.mean() < 0.3 and (picture[hole] != before[hole]).mean() > 0.5
     foreign = [url for url in browser.requests() if not url.startswith((address, "data:", "blob:"))]
     assert not foreign
-    sessions = next(Path(tempfile.gettempdir()).glob("harmony-demo-*/sessions"))
-    browser.open("about:blank", "true")
-    end = time.monotonic() + 30
-    while [*sessions.iterdir()]:  # the folder of a page that was closed goes away
-        assert time.monotonic() < end
-        time.sleep(0.05)
+    assert [*folder.glob("harmony-demo-*/uploads")] and not [*folder.glob("harmony-demo-*/run-*")]
 
 
-def test_a_cut_out_is_dragged_and_scaled_to_its_place(browser, address, photograph, cut_out, tmp_path):
+def test_a_cut_out_is_dragged_and_scaled_to_its_place(browser, address, engine, photograph, cut_out, tmp_path):
     """Guards the box: the object lies where it was dropped, as large as it was pulled; keys move it too."""
     browser.open(address, READY)
     browser.upload("#photograph input[type=file]", photograph)
@@ -149,7 +160,7 @@ def test_a_cut_out_is_dragged_and_scaled_to_its_place(browser, address, photogra
     browser.click("#run")
     browser.until(DONE)
     with download(browser, tmp_path / "downloads") as file:
-        picture, before, hole = np.array(file), read_image(photograph), newest_hole()
+        picture, before, hole = np.array(file), read_image(photograph), engine.hole
     assert np.array_equal(picture[~hole], before[~hole])
     green = (picture[..., 1].astype(int) - picture[..., 0] > 40) & hole
     columns, rows = np.flatnonzero(green.any(axis=0)), np.flatnonzero(green.any(axis=1))
@@ -196,11 +207,11 @@ def test_steps_are_counted(engine, photograph, cut_out, tmp_path):
     """Guards the progress bar: each step of the sampler counts once, also where the number is known only at the end."""
     steps, pictures = [], {"background": str(photograph), "foreground": str(cut_out), "box": [50, 50, 130, 170]}
     for choice in engine.choices:
-        words = {"prompts": "a box: sunset light -> night light"} if choice == "zero_shot" else {}
-        engine.run(Order(choice, pictures | words, steps=3), tmp_path / choice, lambda *step: steps.append(step))
-    relit, kept = [(1, 1)], [(1, 1)]
-    assert steps[:5] == [*relit, *kept, (1, 3), (2, 3), (3, 3)]
-    assert steps[5:] and {total for _, total in steps[5:]} == {None}
+        words = "a box: sunset light -> night light" if choice == "zero_shot" else ""
+        engine.run(Job(choice, pictures, steps=3, words=words), tmp_path / choice, lambda *step: steps.append(step))
+    start, relit, kept = (0, None), [(1, 1)], [(1, 1)]
+    assert steps[:8] == [start, *relit, start, *kept, start, (1, 3), (2, 3), (3, 3)]
+    assert len(steps) > 9 and {total for _, total in steps[8:]} == {None}
 
 
 def test_what_the_networks_do_not_fit_is_not_offered(random_backbone, capsys):
@@ -228,9 +239,9 @@ def test_choices_follow_the_command(engine):
 
 def test_a_method_is_built_once(engine, photograph, cut_out, tmp_path):
     pictures = {"background": str(photograph), "foreground": str(cut_out), "box": None}
-    engine.run(Order("color", pictures, color=0.5), tmp_path, lambda *step: None)
+    engine.run(Job("color", pictures, color=0.5), tmp_path, lambda *step: None)
     builds = engine.build.cache_info().misses
-    outcome = engine.run(Order("color", pictures, color=0.5, seed=3), tmp_path, lambda *step: None)
+    outcome = engine.run(Job("color", pictures, color=0.5, seed=3), tmp_path, lambda *step: None)
     assert engine.build.cache_info().misses == builds
     assert "color (weight 0.5)" in outcome.lines[0] and [*outcome.baselines] == BASELINES
 
@@ -249,8 +260,8 @@ def painted(value: int, height: int = 217, width: int = 333) -> dict:
 
 
 @pytest.fixture
-def desk(engine, tmp_path):
-    return page.Desk(engine, page.Sessions(tmp_path / "sessions"), [])
+def handlers(engine, tmp_path):
+    return page.Handlers(engine, tmp_path, [])
 
 
 def refuse(call, *args) -> str:
@@ -273,14 +284,14 @@ def refuse(call, *args) -> str:
         ({"photograph": "p", "cut_out": "c", "box": "9000,9000,9001,9001"}, "shows nothing of the object"),
     ],
 )
-def test_what_cannot_be_run_is_one_sentence(desk, photograph, cut_out, changes, sentence):
+def test_what_cannot_be_run_is_one_sentence(handlers, photograph, cut_out, changes, sentence):
     """Guards people who know no option: one sentence, no path of this machine, nothing left behind."""
     files = {"p": str(photograph), "c": str(cut_out)}
     changes = {name: files.get(v, v) if isinstance(v, str) else v for name, v in changes.items()}
     request = type("Request", (), {"session_hash": "tab"})()
-    message = refuse(desk.run, *order(**changes), request)
+    message = refuse(handlers.run, *order(**changes), request)
     assert sentence in message and str(photograph.parent) not in message
-    assert not [*(desk.sessions.root / "tab").iterdir()]
+    assert not [*handlers.root.glob("run-*")]
 
 
 @pytest.mark.parametrize(
@@ -291,26 +302,102 @@ def test_what_cannot_be_run_is_one_sentence(desk, photograph, cut_out, changes, 
         ("empty.jpg", b"", "empty.jpg cannot be decoded"),
     ],
 )
-def test_an_upload_that_is_no_picture_is_one_sentence(photograph, tmp_path, name, content, sentence):
+def test_an_upload_that_is_no_picture_is_one_sentence(handlers, photograph, tmp_path, name, content, sentence):
     (tmp_path / name).write_bytes(photograph.read_bytes()[:9000] if content is None else content)
-    message = refuse(page.say_plainly(page.make_views), str(tmp_path / name), None)
+    message = refuse(handlers.make_views, str(tmp_path / name), None)
     assert sentence.removeprefix("photo ") in message and str(tmp_path) not in message
 
 
 @pytest.mark.parametrize("kind", ["16-bit", "heic"])
-def test_other_kinds_of_photographs_are_taken(desk, cut_out, tmp_path, kind):
+def test_other_kinds_of_photographs_are_taken(handlers, cut_out, tmp_path, kind):
     """16 bits a channel become 8, with a line; a telephone's HEIC is read where pillow-heif is installed."""
     path, image = tmp_path / f"{kind}.{'heic' if kind == 'heic' else 'png'}", draw_photograph(120, 100)
     if kind == "heic":
         pytest.importorskip("pillow_heif").from_pillow(image).save(path)
     else:
         Image.fromarray(np.asarray(image.convert("L")).astype(np.uint16) * 257).save(path)
-    placement, editor = page.make_views(str(path), str(cut_out))
+    placement, editor = handlers.make_views(str(path), str(cut_out))
     assert placement["photo"].startswith("data:image/png") and editor["background"].shape == (427, 512, 3)
     request = type("Request", (), {"session_hash": "tab"})()
-    lines = desk.run(*order(photograph=str(path), cut_out=str(cut_out), box=placement["value"]), request)[-1]
+    lines = handlers.run(*order(photograph=str(path), cut_out=str(cut_out), box=placement["value"]), request)[-1]
     assert (f"{path.name}: more than 8 bits a channel" in lines) == (kind == "16-bit")
     assert str(tmp_path) not in lines
+
+
+def join(address: str, data: list, session: str, trigger: str = "Harmonize", **headers) -> httpx.Response:
+    """Ask for what a button does, as a program of anybody can."""
+    config = httpx.get(f"{address}config").json()
+    (button,) = (c["id"] for c in config["components"] if c["props"].get("value") == trigger)
+    (number,) = (d["id"] for d in config["dependencies"] if [button, "click"] in d["targets"] and d["inputs"])
+    body = {"data": data, "fn_index": number, "session_hash": session}
+    return httpx.post(f"{address}gradio_api/queue/join", json=body, headers=headers)
+
+
+def read_answer(address: str, session: str) -> dict:
+    """What the server says at the end of an event."""
+    with httpx.stream("GET", f"{address}gradio_api/queue/data", params={"session_hash": session}, timeout=60) as stream:
+        for line in filter(None, stream.iter_lines()):
+            message = json.loads(line.removeprefix("data: "))
+            if message["msg"] in ("process_completed", "unexpected_error"):
+                return message
+
+
+@pytest.mark.parametrize("file", [None, "secret"])
+def test_what_a_client_calls_itself_is_no_path(address, engine, tmp_path, file, capfd):
+    """Guards all files of this machine: neither the name of a session nor a file that was not uploaded is one."""
+    victim, secret = tmp_path / "victim", tmp_path / "secret.png"
+    victim.mkdir()
+    (victim / "letter.txt").write_text("dear")
+    draw_photograph(64, 64).save(secret)
+    upload = file and {"path": str(secret), "meta": {"_type": "gradio.FileData"}}
+    values = [page.PLACE, upload, upload, "1,1,9,9", None, None, RELIGHT, 1, 1, 2, 0, True, "", ""]
+    assert join(address, values, str(victim)).status_code == 200
+    assert not read_answer(address, str(victim))["success"]
+    assert [file.name for file in victim.iterdir()] == ["letter.txt"]
+
+
+def test_a_page_of_another_name_is_refused(address):
+    """Guards against DNS rebinding: a foreign page whose name leads to this machine reads nothing of ours."""
+    assert httpx.get(address, headers={"Host": "evil.example:80"}).status_code == 400
+    assert join(address, [], "tab", Host="evil.example").status_code == 400
+    port = address.rsplit(":", 1)[1].strip("/")
+    assert httpx.get(address, headers={"Host": f"localhost:{port}"}).status_code == 200
+
+
+def test_words_are_never_a_file(handlers, photograph, cut_out, tmp_path):
+    """Guards the files of this machine: words that end as the name of a JSON file does are words."""
+    (tmp_path / "words.json").write_text('[{"object": "a box", "foreground": "dawn", "background": "secret light"}]')
+    files = {"photograph": str(photograph), "cut_out": str(cut_out), "box": "50,50,130,170", "choice": "zero_shot"}
+    values = [*order(**files)[:-1], str(tmp_path / "words.json")]
+    message = refuse(handlers.run, *values, type("Request", (), {"session_hash": "tab"})())
+    assert message.startswith("words for both lights are written as in: a red car") and "secret" not in message
+
+
+def test_only_uploads_are_read(handlers, photograph):
+    """Guards the files of this machine a second time, beside Gradio's own check."""
+    for value in ("/etc/passwd", f"{handlers.root}/../passwd"):
+        assert refuse(handlers.make_views, value, None) == "this file was not uploaded: upload the picture again"
+        assert refuse(handlers.make_views, str(photograph), value).startswith("this file was not uploaded")
+
+
+def test_a_run_ends_when_its_page_is_closed(handlers, photograph, cut_out):
+    """Guards the others, who wait: no further step, nothing left behind; the page may come back and run again."""
+    request, steps = type("Request", (), {"session_hash": "tab"})(), []
+
+    def close_page(*step, **options):
+        steps.append(step)
+        handlers.stop(request)
+
+    files = {
+        "photograph": str(photograph),
+        "cut_out": str(cut_out),
+        "box": "50,50,130,170",
+        "choice": "paint_by_example",
+    }
+    assert refuse(handlers.run, *order(**files), request, close_page) == "the run was stopped"
+    assert len(steps) == 1 and not handlers.runs.stops and not [*handlers.root.glob("run-*")]
+    views, download, *_ = handlers.run(*order(**files), request)
+    assert Path(download["value"]).is_file() and not [*handlers.root.glob("run-*")]
 
 
 def test_a_bad_upload_shows_its_sentence_on_the_page(browser, address, tmp_path, capfd):
@@ -322,7 +409,7 @@ def test_a_bad_upload_shows_its_sentence_on_the_page(browser, address, tmp_path,
     assert "Traceback" not in "".join(capfd.readouterr())
 
 
-def test_an_example_fills_the_page(browser, address, tmp_path, monkeypatch):
+def test_an_example_fills_the_page(browser, address, engine, tmp_path, monkeypatch):
     """The second example lies where its object was rendered: one click, then a result beside all three baselines.
 
     Also from a folder that does not hold the package, where Gradio serves none of its files.
@@ -333,12 +420,12 @@ def test_an_example_fills_the_page(browser, address, tmp_path, monkeypatch):
     browser.until(PLACED)
     browser.click("#run")
     browser.until(DONE)
-    assert 0.02 < newest_hole().mean() < 0.5
+    assert 0.02 < engine.hole.mean() < 0.5
     assert browser.read("document.querySelectorAll('#baselines figure').length") == 4
 
 
 @pytest.mark.slow
-def test_twelve_megapixels(browser, address, cut_out, tmp_path):
+def test_twelve_megapixels(browser, address, engine, cut_out, tmp_path):
     """A photograph of 12 megapixels is placed on, run and downloaded, bit-exact outside the hole."""
     draw_photograph(4000, 3000).save(tmp_path / "large.png", compress_level=1)
     browser.open(address, READY)
@@ -349,7 +436,7 @@ def test_twelve_megapixels(browser, address, cut_out, tmp_path):
     browser.click("#run")
     browser.until(DONE)
     with download(browser, tmp_path / "downloads") as file:
-        picture, before, hole = np.array(file), read_image(tmp_path / "large.png"), newest_hole()
+        picture, before, hole = np.array(file), read_image(tmp_path / "large.png"), engine.hole
     assert picture.shape == (3000, 4000, 3) and np.array_equal(picture[~hole], before[~hole]) and hole.any()
 
 

@@ -6,10 +6,11 @@ import json
 import os
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from itertools import count
 from pathlib import Path
+from threading import Lock
 from typing import Any
 
 import numpy as np
@@ -19,6 +20,7 @@ from PIL import Image
 from harmony.cli.methods import build, complete
 from harmony.core.errors import UserError
 from harmony.core.progress import tell
+from harmony.data.descriptions import Description, parse_descriptions
 from harmony.methods.inputs import Inputs, choose_box, compare_baselines, get_size, read_alpha_mask, read_inputs
 from harmony.methods.insert import AUTO, keeps_detail
 from harmony.methods.method import Method
@@ -33,6 +35,7 @@ VIEW_SIDES = (512, 1280)  # pixels of the longer side of what the page shows, at
 CUT_OUT_SIDE = 512  # pixels of the longer side of a cut-out that is placed
 RELIGHT, KEEP = "color_relight", "color"  # the shipped ControlNets
 PLAIN, EXAMPLE, WORDS = "inpainting", "paint_by_example", "zero_shot"  # methods
+EXAMPLE_OF_WORDS = "a red car: warm sunset light -> pink neon light"
 TITLES = {
     RELIGHT: "Fit it to the light (ControlNet color_relight)",
     KEEP: "Keep its own colors (ControlNet color)",
@@ -61,8 +64,11 @@ class Choice:
 
 
 @dataclass(frozen=True)
-class Order:
-    """One run: the name of its choice, the ``pictures`` for ``read_inputs``, and what else is chosen on the page."""
+class Job:
+    """One run: the name of its choice, the ``pictures`` for ``read_inputs``, and the settings of the page.
+
+    ``pictures`` hold paths of the demo's own folder alone; ``words``, for both lights, are text whatever they hold.
+    """
 
     choice: str
     pictures: Mapping[str, Any]
@@ -72,12 +78,12 @@ class Order:
     seed: int = 0
     shadow: bool = True
     prompt: str = ""
-    prompts: str = ""
+    words: str = ""
 
 
 @dataclass(frozen=True)
-class Outcome:
-    """What a run gives: views in sRGB, title -> view of each baseline, the ``file`` to download, and ``lines``."""
+class JobResult:
+    """What became of a job: views in sRGB, title -> view of each baseline, the ``file`` to download, and ``lines``."""
 
     before: np.ndarray
     after: np.ndarray
@@ -108,7 +114,7 @@ class Engine:
 
     def __init__(self, cfg: DictConfig, choices: Mapping[str, Choice], backbone: Backbone):
         self.cfg, self.backbone = cfg, backbone
-        self.build = lru_cache(maxsize=8)(self.build_node)
+        self.build, self.lock = lru_cache(maxsize=8)(self.build_node), Lock()
         self.choices: dict[str, Choice] = {}
         for name, choice in choices.items():
             try:
@@ -131,32 +137,49 @@ class Engine:
         node |= {key: value for key, value in settings.items() if key in node}
         return self.build(json.dumps(node, sort_keys=True))
 
-    def run(self, order: Order, folder: Path, advance: Callable[[int, int | None], None]) -> Outcome:
-        """Run an order into ``folder``; ``advance`` is called with the steps so far and all of them, where known."""
-        inputs, lines = read_inputs(order.pictures), []
+    def run(self, job: Job, folder: Path, advance: Callable[[int, int | None], None]) -> JobResult:
+        """Run a job into ``folder``; ``advance`` is called with the steps so far and all of them, where known.
+
+        What ``advance`` raises ends the job. Jobs wait for each other: they share the networks and what watches them.
+        """
+        with self.lock:
+            return self.run_alone(job, folder, advance)
+
+    def run_alone(self, job: Job, folder: Path, advance: Callable[[int, int | None], None]) -> JobResult:
+        """Run a job while no other runs."""
+        advance(0, None)  # it may have been stopped while it waited
+        inputs, lines = replace(read_inputs(job.pictures), lights=parse_lights(job.words)), []
         if inputs.mask.all():
             raise UserError("the object covers the whole picture: leave some of the photograph around it")
-        settings = {"lambda_l": order.color, "lambda_h": order.structure, "steps": order.steps}
+        settings = {"lambda_l": job.color, "lambda_h": job.structure, "steps": job.steps}
         settings |= {"describer": "given"} if inputs.lights else {}
-        method = self.find_method(self.choices[order.choice], settings)
+        method = self.find_method(self.choices[job.choice], settings)
         method.say = lines.append
         lines.append(method.describe())
-        inserter = Inserter(method, self.backbone, order.seed, shadow=order.shadow, say=lines.append)
-        request = Request(order.pictures, folder, order.prompt or None)
-        total = count_steps(method, inputs, order)
+        inserter = Inserter(method, self.backbone, job.seed, shadow=job.shadow, say=lines.append)
+        request = Request(job.pictures, folder, job.prompt or None)
+        total = count_steps(method, inputs, job)
         with watch_steps(method, lambda number: advance(number, total)):
             (files,) = inserter.run([request], [inputs])
         pictures = request.read_pictures()
         before = pictures["composite"] if inputs.reference is None else to_srgb(inputs.background, inputs.profile)
         views = (fit_view(picture) for picture in (before, pictures["harmonized"]))
-        return Outcome(*views, draw_baselines(inputs, files["harmonized"]), files["harmonized"], tuple(lines))
+        return JobResult(*views, draw_baselines(inputs, files["harmonized"]), files["harmonized"], tuple(lines))
 
 
-def count_steps(method: Method, inputs: Inputs, order: Order) -> int | None:
-    """The steps of a run; None where they depend on what the rounds find."""
-    if order.choice == WORDS:
+def parse_lights(words: str) -> tuple[Description, ...]:
+    """The descriptions in words for both lights: text, and never the name of a file. UserError for other words."""
+    try:
+        return tuple(parse_descriptions(words)) if words else ()
+    except UserError:
+        raise UserError(f"words for both lights are written as in: {EXAMPLE_OF_WORDS}") from None
+
+
+def count_steps(method: Method, inputs: Inputs, job: Job) -> int | None:
+    """The steps of a job; None where they depend on what the rounds find."""
+    if job.choice == WORDS:
         return None
-    return 1 if keeps_detail(method, inputs.cut(method, order.prompt, order.shadow), AUTO) else order.steps
+    return 1 if keeps_detail(method, inputs.cut(method, job.prompt, job.shadow), AUTO) else job.steps
 
 
 @contextmanager
@@ -235,9 +258,8 @@ def write_mask(path: Path, paint: np.ndarray, size: tuple[int, int]) -> str:
     return str(path)
 
 
-def shorten_paths(text: str, paths: Mapping[str, Any]) -> str:
+def shorten_paths(text: str, *paths: str | None) -> str:
     """A message with the names of files in place of their paths on this machine."""
-    for path in paths.values():
-        if isinstance(path, str):
-            text = text.replace(path, os.path.basename(path))
+    for path in filter(None, paths):
+        text = text.replace(path, os.path.basename(path))
     return text

@@ -13,7 +13,6 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial, wraps
-from itertools import count
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -22,12 +21,14 @@ os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"  # read when Gradio is imported
 
 import gradio as gr
 import numpy as np
+from starlette.middleware import Middleware
+from starlette.middleware.trustedhost import TrustedHostMiddleware
 
 from harmony.apps.demo.engine import (
     EXAMPLE,
     WORDS,
     Engine,
-    Order,
+    Job,
     choose_place,
     encode,
     shorten_paths,
@@ -45,6 +46,9 @@ FOLDER = Path(__file__).parent
 INK, OPACITY = "#f97316", 0.6  # of the brush, which lets the object be seen
 DAY = 24 * 60 * 60  # seconds after which an upload is removed while the demo runs
 LARGEST_UPLOAD = "100mb"
+UPLOADS = "uploads"  # folder of uploads and results
+LOOPBACK = ["127.0.0.1", "localhost"]
+LAST_STEP = 3  # seconds that a run has to end with the demo
 FILES = ["image", ".heic", ".heif"]
 TEXT = """# harmony
 Put an object into a photograph so that it belongs there: its light, its colors, its shadow. Every pixel outside the
@@ -75,25 +79,31 @@ def make_placement() -> gr.HTML:
     return gr.HTML("", elem_id="placement", **parts, **state)
 
 
-class Sessions:
-    """A folder for each open page below ``root``, in which each run has one of its own; closed pages leave nothing."""
+class Runs:
+    """The runs that have begun and not ended, each of one page, by the name that its browser calls itself."""
 
-    def __init__(self, root: Path):
-        self.root, self.numbers, self.closed = root, count(), set()
+    def __init__(self):
+        self.stops: dict[str | None, threading.Event] = {}
 
-    def new_folder(self, session: str) -> Path:
-        folder = self.root / session / str(next(self.numbers))
-        folder.mkdir(parents=True)
-        return folder
+    @contextmanager
+    def begin(self, session: str | None) -> Iterator[threading.Event]:
+        """Within this block the page has a run, which is to end when the event is set."""
+        stop = self.stops[session] = threading.Event()
+        try:
+            yield stop
+        finally:
+            if self.stops.get(session) is stop:
+                del self.stops[session]
 
-    def close(self, session: str) -> None:
-        self.closed.add(session)
-        self.sweep(session)
+    def stop(self, session: str | None) -> None:
+        """Let the run of a page end at its next step."""
+        if session in self.stops:
+            self.stops[session].set()
 
-    def sweep(self, session: str) -> None:
-        """Remove the folder of a page that was closed, also while it ran."""
-        if session in self.closed:
-            shutil.rmtree(self.root / session, ignore_errors=True)
+    def stop_all(self) -> None:
+        """Let all runs end."""
+        for session in list(self.stops):
+            self.stop(session)
 
 
 def say_plainly(function: Callable) -> Callable:
@@ -109,28 +119,7 @@ def say_plainly(function: Callable) -> Callable:
     return answer
 
 
-def name_files(function: Callable, *paths: str | None) -> Any:
-    """Call ``function`` with paths of uploads; its UserError names them without the folders of this machine."""
-    try:
-        return function(*paths)
-    except UserError as error:
-        raise UserError(shorten_paths(str(error), dict(enumerate(paths)))) from None
-
-
 # --- answers to what is done on the page
-
-
-def make_views(photograph: str | None, cut_out: str | None) -> tuple[Any, Any]:
-    """The placement and the editor for a photograph and a cut-out."""
-    if photograph is None:
-        return gr.update(photo="", value=""), None
-    view, size = name_files(view_photograph, photograph)
-    width, height = size
-    placement = {"photo": encode(view), "width": width, "height": height, "cut_out": "", "value": ""}
-    if cut_out is not None:
-        box = name_files(lambda path: choose_place(path, size), cut_out)
-        placement |= {"cut_out": encode(name_files(view_cut_out, cut_out)), "value": ",".join(map(str, box))}
-    return gr.update(**placement), {"background": view, "layers": [], "composite": None}
 
 
 def show_way(way: str, choice: str) -> list[Any]:
@@ -172,7 +161,7 @@ def collect_pictures(
     way: str, photograph: str | None, cut_out: str | None, box: str, editor: dict | None, reference: str | None,
     folder: Path,
 ) -> dict[str, Any]:  # fmt: skip
-    """The pictures of an order as options of ``read_inputs``."""
+    """The pictures of a job as options of ``read_inputs``."""
     if photograph is None:
         raise UserError("there is no photograph yet: upload one first")
     if way == PLACE:
@@ -186,56 +175,94 @@ def collect_pictures(
     return {"composite": photograph, "mask": mask}
 
 
-class Desk:
-    """What the page asks for: the engine, the folders of open pages, and the examples."""
+class Handlers:
+    """What happens at the events of the page: its engine, the demo's folder, and the examples.
 
-    def __init__(self, engine: Engine, sessions: Sessions, examples: list[Example]):
-        self.engine, self.sessions, self.examples = engine, sessions, examples
+    Nothing that a browser says becomes part of a path: uploads are files below ``root``, and folders have random names.
+    """
+
+    def __init__(self, engine: Engine, root: Path, examples: list[Example]):
+        self.engine, self.root, self.examples, self.runs = engine, root, examples, Runs()
+
+    @contextmanager
+    def use_uploads(self, *paths: str | None) -> Iterator[None]:
+        """Within this block uploads may be read. UserError for other files; it names none of this machine's folders."""
+        try:
+            for path in filter(None, paths):
+                if not Path(path).resolve().is_relative_to(self.root.resolve()):
+                    raise UserError("this file was not uploaded: upload the picture again")
+            yield
+        except UserError as error:
+            raise UserError(shorten_paths(str(error), *paths)) from None
+
+    @say_plainly
+    def make_views(self, photograph: str | None, cut_out: str | None) -> tuple[Any, Any]:
+        """The placement and the editor for a photograph and a cut-out."""
+        if photograph is None:
+            return gr.update(photo="", value=""), None
+        with self.use_uploads(photograph, cut_out):
+            view, size = view_photograph(photograph)
+            width, height = size
+            placement = {"photo": encode(view), "width": width, "height": height, "cut_out": "", "value": ""}
+            if cut_out is not None:
+                box = choose_place(cut_out, size)
+                placement |= {"cut_out": encode(view_cut_out(cut_out)), "value": ",".join(map(str, box))}
+        return gr.update(**placement), {"background": view, "layers": [], "composite": None}
 
     @say_plainly
     def run(
         self, way: str, photograph: str | None, cut_out: str | None, box: str, editor: dict | None,
         reference: str | None, choice: str, color: float, structure: float, steps: float, seed: float, shadow: bool,
-        prompt: str, prompts: str, request: gr.Request, progress: gr.Progress = gr.Progress(),
+        prompt: str, words: str, request: gr.Request, progress: gr.Progress = gr.Progress(),
     ) -> tuple:  # fmt: skip
         """Run what is on the page: before and after, the file to download, the baselines, and lines about it."""
         start, session = time.monotonic(), request.session_hash
-        folder, pictures = self.sessions.new_folder(session), {}
+        reference = reference if choice == EXAMPLE else None
+        words = (words or "").strip() if choice == WORDS else ""
+        uploads = photograph, cut_out, reference
+        with self.runs.begin(session) as stop, self.use_uploads(*uploads), self.make_run_folder() as folder:
 
-        def advance(number: int, total: int | None) -> None:
-            whole = "" if total is None else f" of {total}"
-            progress((number, total), desc=f"step {number}{whole}", unit="steps")
+            def advance(number: int, total: int | None) -> None:
+                if stop.is_set():
+                    raise UserError("the run was stopped")
+                if number:
+                    whole = "" if total is None else f" of {total}"
+                    progress((number, total), desc=f"step {number}{whole}", unit="steps")
 
-        try:
-            reference = reference if choice == EXAMPLE else None
             pictures = collect_pictures(way, photograph, cut_out, box, editor, reference, folder)
-            words = {"prompts": (prompts or "").strip() or None} if choice == WORDS else {}
-            order = Order(
-                choice, pictures | words, color, structure, int(steps), int(seed or 0), shadow, (prompt or "").strip()
-            )
-            outcome = self.engine.run(order, folder, advance)
-        except UserError as error:
-            shutil.rmtree(folder, ignore_errors=True)
-            raise UserError(shorten_paths(str(error), pictures)) from None
-        finally:
-            self.sessions.sweep(session)
-        lines = shorten_paths("\n".join(outcome.lines), pictures)
+            prompt = (prompt or "").strip()
+            job = Job(choice, pictures, color, structure, int(steps), int(seed or 0), shadow, prompt, words)
+            result = self.engine.run(job, folder, advance)
+            file = self.keep(result.file)
+        lines = shorten_paths("\n".join(result.lines), *uploads)
         return (
-            (outcome.before, outcome.after),
-            gr.update(value=str(outcome.file), interactive=True),
-            draw_figures(outcome.baselines),
+            (result.before, result.after),
+            gr.update(value=str(file), interactive=True),
+            draw_figures(result.baselines),
             gr.update(visible=True),
             f"{time.monotonic() - start:.1f} s in all\n{lines}",
         )
 
+    @contextmanager
+    def make_run_folder(self) -> Iterator[Path]:
+        """A folder for a run, removed after this block."""
+        with tempfile.TemporaryDirectory(prefix="run-", dir=self.root, ignore_cleanup_errors=True) as folder:
+            yield Path(folder)
+
+    def keep(self, file: Path) -> Path:
+        """Move a result to where Gradio serves it and, after a day, removes it."""
+        folder = self.root / UPLOADS
+        folder.mkdir(exist_ok=True)
+        return Path(shutil.move(file, tempfile.mkdtemp(dir=folder)))
+
     def load_example(self, index: int) -> tuple:
         """Fill the page with an example."""
         example = self.examples[index]
-        return PLACE, example.photograph, example.cut_out, *make_views(example.photograph, example.cut_out)
+        return PLACE, example.photograph, example.cut_out, *self.make_views(example.photograph, example.cut_out)
 
-    def close(self, request: gr.Request) -> None:
-        """A page was closed."""
-        self.sessions.close(request.session_hash)
+    def stop(self, request: gr.Request) -> None:
+        """End the run of a page, which wants no more of it or was closed."""
+        self.runs.stop(request.session_hash)
 
 
 # --- the page
@@ -295,27 +322,27 @@ def add_results(w: SimpleNamespace) -> None:
         w.lines = gr.Textbox(show_label=False, container=False, lines=4, max_lines=12)
 
 
-def connect(w: SimpleNamespace, desk: Desk) -> None:
+def connect(w: SimpleNamespace, handlers: Handlers) -> None:
     """What happens on the page; only runs wait for each other."""
     free = {"concurrency_limit": None, "show_progress": "hidden", "api_visibility": "private"}
-    views, columns = say_plainly(make_views), [w.place_column, w.paint_column, w.reference]
+    columns = [w.place_column, w.paint_column, w.reference]
     for file in (w.photograph, w.cut_out):
         for event in (file.upload, file.clear):
-            event(views, [w.photograph, w.cut_out], [w.placement, w.editor], **free)
+            event(handlers.make_views, [w.photograph, w.cut_out], [w.placement, w.editor], **free)
     for radio in (w.way, w.choice):
         radio.change(show_way, [w.way, w.choice], columns, **free)
     settings = [w.color, w.structure, w.prompt, w.prompts]
-    w.choice.change(partial(show_settings, desk.engine), w.choice, settings, **free)
-    w.examples.click(desk.load_example, w.examples, [w.way, w.photograph, w.cut_out, w.placement, w.editor], **free)
+    w.choice.change(partial(show_settings, handlers.engine), w.choice, settings, **free)
+    w.examples.click(handlers.load_example, w.examples, [w.way, w.photograph, w.cut_out, w.placement, w.editor], **free)
     given = [w.way, w.photograph, w.cut_out, w.placement, w.editor, w.reference, w.choice, w.color, w.structure]
     given += [w.steps, w.seed, w.shadow, w.prompt, w.prompts]
     results = [w.slider, w.download, w.baselines, w.report, w.lines]
     alone = {"concurrency_limit": 1, "show_progress_on": [w.slider], "api_visibility": "private"}
-    w.button.click(desk.run, given, results, **alone)
+    w.button.click(handlers.run, given, results, **alone)
     w.button.click(None, js=SHOW_RESULT)
 
 
-def build_page(desk: Desk) -> gr.Blocks:
+def build_page(handlers: Handlers) -> gr.Blocks:
     """The page with all its events."""
     w = SimpleNamespace()  # the components that events read or change
     with gr.Blocks(title="harmony", analytics_enabled=False, delete_cache=(DAY, DAY)) as page:
@@ -324,17 +351,17 @@ def build_page(desk: Desk) -> gr.Blocks:
             "Try one of these, or begin with a photograph of your own",
             gr.Image(render=False, format="png"),
         )
-        samples = [[example.thumbnail] for example in desk.examples]
+        samples = [[example.thumbnail] for example in handlers.examples]
         w.examples = gr.Dataset(components=[picture], samples=samples, type="index", label=label, elem_id="examples")
         with gr.Row():
             with gr.Column():
                 add_object(w)
-                add_settings(w, desk.engine)
+                add_settings(w, handlers.engine)
                 w.button = gr.Button("Harmonize", variant="primary", size="lg", elem_id="run")
             with gr.Column(elem_id="results"):
                 add_results(w)
-        connect(w, desk)
-        page.unload(desk.close)
+        connect(w, handlers)
+        page.unload(handlers.stop)
     return page
 
 
@@ -350,15 +377,21 @@ def check_address(host: str, port: int) -> None:
 def open_page(engine: Engine, host: str, port: int, waiting: int) -> Iterator[str]:
     """Serve the page within this block and give its address; uploads and results are removed at its end."""
     root = Path(tempfile.mkdtemp(prefix="harmony-demo-"))
-    os.environ["GRADIO_TEMP_DIR"] = str(root / "uploads")
-    page = build_page(Desk(engine, Sessions(root / "sessions"), list_examples(root / "examples")))
+    os.environ["GRADIO_TEMP_DIR"] = str(root / UPLOADS)
+    handlers = Handlers(engine, root, list_examples(root / "examples"))
+    page = build_page(handlers)
     page.queue(max_size=waiting)
     options = {"server_name": host, "server_port": port, "max_file_size": LARGEST_UPLOAD, "css": CSS}
     private = {"share": False, "enable_monitoring": False, "footer_links": []}
+    if host in LOOPBACK:  # a page of another name is no page of ours, even if that name leads to this machine
+        private["app_kwargs"] = {"middleware": [Middleware(TrustedHostMiddleware, allowed_hosts=LOOPBACK)]}
     try:
         yield page.launch(prevent_thread_lock=True, quiet=True, ssr_mode=False, **options, **private)[1]
     finally:
+        handlers.runs.stop_all()
         page.close(verbose=False)
+        if engine.lock.acquire(timeout=LAST_STEP):  # a run that goes on would write into the folder again
+            engine.lock.release()
         shutil.rmtree(root, ignore_errors=True)
 
 
