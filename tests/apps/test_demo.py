@@ -21,7 +21,7 @@ pytest.importorskip("gradio")
 
 from harmony import demo
 from harmony.apps.demo import page
-from harmony.apps.demo.engine import RELIGHT, Engine, Job, list_choices
+from harmony.apps.demo.engine import OPTION, RELIGHT, Engine, Job, list_choices
 from harmony.cli.compose import CONFIGS, compose
 from harmony.cli.help import help_text
 from harmony.core.errors import UserError
@@ -228,7 +228,7 @@ def test_what_the_networks_do_not_fit_is_not_offered(random_backbone, capsys):
 def test_choices_follow_the_command(engine):
     """A ControlNet of one's own stands first, a strength of structure is there where a net for it is given."""
     choices = list_choices(compose("demo", [f"controlnet={ROOT}/harmony/assets/color", "structure=color"]))
-    assert [choice.title for choice in choices.values()][:2] == ["ControlNet color", engine.choices[RELIGHT].title]
+    assert [choice.title for choice in choices.values()][:2] == ["Network color", engine.choices[RELIGHT].title]
     assert choices[RELIGHT].has_structure and not engine.choices[RELIGHT].has_structure
     assert page.list_settings(engine, RELIGHT) == [True, False, True, False]
     assert page.list_settings(engine, "zero_shot") == [False, False, False, True]
@@ -243,19 +243,22 @@ def test_a_method_is_built_once(engine, photograph, cut_out, tmp_path):
     builds = engine.build.cache_info().misses
     outcome = engine.run(Job("color", pictures, color=0.5, seed=3), tmp_path, lambda *step: None)
     assert engine.build.cache_info().misses == builds
-    assert "color (weight 0.5)" in outcome.lines[0] and [*outcome.baselines] == BASELINES
+    assert "strength of color 0.5, 1 step, seed 3" in outcome.lines[0] and [*outcome.baselines] == BASELINES
 
 
 BASELINES = ["Copy and paste", "Harmony", "Reinhard", "Poisson"]
-ORDERED = [page.PLACE, None, None, "", None, None, "color_relight", 1, 1, 2, 0, True, "", ""]
+VALUES = {
+    "way": page.PLACE, "photograph": None, "cut_out": None, "box": "", "editor": None, "reference": None,
+    "choice": RELIGHT, "color": 1, "structure": 1, "steps": 2, "seed": 0, "shadow": True, "prompt": "", "words": "",
+}  # fmt: skip
 
 
-def order(**changes) -> list:
-    names = ("way", "photograph", "cut_out", "box", "editor", "reference", "choice")
-    return [changes.get(name, value) for name, value in zip(names, ORDERED[:7], strict=True)] + ORDERED[7:]
+def fill_form(**changes) -> list:
+    """The values of the page's components, in order."""
+    return [*(VALUES | changes).values()]
 
 
-def painted(value: int, height: int = 217, width: int = 333) -> dict:
+def paint_all(value: int, height: int = 217, width: int = 333) -> dict:
     return {"background": None, "layers": [np.full((height, width, 4), value, np.uint8)], "composite": None}
 
 
@@ -269,6 +272,7 @@ def refuse(call, *args) -> str:
     with pytest.raises(page.gr.Error) as refusal:
         call(*args)
     assert not refusal.value.print_exception and "\n" not in refusal.value.message
+    assert not re.search(OPTION, refusal.value.message)
     return refusal.value.message
 
 
@@ -278,10 +282,25 @@ def refuse(call, *args) -> str:
         ({}, "there is no photograph yet: upload one first"),
         ({"photograph": "p"}, "there is no cut-out yet: upload one, or choose to paint over the object"),
         ({"photograph": "p", "way": page.PAINT}, "nothing is painted: paint over the object first"),
-        ({"photograph": "p", "way": page.PAINT, "editor": painted(0)}, "nothing is painted: paint over"),
-        ({"photograph": "p", "way": page.PAINT, "editor": painted(255)}, "the object covers the whole picture"),
-        ({"photograph": "p", "cut_out": "p"}, "photograph.png has no transparent background"),
-        ({"photograph": "p", "cut_out": "c", "box": "9000,9000,9001,9001"}, "shows nothing of the object"),
+        ({"photograph": "p", "way": page.PAINT, "editor": paint_all(0)}, "nothing is painted: paint over"),
+        ({"photograph": "p", "way": page.PAINT, "editor": paint_all(255)}, "the object covers the whole picture"),
+        ({"photograph": "p", "cut_out": "p", "box": "1,1,9,9"}, "the cut-out has no transparent background: save"),
+        ({"photograph": "p", "cut_out": "c", "box": "1,1,nan,9"}, "the cut-out has no place on the photograph"),
+        ({"photograph": "p", "cut_out": "c", "box": [1, 1, 9, 9]}, "the cut-out has no place on the photograph"),
+        ({"photograph": "p", "cut_out": "c", "box": "9,9,1,1"}, "the object has no size: make it larger"),
+        ({"photograph": "p", "cut_out": "c", "box": "9,9,9999,9999"}, "the object is far larger than the photograph"),
+        ({"photograph": "p", "cut_out": "c", "box": "9,9,11,11"}, "the object is too small: make it larger"),
+        ({"choice": "none_such"}, "there is no such method: load the page again"),
+        ({"seed": -5}, "the seed must be a number from 0 to 4294967295"),
+        ({"steps": 0}, "the number of steps must be a number from 1 to 100"),
+        ({"color": "much"}, "the strength of color must be a number from 0 to 2"),
+        ({"structure": float("nan")}, "the strength of structure must be a number from 0 to 2"),
+        ({"prompt": "x" * 501}, "what the finished picture shows must have at most 500 characters"),
+        ({"words": "x" * 501}, "words for both lights must have at most 500 characters"),
+        (
+            {"photograph": "p", "cut_out": "c", "box": "9000,9000,9001,9001"},
+            "nothing of the object lies on the photograph: drag it there",
+        ),
     ],
 )
 def test_what_cannot_be_run_is_one_sentence(handlers, photograph, cut_out, changes, sentence):
@@ -289,7 +308,7 @@ def test_what_cannot_be_run_is_one_sentence(handlers, photograph, cut_out, chang
     files = {"p": str(photograph), "c": str(cut_out)}
     changes = {name: files.get(v, v) if isinstance(v, str) else v for name, v in changes.items()}
     request = type("Request", (), {"session_hash": "tab"})()
-    message = refuse(handlers.run, *order(**changes), request)
+    message = refuse(handlers.run, *fill_form(**changes), request)
     assert sentence in message and str(photograph.parent) not in message
     assert not [*handlers.root.glob("run-*")]
 
@@ -316,12 +335,13 @@ def test_other_kinds_of_photographs_are_taken(handlers, cut_out, tmp_path, kind)
         pytest.importorskip("pillow_heif").from_pillow(image).save(path)
     else:
         Image.fromarray(np.asarray(image.convert("L")).astype(np.uint16) * 257).save(path)
-    placement, editor = handlers.make_views(str(path), str(cut_out))
+    placement, editor, hint = handlers.make_views(str(path), str(cut_out))
+    assert hint["visible"]
     assert placement["photo"].startswith("data:image/png") and editor["background"].shape == (427, 512, 3)
     request = type("Request", (), {"session_hash": "tab"})()
-    lines = handlers.run(*order(photograph=str(path), cut_out=str(cut_out), box=placement["value"]), request)[-1]
+    lines = handlers.run(*fill_form(photograph=str(path), cut_out=str(cut_out), box=placement["value"]), request)[-1]
     assert (f"{path.name}: more than 8 bits a channel" in lines) == (kind == "16-bit")
-    assert str(tmp_path) not in lines
+    assert str(tmp_path) not in lines and not re.search(OPTION, lines)
 
 
 def join(address: str, data: list, session: str, trigger: str = "Harmonize", **headers) -> httpx.Response:
@@ -350,7 +370,7 @@ def test_what_a_client_calls_itself_is_no_path(address, engine, tmp_path, file, 
     (victim / "letter.txt").write_text("dear")
     draw_photograph(64, 64).save(secret)
     upload = file and {"path": str(secret), "meta": {"_type": "gradio.FileData"}}
-    values = [page.PLACE, upload, upload, "1,1,9,9", None, None, RELIGHT, 1, 1, 2, 0, True, "", ""]
+    values = fill_form(photograph=upload, cut_out=upload, box="1,1,9,9")
     assert join(address, values, str(victim)).status_code == 200
     assert not read_answer(address, str(victim))["success"]
     assert [file.name for file in victim.iterdir()] == ["letter.txt"]
@@ -368,7 +388,7 @@ def test_words_are_never_a_file(handlers, photograph, cut_out, tmp_path):
     """Guards the files of this machine: words that end as the name of a JSON file does are words."""
     (tmp_path / "words.json").write_text('[{"object": "a box", "foreground": "dawn", "background": "secret light"}]')
     files = {"photograph": str(photograph), "cut_out": str(cut_out), "box": "50,50,130,170", "choice": "zero_shot"}
-    values = [*order(**files)[:-1], str(tmp_path / "words.json")]
+    values = fill_form(**files, words=str(tmp_path / "words.json"))
     message = refuse(handlers.run, *values, type("Request", (), {"session_hash": "tab"})())
     assert message.startswith("words for both lights are written as in: a red car") and "secret" not in message
 
@@ -394,9 +414,9 @@ def test_a_run_ends_when_its_page_is_closed(handlers, photograph, cut_out):
         "box": "50,50,130,170",
         "choice": "paint_by_example",
     }
-    assert refuse(handlers.run, *order(**files), request, close_page) == "the run was stopped"
+    assert refuse(handlers.run, *fill_form(**files), request, close_page) == "the run was stopped"
     assert len(steps) == 1 and not handlers.runs.stops and not [*handlers.root.glob("run-*")]
-    views, download, *_ = handlers.run(*order(**files), request)
+    views, download, *_ = handlers.run(*fill_form(**files), request)
     assert Path(download["value"]).is_file() and not [*handlers.root.glob("run-*")]
 
 

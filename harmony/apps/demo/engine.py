@@ -4,11 +4,13 @@ import base64
 import io
 import json
 import os
+import re
+import warnings
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from functools import lru_cache
-from itertools import count
+from itertools import count, takewhile
 from pathlib import Path
 from threading import Lock
 from typing import Any
@@ -28,7 +30,7 @@ from harmony.methods.runs import Inserter, Request
 from harmony.models.backbone import Backbone
 from harmony.models.shipped import check_places
 from harmony.pixels.color_profiles import read_in_space, to_srgb
-from harmony.pixels.images import read_image, resize, write_image
+from harmony.pixels.images import list_formats, read_image, resize, write_image
 from harmony.pixels.masks import OBJECT, bounding_box
 
 VIEW_SIDES = (512, 1280)  # pixels of the longer side of what the page shows, at least and at most
@@ -37,12 +39,25 @@ RELIGHT, KEEP = "color_relight", "color"  # the shipped ControlNets
 PLAIN, EXAMPLE, WORDS = "inpainting", "paint_by_example", "zero_shot"  # methods
 EXAMPLE_OF_WORDS = "a red car: warm sunset light -> pink neon light"
 TITLES = {
-    RELIGHT: "Fit it to the light (ControlNet color_relight)",
-    KEEP: "Keep its own colors (ControlNet color)",
-    EXAMPLE: "Paint it anew (Paint by Example)",
+    RELIGHT: "Fit it to the light",
+    KEEP: "Keep its own colors",
+    EXAMPLE: "Paint it anew by example",
     PLAIN: "Inpaint by words",
-    WORDS: "Relight it by words (zero-shot)",
+    WORDS: "Relight it by words",
 }
+LARGEST = 50  # megapixels of a picture
+# The beginning of a message for the command line: what the page says. Of others clauses with NAME= are left out.
+WORDINGS = {
+    r".* has no transparent background": "the cut-out has no transparent background: save it as PNG or WebP with one",
+    r".* is transparent everywhere": "the cut-out is transparent everywhere: save it with its object opaque",
+    r"box .* shows nothing": "nothing of the object lies on the photograph: drag it there",
+    r"box .* makes the object": "the object is far larger than the photograph: make it smaller",
+    r"box .* has no area": "the object has no size: make it larger",
+    r"the object is too small": "the object is too small: make it larger, or cut the photograph around a part of it",
+    r"the prompt is empty": "nothing says what the finished picture shows: words for it may help",
+    r"backbone .* has no CLIP": "this method needs words for both lights here: write them in the settings",
+}
+OPTION = r"\b[\w.]+=(?=\S|$)"  # of the command line
 
 
 @dataclass(frozen=True)
@@ -101,7 +116,7 @@ def list_choices(cfg: DictConfig) -> dict[str, Choice]:
         each = {"method": name} if is_method else {"method": "controlnet", "controlnet": name}
         node = complete(cfg, each)
         check_places(node)
-        title = TITLES.get(name, f"ControlNet {Path(name).name}")
+        title = TITLES.get(name, f"Network {Path(name).name}")
         choices[name] = Choice(title, each | {key: node[key] for key in ("controlnet", "structure") if key in node})
     return choices
 
@@ -155,16 +170,26 @@ class Engine:
         settings |= {"describer": "given"} if inputs.lights else {}
         method = self.find_method(self.choices[job.choice], settings)
         method.say = lines.append
-        lines.append(method.describe())
         inserter = Inserter(method, self.backbone, job.seed, shadow=job.shadow, say=lines.append)
         request = Request(job.pictures, folder, job.prompt or None)
         total = count_steps(method, inputs, job)
+        lines.append(describe_job(job, self.choices[job.choice], total))
         with watch_steps(method, lambda number: advance(number, total)):
             (files,) = inserter.run([request], [inputs])
         pictures = request.read_pictures()
         before = pictures["composite"] if inputs.reference is None else to_srgb(inputs.background, inputs.profile)
         views = (fit_view(picture) for picture in (before, pictures["harmonized"]))
         return JobResult(*views, draw_baselines(inputs, files["harmonized"]), files["harmonized"], tuple(lines))
+
+
+def describe_job(job: Job, choice: Choice, total: int | None) -> str:
+    """A line on the method of a job and its settings."""
+    parts = [choice.title, f"strength of color {job.color:g}", f"strength of structure {job.structure:g}"]
+    parts = [
+        part for part, is_read in zip(parts, (True, choice.has_color, choice.has_structure), strict=True) if is_read
+    ]
+    steps = [] if total is None else [f"{total} step{'s' if total > 1 else ''}"]
+    return ", ".join([*parts, *steps, f"seed {job.seed}"])
 
 
 def parse_lights(words: str) -> tuple[Description, ...]:
@@ -256,6 +281,30 @@ def write_mask(path: Path, paint: np.ndarray, size: tuple[int, int]) -> str:
         raise UserError("nothing is painted: paint over the object first")
     write_image(path, mask)
     return str(path)
+
+
+def check_size(path: str) -> None:
+    """UserError for a picture of more pixels than the demo decodes; what is no picture passes."""
+    with warnings.catch_warnings(), suppress(Exception):  # whoever reads it says what is wrong with it
+        warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+        try:
+            with Image.open(path, formats=list_formats()) as file:
+                is_large = file.width * file.height > LARGEST * 10**6
+        except Image.DecompressionBombError:
+            is_large = True
+        if not is_large:
+            return
+    raise UserError(f"{path} has more than {LARGEST} megapixels: make it smaller first")
+
+
+def reword(message: str) -> str:
+    """A message for the command line in the words of the page, which has no options."""
+    for beginning, sentence in WORDINGS.items():
+        if re.match(beginning, message):
+            return sentence
+    clauses = re.split(r"(?<=[:;,]) | (?=\()", message)
+    parts = list(takewhile(lambda clause: not re.search(OPTION, clause), clauses))
+    return message if parts == clauses else " ".join(parts).rstrip(":;,") or "this picture cannot be used here"
 
 
 def shorten_paths(text: str, *paths: str | None) -> str:

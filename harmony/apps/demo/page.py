@@ -12,6 +12,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import partial, wraps
 from pathlib import Path
 from types import SimpleNamespace
@@ -26,11 +27,14 @@ from starlette.middleware.trustedhost import TrustedHostMiddleware
 
 from harmony.apps.demo.engine import (
     EXAMPLE,
+    EXAMPLE_OF_WORDS,
     WORDS,
     Engine,
     Job,
+    check_size,
     choose_place,
     encode,
+    reword,
     shorten_paths,
     view_cut_out,
     view_photograph,
@@ -48,14 +52,19 @@ DAY = 24 * 60 * 60  # seconds after which an upload is removed while the demo ru
 LARGEST_UPLOAD = "100mb"
 UPLOADS = "uploads"  # folder of uploads and results
 LOOPBACK = ["127.0.0.1", "localhost"]
+LONGEST, LARGEST_SEED = 500, 2**32 - 1  # characters of a text, number
 LAST_STEP = 3  # seconds that a run has to end with the demo
 FILES = ["image", ".heic", ".heif"]
 TEXT = """# harmony
 Put an object into a photograph so that it belongs there: its light, its colors, its shadow. Every pixel outside the
 object and a small rim stays as it is."""
-SHOW_RESULT = "() => document.querySelector('#results').scrollIntoView({ behavior: 'smooth', block: 'nearest' })"
+SHOW_RESULT = "() => { document.querySelector('#result').scrollIntoView({ block: 'nearest' }); return []; }"
 CSS = """
-.gradio-container { max-width: 1240px !important; margin: 0 auto !important; }
+.gradio-container { max-width: 1240px !important; margin: 0 auto !important; overflow: visible !important; }
+/* what is hidden keeps its width: the editor's paint stays on its picture */
+body:has(#way label:last-of-type input:checked) #place, body:has(#way label:first-of-type input:checked) #paint {
+  visibility: hidden; height: 0; overflow: hidden; margin-top: calc(-1 * var(--layout-gap));
+}
 footer { display: none !important; }
 #object-hint p { font-size: var(--text-sm); }
 #object-hint { margin-top: -12px; }
@@ -114,29 +123,46 @@ def say_plainly(function: Callable) -> Callable:
         try:
             return function(*args, **options)
         except UserError as error:
-            raise gr.Error(html.escape(str(error), quote=False), print_exception=False) from None
+            raise gr.Error(html.escape(reword(str(error)), quote=False), print_exception=False) from None
 
     return answer
+
+
+def refuse_plainly(page: gr.Blocks) -> None:
+    """What Gradio cannot use of what a browser sends is one sentence too, and no traceback."""
+    preprocess = page.preprocess_data
+
+    async def preprocess_data(*args, **options) -> list[Any]:
+        try:
+            return await preprocess(*args, **options)
+        except Exception:
+            raise gr.Error("the page sent what cannot be used: load it again", print_exception=False) from None
+
+    page.preprocess_data = preprocess_data
 
 
 # --- answers to what is done on the page
 
 
-def show_way(way: str, choice: str) -> list[Any]:
-    """Which components are seen: of placing or of painting, and of the chosen method."""
-    places = way == PLACE
-    return [gr.update(visible=seen) for seen in (places, not places, not places and choice == EXAMPLE)]
+def show_reference(way: str, choice: str) -> Any:
+    """Show where a reference is uploaded, if one is read."""
+    return gr.update(visible=way == PAINT and choice == EXAMPLE)
 
 
-def list_settings(engine: Engine, choice: str) -> list[bool]:
+def list_settings(engine: Engine, name: str) -> list[bool]:
     """Which settings a method has: strengths of color and structure, a prompt, words for both lights."""
-    chosen = engine.choices[choice]
-    return [chosen.has_color, chosen.has_structure, choice not in (EXAMPLE, WORDS), choice == WORDS]
+    choice = engine.choices[name]
+    return [choice.has_color, choice.has_structure, name not in (EXAMPLE, WORDS), name == WORDS]
 
 
-def show_settings(engine: Engine, choice: str) -> list[Any]:
-    """Which settings are seen."""
-    return [gr.update(visible=seen) for seen in list_settings(engine, choice)]
+def show_settings(engine: Engine, name: str) -> list[Any]:
+    """Show the settings of a method."""
+    return [gr.update(visible=is_visible) for is_visible in list_settings(engine, name)]
+
+
+def clear_results() -> tuple:
+    """Take away the results of what is no longer on the page."""
+    return None, gr.update(value=None, interactive=False), "", gr.update(visible=False), ""
 
 
 def draw_figures(pictures: Mapping[str, np.ndarray]) -> str:
@@ -167,12 +193,29 @@ def collect_pictures(
     if way == PLACE:
         if cut_out is None:
             raise UserError("there is no cut-out yet: upload one, or choose to paint over the object")
-        return {"background": photograph, "foreground": cut_out, "box": parse_box(box or "")}
+        place = parse_box(box) if isinstance(box, str) else None
+        if place is None:
+            raise UserError("the cut-out has no place on the photograph: upload it again")
+        return {"background": photograph, "foreground": cut_out, "box": place}
     _, size = view_photograph(photograph)
     mask = write_mask(folder / "painted.png", read_paint(editor), size)
     if reference is not None:
         return {"background": photograph, "reference": reference, "mask": mask}
     return {"composite": photograph, "mask": mask}
+
+
+def check_number(title: str, value: Any, low: float, high: float) -> None:
+    """UserError unless a value of the page is a number from ``low`` to ``high``."""
+    if type(value) not in (int, float) or not low <= value <= high:
+        raise UserError(f"{title} must be a number from {low:g} to {high:.10g}")
+
+
+def clean_text(title: str, value: Any) -> str:
+    """A text of the page without space around it. UserError for one that is too long."""
+    text = str(value or "").strip()
+    if len(text) > LONGEST:
+        raise UserError(f"{title} must have at most {LONGEST} characters")
+    return text
 
 
 class Handlers:
@@ -191,15 +234,17 @@ class Handlers:
             for path in filter(None, paths):
                 if not Path(path).resolve().is_relative_to(self.root.resolve()):
                     raise UserError("this file was not uploaded: upload the picture again")
+                check_size(path)
             yield
         except UserError as error:
             raise UserError(shorten_paths(str(error), *paths)) from None
 
     @say_plainly
-    def make_views(self, photograph: str | None, cut_out: str | None) -> tuple[Any, Any]:
-        """The placement and the editor for a photograph and a cut-out."""
+    def make_views(self, photograph: str | None, cut_out: str | None) -> tuple[Any, Any, Any]:
+        """The placement, the editor and the hint for a photograph and a cut-out."""
+        hint = gr.update(visible=photograph is not None and cut_out is not None)
         if photograph is None:
-            return gr.update(photo="", value=""), None
+            return gr.update(photo="", value=""), None, hint
         with self.use_uploads(photograph, cut_out):
             view, size = view_photograph(photograph)
             width, height = size
@@ -207,7 +252,7 @@ class Handlers:
             if cut_out is not None:
                 box = choose_place(cut_out, size)
                 placement |= {"cut_out": encode(view_cut_out(cut_out)), "value": ",".join(map(str, box))}
-        return gr.update(**placement), {"background": view, "layers": [], "composite": None}
+        return gr.update(**placement), {"background": view, "layers": [], "composite": None}, hint
 
     @say_plainly
     def run(
@@ -218,7 +263,7 @@ class Handlers:
         """Run what is on the page: before and after, the file to download, the baselines, and lines about it."""
         start, session = time.monotonic(), request.session_hash
         reference = reference if choice == EXAMPLE else None
-        words = (words or "").strip() if choice == WORDS else ""
+        job = self.read_settings(choice, color, structure, steps, seed, shadow, prompt, words)
         uploads = photograph, cut_out, reference
         with self.runs.begin(session) as stop, self.use_uploads(*uploads), self.make_run_folder() as folder:
 
@@ -230,11 +275,9 @@ class Handlers:
                     progress((number, total), desc=f"step {number}{whole}", unit="steps")
 
             pictures = collect_pictures(way, photograph, cut_out, box, editor, reference, folder)
-            prompt = (prompt or "").strip()
-            job = Job(choice, pictures, color, structure, int(steps), int(seed or 0), shadow, prompt, words)
-            result = self.engine.run(job, folder, advance)
+            result = self.engine.run(replace(job, pictures=pictures), folder, advance)
             file = self.keep(result.file)
-        lines = shorten_paths("\n".join(result.lines), *uploads)
+        lines = shorten_paths("\n".join(map(reword, result.lines)), *uploads)
         return (
             (result.before, result.after),
             gr.update(value=str(file), interactive=True),
@@ -242,6 +285,25 @@ class Handlers:
             gr.update(visible=True),
             f"{time.monotonic() - start:.1f} s in all\n{lines}",
         )
+
+    def read_settings(
+        self, choice: str, color: Any, structure: Any, steps: Any, seed: Any, shadow: Any, prompt: Any, words: Any
+    ) -> Job:
+        """A job without pictures. UserError for settings that the page does not offer."""
+        cfg = self.engine.cfg
+        if choice not in self.engine.choices:
+            raise UserError("there is no such method: load the page again")
+        check_number("the strength of color", color, *limit_strength(cfg.lambda_l))
+        check_number("the strength of structure", structure, *limit_strength(cfg.lambda_h))
+        check_number("the number of steps", steps, 1, limit_steps(cfg.steps))
+        seed = 0 if seed is None else seed
+        check_number("the seed", seed, 0, LARGEST_SEED)
+        prompt, words = (
+            clean_text("what the finished picture shows", prompt),
+            clean_text("words for both lights", words),
+        )
+        words = words if choice == WORDS else ""
+        return Job(choice, {}, color, structure, int(steps), int(seed), bool(shadow), prompt, words)
 
     @contextmanager
     def make_run_folder(self) -> Iterator[Path]:
@@ -272,11 +334,11 @@ def add_object(w: SimpleNamespace) -> None:
     """Where the photograph and its object are given."""
     w.photograph = make_file("1. Your photograph", "photograph")
     w.way = gr.Radio([PLACE, PAINT], value=PLACE, label="2. The object is", elem_id="way")
-    with gr.Column() as w.place_column:
+    with gr.Column(elem_id="place"):
         w.cut_out = make_file("The cut-out (PNG or WebP with a transparent background)", "cut-out")
         w.placement = make_placement()
-        gr.Markdown("Drag the object; pull a corner for its size.", elem_id="object-hint")
-    with gr.Column(visible=False) as w.paint_column:
+        w.hint = gr.Markdown("Drag the object; pull a corner for its size.", elem_id="object-hint", visible=False)
+    with gr.Column(elem_id="paint"):
         brush = gr.Brush(default_size=24, colors=[(INK, OPACITY)], color_mode="fixed")
         bare = {"sources": (), "transforms": (), "layers": False, "buttons": [], "format": "png", "image_mode": "RGBA"}
         w.editor = gr.ImageEditor(label="Paint over the object", brush=brush, height=460, elem_id="editor", **bare)
@@ -292,30 +354,41 @@ def add_settings(w: SimpleNamespace, engine: Engine) -> None:
     """The method and its settings, which begin as the command says."""
     cfg, first = engine.cfg, next(iter(engine.choices))
     titles = [(choice.title, name) for name, choice in engine.choices.items()]
-    color, structure, prompt, prompts = list_settings(engine, first)
+    color, structure, prompt, words = list_settings(engine, first)
     w.choice = gr.Radio(titles, value=first, label="3. Method", elem_id="method")
     with gr.Accordion("Settings", open=False):
         w.color = make_strength("Strength of color", cfg.lambda_l, visible=color)
         w.structure = make_strength("Strength of structure", cfg.lambda_h, visible=structure)
-        w.prompt = gr.Textbox(label="What the finished picture shows (may stay empty)", max_length=500, visible=prompt)
-        hint = "a red car: warm sunset light -> pink neon light"
-        w.prompts = gr.Textbox(
-            label="Words for both lights (may stay empty)", max_length=500, placeholder=hint, visible=prompts
+        w.prompt = gr.Textbox(
+            label="What the finished picture shows (may stay empty)", max_length=LONGEST, visible=prompt
         )
+        label, form = "Words for both lights (may stay empty)", f"as in: {EXAMPLE_OF_WORDS}"
+        w.words = gr.Textbox(label=label, max_length=LONGEST, placeholder=form, visible=words)
         w.shadow = gr.Checkbox(True, label="A placed object may cast a soft shadow at its foot")
-        w.steps = gr.Slider(1, max(100, cfg.steps), cfg.steps, step=1, label="Steps")
-        w.seed = gr.Number(0, label="Seed", precision=0, minimum=0, maximum=2**32 - 1)
+        note = f"Fitting the light of an object larger than {engine.backbone.resolution} pixels always takes one step."
+        w.steps = gr.Slider(1, limit_steps(cfg.steps), cfg.steps, step=1, label="Steps", info=note)
+        w.seed = gr.Number(0, label="Seed", precision=0)
 
 
 def make_strength(label: str, value: float, **options) -> gr.Slider:
     """The scale of a ControlNet."""
-    return gr.Slider(min(0, value), max(2, value), value, step=0.05, label=label, **options)
+    return gr.Slider(*limit_strength(value), value, step=0.05, label=label, **options)
+
+
+def limit_strength(value: float) -> tuple[float, float]:
+    """The least and the largest strength on the page, whose default is ``value``."""
+    return min(0, value), max(2, value)
+
+
+def limit_steps(value: int) -> int:
+    """The most steps on the page, whose default is ``value``."""
+    return max(100, value)
 
 
 def add_results(w: SimpleNamespace) -> None:
     """Before and after, the file, the baselines, and what was done."""
-    shown = {"interactive": False, "buttons": ["fullscreen"], "max_height": 620, "format": "png"}
-    w.slider = gr.ImageSlider(label="Before and after", elem_id="result", **shown)
+    options = {"interactive": False, "buttons": ["fullscreen"], "max_height": 620, "format": "png"}
+    w.slider = gr.ImageSlider(label="Before and after", elem_id="result", **options)
     w.download = gr.DownloadButton("Download the picture (PNG)", interactive=False, elem_id="download")
     w.baselines = gr.HTML(elem_id="baselines")
     with gr.Accordion("What was done", open=False, visible=False) as w.report:
@@ -325,21 +398,23 @@ def add_results(w: SimpleNamespace) -> None:
 def connect(w: SimpleNamespace, handlers: Handlers) -> None:
     """What happens on the page; only runs wait for each other."""
     free = {"concurrency_limit": None, "show_progress": "hidden", "api_visibility": "private"}
-    columns = [w.place_column, w.paint_column, w.reference]
-    for file in (w.photograph, w.cut_out):
-        for event in (file.upload, file.clear):
-            event(handlers.make_views, [w.photograph, w.cut_out], [w.placement, w.editor], **free)
+    preview = free | {"concurrency_limit": 2, "concurrency_id": "preview"}  # each may hold a large photograph
+    views, results = [w.placement, w.editor, w.hint], [w.slider, w.download, w.baselines, w.report, w.lines]
+    for event in (w.photograph.upload, w.photograph.clear, w.cut_out.upload, w.cut_out.clear):
+        event(handlers.make_views, [w.photograph, w.cut_out], views, **preview)
     for radio in (w.way, w.choice):
-        radio.change(show_way, [w.way, w.choice], columns, **free)
-    settings = [w.color, w.structure, w.prompt, w.prompts]
+        radio.change(show_reference, [w.way, w.choice], w.reference, **free)
+    settings = [w.color, w.structure, w.prompt, w.words]
     w.choice.change(partial(show_settings, handlers.engine), w.choice, settings, **free)
-    w.examples.click(handlers.load_example, w.examples, [w.way, w.photograph, w.cut_out, w.placement, w.editor], **free)
-    given = [w.way, w.photograph, w.cut_out, w.placement, w.editor, w.reference, w.choice, w.color, w.structure]
-    given += [w.steps, w.seed, w.shadow, w.prompt, w.prompts]
-    results = [w.slider, w.download, w.baselines, w.report, w.lines]
+    w.examples.click(handlers.load_example, w.examples, [w.way, w.photograph, w.cut_out, *views], **preview)
+    inputs = [w.way, w.photograph, w.cut_out, w.placement, w.editor, w.reference, w.choice, w.color, w.structure]
+    inputs += [w.steps, w.seed, w.shadow, w.prompt, w.words]
+    for event in (w.photograph.upload, w.photograph.clear, w.examples.click):
+        event(clear_results, None, results, queue=False, **free)
+    w.button.click(clear_results, None, results, queue=False, js=SHOW_RESULT, **free)
     alone = {"concurrency_limit": 1, "show_progress_on": [w.slider], "api_visibility": "private"}
-    w.button.click(handlers.run, given, results, **alone)
-    w.button.click(None, js=SHOW_RESULT)
+    run = w.button.click(handlers.run, inputs, results, **alone)
+    w.stop.click(handlers.stop, None, None, cancels=[run], queue=False, **free)
 
 
 def build_page(handlers: Handlers) -> gr.Blocks:
@@ -357,11 +432,14 @@ def build_page(handlers: Handlers) -> gr.Blocks:
             with gr.Column():
                 add_object(w)
                 add_settings(w, handlers.engine)
-                w.button = gr.Button("Harmonize", variant="primary", size="lg", elem_id="run")
+                with gr.Row():
+                    w.button = gr.Button("Harmonize", variant="primary", size="lg", scale=3, elem_id="run")
+                    w.stop = gr.Button("Stop", size="lg", elem_id="stop", min_width=100)
             with gr.Column(elem_id="results"):
                 add_results(w)
         connect(w, handlers)
         page.unload(handlers.stop)
+    refuse_plainly(page)
     return page
 
 
