@@ -9,6 +9,7 @@ import sys
 import tempfile
 import threading
 import time
+from contextlib import nullcontext
 from pathlib import Path
 
 import httpx
@@ -21,7 +22,7 @@ pytest.importorskip("gradio")
 
 from harmony import demo
 from harmony.apps.demo import page
-from harmony.apps.demo.engine import OPTION, RELIGHT, Engine, Job, list_choices
+from harmony.apps.demo.engine import OPTION, RELIGHT, Engine, Job, list_choices, reword
 from harmony.cli.compose import CONFIGS, compose
 from harmony.cli.help import help_text
 from harmony.core.errors import UserError
@@ -31,8 +32,11 @@ from tests.browser import Browser
 ROOT = Path(__file__).resolve().parents[2]
 READY = "!!document.querySelector('#run') && !!document.querySelector('#photograph input[type=file]')"
 PLACED = "!!document.querySelector('#placement .cut-out img[src^=data]')"
-SEEN = "document.querySelector('#placement .photo').naturalWidth > 0"
+PICTURED = "document.querySelector('#placement .photo').naturalWidth > 0"
 DONE = "document.querySelectorAll('#result img').length >= 2 && !document.querySelector('#download').disabled"
+IN_VIEW = "(r => r.top >= 0 && r.bottom <= innerHeight + 1)(document.querySelector('#result').getBoundingClientRect())"
+EMPTY = "document.querySelectorAll('#result img').length == 0 && document.querySelector('#download').disabled"
+EMPTY += " && document.querySelectorAll('#baselines figure').length == 0"
 TOAST = "document.querySelector('.toast-body')?.innerText ?? ''"
 
 
@@ -124,8 +128,11 @@ def test_a_painted_object_is_harmonized_and_all_else_stays(
     """Upload, paint, run, download: bit-exact outside the hole, profile and EXIF kept, and no foreign request."""
     browser.open(address, READY)
     browser.upload("#photograph input[type=file]", photograph)
-    browser.until(SEEN)
+    browser.until(PICTURED)
     paint(browser)
+    for number in (0, 1):  # the paint stays where it is while its editor is away
+        browser.read(f"document.querySelectorAll('#way input')[{number}].click()")
+        time.sleep(0.3)
     browser.click("#run")
     browser.until(DONE)
     with download(browser, tmp_path / "downloads") as file:
@@ -144,7 +151,7 @@ def test_a_cut_out_is_dragged_and_scaled_to_its_place(browser, address, engine, 
     """Guards the box: the object lies where it was dropped, as large as it was pulled; keys move it too."""
     browser.open(address, READY)
     browser.upload("#photograph input[type=file]", photograph)
-    browser.until(SEEN)
+    browser.until(PICTURED)
     browser.upload("#cut-out input[type=file]", cut_out)
     browser.until(PLACED)
     photo, box = browser.locate("#placement .photo"), browser.locate("#placement .cut-out")
@@ -184,14 +191,16 @@ def test_two_people_at_once_get_each_their_own(browser, address, engine, photogr
     monkeypatch.setattr(engine, "run", run)
     other = tmp_path / "other.png"
     draw_photograph(200, 150).save(other)
+    second.size(390, 844, mobile=True)
     for tab, file in ((browser, photograph), (second, other)):
         tab.open(address, READY)
         tab.upload("#photograph input[type=file]", file)
-        tab.until(SEEN)
+        tab.until(PICTURED)
         tab.upload("#cut-out input[type=file]", cut_out)
         tab.until(PLACED)
         tab.click("#run")
         tab.until("!!document.querySelector('#result .progress-text')")
+        tab.until(IN_VIEW)
     second.until("/queue: \\d/.test(document.querySelector('#result').innerText)")
     assert most == [1]
     go.set()
@@ -200,7 +209,43 @@ def test_two_people_at_once_get_each_their_own(browser, address, engine, photogr
         with download(tab, tmp_path / name) as picture, Image.open(file) as before:
             assert picture.size == before.size
     assert most == [1, 1]
+    browser.upload("#photograph input[type=file]", other)
+    browser.until(EMPTY)  # the results of another photograph
     second.close()
+
+
+def test_a_run_is_stopped(browser, address, engine, photograph, cut_out, monkeypatch):
+    """Guards the button: the run ends at its next step and the page can run again."""
+    ends, original = [], engine.run
+
+    def run(job, folder, advance):
+        try:
+            while job.steps == 2:  # the first run: until it is stopped
+                advance(1, 2)
+                time.sleep(0.02)
+        except UserError as error:
+            ends.append(str(error))
+            raise
+        return original(job, folder, advance)
+
+    monkeypatch.setattr(engine, "run", run)
+    browser.open(address, READY)
+    browser.upload("#photograph input[type=file]", photograph)
+    browser.until(PICTURED)
+    browser.upload("#cut-out input[type=file]", cut_out)
+    browser.until(PLACED)
+    browser.click("#run")
+    browser.until("/step 1/.test(document.querySelector('#result').innerText)")
+    browser.click("#stop")
+    browser.until("!/step 1/.test(document.querySelector('#result').innerText)")
+    end = time.monotonic() + 10
+    while not ends:
+        assert time.monotonic() < end
+        time.sleep(0.05)
+    assert ends == ["the run was stopped"]
+    monkeypatch.setattr(engine, "run", original)
+    browser.click("#run")
+    browser.until(DONE)
 
 
 def test_steps_are_counted(engine, photograph, cut_out, tmp_path):
@@ -289,7 +334,6 @@ def refuse(call, *args) -> str:
         ({"photograph": "p", "cut_out": "c", "box": [1, 1, 9, 9]}, "the cut-out has no place on the photograph"),
         ({"photograph": "p", "cut_out": "c", "box": "9,9,1,1"}, "the object has no size: make it larger"),
         ({"photograph": "p", "cut_out": "c", "box": "9,9,9999,9999"}, "the object is far larger than the photograph"),
-        ({"photograph": "p", "cut_out": "c", "box": "9,9,11,11"}, "the object is too small: make it larger"),
         ({"choice": "none_such"}, "there is no such method: load the page again"),
         ({"seed": -5}, "the seed must be a number from 0 to 4294967295"),
         ({"steps": 0}, "the number of steps must be a number from 1 to 100"),
@@ -325,6 +369,32 @@ def test_an_upload_that_is_no_picture_is_one_sentence(handlers, photograph, tmp_
     (tmp_path / name).write_bytes(photograph.read_bytes()[:9000] if content is None else content)
     message = refuse(handlers.make_views, str(tmp_path / name), None)
     assert sentence.removeprefix("photo ") in message and str(tmp_path) not in message
+
+
+def test_a_huge_picture_is_refused_before_it_is_decoded(handlers, photograph, tmp_path, recwarn):
+    """Guards memory; Pillow's own warning and error become the same sentence."""
+    for width in (7100, 9600, 14000):
+        Image.new("1", (width, width)).save(tmp_path / "huge.png")
+        for files in ((str(tmp_path / "huge.png"), None), (str(photograph), str(tmp_path / "huge.png"))):
+            sentence = "huge.png has more than 50 megapixels: make it smaller first"
+            assert refuse(handlers.make_views, *files) == sentence
+    assert not recwarn.list
+
+
+@pytest.mark.parametrize(
+    "message, sentence",
+    [
+        ("the object is too small: 3.0 px thick at the backbone's 64 px; enlarge it", "the object is too small: make"),
+        ("the prompt is empty, add prompt=...: no captioner", "nothing says what the finished picture shows"),
+        ("no light can be named: it is left as it is, or give prompts=", "no light can be named: it is left as it is"),
+        ("no round is better: it is left (evaluator=null: the last round)", "no round is better: it is left"),
+        ("prompts='x': write OBJECT", "this picture cannot be used here"),
+        ("3.20 s: UNet 90 %, the rest 10 %", "3.20 s: UNet 90 %, the rest 10 %"),
+        ("prompt 'a = b'", "prompt 'a = b'"),
+    ],
+)
+def test_the_page_has_no_words_of_the_command_line(message, sentence):
+    assert reword(message).startswith(sentence) and not re.search(OPTION, reword(message))
 
 
 @pytest.mark.parametrize("kind", ["16-bit", "heic"])
@@ -373,6 +443,7 @@ def test_what_a_client_calls_itself_is_no_path(address, engine, tmp_path, file, 
     values = fill_form(photograph=upload, cut_out=upload, box="1,1,9,9")
     assert join(address, values, str(victim)).status_code == 200
     assert not read_answer(address, str(victim))["success"]
+    assert "Traceback" not in "".join(capfd.readouterr())
     assert [file.name for file in victim.iterdir()] == ["letter.txt"]
 
 
@@ -450,7 +521,7 @@ def test_twelve_megapixels(browser, address, engine, cut_out, tmp_path):
     draw_photograph(4000, 3000).save(tmp_path / "large.png", compress_level=1)
     browser.open(address, READY)
     browser.upload("#photograph input[type=file]", tmp_path / "large.png")
-    browser.until(SEEN)
+    browser.until(PICTURED)
     browser.upload("#cut-out input[type=file]", cut_out)
     browser.until(PLACED)
     browser.click("#run")
@@ -461,18 +532,47 @@ def test_twelve_megapixels(browser, address, engine, cut_out, tmp_path):
 
 
 def test_ctrl_c_ends_the_command_and_removes_all(tmp_path):
+    """Also during a run, which would write into the folder that is removed."""
     port, environment = free_port(), {"TMPDIR": str(tmp_path), "PYTHONPATH": str(ROOT), "PATH": "/usr/bin:/bin"}
-    words = [sys.executable, "-m", "harmony.demo", f"port={port}"]
-    with subprocess.Popen(words, cwd=tmp_path, env=environment, stdout=subprocess.PIPE, text=True) as process:
-        for line in process.stdout:
-            if line == f"http://127.0.0.1:{port}/\n":
-                break
-        assert [*tmp_path.glob("harmony-demo-*")]
+    words = [sys.executable, "-m", "harmony.demo", f"port={port}", "steps=999", "host=localhost"]
+    streams = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    with subprocess.Popen(words, cwd=tmp_path, env=environment, **streams) as process:
+        address = next(line.strip() for line in process.stdout if line.startswith("http://"))
+        (root,) = tmp_path.glob("harmony-demo-*")
         with pytest.raises(UserError, match=f"nothing can listen at host=127.0.0.1 port={port}"):
             page.check_address("127.0.0.1", port)
+        picture = tmp_path / "picture.png"
+        draw_photograph(64, 64).convert("RGBA").save(picture)
+        pixels = np.array(Image.open(picture))
+        pixels[:20, :, 3] = 0
+        Image.fromarray(pixels).save(picture)
+        (upload,) = httpx.post(f"{address}gradio_api/upload", files={"files": picture.open("rb")}).json()
+        file = {"path": upload, "meta": {"_type": "gradio.FileData"}}
+        values = fill_form(photograph=file, cut_out=file, box="5,5,60,60", choice="paint_by_example", steps=999)
+        assert join(address, values, "tab").status_code == 200
+        end = time.monotonic() + 30
+        while not [*root.glob("run-*/composite.png")]:
+            assert time.monotonic() < end
+            time.sleep(0.05)
         process.send_signal(signal.SIGINT)
         assert process.wait(10) == 130
+        assert process.stderr.read() == "the demo has ended, its uploads and results are removed\n"
     assert not [*tmp_path.glob("harmony-demo-*")]
+
+
+@pytest.mark.parametrize("host, warns", [("127.0.0.1", False), ("0.0.0.0", True), ("192.168.0.9", True)])
+def test_the_last_lines_say_who_reaches_the_page(monkeypatch, capsys, host, warns):
+    def stop_waiting(event):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(page, "open_page", lambda *args: nullcontext("http://the-page/"))
+    monkeypatch.setattr(page.threading.Event, "wait", stop_waiting)
+    with pytest.raises(KeyboardInterrupt):
+        page.serve(None, host, 7860, 1)
+    lines = capsys.readouterr().out.splitlines()
+    assert (lines[0], lines[-1]) == ("http://the-page/", "Ctrl-C ends it.")
+    assert any(line.startswith("There is no password") for line in lines) == warns
+    assert (len(lines) == 4 and lines[1].endswith(":7860/")) == (host == "0.0.0.0")
 
 
 def test_without_gradio_one_line_says_what_to_install(tmp_path):

@@ -3,11 +3,12 @@
 import base64
 import io
 import json
+import math
 import os
 import re
 import warnings
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from itertools import count, takewhile
@@ -285,16 +286,17 @@ def write_mask(path: Path, paint: np.ndarray, size: tuple[int, int]) -> str:
 
 def check_size(path: str) -> None:
     """UserError for a picture of more pixels than the demo decodes; what is no picture passes."""
-    with warnings.catch_warnings(), suppress(Exception):  # whoever reads it says what is wrong with it
-        warnings.simplefilter("ignore", Image.DecompressionBombWarning)
-        try:
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", Image.DecompressionBombWarning)
             with Image.open(path, formats=list_formats()) as file:
-                is_large = file.width * file.height > LARGEST * 10**6
-        except Image.DecompressionBombError:
-            is_large = True
-        if not is_large:
-            return
-    raise UserError(f"{path} has more than {LARGEST} megapixels: make it smaller first")
+                pixels = file.width * file.height
+    except Image.DecompressionBombError:
+        pixels = math.inf
+    except Exception:  # whoever reads it says what is wrong with it
+        return
+    if pixels > LARGEST * 10**6:
+        raise UserError(f"{path} has more than {LARGEST} megapixels: make it smaller first")
 
 
 def reword(message: str) -> str:

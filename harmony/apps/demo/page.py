@@ -53,6 +53,7 @@ LARGEST_UPLOAD = "100mb"
 UPLOADS = "uploads"  # folder of uploads and results
 LOOPBACK = ["127.0.0.1", "localhost"]
 LONGEST, LARGEST_SEED = 500, 2**32 - 1  # characters of a text, number
+EVERYWHERE, FOREIGN_ADDRESS = ("0.0.0.0", "::"), "192.0.2.1"  # an address of no machine (RFC 5737)
 LAST_STEP = 3  # seconds that a run has to end with the demo
 FILES = ["image", ".heic", ".heif"]
 TEXT = """# harmony
@@ -473,8 +474,23 @@ def open_page(engine: Engine, host: str, port: int, waiting: int) -> Iterator[st
         shutil.rmtree(root, ignore_errors=True)
 
 
+def find_addresses(host: str, port: int) -> list[str]:
+    """Where other machines reach a page that listens everywhere; empty for one that does not."""
+    if host not in EVERYWHERE:
+        return []
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+        try:
+            probe.connect((FOREIGN_ADDRESS, port))  # sends nothing, but tells which address would be used
+            return [f"http://{probe.getsockname()[0]}:{port}/"]
+        except OSError:  # no network
+            return [f"http://{socket.gethostname()}:{port}/"]
+
+
 def serve(engine: Engine, host: str, port: int, waiting: int) -> None:
     """Serve the page until interrupted."""
     with open_page(engine, host, port, waiting) as address:
-        tell(f"{address}\nCtrl-C ends it.")
+        lines = [address, *find_addresses(host, port)]
+        if host not in LOOPBACK:
+            lines.append("There is no password: whoever reaches this address can use the demo.")
+        tell("\n".join([*lines, "Ctrl-C ends it."]))
         threading.Event().wait()
