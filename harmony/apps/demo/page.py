@@ -199,7 +199,7 @@ def collect_pictures(
             raise UserError("the cut-out has no place on the photograph: upload it again")
         return {"background": photograph, "foreground": cut_out, "box": place}
     _, size = view_photograph(photograph)
-    mask = write_mask(folder / "painted.png", read_paint(editor), size)
+    mask = write_mask(folder / "paint.png", read_paint(editor), size)
     if reference is not None:
         return {"background": photograph, "reference": reference, "mask": mask}
     return {"composite": photograph, "mask": mask}
@@ -299,11 +299,8 @@ class Handlers:
         check_number("the number of steps", steps, 1, limit_steps(cfg.steps))
         seed = 0 if seed is None else seed
         check_number("the seed", seed, 0, LARGEST_SEED)
-        prompt, words = (
-            clean_text("what the finished picture shows", prompt),
-            clean_text("words for both lights", words),
-        )
-        words = words if choice == WORDS else ""
+        prompt = clean_text("what the finished picture shows", prompt)
+        words = clean_text("words for both lights", words) if choice == WORDS else ""
         return Job(choice, {}, color, structure, int(steps), int(seed), bool(shadow), prompt, words)
 
     @contextmanager
