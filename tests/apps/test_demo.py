@@ -201,6 +201,8 @@ def test_two_people_at_once_get_each_their_own(browser, address, engine, photogr
         tab.click("#run")
         tab.until("!!document.querySelector('#result .progress-text')")
         tab.until(IN_VIEW)
+        tab.read("scrollTo(0, 9999)")
+        tab.until(IN_VIEW)
     second.until("/queue: \\d/.test(document.querySelector('#result').innerText)")
     assert most == [1]
     go.set()
