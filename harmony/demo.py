@@ -1,11 +1,12 @@
 """``python -m harmony.demo``: the demo in the browser, for one photograph at a time.
 
-Upload a photograph, place a cut-out on it or paint over an object that is in it already, choose a method, and compare
-before and after. The picture to download equals the photograph bit for bit outside the hole and keeps its color
-profile and EXIF. The page makes no request to any other machine; Ctrl-C ends the demo and removes all uploads.
-  host=0.0.0.0                                             for other machines too
-  controlnet=RUN structure=RUN                             networks of your own
-  model=sd2 controlnet=FOLDER guidance=7.5                 at true size
+Upload a photograph, place a cut-out on it or paint over an object that is in it already, choose a
+method, and compare before and after. The picture to download equals the photograph bit for bit
+outside the hole and keeps its color profile and EXIF. The page makes no request to any other
+machine; Ctrl-C ends the demo and removes all uploads.
+  host=0.0.0.0                               for other machines too, without a password
+  controlnet=RUN structure=RUN               networks of your own (structure: its strength too)
+  model=sd2 controlnet=FOLDER guidance=7.5   at true size
 """
 
 import importlib.util
@@ -25,7 +26,7 @@ def overrides(words: list[str]) -> list[str]:
     return [literal(word, TEXTS) for word in words]
 
 
-@entry("demo", read=overrides)
+@entry("demo", read=overrides, last_line="the demo has ended, its uploads and results are removed")
 def main(cfg: DictConfig) -> None:
     """Serve the demo until it is interrupted."""
     if importlib.util.find_spec("gradio") is None:

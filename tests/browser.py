@@ -44,11 +44,11 @@ class Browser:
         message |= {"sessionId": self.session} if self.session and not method.startswith("Browser.") else {}
         os.write(self.to, json.dumps(message).encode() + b"\0")
         while True:
-            found = json.loads(self.receive())
-            if found.get("id") == self.sent:
-                assert "error" not in found, found
-                return found["result"]
-            self.events.append(found)
+            answer = json.loads(self.receive())
+            if answer.get("id") == self.sent:
+                assert "error" not in answer, answer
+                return answer["result"]
+            self.events.append(answer)
 
     def receive(self) -> bytes:
         parts = []
@@ -59,9 +59,9 @@ class Browser:
 
     def read(self, expression: str):
         """The value of an expression of JavaScript."""
-        found = self.call("Runtime.evaluate", expression=expression, returnByValue=True)
-        assert "exceptionDetails" not in found, found
-        return found["result"].get("value")
+        answer = self.call("Runtime.evaluate", expression=expression, returnByValue=True)
+        assert "exceptionDetails" not in answer, answer
+        return answer["result"].get("value")
 
     def until(self, expression: str) -> None:
         end = time.monotonic() + 60
@@ -82,7 +82,7 @@ class Browser:
         self.call("Input.dispatchKeyEvent", type="keyUp", **event)
 
     def upload(self, selector: str, *files: Path) -> None:
-        """Give files to an input for files, as if they had been chosen."""
+        """Give files to an input for files, as a person does."""
         root = self.call("DOM.getDocument")["root"]["nodeId"]
         node = self.call("DOM.querySelector", nodeId=root, selector=selector)["nodeId"]
         self.call("DOM.setFileInputFiles", nodeId=node, files=[str(file) for file in files])
@@ -116,8 +116,8 @@ class Browser:
 
     def requests(self) -> list[str]:
         """The addresses of all requests so far."""
-        sent = (event["params"] for event in self.events if event["method"] == "Network.requestWillBeSent")
-        return [parameters["request"]["url"] for parameters in sent]
+        requests = (event["params"] for event in self.events if event["method"] == "Network.requestWillBeSent")
+        return [parameters["request"]["url"] for parameters in requests]
 
     def size(self, width: int, height: int, mobile: bool = False) -> None:
         size = {"width": width, "height": height, "deviceScaleFactor": 1, "mobile": mobile}

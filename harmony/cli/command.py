@@ -82,10 +82,11 @@ def run(
     config_dir: Path,
     read: Callable[[list[str]], list[str]] = list,
     program: bool = False,
+    last_line: str = INTERRUPTED,
 ) -> int:
     """Compose the configuration from the command line and call ``task``; the exit code (0, 2, 130 or 143).
 
-    ``program``: the process ends with the command (see ``obey``).
+    ``program``: the process ends with the command (see ``obey``). ``last_line`` is said when it is interrupted.
     """
     parser = get_args_parser()
     args = parser.parse_args()
@@ -117,7 +118,7 @@ def run(
     failure: BaseException | None = None
     made.clear()
     try:
-        with obey(INTERRUPTED if rank() == 0 else "", program):
+        with obey(last_line if rank() == 0 else "", program):
             if args.help:
                 show(help_text(task, name, config_dir))
             else:
@@ -134,7 +135,7 @@ def run(
         if "Config group override" not in str(error):
             raise
         failure = UserError(one_line(error))
-    code = report(failure)
+    code = report(failure, last_line)
     if code == 2:
         remove_made()
     return code
@@ -166,13 +167,13 @@ def show(text: str) -> None:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # what is left is not tried again at the end
 
 
-def report(error: BaseException | None) -> int:
+def report(error: BaseException | None, last_line: str = INTERRUPTED) -> int:
     """Exit code; what a user can mend or wanted is said in one line, what is a bug of ours is raised again."""
     if error is None:
         return 0
     if isinstance(error, KeyboardInterrupt):
         if rank() == 0:
-            print(INTERRUPTED, file=sys.stderr)
+            print(last_line, file=sys.stderr)
         return error.code if isinstance(error, Interrupt) else 130
     if isinstance(error, InstantiationException) and isinstance(error.__cause__, (UserError, OSError)):
         error = error.__cause__  # raised by what a _target_ names
@@ -191,11 +192,15 @@ def report(error: BaseException | None) -> int:
 
 
 def entry(
-    name: str, config_dir: str | Path = CONFIGS, read: Callable[[list[str]], list[str]] = list
+    name: str,
+    config_dir: str | Path = CONFIGS,
+    read: Callable[[list[str]], list[str]] = list,
+    last_line: str = INTERRUPTED,
 ) -> Callable[[Callable[[DictConfig], None]], Callable]:
     """Decorator: ``main(cfg)`` becomes a command over ``<config_dir>/<name>.yaml``; called with a cfg it just runs.
 
     ``read`` turns the words of the command line into overrides, where a command takes words that Hydra does not.
+    ``last_line`` is said when the command is interrupted.
     """
 
     def decorate(task: Callable[[DictConfig], None]) -> Callable:
@@ -204,7 +209,7 @@ def entry(
             if cfg is not None:
                 return task(cfg)
             program = sys._getframe(1).f_globals.get("__name__") == "__main__"
-            code = run(task, name, Path(config_dir).resolve(), read, program)
+            code = run(task, name, Path(config_dir).resolve(), read, program, last_line)
             if code:
                 sys.exit(code)
 

@@ -148,8 +148,8 @@ OPTIONS: dict[str, Rule] = {
     # sampling
     "seed": Whole(0, 2**32 - 1),
     "steps": Whole(1, 999),
-    "guidance": Number(none=True),
-    "method.guidance": Number(),
+    "guidance": Number(0, none=True),
+    "method.guidance": Number(0),
     "lambda_l": Number(),
     "lambda_h": Number(),
     "branch": Text(none=True),

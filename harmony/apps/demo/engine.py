@@ -3,13 +3,17 @@
 import base64
 import io
 import json
+import math
 import os
+import re
+import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
-from itertools import count
+from itertools import count, takewhile
 from pathlib import Path
+from threading import Lock
 from typing import Any
 
 import numpy as np
@@ -19,6 +23,7 @@ from PIL import Image
 from harmony.cli.methods import build, complete
 from harmony.core.errors import UserError
 from harmony.core.progress import tell
+from harmony.data.descriptions import Description, parse_descriptions
 from harmony.methods.inputs import Inputs, choose_box, compare_baselines, get_size, read_alpha_mask, read_inputs
 from harmony.methods.insert import AUTO, keeps_detail
 from harmony.methods.method import Method
@@ -26,20 +31,34 @@ from harmony.methods.runs import Inserter, Request
 from harmony.models.backbone import Backbone
 from harmony.models.shipped import check_places
 from harmony.pixels.color_profiles import read_in_space, to_srgb
-from harmony.pixels.images import read_image, resize, write_image
+from harmony.pixels.images import list_formats, read_image, resize, write_image
 from harmony.pixels.masks import OBJECT, bounding_box
 
 VIEW_SIDES = (512, 1280)  # pixels of the longer side of what the page shows, at least and at most
 CUT_OUT_SIDE = 512  # pixels of the longer side of a cut-out that is placed
 RELIGHT, KEEP = "color_relight", "color"  # the shipped ControlNets
 PLAIN, EXAMPLE, WORDS = "inpainting", "paint_by_example", "zero_shot"  # methods
+EXAMPLE_OF_WORDS = "a red car: warm sunset light -> pink neon light"
 TITLES = {
-    RELIGHT: "Fit it to the light (ControlNet color_relight)",
-    KEEP: "Keep its own colors (ControlNet color)",
-    EXAMPLE: "Paint it anew (Paint by Example)",
+    RELIGHT: "Fit it to the light",
+    KEEP: "Keep its own colors",
+    EXAMPLE: "Paint it anew by example",
     PLAIN: "Inpaint by words",
-    WORDS: "Relight it by words (zero-shot)",
+    WORDS: "Relight it by words",
 }
+LARGEST = 50  # megapixels of a picture
+# The beginning of a message for the command line: what the page says. Of others clauses with NAME= are left out.
+WORDINGS = {
+    r".* has no transparent background": "the cut-out has no transparent background: save it as PNG or WebP with one",
+    r".* is transparent everywhere": "the cut-out is transparent everywhere: save it with its object opaque",
+    r"box .* shows nothing": "nothing of the object lies on the photograph: drag it there",
+    r"box .* makes the object": "the object is far larger than the photograph: make it smaller",
+    r"box .* has no area": "the object has no size: make it larger",
+    r"the object is too small": "the object is too small: make it larger, or cut the photograph around a part of it",
+    r"the prompt is empty": "nothing says what the finished picture shows: words for it may help",
+    r"backbone .* has no CLIP": "this method needs words for both lights here: write them in the settings",
+}
+OPTION = r"\b[\w.]+=(?=\S|$)"  # of the command line
 
 
 @dataclass(frozen=True)
@@ -61,8 +80,11 @@ class Choice:
 
 
 @dataclass(frozen=True)
-class Order:
-    """One run: the name of its choice, the ``pictures`` for ``read_inputs``, and what else is chosen on the page."""
+class Job:
+    """One run: the name of its choice, the ``pictures`` for ``read_inputs``, and the settings of the page.
+
+    ``pictures`` hold paths of the demo's own folder alone; ``words``, for both lights, are text whatever they hold.
+    """
 
     choice: str
     pictures: Mapping[str, Any]
@@ -72,12 +94,12 @@ class Order:
     seed: int = 0
     shadow: bool = True
     prompt: str = ""
-    prompts: str = ""
+    words: str = ""
 
 
 @dataclass(frozen=True)
-class Outcome:
-    """What a run gives: views in sRGB, title -> view of each baseline, the ``file`` to download, and ``lines``."""
+class JobResult:
+    """What became of a job: views in sRGB, title -> view of each baseline, the ``file`` to download, and ``lines``."""
 
     before: np.ndarray
     after: np.ndarray
@@ -95,7 +117,7 @@ def list_choices(cfg: DictConfig) -> dict[str, Choice]:
         each = {"method": name} if is_method else {"method": "controlnet", "controlnet": name}
         node = complete(cfg, each)
         check_places(node)
-        title = TITLES.get(name, f"ControlNet {Path(name).name}")
+        title = TITLES.get(name, f"Network {Path(name).name}")
         choices[name] = Choice(title, each | {key: node[key] for key in ("controlnet", "structure") if key in node})
     return choices
 
@@ -108,7 +130,7 @@ class Engine:
 
     def __init__(self, cfg: DictConfig, choices: Mapping[str, Choice], backbone: Backbone):
         self.cfg, self.backbone = cfg, backbone
-        self.build = lru_cache(maxsize=8)(self.build_node)
+        self.build, self.lock = lru_cache(maxsize=8)(self.build_node), Lock()
         self.choices: dict[str, Choice] = {}
         for name, choice in choices.items():
             try:
@@ -131,32 +153,59 @@ class Engine:
         node |= {key: value for key, value in settings.items() if key in node}
         return self.build(json.dumps(node, sort_keys=True))
 
-    def run(self, order: Order, folder: Path, advance: Callable[[int, int | None], None]) -> Outcome:
-        """Run an order into ``folder``; ``advance`` is called with the steps so far and all of them, where known."""
-        inputs, lines = read_inputs(order.pictures), []
+    def run(self, job: Job, folder: Path, advance: Callable[[int, int | None], None]) -> JobResult:
+        """Run a job into ``folder``; ``advance`` is called with the steps so far and all of them, where known.
+
+        What ``advance`` raises ends the job. Jobs wait for each other: they share the networks and what watches them.
+        """
+        with self.lock:
+            return self.run_alone(job, folder, advance)
+
+    def run_alone(self, job: Job, folder: Path, advance: Callable[[int, int | None], None]) -> JobResult:
+        """Run a job while no other runs."""
+        advance(0, None)  # it may have been stopped while it waited
+        inputs, lines = replace(read_inputs(job.pictures), lights=parse_lights(job.words)), []
         if inputs.mask.all():
             raise UserError("the object covers the whole picture: leave some of the photograph around it")
-        settings = {"lambda_l": order.color, "lambda_h": order.structure, "steps": order.steps}
+        settings = {"lambda_l": job.color, "lambda_h": job.structure, "steps": job.steps}
         settings |= {"describer": "given"} if inputs.lights else {}
-        method = self.find_method(self.choices[order.choice], settings)
+        method = self.find_method(self.choices[job.choice], settings)
         method.say = lines.append
-        lines.append(method.describe())
-        inserter = Inserter(method, self.backbone, order.seed, shadow=order.shadow, say=lines.append)
-        request = Request(order.pictures, folder, order.prompt or None)
-        total = count_steps(method, inputs, order)
+        inserter = Inserter(method, self.backbone, job.seed, shadow=job.shadow, say=lines.append)
+        request = Request(job.pictures, folder, job.prompt or None)
+        total = count_steps(method, inputs, job)
+        lines.append(describe_job(job, self.choices[job.choice], total))
         with watch_steps(method, lambda number: advance(number, total)):
             (files,) = inserter.run([request], [inputs])
         pictures = request.read_pictures()
         before = pictures["composite"] if inputs.reference is None else to_srgb(inputs.background, inputs.profile)
         views = (fit_view(picture) for picture in (before, pictures["harmonized"]))
-        return Outcome(*views, draw_baselines(inputs, files["harmonized"]), files["harmonized"], tuple(lines))
+        return JobResult(*views, draw_baselines(inputs, files["harmonized"]), files["harmonized"], tuple(lines))
 
 
-def count_steps(method: Method, inputs: Inputs, order: Order) -> int | None:
-    """The steps of a run; None where they depend on what the rounds find."""
-    if order.choice == WORDS:
+def describe_job(job: Job, choice: Choice, total: int | None) -> str:
+    """A line on the method of a job and its settings."""
+    parts = [choice.title, f"strength of color {job.color:g}", f"strength of structure {job.structure:g}"]
+    parts = [
+        part for part, is_read in zip(parts, (True, choice.has_color, choice.has_structure), strict=True) if is_read
+    ]
+    steps = [] if total is None else [f"{total} step{'s' if total > 1 else ''}"]
+    return ", ".join([*parts, *steps, f"seed {job.seed}"])
+
+
+def parse_lights(words: str) -> tuple[Description, ...]:
+    """The descriptions in words for both lights: text, and never the name of a file. UserError for other words."""
+    try:
+        return tuple(parse_descriptions(words)) if words else ()
+    except UserError:
+        raise UserError(f"words for both lights are written as in: {EXAMPLE_OF_WORDS}") from None
+
+
+def count_steps(method: Method, inputs: Inputs, job: Job) -> int | None:
+    """The steps of a job; None where they depend on what the rounds find."""
+    if job.choice == WORDS:
         return None
-    return 1 if keeps_detail(method, inputs.cut(method, order.prompt, order.shadow), AUTO) else order.steps
+    return 1 if keeps_detail(method, inputs.cut(method, job.prompt, job.shadow), AUTO) else job.steps
 
 
 @contextmanager
@@ -235,9 +284,33 @@ def write_mask(path: Path, paint: np.ndarray, size: tuple[int, int]) -> str:
     return str(path)
 
 
-def shorten_paths(text: str, paths: Mapping[str, Any]) -> str:
+def check_size(path: str) -> None:
+    """UserError for a picture of more pixels than the demo decodes; what is no picture passes."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+            with Image.open(path, formats=list_formats()) as file:
+                pixels = file.width * file.height
+    except Image.DecompressionBombError:
+        pixels = math.inf
+    except Exception:  # whoever reads it says what is wrong with it
+        return
+    if pixels > LARGEST * 10**6:
+        raise UserError(f"{path} has more than {LARGEST} megapixels: make it smaller first")
+
+
+def reword(message: str) -> str:
+    """A message for the command line in the words of the page, which has no options."""
+    for beginning, sentence in WORDINGS.items():
+        if re.match(beginning, message):
+            return sentence
+    clauses = re.split(r"(?<=[:;,]) | (?=\()", message)
+    parts = list(takewhile(lambda clause: not re.search(OPTION, clause), clauses))
+    return message if parts == clauses else " ".join(parts).rstrip(":;,") or "this picture cannot be used here"
+
+
+def shorten_paths(text: str, *paths: str | None) -> str:
     """A message with the names of files in place of their paths on this machine."""
-    for path in paths.values():
-        if isinstance(path, str):
-            text = text.replace(path, os.path.basename(path))
+    for path in filter(None, paths):
+        text = text.replace(path, os.path.basename(path))
     return text
