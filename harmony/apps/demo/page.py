@@ -418,7 +418,7 @@ def connect(w: SimpleNamespace, handlers: Handlers) -> None:
 def build_page(handlers: Handlers) -> gr.Blocks:
     """The page with all its events."""
     w = SimpleNamespace()  # the components that events read or change
-    with gr.Blocks(title="harmony", analytics_enabled=False, delete_cache=(DAY, DAY)) as page:
+    with gr.Blocks(fill_width=True, title="harmony", analytics_enabled=False, delete_cache=(DAY, DAY)) as page:
         gr.Markdown(TEXT)
         label, picture = (
             "Try one of these, or begin with a photograph of your own",
