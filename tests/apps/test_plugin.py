@@ -58,12 +58,14 @@ def make_photographs(fo, tmp_path, request):
     recipe = {"name": name, "layout": "folder", "dir": str(root), "splits": ["test"], "select": {"min_area": 0.1}}
     recipe["captions"] = {"given": True, "captioner": "backbone"}
 
+    earlier_names = set(fo.list_datasets())
+
     def prepare():
         prepare_dataset(recipe, tmp_path / "work", FOLDER, ASSETS / "tiny" / "captioner")
         return fo.load_dataset(name), tmp_path / "work" / name
 
     yield prepare
-    for each in fo.list_datasets():
+    for each in set(fo.list_datasets()) - earlier_names:
         fo.delete_dataset(each)
 
 
