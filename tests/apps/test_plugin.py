@@ -10,7 +10,6 @@ import pytest
 from omegaconf import OmegaConf
 
 from harmony.apps.plugin.link import NAME, PLUGIN, link_plugin
-from harmony.apps.plugin.runs import name_fields
 from harmony.core.errors import UserError
 from harmony.data.manifest import manifest_hash, read_manifest
 from harmony.data.sources.folder import FOLDER
@@ -357,7 +356,9 @@ def test_what_users_have_stays(plugin, fo, photographs, run_folder):
     assert "is no file" in execute(plugin, "decide", dataset, selected, choice="keep")["error"]
 
 
-def test_rows_have_names_of_their_own():
+def test_rows_have_names_of_their_own(plugin):
+    from harmony.apps.plugin.runs import name_fields  # imports FiftyOne
+
     rows = ["a b", "a_b", "input", "_x", "x" * 90]
     assert list(name_fields(rows).values()) == ["a_b", "a_b_2", "input_2", "row__x", "x" * 50]
 
