@@ -142,7 +142,7 @@ def check_field(dataset: fo.Dataset, field: Any, document_type: type | None = No
     old_field = dataset.get_field(field)
     is_ours = (getattr(old_field, "info", None) or {}) == MARK
     if old_field is not None and not (is_ours and getattr(old_field, "document_type", None) is document_type):
-        raise UserError(f"{dataset.name} has another field {field}, which cannot be the field: give another name")
+        raise UserError(f"{field} cannot be the field: {dataset.name} has another field {field}, give another name")
 
 
 def set_figures(dataset: fo.Dataset, field: str, key: str, figures: dict[str, dict[str, float]]) -> None:
