@@ -294,7 +294,7 @@ def test_embeddings_map_and_sort(plugin, photographs, monkeypatch):
     query = ids_of(dataset, "a2")[0]
     assert dataset.sort_by_similarity(query, brain_key="clip_similarity", k=2).first().id == query
     monkeypatch.setattr("fiftyone.brain.compute_similarity", lambda *args, **options: 1 / 0)
-    with pytest.raises(ZeroDivisionError):
+    with pytest.raises(Exception, match="ZeroDivisionError"):
         execute(plugin, "embed", dataset)
     assert set(dataset.reload() or dataset.list_brain_runs()) == {"clip_map", "clip_similarity"}, "the earlier ones"
 
@@ -314,7 +314,6 @@ def test_embeddings_map_and_sort(plugin, photographs, monkeypatch):
         ("harmonize", {"field": "_x", "selected": True}, "cannot be a field"),
         ("harmonize", {"field": "filepath", "selected": True}, "filepath cannot be the field"),
         ("harmonize", {"model": "small", "method": "reinhard", "selected": True}, "small"),
-        ("harmonize", {"steps": "many", "selected": True}, "steps=many: give a whole number"),
         ("embed", {"model": "small"}, "small"),
         ("harmonize", {"selected": ["nonsense"]}, "has no more sample 1: nonsense"),
         ("decide", {"choice": "keep", "selected": ["0" * 24]}, "has no more sample 1: 0000"),
@@ -390,7 +389,7 @@ def test_foreign_runs_are_checked(tmp_path, file, change, expected):
 
 def test_runs_that_do_not_fit_are_refused(plugin, make_photographs, run_folder, tmp_path):
     dataset, work = make_photographs()
-    assert "has no row other" in execute(plugin, "score", dataset, run=str(run_folder), row="other")["error"]
+    assert "other is unknown here" in execute(plugin, "score", dataset, run=str(run_folder), row="other")["error"]
     assert "another field" in execute(plugin, "score", dataset, run=str(run_folder), field="mask")["error"]
     (tmp_path / "photos" / "test" / "images" / "a1.png").unlink()
     dataset, _ = make_photographs()

@@ -11,7 +11,16 @@ from fiftyone.operators import types
 from fiftyone.operators.operator import RiskLevel
 
 from harmony.apps.plugin.harmonize import MODEL, compose_options, list_models
-from harmony.apps.plugin.samples import ComposeOperator, ask_choice, check_choice, flatten, name_samples, read_param
+from harmony.apps.plugin.samples import (
+    PATCHES,
+    ComposeOperator,
+    ask_choice,
+    check_choice,
+    flatten,
+    locate_samples,
+    name_samples,
+    read_param,
+)
 from harmony.cli.methods import load_backbone
 from harmony.core.errors import UserError
 from harmony.metrics.similarity import Clip
@@ -55,7 +64,8 @@ class Embed(ComposeOperator):
         backbone = load_backbone(cfg)
         if (clip := clip_of(backbone)) is None:
             raise UserError(f"backbone {backbone.name} has no CLIP image tower: choose another one")
-        view = flatten(ctx.view)
+        is_whole = not isinstance(ctx.view, PATCHES)
+        view = flatten(ctx.view) if is_whole else ctx.dataset.select(locate_samples(ctx, ctx.view.values("id")))
         embeddings, failures = embed_pictures(ctx, view, clip)
         if len(embeddings) < FEWEST:
             raise UserError(f"{len(embeddings)} pictures that can be read: a map needs {FEWEST} at least")

@@ -28,7 +28,6 @@ from harmony.apps.plugin.samples import (
 )
 from harmony.cli.compose import CONFIGS, compose, one_line
 from harmony.cli.methods import FOLDER, build, load_backbone, method_file
-from harmony.cli.values import check_values
 from harmony.core.errors import UserError
 from harmony.core.row import Row
 from harmony.data.manifest import read_manifest
@@ -210,11 +209,9 @@ def compose_options(params: Mapping[str, Any]) -> DictConfig:
     """The configuration of ``harmonize`` with the values of the form. UserError for an unknown method or backbone."""
     method = check_choice(params.get("method") or METHOD, list_methods())
     model = check_choice(params.get("model") or MODEL, list_models())
-    defaults = {"steps": STEPS, "seed": SEED}
-    numbers = defaults | {name: params[name] for name in defaults if params.get(name) is not None}
-    check_values(numbers, defaults)
+    numbers = {"steps": STEPS, "seed": SEED} | {n: params[n] for n in ("steps", "seed") if params.get(n) is not None}
     with COMPOSING:
-        words = [f"method={method}", f"model={model}", *(f"{name}={value}" for name, value in numbers.items())]
+        words = [f"method={method}", f"model={model}", *(f"{name}={int(value)}" for name, value in numbers.items())]
         return compose("harmonize", words)
 
 

@@ -101,9 +101,7 @@ def warn_unselected(ctx: foo.ExecutionContext, inputs: types.Object) -> None:
 
 
 def flatten(samples: fo.core.collections.SampleCollection) -> fo.core.collections.SampleCollection:
-    """The samples themselves: those of all slices, where they come in groups, and those of patches."""
-    if isinstance(samples, PATCHES):
-        return samples.dataset.select(list(dict.fromkeys(samples.values("sample_id"))))
+    """The samples themselves: those of all slices, where they come in groups."""
     return samples.select_group_slices(_allow_mixed=True) if samples.media_type == "group" else samples
 
 
