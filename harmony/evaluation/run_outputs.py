@@ -97,15 +97,12 @@ class Run(NamedTuple):
 
     def read(self, manifest: Path, rows: Iterable[str] | None = None) -> RunOutputs:
         """Its outputs of ``rows``, or of all. UserError where one is missing."""
-        rows = self.rows if rows is None else list(rows)
-        if unknown_rows := [row for row in rows if row not in self.methods]:
-            raise UserError(f"{self.folder} has no row {unknown_rows[0]}; it has {', '.join(self.methods)}")
         side = self.find_resolution()
         kind, split, limit, radius, factors = (
             self.options[name] for name in ("study.eval_set", "split", "limit", "study.radius", "study.degrade")
         )
         items = degrade(load_truths(kind, manifest, split, side, limit, radius), factors[0])
-        pictures = {row: paste_outputs(items, self.read_raw(items, row)) for row in rows}
+        pictures = {row: paste_outputs(items, self.read_raw(items, row)) for row in rows or self.rows}
         return RunOutputs(self.folder, items, pictures)
 
     def read_raw(self, items: EvalSet, row: str) -> list[np.ndarray]:
@@ -113,7 +110,7 @@ class Run(NamedTuple):
         try:
             outputs = outputs_of(items, StoredMethod(self.methods[row]), self.folder, self.options["seed"])
         except (OSError, ValueError, EOFError):
-            raise UserError(f"{self.folder} lacks outputs of {row}, or they are damaged: evaluate again") from None
+            raise UserError(f"{self.folder} lacks outputs of {row}: evaluate again") from None
         kinds = {(getattr(y, "dtype", None), getattr(y, "shape", None)) for y in outputs}
         if len(outputs) != len(items) or kinds != {(np.dtype(np.uint8), items.truths[0].shape)}:
             raise UserError(f"{self.folder} has other outputs of {row} than its pictures: evaluate again")
@@ -144,13 +141,13 @@ def open_run(folder: Path) -> Run:
     options = {name: read_option(config, name) for name in RULES}
     for name, rule in RULES.items():
         if not rule.accepts(options[name]) and not (rule.none and options[name] is None):
-            raise UserError(f"{folder / 'config.yaml'} says {name}={str(options[name])[:80]}, not {rule}; {REMEDY}")
+            raise UserError(f"{folder / 'config.yaml'} says {name}={str(options[name])[:80]}, not {rule}")
     if options["study.eval_set"] == EXEMPLAR:
         raise UserError(f"{folder}: its composites have no truths; {REMEDY}")
     path_inside(folder, options["dataset.name"])
     prints = [*methods.values(), facts.get("manifest")]
     if not options["study.degrade"] or not all(isinstance(p, str) and re.fullmatch(FINGERPRINT, p) for p in prints):
-        raise UserError(f"{folder / 'provenance.json'} lacks a fingerprint of a method or the manifest; {REMEDY}")
+        raise UserError(f"{folder / 'provenance.json'} lacks a fingerprint of a method or the manifest")
     return Run(folder, facts["manifest"], methods, options)
 
 

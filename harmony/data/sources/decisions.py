@@ -40,10 +40,10 @@ def decisions_file(folder: Path) -> Path:
 
 
 class Table(NamedTuple):
-    """The table as people wrote it: its columns by name in lower case, and all rows, readable or not."""
+    """The table as people wrote it, all rows, readable or not; ``columns``: the header in lower case."""
 
     delimiter: str
-    columns: dict[str, int]
+    columns: list[str]
     header: list[str]
     rows: list[list[str]]
 
@@ -58,19 +58,17 @@ class Table(NamedTuple):
         return Decision(choice, self.read_value(row, "reason")) if is_readable else None
 
     def read_value(self, row: list[str], name: str) -> str:
-        """The text of a row in a column; empty where the row is cut or the column is missing."""
-        return dict(enumerate(row)).get(self.columns.get(name, len(row)), "")
+        """The text of a row in a column; empty where the row is cut."""
+        return "".join(row[(n := self.columns.index(name)) : n + 1])
 
 
 def open_table(file: Path) -> Table:
     """Read the table; that of a file that is not there has no rows. UserError for a header without its columns."""
     delimiter = max(",;\t", key=read_lines(file)[0].count) if file.exists() else ","  # spreadsheets choose one
     header, *rows = (read_csv(file, delimiter) if file.exists() else []) or [list(COLUMNS)]
-    columns = {name.strip().lower(): n for n, name in enumerate(header)}
-    if missing_names := [name for name in COLUMNS if name not in columns]:
-        raise UserError(
-            f"{file} has no column {missing_names[0]}: its first line must be {','.join(COLUMNS)}, mend it or remove it"
-        )
+    columns = [name.strip().lower() for name in header]
+    if not set(COLUMNS) <= set(columns):
+        raise UserError(f"{file}: its first line must be {','.join(COLUMNS)}; mend it or remove the file")
     return Table(delimiter, columns, header, rows)
 
 
