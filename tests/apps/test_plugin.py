@@ -314,7 +314,6 @@ def test_embeddings_map_and_sort(plugin, photographs, monkeypatch):
         ("harmonize", {"field": "sha256", "selected": True}, "sha256 cannot be the field"),
         ("harmonize", {"field": "../out", "selected": True}, "cannot be a field"),
         ("harmonize", {"field": "_x", "selected": True}, "cannot be a field"),
-        ("harmonize", {"field": "filepath", "selected": True}, "filepath cannot be the field"),
         ("harmonize", {"model": "small", "method": "reinhard", "selected": True}, "small"),
         ("embed", {"model": "small"}, "small"),
         ("harmonize", {"selected": ["nonsense"]}, "has no more sample 1: nonsense"),

@@ -2,7 +2,6 @@
 
 import re
 from collections.abc import Mapping, Sequence
-from itertools import chain, count
 from pathlib import Path
 
 import fiftyone as fo
@@ -143,11 +142,9 @@ def name_fields(rows: Sequence[str]) -> dict[str, str]:
     """Row -> name of a field or slice; no two are alike, and none is that of another picture of a group."""
     names: dict[str, str] = {}
     for row in rows:
-        usual_name = name_field(row)
-        numbered_names = (f"{usual_name}_{n}" for n in count(2))
-        names[row] = next(
-            name for name in chain([usual_name], numbered_names) if name not in (*OTHERS, *names.values())
-        )
+        names[row] = name_field(row)
+        while names[row] in (*OTHERS, *(name for other, name in names.items() if other != row)):
+            names[row] += "_2"
     return names
 
 
