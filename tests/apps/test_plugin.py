@@ -315,7 +315,6 @@ def test_embeddings_map_and_sort(plugin, photographs, monkeypatch):
         ("harmonize", {"field": "../out", "selected": True}, "cannot be a field"),
         ("harmonize", {"field": "_x", "selected": True}, "cannot be a field"),
         ("harmonize", {"model": "small", "method": "reinhard", "selected": True}, "small"),
-        ("embed", {"model": "small"}, "small"),
         ("harmonize", {"selected": ["nonsense"]}, "has no more sample 1: nonsense"),
         ("decide", {"choice": "keep", "selected": ["0" * 24]}, "has no more sample 1: 0000"),
         ("score", {"run": "a\0b"}, "no finished run there"),
@@ -367,7 +366,6 @@ def test_rows_have_names_of_their_own(plugin):
     ("file", "change", "expected"),
     [
         ("provenance.json", {"methods": {"reinhard": "../../.."}}, "fingerprint"),
-        ("provenance.json", {"manifest": None}, "fingerprint"),
         ("config.yaml", {"split": ["test"]}, "says split="),
         ("config.yaml", {"study": {"eval_set": "reconstruct", "radius": 1, "degrade": [0]}}, "says study.degrade="),
         ("config.yaml", {"dataset": {"name": "../other"}}, "leads out of"),
