@@ -133,7 +133,7 @@ def test_the_app_listens_on_this_machine_alone(fo, photographs, monkeypatch):
     calls = []
 
     def launch_app(dataset, **options):
-        assert not logging.getLogger("fiftyone.core.session.session").isEnabledFor(logging.INFO), "no banner"
+        assert not logging.getLogger("fiftyone.core.session.session").isEnabledFor(logging.INFO)
         calls.append(options)
         return SimpleNamespace(url="", wait=lambda seconds: None)
 
