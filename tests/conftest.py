@@ -26,12 +26,15 @@ os.environ.update(
     TRANSFORMERS_OFFLINE="1",
     HF_MODULES_CACHE=f"{DATABASE}/modules",
     FIFTYONE_DO_NOT_TRACK="1",
+    FIFTYONE_CONFIG_PATH=f"{DATABASE}/config.json",
     FIFTYONE_DATABASE_DIR=f"{DATABASE}/db",
     FIFTYONE_DATASET_ZOO_DIR=f"{DATABASE}/zoo",
     FIFTYONE_DEFAULT_DATASET_DIR=f"{DATABASE}/datasets",
     FIFTYONE_PLUGINS_DIR=f"{DATABASE}/plugins",
     OMP_NUM_THREADS="1",
 )
+for name in ("FIFTYONE_DATABASE_URI", "FIFTYONE_PRIVATE_DATABASE_PORT"):  # they would win over the folder above
+    os.environ.pop(name, None)
 sys.path.insert(0, str(ROOT))  # so that the tests see this checkout whatever is installed
 
 from tests.browser import CHROMIUM, Browser  # noqa: E402

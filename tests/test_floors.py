@@ -80,6 +80,7 @@ def test_hydra_has_one_door():
     for path in FILES:
         names = {name for name in imported(path) if name.split(".")[0] == "hydra"}
         assert module_name(path).startswith("harmony.cli.") or names <= allowed - {"hydra"}, path
+        assert not (names and module_name(path).startswith("harmony.apps.")), path
 
 
 def test_no_circles():

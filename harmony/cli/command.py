@@ -175,20 +175,26 @@ def report(error: BaseException | None, last_line: str = INTERRUPTED) -> int:
         if rank() == 0:
             print(last_line, file=sys.stderr)
         return error.code if isinstance(error, Interrupt) else 130
-    if isinstance(error, InstantiationException) and isinstance(error.__cause__, (UserError, OSError)):
-        error = error.__cause__  # raised by what a _target_ names
-    if isinstance(error, OSError) and error.errno == errno.ENOSPC:
-        place = f" ({error.filename})" if error.filename else ""
-        error = UserError(f"disk full{place}; free some space, the same command goes on")
-    elif isinstance(error, OSError) and error.filename and error.strerror:
-        error = UserError(f"{str(error.filename)[:200]}: {error.strerror}; check this path")
-    elif isinstance(error, RuntimeError) and "Symlink loop" in str(error):
-        error = UserError(f"{one_line(error)}: give another path")
+    error = find_user_error(error)
     if not isinstance(error, UserError):
         raise error
     line = one_line(error).encode("utf-8", "replace").decode()  # a word of the command line need not be UTF-8
     print(f"harmony: error: {line}", file=sys.stderr)
     return 2
+
+
+def find_user_error(error: BaseException) -> BaseException:
+    """The UserError in or for an error of Hydra or the system that a user can mend, else the error itself."""
+    if isinstance(error, InstantiationException) and isinstance(error.__cause__, (UserError, OSError)):
+        error = error.__cause__  # raised by what a _target_ names
+    if isinstance(error, OSError) and error.errno == errno.ENOSPC:
+        place = f" ({error.filename})" if error.filename else ""
+        return UserError(f"disk full{place}; free some space, the same command goes on")
+    if isinstance(error, OSError) and error.filename and error.strerror:
+        return UserError(f"{str(error.filename)[:200]}: {error.strerror}; check this path")
+    if isinstance(error, RuntimeError) and "Symlink loop" in str(error):
+        return UserError(f"{one_line(error)}: give another path")
+    return error
 
 
 def entry(

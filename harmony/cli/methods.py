@@ -7,9 +7,10 @@ from hydra.errors import InstantiationException
 from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf, open_dict
 
-from harmony.cli.command import literal
+from harmony.cli.command import find_user_error, literal
 from harmony.cli.compose import CONFIGS, load_yaml
 from harmony.cli.explain import nearest
+from harmony.cli.run_folder import device
 from harmony.core.errors import UserError
 
 FOLDER = CONFIGS / "method"
@@ -62,9 +63,15 @@ def build(node: Mapping[str, Any], backbone: Any) -> Any:
     try:
         return instantiate(dict(node), backbone, _convert_="all")
     except InstantiationException as error:
-        if isinstance(error.__cause__, UserError):
-            raise error.__cause__ from None
-        raise
+        raise find_user_error(error) from None
+
+
+def load_backbone(cfg: DictConfig) -> Any:
+    """The backbone of a command's settings, on the device of this process. UserError where its weights are missing."""
+    try:
+        return instantiate(cfg.model).to(device())
+    except InstantiationException as error:
+        raise find_user_error(error) from None
 
 
 def shorthand(text: str) -> dict[str, Any]:

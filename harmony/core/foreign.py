@@ -62,10 +62,10 @@ def read_lines(path: str | Path) -> list[str]:
     return read_text(path).removesuffix("\n").split("\n")
 
 
-def read_csv(path: str | Path) -> list[list[str]]:
+def read_csv(path: str | Path, delimiter: str = ",") -> list[list[str]]:
     """Read the rows of a CSV file; fields may be quoted, empty lines are left out. UserError if that fails."""
     try:
-        return [row for row in csv.reader(StringIO(read_text(path))) if any(row)]
+        return [row for row in csv.reader(StringIO(read_text(path)), delimiter=delimiter) if any(row)]
     except csv.Error as error:
         raise UserError(f"{path} cannot be read as CSV ({error}); save it again as CSV, UTF-8") from None
 

@@ -24,7 +24,7 @@ from harmony.evaluation.eval_sets import (
     degrade,
     enough,
     load_reconstruct,
-    load_relight,
+    load_truths,
     paste_outputs,
     subsample,
     with_holes,
@@ -137,10 +137,8 @@ class Comparison(Study):
         run = self.run
         at = run.manifest, split, run.backbone.resolution
         match self.eval_set:
-            case "reconstruct":
-                return load_reconstruct(*at, run.limit)
-            case "relight":
-                return load_relight(*at, run.limit, radius=self.radius)
+            case "reconstruct" | "relight":
+                return load_truths(self.eval_set, *at, run.limit, self.radius)
             case "exemplar":
                 if run.embedder is None:
                     raise UserError(
@@ -309,7 +307,7 @@ class Comparison(Study):
         columns = {"input": with_holes(part)}
         several = len(self.degrade) > 1
         for factor in self.degrade:
-            items = full if factor == 1 else degrade(full, factor)
+            items = degrade(full, factor)
             self.fill(items, methods)
             if run.rank == 0:
                 suffix = f" x{factor}" if several else ""

@@ -174,8 +174,17 @@ def between(caption: str, relit: str) -> Description:
     return Description(f"{object_},", foreground, background)
 
 
+def load_truths(kind: str, manifest: Path, split: str, resolution: int, limit: int | None, radius: float) -> EvalSet:
+    """The eval set of a ``kind`` that has truths, reconstruct or relight."""
+    if kind == RELIGHT:
+        return load_relight(manifest, split, resolution, limit, radius)
+    return load_reconstruct(manifest, split, resolution, limit)
+
+
 def degrade(items: EvalSet, factor: int) -> EvalSet:
     """The same set with instances from pictures that were shrunk by ``factor`` and enlarged (Liu 2025, Fig. 7)."""
+    if factor == 1:
+        return items
 
     def poor(picture: np.ndarray, width: int, height: int) -> np.ndarray:
         """The picture shrunk to ``width`` x ``height`` by the factor, and enlarged again."""

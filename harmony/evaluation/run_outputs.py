@@ -1,5 +1,6 @@
 """The stored outputs of a finished comparison, read again without any network."""
 
+import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,25 +10,40 @@ import numpy as np
 from omegaconf import DictConfig, OmegaConf
 
 from harmony.cli.compose import load_yaml
+from harmony.cli.values import Choice, Items, Number, Text, Whole
 from harmony.core.errors import UserError
-from harmony.core.foreign import read_json
+from harmony.core.foreign import path_inside, read_json
 from harmony.data.manifest import manifest_hash
 from harmony.evaluation.blocks import outputs_of
 from harmony.evaluation.eval_sets import (
     EXEMPLAR,
+    RECONSTRUCT,
     RELIGHT,
     EvalSet,
     degrade,
-    load_reconstruct,
-    load_relight,
+    load_truths,
     paste_outputs,
 )
 from harmony.evaluation.figures import scores
 from harmony.metrics.fidelity import limit
 
+LARGEST = 4096  # px: side of a picture that an output may have
+REMEDY = "give the folder of a finished comparison, such as evaluate experiment=table1 leaves"
+FINGERPRINT = r"[0-9a-f]{16,128}"  # names a folder below ``outputs``
+RULES = {  # of what is read of a run's configuration, which may come from elsewhere
+    "paths.work": Text(),
+    "dataset.name": Text(),
+    "split": Text(),
+    "limit": Whole(1, none=True),
+    "seed": Whole(0),
+    "study.eval_set": Choice((RECONSTRUCT, RELIGHT, EXEMPLAR)),
+    "study.radius": Number(0),
+    "study.degrade": Items(Whole(1)),
+}
 
-class Known(NamedTuple):
-    """A method of which no more is known than what its outputs are called by."""
+
+class StoredMethod(NamedTuple):
+    """A method of which there is no more than what its outputs are called by."""
 
     fingerprint: str
 
@@ -52,71 +68,95 @@ class RunOutputs:
 
 
 class Run(NamedTuple):
-    """What a run folder says of its comparison."""
+    """What a run folder says of its comparison: the hash of its ``manifest``, row -> fingerprint, and its options."""
 
     folder: Path
-    config: DictConfig
-    facts: dict[str, Any]
+    manifest: str
+    methods: dict[str, str]
+    options: dict[str, Any]
 
     @property
     def rows(self) -> list[str]:
-        return list(self.facts["methods"])
+        return list(self.methods)
+
+    @property
+    def dataset(self) -> str:
+        """The name of the dataset that it measured on."""
+        return self.options["dataset.name"]
 
     def find_manifest(self, more: Iterable[Path] = ()) -> Path:
         """The manifest that the run measured on; ``more``: where else it may lie. UserError if it is not there."""
-        work = Path(str(OmegaConf.select(self.config, "paths.work", default="work")))
-        name = str(OmegaConf.select(self.config, "dataset.name"))
-        places = [place / work / name / "manifest.jsonl" for place in (Path(), *self.folder.parents[2:3])]
-        for place in (*more, *places):
-            if place.is_file() and manifest_hash(place) == self.facts["manifest"]:
+        work = self.options["paths.work"]
+        folders = [path_inside(place / work, self.dataset) for place in (Path(), *self.folder.parents[2:3])]
+        for place in (*more, *(folder / "manifest.jsonl" for folder in folders)):
+            if place.is_file() and manifest_hash(place) == self.manifest:
                 return place
         raise UserError(
-            f"{self.folder} measured on dataset {name} as it no longer is in {places[0].parent}: evaluate again"
+            f"{self.folder} measured on dataset {self.dataset} as it no longer is in {folders[0]}: evaluate again"
         )
 
     def read(self, manifest: Path, rows: Iterable[str] | None = None) -> RunOutputs:
         """Its outputs of ``rows``, or of all. UserError where one is missing."""
-        config, prints = self.config, self.facts["methods"]
-        rows = list(prints) if rows is None else list(rows)
-        if unknown_rows := [row for row in rows if row not in prints]:
-            raise UserError(f"{self.folder} has no row {unknown_rows[0]}; it has {', '.join(prints)}")
-        options = config.study
-        at = manifest, config.split, self.find_resolution()
-        if options.eval_set == RELIGHT:
-            items = load_relight(*at, config.limit, radius=options.radius)
-        else:
-            items = load_reconstruct(*at, config.limit)
-        items = items if options.degrade[0] == 1 else degrade(items, options.degrade[0])
-        pictures = {row: paste_outputs(items, self.read_raw(items, row)) for row in rows}
+        side = self.find_resolution()
+        kind, split, limit, radius, factors = (
+            self.options[name] for name in ("study.eval_set", "split", "limit", "study.radius", "study.degrade")
+        )
+        items = degrade(load_truths(kind, manifest, split, side, limit, radius), factors[0])
+        pictures = {row: paste_outputs(items, self.read_raw(items, row)) for row in rows or self.rows}
         return RunOutputs(self.folder, items, pictures)
 
     def read_raw(self, items: EvalSet, row: str) -> list[np.ndarray]:
         """The outputs of a row as the method gave them."""
         try:
-            return outputs_of(items, Known(self.facts["methods"][row]), self.folder, self.config.seed)
-        except (OSError, ValueError):
+            outputs = outputs_of(items, StoredMethod(self.methods[row]), self.folder, self.options["seed"])
+        except (OSError, ValueError, EOFError):
             raise UserError(f"{self.folder} lacks outputs of {row}: evaluate again") from None
+        kinds = {(getattr(y, "dtype", None), getattr(y, "shape", None)) for y in outputs}
+        if len(outputs) != len(items) or kinds != {(np.dtype(np.uint8), items.truths[0].shape)}:
+            raise UserError(f"{self.folder} has other outputs of {row} than its pictures: evaluate again")
+        return outputs
 
     def find_resolution(self) -> int:
         """The side of its outputs in pixels."""
-        for place in self.facts["methods"].values():
-            for file in sorted((self.folder / "outputs" / place[:16]).rglob("*.npy")):
-                return np.load(file, mmap_mode="r").shape[1]
+        for fingerprint in self.methods.values():
+            for file in sorted((self.folder / "outputs" / fingerprint[:16]).rglob("*.npy")):
+                try:
+                    shape = np.load(file, mmap_mode="r").shape
+                except (OSError, ValueError, EOFError, AttributeError):
+                    shape = ()
+                if len(shape) != 4 or not 0 < shape[1] <= LARGEST:
+                    raise UserError(f"{file} is no block of pictures: remove it and evaluate again")
+                return shape[1]
         raise UserError(f"{self.folder} holds no outputs any more: evaluate again")
 
 
 def open_run(folder: Path) -> Run:
     """The run in ``folder``. UserError unless it is a finished comparison of composites that have truths."""
-    remedy = "give the folder of a finished comparison, such as evaluate experiment=table1 leaves"
     if not (folder / "provenance.json").is_file() or not (folder / "config.yaml").is_file():
-        raise UserError(f"{folder}: no finished run there; {remedy}")
+        raise UserError(f"{folder}: no finished run there; {REMEDY}")
     facts, config = read_json(folder / "provenance.json"), load_yaml(folder / "config.yaml")
-    kind = OmegaConf.select(config, "study.eval_set")
-    if not isinstance(facts, dict) or kind is None or not isinstance(facts.get("methods"), dict):
-        raise UserError(f"{folder}: no comparison of methods; {remedy}")
-    if kind == EXEMPLAR:
-        raise UserError(f"{folder}: its composites have no truths; {remedy}")
-    return Run(folder, config, facts)
+    methods = facts.get("methods") if isinstance(facts, dict) else None
+    if not isinstance(methods, dict) or not methods or read_option(config, "study.eval_set") is None:
+        raise UserError(f"{folder}: no comparison of methods; {REMEDY}")
+    options = {name: read_option(config, name) for name in RULES}
+    for name, rule in RULES.items():
+        if not rule.accepts(options[name]) and not (rule.none and options[name] is None):
+            raise UserError(f"{folder / 'config.yaml'} says {name}={str(options[name])[:80]}, not {rule}")
+    if options["study.eval_set"] == EXEMPLAR:
+        raise UserError(f"{folder}: its composites have no truths; {REMEDY}")
+    path_inside(folder, options["dataset.name"])
+    prints = [*methods.values(), facts.get("manifest")]
+    if not options["study.degrade"] or not all(isinstance(p, str) and re.fullmatch(FINGERPRINT, p) for p in prints):
+        raise UserError(f"{folder / 'provenance.json'} lacks a fingerprint of a method or the manifest")
+    return Run(folder, facts["manifest"], methods, options)
+
+
+def read_option(config: DictConfig, name: str) -> Any:
+    """A value of a run's configuration as it is written; None where there is none."""
+    node: Any = OmegaConf.to_container(config, resolve=False)
+    for key in name.split("."):
+        node = node.get(key) if isinstance(node, dict) else None
+    return node
 
 
 def list_runs(folder: Path) -> list[Path]:

@@ -2,6 +2,7 @@
 
 import csv
 import json
+import logging
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -58,12 +59,14 @@ def make_photographs(fo, tmp_path, request):
     recipe = {"name": name, "layout": "folder", "dir": str(root), "splits": ["test"], "select": {"min_area": 0.1}}
     recipe["captions"] = {"given": True, "captioner": "backbone"}
 
+    earlier_names = set(fo.list_datasets())
+
     def prepare():
         prepare_dataset(recipe, tmp_path / "work", FOLDER, ASSETS / "tiny" / "captioner")
         return fo.load_dataset(name), tmp_path / "work" / name
 
     yield prepare
-    for each in fo.list_datasets():
+    for each in set(fo.list_datasets()) - earlier_names:
         fo.delete_dataset(each)
 
 
@@ -91,9 +94,10 @@ def run_folder(photographs, random_backbone, tmp_path):
     return folder
 
 
-def execute(foo, name: str, dataset, selected=(), **params) -> dict:
+def execute(foo, name: str, dataset, selected=(), view=None, **params) -> dict:
     """The result of an operator."""
-    ctx = {"dataset": dataset, "selected": list(selected), "params": params}
+    ctx = {"dataset": dataset, "view": view, "selected": list(selected), "params": params}
+    ctx = {key: value for key, value in ctx.items() if value is not None}
     return foo.execute_operator(f"@harmony/compose/{name}", ctx).result
 
 
@@ -129,6 +133,7 @@ def test_the_app_listens_on_this_machine_alone(fo, photographs, monkeypatch):
     calls = []
 
     def launch_app(dataset, **options):
+        assert not logging.getLogger("fiftyone.core.session.session").isEnabledFor(logging.INFO)
         calls.append(options)
         return SimpleNamespace(url="", wait=lambda seconds: None)
 
@@ -146,7 +151,7 @@ def test_harmonize_at_once_and_delegated(fo, plugin, photographs):
     result = execute(plugin, "harmonize", dataset, selected, method="reinhard")
     assert result["message"].startswith("2 harmonized in ") and "left out 1: test/a3 (no mask" in result["message"]
     dataset.reload()
-    assert dataset.app_config.media_fields == ["filepath", "composite", "harmonized"]
+    assert dataset.app_config.media_fields == ["filepath", "harmonized_composite", "harmonized"]
     sample = dataset[selected[0]]
     before, after, mask = (read_image(path) for path in (sample.filepath, sample.harmonized, sample.mask.mask_path))
     rim = np.pad(np.zeros((28, 28), bool), ((10, 10), (18, 18)), constant_values=True)
@@ -171,15 +176,33 @@ def test_harmonize_any_dataset_with_masks(fo, plugin, photographs, tmp_path):
     paths = prepared.values("filepath")
     mask = np.zeros((48, 64), np.uint8)
     mask[12:36, 20:44] = 1
-    dataset = fo.Dataset("test-plugin-own")
+    dataset = fo.Dataset("s8/../../../x")
     own = {"mask": np.ones((24, 24), bool), "bounding_box": [20 / 64, 12 / 48, 24 / 64, 24 / 48]}
+    cat, box = fo.Detection(label="cat", **own), fo.Detection(label="dog", bounding_box=own["bounding_box"])
+    pair = fo.Detections(detections=[cat.copy(), fo.Detection(label="dog", **own)])
     dataset.add_sample(fo.Sample(paths[0], here=fo.Segmentation(mask=mask)))
-    dataset.add_sample(fo.Sample(paths[1], there=fo.Detection(label="cat", **own)))
+    dataset.add_sample(fo.Sample(paths[1], there=cat.copy()))
+    dataset.add_sample(fo.Sample(paths[2], those=fo.Detections(detections=[box, cat.copy()])))
+    dataset.add_sample(fo.Sample(paths[3], those=pair))
+    dataset.add_sample(fo.Sample(f"{tmp_path}/gone.png", there=cat.copy()))
     result = execute(plugin, "harmonize", dataset, dataset.values("id"), method="reinhard")
-    assert result["message"].startswith("2 harmonized")
+    assert result["message"].startswith("3 harmonized") and "left out 2: a3, gone (" in result["message"]
+    assert "2 objects with masks (cat, dog), give the label of one" in result["message"]
+    assert "gone.png does not exist" in result["message"]
+    result = execute(plugin, "harmonize", dataset, dataset.values("id")[3:4], method="reinhard", label="dog")
+    assert result["message"].startswith("1 harmonized")
     dataset.reload()
-    for sample in dataset:
+    for sample in dataset.exists("harmonized"):
         assert (read_image(Path(sample.harmonized).parent / "mask.png")[..., 0] > 0).sum() == 24 * 24
+        assert Path(fo.config.default_dataset_dir).resolve() in Path(sample.harmonized).resolve().parents
+    patches = dataset.to_patches("those")
+    result = execute(plugin, "harmonize", dataset, patches.values("id")[:2], patches, method="poisson")
+    assert result["message"].startswith("1 harmonized"), "two patches of one sample"
+    assert execute(plugin, "embed", dataset, view=patches)["error"].startswith("2 pictures that can be read")
+    panel = Panel(plugin, dataset, patches)
+    assert panel.call("on_load", patches.first().id)["picture"].startswith("data:image/")
+    panel.call("on_load", paths[0])
+    assert "has no more sample" in panel.state["notice"] and panel.state["names"] == []
     assert "not prepared by harmony" in execute(plugin, "decide", dataset, dataset.values("id"), choice="keep")["error"]
 
 
@@ -227,9 +250,9 @@ def test_decisions_are_respected_by_the_next_preparation(fo, plugin, make_photog
     assert {row.id for row in read_manifest(work / "manifest.jsonl")[1]} == {"a0", "a1", "a2"}
     assert "needs a reason" in execute(plugin, "decide", dataset, ids_of(dataset, "a0"), choice="reject")["error"]
     result = execute(plugin, "decide", dataset, ids_of(dataset, "a0"), choice="reject", reason="blurred")
-    assert "By hand are now 0 kept and 1 rejected" in result["message"]
+    assert "By hand, 0 are kept and 1 rejected now" in result["message"]
     result = execute(plugin, "decide", dataset, ids_of(dataset, "a3"), choice="keep", reason="small but good")
-    assert "By hand are now 1 kept and 1 rejected" in result["message"]
+    assert "By hand, 1 are kept and 1 rejected now" in result["message"]
     dataset.reload()
     assert dataset[ids_of(dataset, "a0")[0]].decision == "reject: blurred", "the App shows it at once"
     capsys.readouterr()
@@ -264,7 +287,7 @@ def test_embeddings_map_and_sort(plugin, photographs, monkeypatch):
     result = execute(plugin, "embed", dataset, model="tiny")
     assert result["message"].startswith("4 pictures embedded by backbone-clip of tiny")
     Path(dataset.first().filepath).write_bytes(b"no picture")
-    result = execute(plugin, "embed", dataset, method="pca")
+    result = execute(plugin, "embed", dataset, method="tsne")
     assert result["message"].startswith("3 pictures") and "cannot be read 1: " in result["message"]
     dataset.reload()
     assert set(dataset.list_brain_runs()) == {"clip_map", "clip_similarity"}
@@ -272,6 +295,10 @@ def test_embeddings_map_and_sort(plugin, photographs, monkeypatch):
     assert points.shape == (3, 2) and np.isfinite(points).all()
     query = ids_of(dataset, "a2")[0]
     assert dataset.sort_by_similarity(query, brain_key="clip_similarity", k=2).first().id == query
+    monkeypatch.setattr("fiftyone.brain.compute_similarity", lambda *args, **options: 1 / 0)
+    with pytest.raises(Exception, match="ZeroDivisionError"):
+        execute(plugin, "embed", dataset)
+    assert set(dataset.reload() or dataset.list_brain_runs()) == {"clip_map", "clip_similarity"}, "the earlier ones"
 
 
 @pytest.mark.parametrize(
@@ -285,25 +312,93 @@ def test_embeddings_map_and_sort(plugin, photographs, monkeypatch):
         ("decide", {"choice": "perhaps", "selected": True}, "perhaps is unknown here"),
         ("embed", {"method": "magic"}, "magic is unknown here"),
         ("harmonize", {"field": "sha256", "selected": True}, "sha256 cannot be the field"),
-        ("harmonize", {"field": "../out", "selected": True}, "cannot be the field"),
+        ("harmonize", {"field": "../out", "selected": True}, "cannot be a field"),
+        ("harmonize", {"field": "_x", "selected": True}, "cannot be a field"),
+        ("harmonize", {"model": "small", "method": "reinhard", "selected": True}, "small"),
+        ("harmonize", {"selected": ["nonsense"]}, "has no more sample 1: nonsense"),
+        ("decide", {"choice": "keep", "selected": ["0" * 24]}, "has no more sample 1: 0000"),
+        ("score", {"run": "a\0b"}, "no finished run there"),
+        ("open_run", {"run": "a" * 5000}, "no finished run there"),
     ],
 )
 def test_bad_input_is_one_line(plugin, photographs, name, params, expected):
     dataset, _ = photographs
-    selected = ids_of(dataset, "a0") if params.pop("selected", False) else []
-    error = execute(plugin, name, dataset, selected, **params)["error"]
-    assert expected in error and "\n" not in error
+    selected = params.get("selected", [])
+    params = params | {"selected": ids_of(dataset, "a0") if selected is True else selected}
+    error = execute(plugin, name, dataset, **params)["error"]
+    assert expected in error and "\n" not in error and len(error) < 500
+
+
+def test_what_users_have_stays(plugin, fo, photographs, run_folder):
+    """Guards fields, tables and folders of the user against operators."""
+    dataset, work = photographs
+    selected = ids_of(dataset, "a0")
+    for name in ("harmonized_composite", "own"):
+        dataset.add_sample_field(name, fo.StringField)
+    dataset.app_config.media_fields.append("own")
+    dataset.save()
+    for field, clash in (("harmonized", "harmonized_composite"), ("own", "own")):
+        result = execute(plugin, "harmonize", dataset, selected, method="reinhard", field=field)
+        assert f"another field {clash}" in result["error"] and not (work / "harmonized").exists()
+    (work / "harmonized").write_text("mine")
+    result = execute(plugin, "harmonize", dataset, selected, method="reinhard", field="other")
+    assert f"{work}/harmonized" in result["error"] and (work / "harmonized").read_text() == "mine"
+    for field in ("_x", "../x"):
+        result = execute(plugin, "score", dataset, run=str(run_folder), field=field)
+        assert "cannot be a field" in result["error"]
+    table = work.with_name(f"{work.name}.decisions.csv")
+    table.write_text("test/a1,keep,fine\n")
+    result = execute(plugin, "decide", dataset, selected, choice="keep")
+    assert "first line must be" in result["error"] and table.read_text() == "test/a1,keep,fine\n"
+    table.unlink()
+    table.mkdir()
+    assert "is no file" in execute(plugin, "decide", dataset, selected, choice="keep")["error"]
+
+
+def test_rows_have_names_of_their_own(plugin):
+    from harmony.apps.plugin.runs import name_fields  # imports FiftyOne
+
+    rows = ["a b", "a_b", "input", "_x", "x" * 90]
+    assert list(name_fields(rows).values()) == ["a_b", "a_b_2", "input_2", "row__x", "x" * 50]
+
+
+@pytest.mark.parametrize(
+    ("file", "change", "expected"),
+    [
+        ("provenance.json", {"methods": {"reinhard": "../../.."}}, "fingerprint"),
+        ("config.yaml", {"split": ["test"]}, "says split="),
+        ("config.yaml", {"study": {"eval_set": "reconstruct", "radius": 1, "degrade": [0]}}, "says study.degrade="),
+        ("config.yaml", {"dataset": {"name": "../other"}}, "leads out of"),
+        ("config.yaml", {"dataset": "studio"}, "says dataset.name="),
+        ("config.yaml", {"seed": "${oc.env:HOME}"}, "says seed="),
+    ],
+)
+def test_foreign_runs_are_checked(tmp_path, file, change, expected):
+    study = {"eval_set": "reconstruct", "radius": 16, "degrade": [1]}
+    config = {"split": "test", "limit": None, "seed": 0, "study": study, "dataset": {"name": "studio"}}
+    config |= {"paths": {"work": "work"}}
+    facts = {"methods": {"reinhard": "ab" * 32}, "manifest": "cd" * 32}
+    for name, content in (("provenance.json", facts), ("config.yaml", config)):
+        (tmp_path / name).write_text(json.dumps(content | (change if name == file else {})))
+    with pytest.raises(UserError, match=expected):
+        open_run(tmp_path)
 
 
 def test_runs_that_do_not_fit_are_refused(plugin, make_photographs, run_folder, tmp_path):
     dataset, work = make_photographs()
-    assert "has no row other" in execute(plugin, "score", dataset, run=str(run_folder), row="other")["error"]
+    assert "other is unknown here" in execute(plugin, "score", dataset, run=str(run_folder), row="other")["error"]
     assert "another field" in execute(plugin, "score", dataset, run=str(run_folder), field="mask")["error"]
     (tmp_path / "photos" / "test" / "images" / "a1.png").unlink()
     dataset, _ = make_photographs()
     assert "is a run of" in execute(plugin, "score", dataset, run=str(run_folder))["error"]
     assert "evaluate again" in execute(plugin, "open_run", dataset, run=str(run_folder))["error"]
-    (run_folder / "config.yaml").write_text("study: {eval_set: exemplar}\n")
+    for file in run_folder.rglob("*.npy"):
+        file.write_bytes(file.read_bytes()[:100])
+    with pytest.raises(UserError, match="is no block of pictures"):
+        open_run(run_folder).find_resolution()
+    config = OmegaConf.load(run_folder / "config.yaml")
+    config.study.eval_set = "exemplar"
+    OmegaConf.save(config, run_folder / "config.yaml")
     with pytest.raises(UserError, match="no truths"):
         open_run(run_folder)
     (run_folder / "provenance.json").write_text("{}")
@@ -314,11 +409,12 @@ def test_runs_that_do_not_fit_are_refused(plugin, make_photographs, run_folder, 
 class Panel:
     """The panel as the App calls it: its state stays from event to event."""
 
-    def __init__(self, plugin, dataset):
+    def __init__(self, plugin, dataset, view=None):
         from fiftyone.operators.registry import OperatorRegistry
 
         self.panel = OperatorRegistry().get_operator("@harmony/compose/compare")
         self.dataset, self.state = dataset, {}
+        self.stages = None if view is None else view._serialize()
 
     def call(self, method: str, sample: str | None, **params) -> dict:
         """Call a hook; the data that it sends, and the schema that it renders as ``schema``."""
@@ -326,7 +422,7 @@ class Panel:
 
         params |= {"panel_id": "p", "panel_state": self.state, "__method__": method}
         executor = Executor()
-        request = {"dataset_name": self.dataset.name, "current_sample": sample, "params": params}
+        request = {"dataset_name": self.dataset.name, "current_sample": sample, "params": params, "view": self.stages}
         ctx = ExecutionContext(request, executor)
         self.panel.execute(ctx)
         sent = {}
@@ -347,7 +443,7 @@ def test_the_panel_compares_and_lists_figures(fo, plugin, photographs, run_folde
     execute(plugin, "score", dataset, run=str(run_folder), row="reinhard")
     dataset.reload()
     sent = panel.call("on_change_current_sample", selected)
-    assert (panel.state["before"], panel.state["after"]) == ("composite", "harmonized")
+    assert (panel.state["before"], panel.state["after"]) == ("harmonized_composite", "harmonized")
     assert sent["picture"].startswith("data:image/") and 45 <= panel.state["split"] <= 55, "in the middle of the object"
     assert "| fpsnr |" in panel.state["figures"] and "reinhard" in panel.state["figures"].splitlines()[0]
     moved = panel.call("move", selected, value=10)

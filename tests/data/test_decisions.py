@@ -1,5 +1,8 @@
 """Decisions by people: a plain table that comes before the rules, and that bad rows do not end."""
 
+import pytest
+
+from harmony.core.errors import UserError
 from harmony.data.sources.decisions import Decision, apply_decisions, change_decisions, decisions_file, read_decisions
 from harmony.data.sources.open_images.select import select
 from harmony.data.sources.selection import Rules
@@ -11,11 +14,30 @@ def test_a_table_that_people_edit(tmp_path, capsys):
     assert file == tmp_path / "photos.decisions.csv" and read_decisions(file) == {}
     change_decisions(file, {"train/a": Decision("reject", 'blurred, "really"'), "train/b": Decision("keep")})
     change_decisions(file, {"train/b": None, "test/c": Decision("keep", "fine")})
-    assert file.read_text() == 'sample,decision,reason\ntest/c,keep,fine\ntrain/a,reject,"blurred, ""really"""\n'
+    assert file.read_text() == 'sample,decision,reason\ntrain/a,reject,"blurred, ""really"""\ntest/c,keep,fine\n'
     file.write_text(file.read_text() + "train/d,perhaps,\n,keep,\ntrain/e, Keep\n")
     expected = {"test/c": "keep: fine", "train/a": 'reject: blurred, "really"', "train/e": "keep"}
     assert {key: str(decision) for key, decision in read_decisions(file).items()} == expected
     assert "rows without a sample and keep or reject: 2 left out: row 4, row 5" in capsys.readouterr().out
+
+
+def test_a_change_leaves_the_rows_of_people(tmp_path):
+    """Guards their work against one click in the App: spreadsheets write ``;``, and not every row can be read."""
+    file = decisions_file(tmp_path / "photos")
+    file.write_text("Sample; DECISION ;Reason;who\ntrain/a;Keep;fine;me\ntrain/b;perhaps;look, again;me\n;reject\n")
+    decisions = change_decisions(file, {"train/c": Decision("reject", "dark"), "train/a": None})
+    assert decisions == {"train/c": Decision("reject", "dark")} == read_decisions(file)
+    rows = "Sample; DECISION ;Reason;who\ntrain/b;perhaps;look, again;me\n;reject\ntrain/c;reject;dark;\n"
+    assert file.read_text() == rows
+    for text in ("train/a,keep,fine\n", "sample,choice,reason\ntrain/a,keep,fine\n"):
+        file.write_text(text)
+        with pytest.raises(UserError, match="first line must be sample,decision,reason"):
+            change_decisions(file, {"train/c": Decision("keep")})
+        assert file.read_text() == text
+    file.unlink()
+    file.mkdir()
+    with pytest.raises(UserError, match="is no file"):
+        read_decisions(file)
 
 
 def test_a_hand_overrides_rules_but_not_damage(tmp_path, make_folder, capsys):

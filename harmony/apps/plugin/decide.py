@@ -16,6 +16,7 @@ from harmony.apps.plugin.samples import (
     warn_unselected,
 )
 from harmony.core.errors import UserError
+from harmony.core.foreign import replace_surrogates
 from harmony.data.sources.decisions import KEEP, REJECT, Decision, change_decisions, decisions_file, read_decisions
 from harmony.data.sources.open_images.database import show_decisions
 from harmony.data.sources.selection import BY_HAND, RULE_REASONS
@@ -61,12 +62,14 @@ class Decide(ComposeOperator):
 
     def run(self, ctx: foo.ExecutionContext) -> str:
         """Write the decisions beside the dataset's work folder and show them in the field ``decision``."""
-        choice, reason = check_choice(read_param(ctx, "choice", REJECT), CHOICES), read_param(ctx, "reason", "").strip()
+        choice, reason = check_choice(read_param(ctx, "choice", REJECT), CHOICES), read_reason(ctx)
         if choice == REJECT and not reason:
             raise UserError("a rejection needs a reason: say in a word or two what is wrong with the samples")
         file = decisions_file(find_work(ctx.dataset))
         samples = ctx.dataset.select(list_ids(ctx))
         rejections = dict(zip(*samples.values(["harmony_id", "rejected_because"]), strict=True))
+        if None in rejections:
+            raise UserError(f"some selected samples are not of the recipe of {ctx.dataset.name}: select others")
         keys = [key for key, old in rejections.items() if choice != KEEP or old in (None, BY_HAND, *RULE_REASONS)]
         unusable = [f"{key} ({rejections[key]})" for key in rejections if key not in keys]
         if not keys:
@@ -75,6 +78,11 @@ class Decide(ComposeOperator):
         show_decisions(ctx.dataset, decisions)
         ctx.ops.reload_samples()
         counts = [sum(d.choice == each for d in decisions.values()) for each in (KEEP, REJECT)]
-        line = f"{choice}: {name_samples(keys)}. By hand are now {counts[0]} kept and {counts[1]} rejected ({file})"
+        line = f"{choice}: {name_samples(keys)}. By hand, {counts[0]} are kept and {counts[1]} rejected now ({file})"
         rest = f"; cannot be kept {name_samples(unusable)}" if unusable else ""
         return f"{line}{rest}. The next harmony.prepare of {ctx.dataset.name} applies it."
+
+
+def read_reason(ctx: foo.ExecutionContext) -> str:
+    """The reason of the form in one line that UTF-8 can write."""
+    return " ".join(replace_surrogates(str(read_param(ctx, "reason", ""))).replace("\0", "").split())

@@ -1,5 +1,6 @@
 """The operator that embeds pictures by the backbone's CLIP: a map of the dataset, and search by similarity."""
 
+from collections.abc import Iterable
 from importlib.util import find_spec
 
 import fiftyone as fo
@@ -8,11 +9,19 @@ import fiftyone.operators as foo
 import numpy as np
 from fiftyone.operators import types
 from fiftyone.operators.operator import RiskLevel
-from hydra.utils import instantiate
 
 from harmony.apps.plugin.harmonize import MODEL, compose_options, list_models
-from harmony.apps.plugin.samples import ComposeOperator, ask_choice, check_choice, flatten, name_samples, read_param
-from harmony.cli.run_folder import device
+from harmony.apps.plugin.samples import (
+    PATCHES,
+    ComposeOperator,
+    ask_choice,
+    check_choice,
+    flatten,
+    locate_samples,
+    name_samples,
+    read_param,
+)
+from harmony.cli.methods import load_backbone
 from harmony.core.errors import UserError
 from harmony.metrics.similarity import Clip
 from harmony.models.clip import clip_of
@@ -52,10 +61,11 @@ class Embed(ComposeOperator):
         if method == "umap" and not find_spec("umap"):
             raise UserError("method umap wants the package umap-learn: pip install umap-learn, or choose pca")
         cfg = compose_options({"model": ctx.params.get("model")})
-        backbone = instantiate(cfg.model).to(device())
+        backbone = load_backbone(cfg)
         if (clip := clip_of(backbone)) is None:
             raise UserError(f"backbone {backbone.name} has no CLIP image tower: choose another one")
-        view = flatten(ctx.view)
+        is_whole = not isinstance(ctx.view, PATCHES)
+        view = flatten(ctx.view) if is_whole else ctx.dataset.select(locate_samples(ctx, ctx.view.values("id")))
         embeddings, failures = embed_pictures(ctx, view, clip)
         if len(embeddings) < FEWEST:
             raise UserError(f"{len(embeddings)} pictures that can be read: a map needs {FEWEST} at least")
@@ -87,10 +97,23 @@ def embed_pictures(
 
 
 def store_results(dataset: fo.Dataset, view: fo.DatasetView, embeddings: np.ndarray, method: str) -> None:
-    """Store the map and the index of a view in place of those that are there."""
-    for key in {MAP, SIMILARITY} & set(dataset.list_brain_runs()):
-        dataset.delete_brain_run(key)
+    """Store the map and the index of a view, which take the place of earlier ones when both are there."""
+    temporary_keys = {key: f"{key}_new" for key in (MAP, SIMILARITY)}
     common = {"embeddings": embeddings, "progress": False}
-    perplexity = {"perplexity": min(30, len(embeddings) - 1)} if method == "tsne" else {}
-    fob.compute_visualization(view, method=method, brain_key=MAP, seed=0, verbose=False, **common, **perplexity)
-    fob.compute_similarity(view, brain_key=SIMILARITY, backend="sklearn", **common)
+    few = {"perplexity": min(30, len(embeddings) - 1), "pca_dims": min(50, *embeddings.shape)}
+    options = {"seed": 0, "verbose": False, **common, **(few if method == "tsne" else {})}
+    try:
+        remove_results(dataset, temporary_keys.values())  # of a process that was killed
+        fob.compute_visualization(view, method=method, brain_key=temporary_keys[MAP], **options)
+        fob.compute_similarity(view, brain_key=temporary_keys[SIMILARITY], backend="sklearn", **common)
+        remove_results(dataset, temporary_keys)
+        for key, temporary_key in temporary_keys.items():
+            dataset.rename_brain_run(temporary_key, key)
+    finally:
+        remove_results(dataset, temporary_keys.values())
+
+
+def remove_results(dataset: fo.Dataset, keys: Iterable[str]) -> None:
+    """Remove the brain runs with these keys, as far as there are some."""
+    for key in {*keys} & {*dataset.list_brain_runs()}:
+        dataset.delete_brain_run(key)

@@ -10,13 +10,14 @@ import fiftyone as fo
 import fiftyone.operators as foo
 from fiftyone.operators import types
 from fiftyone.operators.operator import RiskLevel
-from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 
 from harmony.apps.plugin.samples import (
+    MARK,
     ComposeOperator,
     ask_choice,
     check_choice,
+    check_field,
     find_work,
     flatten,
     list_ids,
@@ -25,21 +26,19 @@ from harmony.apps.plugin.samples import (
     read_param,
     warn_unselected,
 )
-from harmony.cli.compose import CONFIGS, compose
-from harmony.cli.methods import FOLDER, build, method_file
-from harmony.cli.run_folder import device
+from harmony.cli.compose import CONFIGS, compose, one_line
+from harmony.cli.methods import FOLDER, build, load_backbone, method_file
 from harmony.core.errors import UserError
-from harmony.core.foreign import is_file_name
 from harmony.core.row import Row
 from harmony.data.manifest import read_manifest
 from harmony.evaluation.eval_sets import is_render_pair
 from harmony.methods.runs import Inserter, Request
 from harmony.models.shipped import check_places
-from harmony.pixels.images import write_image
+from harmony.pixels.images import check_file, open_image, write_image
 
 BATCH = 8  # samples at a time
 METHOD, MODEL, STEPS, SEED = "controlnet", "tiny", 50, 0  # as ``harmonize`` has them
-FIELD, COMPOSITE = "harmonized", "composite"
+FIELD, COMPOSITE = "harmonized", "_composite"  # COMPOSITE: the end of the name of a second field
 COMPOSING = Lock()  # Hydra has one state for the process, and the App runs operators in threads
 
 
@@ -68,15 +67,17 @@ class Harmonize(ComposeOperator):
         warn_unselected(ctx, inputs)
         ask_choice(inputs, "method", list_methods(), METHOD, "Method")
         ask_choice(inputs, "model", list_models(), MODEL, "Backbone")
-        inputs.int("steps", min=1, max=1000, default=STEPS, label="Steps", description="Of the solver")
+        inputs.int("steps", min=1, max=999, default=STEPS, label="Steps", description="Of the solver")
         inputs.int("seed", min=0, max=2**32 - 1, default=SEED, label="Seed", description="Of the noise")
         inputs.str("field", default=FIELD, label="Field", description="Of the results: the paths of pictures")
+        inputs.str("label", label="Label", description="Of the object, where a sample has several with masks")
         return types.Property(inputs, view=types.View(label="Harmonize the selected samples"))
 
     def run(self, ctx: foo.ExecutionContext) -> str:
         """Harmonize in batches; samples that cannot be are named. The same command makes no picture twice."""
         start, field = time.monotonic(), read_param(ctx, "field", FIELD)
         check_field(ctx.dataset, field)
+        check_field(ctx.dataset, f"{field}{COMPOSITE}")
         requests, names, failures = collect_requests(ctx, find_results(ctx.dataset) / field)
         lines: list[str] = []
         if requests:
@@ -86,15 +87,15 @@ class Harmonize(ComposeOperator):
                 ctx.set_progress(n / len(waiting), f"{n} of {len(waiting)} samples")
                 batch = inserter.run_batch({id_: requests[id_] for id_ in waiting[n : n + BATCH]})
                 failures |= {id_: find_reason(id_, lines) for id_ in batch}
-        done = {id_: request for id_, request in requests.items() if id_ not in failures}
+        results = {id_: request for id_, request in requests.items() if id_ not in failures}
         reasons = dict.fromkeys(failures.values())
         rest = f"; left out {name_samples([names[id_] for id_ in failures])} ({'; '.join(reasons)})" if failures else ""
-        if not done:
+        if not results:
             raise UserError(f"nothing was harmonized{rest}")
-        show_results(ctx.dataset, field, done)
+        show_results(ctx.dataset, field, results)
         ctx.ops.reload_dataset()
         seconds = time.monotonic() - start
-        return f"{len(done)} harmonized in {seconds:.1f} s, shown as media field {field}{rest}"
+        return f"{len(results)} harmonized in {seconds:.1f} s, shown as media field {field}{rest}"
 
 
 def find_reason(id_: str, lines: Sequence[str]) -> str:
@@ -113,20 +114,12 @@ def list_models() -> list[str]:
     return sorted(path.stem for path in (CONFIGS / "model").glob("*.yaml"))
 
 
-def check_field(dataset: fo.Dataset, field: str) -> None:
-    """UserError for a name that cannot hold the paths of results."""
-    known = dataset.get_field(field) if field.isidentifier() else None
-    is_free = known is None or isinstance(known, fo.StringField) and field in dataset.app_config.media_fields[1:]
-    if not (field.isidentifier() and is_file_name(field) and field != COMPOSITE and is_free):
-        raise UserError(f"{field} cannot be the field of the results: give a new name of letters, digits and _")
-
-
 def find_results(dataset: fo.Dataset) -> Path:
     """The folder of the results on a dataset, a folder for each field: in its work folder if it is prepared."""
     try:
         return find_work(dataset) / "harmonized"
     except UserError:
-        return Path(fo.config.default_dataset_dir) / dataset.name / "harmonized"
+        return Path(fo.config.default_dataset_dir) / dataset.slug / "harmonized"
 
 
 def collect_requests(
@@ -134,16 +127,19 @@ def collect_requests(
 ) -> tuple[dict[str, Request], dict[str, str], dict[str, str]]:
     """The request of each selected sample by its id, the names of all, and the reasons of those that have none."""
     rows, requests, names, failures = read_rows(ctx.dataset), {}, {}, {}
+    label = read_param(ctx, "label", None)
     for sample in flatten(ctx.dataset).select(list_ids(ctx)):
         key = sample["harmony_id"] if sample.has_field("harmony_id") else None
         names[sample.id] = key or Path(sample.filepath).stem
         place = folder / (key or sample.id)
-        if key in rows:
-            options = describe_row(*rows[key])
-        elif (mask := find_mask(sample, place)) is not None:
-            options = {"composite": sample.filepath, "mask": mask}
-        else:
-            failures[sample.id] = "no mask: a kept sample, a segmentation or a detection with a mask has one"
+        try:
+            check_file(sample.filepath, "picture")
+            if key in rows:
+                options = describe_row(*rows[key])
+            else:
+                options = {"composite": sample.filepath, "mask": find_mask(sample, place, label)}
+        except (UserError, OSError, ValueError) as error:  # FiftyOne's own of a damaged mask
+            failures[sample.id] = one_line(error)
             continue
         requests[sample.id] = Request(options, place, sample["caption"] if sample.has_field("caption") else None)
     return requests, names, failures
@@ -171,20 +167,33 @@ def describe_row(row: Row, root: Path) -> dict[str, Any]:
     return {"composite": str(root / row.extras.get("composite", row.image)), "mask": mask, "plate": plate}
 
 
-def find_mask(sample: fo.Sample, folder: Path) -> str | None:
-    """The file of a sample's mask, written into ``folder`` where it is in the database; None where there is none."""
+def find_mask(sample: fo.Sample, folder: Path, label: str | None = None) -> str:
+    """The file of a sample's mask, written into ``folder`` where it is in the database.
+
+    Of several detections the one with the ``label``. UserError where there is none, or no single one.
+    """
     for name in sample.field_names:
-        label = sample[name]
-        if isinstance(label, fo.Segmentation) and label.mask_path:
-            return label.mask_path
-        if isinstance(label, fo.Detection) and label.has_mask:
-            if sample.metadata is None:
-                sample.compute_metadata()
-            label = label.to_segmentation(frame_size=(sample.metadata.width, sample.metadata.height))
-        if isinstance(label, fo.Segmentation) and label.mask is not None:
-            write_image(folder / "mask.png", label.mask > 0)
+        value = sample[name]
+        if isinstance(value, fo.Segmentation) and value.mask_path:
+            return value.mask_path
+        if isinstance(value, (fo.Detection, fo.Detections)):
+            value = choose_detection(value, label)
+        if isinstance(value, fo.Detection):
+            value = value.to_segmentation(frame_size=open_image(sample.filepath).size)
+        if isinstance(value, fo.Segmentation) and value.mask is not None:
+            write_image(folder / "mask.png", value.mask > 0)
             return str(folder / "mask.png")
-    return None
+    raise UserError("no mask: a kept sample, a segmentation or a detection with a mask has one")
+
+
+def choose_detection(value: fo.Detection | fo.Detections, label: str | None) -> fo.Detection | None:
+    """The one detection with a mask, and with the ``label`` if there is one; None for none, UserError for several."""
+    detections = value.detections if isinstance(value, fo.Detections) else [value]
+    detections = [d for d in detections if d.has_mask and label in (None, d.label)]
+    if len(detections) > 1:
+        labels = ", ".join(dict.fromkeys(str(d.label) for d in detections))
+        raise UserError(f"{len(detections)} objects with masks ({labels}), give the label of one")
+    return detections[0] if detections else None
 
 
 def load_inserter(params: Mapping[str, Any], say: Any) -> Inserter:
@@ -192,7 +201,7 @@ def load_inserter(params: Mapping[str, Any], say: Any) -> Inserter:
     cfg = compose_options(params)
     options = OmegaConf.to_container(cfg.method, resolve=True)
     check_places(options)
-    backbone = instantiate(cfg.model).to(device())
+    backbone = load_backbone(cfg)
     return Inserter(build(options, backbone), backbone, cfg.seed, cfg.feather, cfg.raw, cfg.detail, cfg.shadow, say)
 
 
@@ -208,9 +217,9 @@ def compose_options(params: Mapping[str, Any]) -> DictConfig:
 
 def show_results(dataset: fo.Dataset, field: str, requests: Mapping[str, Request]) -> None:
     """Write the paths of composites and results into fields that the App can show in place of the photographs."""
-    for name, picture in ((COMPOSITE, "composite"), (field, "harmonized")):
+    for name, picture in ((f"{field}{COMPOSITE}", "composite"), (field, "harmonized")):
         if not dataset.has_sample_field(name):
-            dataset.add_sample_field(name, fo.StringField)
+            dataset.add_sample_field(name, fo.StringField, info=MARK)
         paths = {id_: str(request.folder / f"{picture}.png") for id_, request in requests.items()}
         flatten(dataset).set_values(name, paths, key_field="id")
         if name not in dataset.app_config.media_fields:

@@ -9,15 +9,18 @@ import fiftyone.operators as foo
 import numpy as np
 from fiftyone.operators import types
 
+from harmony.apps.plugin.harmonize import COMPOSITE
+from harmony.apps.plugin.samples import flatten, locate_samples
 from harmony.core.errors import UserError
 from harmony.evaluation.pages import data_uri
+from harmony.methods.inputs import get_size
 from harmony.pixels.color_profiles import read_in_space
-from harmony.pixels.images import resize
+from harmony.pixels.images import limit_size, resize
 
 SIDE = 1024  # px: longer side of the picture, at most
 BEFORE, NO_RESULTS = ("composite", "input", "filepath"), ("truth", "hint", "input", "filepath", "composite")
 # the whole picture, large also where it has few pixels, in a panel of any size
-FITTED = {"image": {"style": {"height": "60vh", "maxWidth": "100%", "objectFit": "contain", "objectPosition": "left"}}}
+LAYOUT = {"image": {"style": {"height": "60vh", "maxWidth": "100%", "objectFit": "contain", "objectPosition": "left"}}}
 
 
 class Compare(foo.Panel):
@@ -61,14 +64,15 @@ class Compare(foo.Panel):
     def show(self, ctx: foo.ExecutionContext) -> None:
         """Read the pictures and figures of the sample, as far as there are some."""
         state = ctx.panel.state
-        samples = find_samples(ctx)
-        pictures = list_pictures(samples)
-        names = list(pictures)
-        results = [name for name in reversed(names) if name not in NO_RESULTS]
-        state.names, state.before = names, choose(state.before, BEFORE, names)
-        state.after = choose(state.after, results, names) or state.before
-        state.figures, state.notice, picture = format_figures(samples), None, None
+        state.names, state.figures, state.notice, picture = [], "", None, None
         try:
+            samples = find_samples(ctx)
+            pictures = list_pictures(samples)
+            state.names = names = list(pictures)
+            results = [name for name in reversed(names) if not name.endswith(COMPOSITE) and name not in NO_RESULTS]
+            result = choose(state.after, results, names)
+            state.before = choose(state.before, (f"{result}{COMPOSITE}", *BEFORE), names)
+            state.after, state.figures = result or state.before, format_figures(samples)
             if names:
                 left, right = read_pair(pictures[state.before], pictures[state.after])
                 state.split = find_split(left, right) if state.split is None else state.split
@@ -81,7 +85,7 @@ class Compare(foo.Panel):
         """The panel as it is now."""
         panel, state = types.Object(), ctx.panel.state
         if not state.names:
-            panel.md("Open a sample to see it here.", name="empty")
+            panel.md(state.notice or "Open a sample to see it here.", name="empty")
             return types.Property(panel)
         row = panel.h_stack("choices", gap=2)
         for name, label, on_change in (("before", "Left", self.choose_before), ("after", "Right", self.choose_after)):
@@ -91,7 +95,7 @@ class Compare(foo.Panel):
         if state.notice:
             panel.view("notice", types.Warning(label=state.notice))
         else:
-            panel.str("picture", view=types.ImageView(alt=f"{state.before} and {state.after}", componentsProps=FITTED))
+            panel.str("picture", view=types.ImageView(alt=f"{state.before} and {state.after}", componentsProps=LAYOUT))
         if state.figures:
             panel.md(state.figures, name="figures")
         return types.Property(panel)
@@ -103,13 +107,13 @@ def choose(name: str | None, usual_names: Sequence[str], names: Sequence[str]) -
 
 
 def find_samples(ctx: foo.ExecutionContext) -> dict[str, fo.Sample]:
-    """The open sample, or all of its group by slice; none where no sample is open."""
+    """The open sample, or all of its group by slice; none where no sample is open. UserError for one that is gone."""
     if not ctx.current_sample:
         return {}
-    dataset = ctx.dataset
+    dataset, (id_,) = ctx.dataset, locate_samples(ctx, [ctx.current_sample])
     if dataset.media_type != "group":
-        return {"": dataset[ctx.current_sample]}
-    sample = dataset.select_group_slices(_allow_mixed=True)[ctx.current_sample]
+        return {"": dataset[id_]}
+    sample = flatten(dataset)[id_]
     return dataset.get_group(sample[dataset.group_field].id)
 
 
@@ -126,8 +130,7 @@ def list_pictures(samples: dict[str, fo.Sample]) -> dict[str, str]:
 def read_picture(path: str, time: int) -> np.ndarray:
     """A picture in sRGB as large as the panel shows it; ``time`` is that of the file, which may be written again."""
     pixels = read_in_space(path, None).pixels
-    scale = min(1, SIDE / max(pixels.shape[:2]))
-    return resize(pixels, *(max(1, round(scale * length)) for length in pixels.shape[1::-1])) if scale < 1 else pixels
+    return resize(pixels, *limit_size(*get_size(pixels), SIDE))
 
 
 def read_pair(before: str, after: str) -> tuple[np.ndarray, np.ndarray]:

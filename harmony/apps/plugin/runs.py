@@ -7,10 +7,19 @@ from pathlib import Path
 import fiftyone as fo
 import fiftyone.operators as foo
 import numpy as np
+from fiftyone.core.utils import to_slug
 from fiftyone.operators import types
 from fiftyone.operators.operator import RiskLevel
 
-from harmony.apps.plugin.samples import ComposeOperator, ask_choice, find_work, read_param, set_figures
+from harmony.apps.plugin.samples import (
+    ComposeOperator,
+    ask_choice,
+    check_choice,
+    check_field,
+    find_work,
+    read_param,
+    set_figures,
+)
 from harmony.core.errors import UserError
 from harmony.core.files import replace_folder
 from harmony.data.manifest import manifest_hash
@@ -19,8 +28,9 @@ from harmony.evaluation.run_outputs import Run, RunOutputs, list_runs, open_run
 from harmony.pixels.hints import hint
 from harmony.pixels.images import write_image
 
+OTHERS = ("composite", "input", "hint", "truth", "mask")  # pictures of a group that are no outputs
 PICTURES = "fiftyone"  # folder of a run with the pictures that the App shows
-SHOWN = ("fpsnr", "color_de")  # figures that the App shows from the start
+FIRST_FIGURES = ("fpsnr", "color_de")  # figures that the App shows from the start
 
 
 class Score(ComposeOperator):
@@ -56,13 +66,14 @@ class Score(ComposeOperator):
         """Measure each stored output again, and write the figures."""
         run = read_run(ctx)
         manifest = find_work(ctx.dataset) / "manifest.jsonl"
-        if manifest_hash(manifest) != run.facts["manifest"]:
+        if manifest_hash(manifest) != run.manifest:
             raise UserError(
-                f"{run.folder} is a run of {run.config.dataset.name} and not of {ctx.dataset.name} as it is prepared "
+                f"{run.folder} is a run of {run.dataset} and not of {ctx.dataset.name} as it is prepared "
                 "now: choose a run of this dataset, or evaluate again"
             )
-        row = read_param(ctx, "row", run.rows[-1])
-        field = name_field(read_param(ctx, "field", row))
+        row = check_choice(read_param(ctx, "row", run.rows[-1]), run.rows)
+        field = read_param(ctx, "field", name_fields(run.rows)[row])
+        check_field(ctx.dataset, field, fo.DynamicEmbeddedDocument)
         outputs = run.read(manifest, [row])
         set_figures(ctx.dataset, field, "harmony_id", dict(zip(outputs.keys, outputs.score(row), strict=True)))
         ctx.ops.reload_dataset()
@@ -113,23 +124,43 @@ def ask_run(inputs: types.Object) -> None:
 
 def read_run(ctx: foo.ExecutionContext) -> Run:
     """The run of the form. UserError where it is none."""
-    return open_run(Path(read_param(ctx, "run", ".")).expanduser().resolve())
+    text = str(read_param(ctx, "run", "."))
+    try:
+        return open_run(Path(text).expanduser().resolve())
+    except (OSError, RuntimeError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise UserError(f"{text[:100]!r}: no finished run there ({reason}); give the folder of one") from None
 
 
 def name_field(name: str) -> str:
-    """A row's name as one that FiftyOne takes: letters, digits and _."""
-    text = re.sub(r"\W+", "_", name)
-    return text if text.isidentifier() else f"row_{text}"
+    """A row's name as one that FiftyOne takes: letters, digits and _, not too long."""
+    text = re.sub(r"\W+", "_", name)[:50]
+    return text if text.isidentifier() and text[0] != "_" else f"row_{text}"
+
+
+def name_fields(rows: Sequence[str]) -> dict[str, str]:
+    """Row -> name of a field or slice; no two are alike, and none is that of another picture of a group."""
+    names: dict[str, str] = {}
+    for row in rows:
+        names[row] = name_field(row)
+        while names[row] in (*OTHERS, *(name for other, name in names.items() if other != row)):
+            names[row] += "_2"
+    return names
 
 
 def make_dataset(run: Run, outputs: RunOutputs) -> fo.Dataset:
     """The grouped dataset of a run, made anew where it is there. UserError where another one has its name."""
     name = f"{run.folder.parent.name}-{run.folder.name}"
+    try:
+        to_slug(name)
+    except ValueError as error:
+        raise UserError(f"{run.folder} cannot name a dataset of FiftyOne ({error}): rename the folder") from None
     if fo.dataset_exists(name) and fo.load_dataset(name).info.get("run") != str(run.folder):
         raise UserError(f"FiftyOne has another dataset {name}: rename that")
-    columns = draw_columns(outputs.items, {name_field(row): pictures for row, pictures in outputs.pictures.items()})
+    names = name_fields(run.rows)
+    columns = draw_columns(outputs.items, {names[row]: pictures for row, pictures in outputs.pictures.items()})
     write_pictures(run.folder / PICTURES, outputs.items, columns)
-    figures = {name_field(row): outputs.score(row) for row in outputs.pictures}
+    figures = {names[row]: outputs.score(row) for row in outputs.pictures}
     dataset = fo.Dataset(name, persistent=True, overwrite=True)
     dataset.info["run"] = str(run.folder)
     dataset.add_group_field("group", default=next(iter(columns)))
@@ -149,7 +180,7 @@ def make_dataset(run: Run, outputs: RunOutputs) -> fo.Dataset:
             samples.append(sample)
     dataset.add_samples(samples)
     dataset.app_config.active_fields = fo.DatasetAppConfig.default_active_fields(dataset)
-    dataset.app_config.active_fields.paths = [name for name in SHOWN if dataset.has_sample_field(name)]
+    dataset.app_config.active_fields.paths = [name for name in FIRST_FIGURES if dataset.has_sample_field(name)]
     dataset.save()
     return dataset
 

@@ -6,11 +6,19 @@ from typing import Any
 
 import fiftyone as fo
 import fiftyone.operators as foo
+from bson import ObjectId
+from fiftyone.core.odm import validate_field_name
+from fiftyone.core.patches import EvaluationPatchesView, PatchesView
 from fiftyone.operators import types
 
+from harmony.cli.command import find_user_error
+from harmony.cli.compose import one_line
 from harmony.core.errors import UserError
+from harmony.core.foreign import is_file_name
 
 NAMES = 3  # of samples that a message gives
+PATCHES = (PatchesView, EvaluationPatchesView)
+MARK = {"made_by": "@harmony/compose"}  # on fields, which the same operator may write again
 
 
 class ComposeOperator(foo.Operator):
@@ -24,8 +32,11 @@ class ComposeOperator(foo.Operator):
         """What FiftyOne calls: {"message": line}, or {"error": line}."""
         try:
             return {"message": self.run(ctx)}
-        except UserError as error:
-            return {"error": str(error)}
+        except Exception as error:
+            failure = find_user_error(error)
+            if not isinstance(failure, UserError):
+                raise
+            return {"error": one_line(failure)}
 
     def resolve_output(self, ctx: foo.ExecutionContext) -> types.Property:
         """The form that shows the result."""
@@ -42,11 +53,28 @@ def place_button(label: str) -> types.Placement:
 
 
 def list_ids(ctx: foo.ExecutionContext) -> list[str]:
-    """The ids of the selected samples, or of the one that is open. UserError where there is none."""
+    """The ids of the selected samples, or of the one that is open. UserError where there is none, or no more."""
     ids = list(ctx.selected or ()) or ([ctx.current_sample] if ctx.current_sample else [])
     if not ids:
         raise UserError("nothing is selected: select samples in the grid, or open one")
+    return locate_samples(ctx, ids)
+
+
+def locate_samples(ctx: foo.ExecutionContext, ids: Sequence[str]) -> list[str]:
+    """The ids of samples, for patches those of their samples. UserError where one is not in the dataset."""
+    ids = list(dict.fromkeys(map(str, ids)))
+    if isinstance(ctx.view, PATCHES):
+        owners = dict(zip(*select(ctx.view, ids).values(["id", "sample_id"]), strict=True))
+        ids = list(dict.fromkeys(owners.get(id_, id_) for id_ in ids))
+    there = set(select(flatten(ctx.dataset), ids).values("id"))
+    if missing_ids := [id_ for id_ in ids if id_ not in there]:
+        raise UserError(f"{ctx.dataset.name} has no more sample {name_samples(missing_ids)}; reload the App and select")
     return ids
+
+
+def select(samples: fo.core.collections.SampleCollection, ids: Sequence[str]) -> fo.DatasetView:
+    """The samples with these ids, as far as they are ids."""
+    return samples.select([id_ for id_ in ids if ObjectId.is_valid(id_)])
 
 
 def ask_choice(inputs: types.Object, name: str, choices: Sequence[str], default: str, label: str, **more: Any) -> None:
@@ -98,16 +126,29 @@ def read_param(ctx: foo.ExecutionContext, name: str, default: Any) -> Any:
     return default if value in (None, "") else value
 
 
-def set_figures(dataset: fo.Dataset, field: str, key: str, figures: dict[str, dict[str, float]]) -> None:
-    """Write ``figures`` of samples, {value of their field ``key``: {metric: number}}, as ``field.metric``.
+def check_field(dataset: fo.Dataset, field: Any, document_type: type | None = None) -> None:
+    """UserError unless FiftyOne takes the name of a field, which is new or was made by an operator like this.
 
-    UserError where ``field`` holds something else.
+    ``document_type``: of the documents in it; None for texts.
     """
-    known = dataset.get_field(field)
-    if known is not None and getattr(known, "document_type", None) is not fo.DynamicEmbeddedDocument:
-        raise UserError(f"{dataset.name} has another field {field}: give another name")
-    if known is None:
-        dataset.add_sample_field(field, fo.EmbeddedDocumentField, embedded_doc_type=fo.DynamicEmbeddedDocument)
+    if not (isinstance(field, str) and field.isidentifier() and field[0] != "_" and is_file_name(field)):
+        raise UserError(f"{str(field)[:100]!r} cannot be a field: give a new name of letters, digits and _")
+    try:
+        validate_field_name(field, media_type=dataset.media_type)
+    except ValueError as error:
+        raise UserError(f"{one_line(error)}: give another name") from None
+    old_field = dataset.get_field(field)
+    is_ours = (getattr(old_field, "info", None) or {}) == MARK
+    if old_field is not None and not (is_ours and getattr(old_field, "document_type", None) is document_type):
+        raise UserError(f"{field} cannot be the field: {dataset.name} has another field {field}, give another name")
+
+
+def set_figures(dataset: fo.Dataset, field: str, key: str, figures: dict[str, dict[str, float]]) -> None:
+    """Write ``figures`` of samples, {value of their field ``key``: {metric: number}}, as ``field.metric``."""
+    if not dataset.has_sample_field(field):
+        dataset.add_sample_field(
+            field, fo.EmbeddedDocumentField, embedded_doc_type=fo.DynamicEmbeddedDocument, info=MARK
+        )
     for metric in {name: None for numbers in figures.values() for name in numbers}:
         if not dataset.has_sample_field(f"{field}.{metric}"):
             dataset.add_sample_field(f"{field}.{metric}", fo.FloatField)

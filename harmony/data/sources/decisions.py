@@ -13,8 +13,9 @@ from typing import NamedTuple
 import polars as pl
 from filelock import FileLock
 
+from harmony.core.errors import UserError
 from harmony.core.files import write_text
-from harmony.core.foreign import read_table
+from harmony.core.foreign import read_csv, read_lines
 from harmony.core.progress import tell
 from harmony.data.sources.files import tell_names
 from harmony.data.sources.selection import BY_HAND, KEPT, RULE_REASONS, Selection, check_files, reject
@@ -38,15 +39,45 @@ def decisions_file(folder: Path) -> Path:
     return folder.with_name(f"{folder.name}.decisions.csv")
 
 
+class Table(NamedTuple):
+    """The table as people wrote it, all rows, readable or not; ``columns``: the header in lower case."""
+
+    delimiter: str
+    columns: list[str]
+    header: list[str]
+    rows: list[list[str]]
+
+    def find_key(self, row: list[str]) -> str:
+        """The <split>/<id> of a row; empty where it has none."""
+        return self.read_value(row, "sample").strip()
+
+    def find_decision(self, row: list[str]) -> Decision | None:
+        """The decision of a row; None for one that says neither keep nor reject, or not on which sample."""
+        choice = self.read_value(row, "decision").strip().lower()
+        is_readable = choice in (KEEP, REJECT) and self.find_key(row)
+        return Decision(choice, self.read_value(row, "reason")) if is_readable else None
+
+    def read_value(self, row: list[str], name: str) -> str:
+        """The text of a row in a column; empty where the row is cut."""
+        return "".join(row[(n := self.columns.index(name)) : n + 1])
+
+
+def open_table(file: Path) -> Table:
+    """Read the table; that of a file that is not there has no rows. UserError for a header without its columns."""
+    delimiter = max(",;\t", key=read_lines(file)[0].count) if file.exists() else ","  # spreadsheets choose one
+    header, *rows = (read_csv(file, delimiter) if file.exists() else []) or [list(COLUMNS)]
+    columns = [name.strip().lower() for name in header]
+    if not set(COLUMNS) <= set(columns):
+        raise UserError(f"{file}: its first line must be {','.join(COLUMNS)}; mend it or remove the file")
+    return Table(delimiter, columns, header, rows)
+
+
 def read_decisions(file: Path) -> dict[str, Decision]:
     """Read {<split>/<id>: decision}; rows that say neither keep nor reject are named and left out."""
-    if not file.is_file():
-        return {}
-    decisions, wrong_rows = {}, []
-    for number, row in enumerate(read_table(file), start=2):
-        choice = row.get("decision", "").strip().lower()
-        if choice in (KEEP, REJECT) and row.get("sample"):
-            decisions[row["sample"].strip()] = Decision(choice, row.get("reason", ""))
+    table, decisions, wrong_rows = open_table(file), {}, []
+    for number, row in enumerate(table.rows, start=2):
+        if (decision := table.find_decision(row)) is not None:
+            decisions[table.find_key(row)] = decision
         else:
             wrong_rows.append(f"row {number}")
     tell_names(f"{file}: rows without a sample and keep or reject", wrong_rows, " left out")
@@ -54,16 +85,22 @@ def read_decisions(file: Path) -> dict[str, Decision]:
 
 
 def change_decisions(file: Path, changes: Mapping[str, Decision | None]) -> dict[str, Decision]:
-    """Add decisions to the file, or take back those that are None; returns all that stand there now."""
+    """Add decisions to the file, or take back those that are None; returns all that stand there now.
+
+    All other rows stay in the file, also those that cannot be read.
+    """
     file.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(file.with_name(f".{file.name}.lock")):  # two people may decide at once
-        decisions = {key: d for key, d in (read_decisions(file) | dict(changes)).items() if d is not None}
+        table = open_table(file)
+        rows = [row for row in table.rows if table.find_key(row) not in changes]
+        for key, decision in changes.items():
+            if decision is not None:
+                values = dict(zip(COLUMNS, (key, *decision), strict=True))
+                rows.append([values.get(name, "") for name in table.columns])
         text = StringIO()
-        table = csv.writer(text, lineterminator="\n")
-        table.writerow(COLUMNS)
-        table.writerows([key, *decision] for key, decision in sorted(decisions.items()))
+        csv.writer(text, delimiter=table.delimiter, lineterminator="\n").writerows([table.header, *rows])
         write_text(file, text.getvalue())
-    return decisions
+    return read_decisions(file)
 
 
 def apply_decisions(selection: Selection, decisions: Mapping[str, Decision]) -> Selection:

@@ -1,5 +1,6 @@
 """The FiftyOne App on a prepared dataset."""
 
+import logging
 from typing import TYPE_CHECKING
 
 from harmony.core.errors import UserError
@@ -27,6 +28,7 @@ def serve(dataset: "Dataset", port: int, address: str | None) -> None:
     """Serve the FiftyOne App for a dataset until interrupted."""
     views = ", ".join(dataset.list_saved_views())
     print(f"{dataset.name}: {dataset.count_sample_tags()}; saved views: {views}", flush=True)
+    logging.getLogger("fiftyone.core.session.session").setLevel(logging.WARNING)  # a banner, and how to use ssh
     with ignore_ctrl_c_in_children():
         session = load_fiftyone().launch_app(dataset, remote=True, port=port, address=address or LOCAL)
     print(f"{session.url}\nCtrl-C ends it.", flush=True)
