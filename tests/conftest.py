@@ -8,6 +8,7 @@ import signal
 import struct
 import sys
 import tempfile
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -96,13 +97,13 @@ def fo():
 def wandb_records():
     """``wandb_records(run folder)``: all records of its only offline run of W&B, as they are sent later.
 
-    The file is a log of LevelDB's form: in blocks of 32 KiB, parts with checksum, length and kind.
+    The file is a log of LevelDB's form: in blocks of 32 KiB, parts with checksum, length and kind. A process of W&B's
+    own writes it; its last record says that the run has ended.
     """
     from wandb.proto.wandb_internal_pb2 import Record
 
-    def read(folder: Path) -> list:
-        (path,) = folder.glob("wandb/offline-run-*/run-*.wandb")
-        data, position, part, records = path.read_bytes(), 7, b"", []
+    def parse(data: bytes) -> list:
+        position, part, records = 7, b"", []
         while position + 7 <= len(data):
             if (left := 32768 - position % 32768) < 7:
                 position += left
@@ -110,10 +111,20 @@ def wandb_records():
             _, length, kind = struct.unpack_from("<IHB", data, position)
             part += data[position + 7 : position + 7 + length]
             position += 7 + length
-            if kind in (1, 4):  # whole, or the last part
+            if kind in (1, 4) and position <= len(data):  # whole, or the last part
                 records.append(Record.FromString(part))
                 part = b""
         return records
+
+    def read(folder: Path) -> list:
+        end = time.monotonic() + 60
+        while time.monotonic() < end:
+            (path,) = folder.glob("wandb/offline-run-*/run-*.wandb")
+            records = parse(path.read_bytes())
+            if any(record.WhichOneof("record_type") == "exit" for record in records):
+                return records
+            time.sleep(0.2)
+        raise TimeoutError(f"W&B has not ended its run in {folder}")
 
     return read
 

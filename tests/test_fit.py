@@ -114,11 +114,6 @@ def test_the_run_folder_holds_everything(finished, random_backbone, work, wandb_
     assert facts["manifest"] == manifest_hash(work / "studio" / "manifest.jsonl") and facts["seed"] == 0
     assert facts["wall_time_s"] > 0 and facts["versions"]["torch"] and facts["device"].startswith("cpu")
     assert {len(facts["backbone"][part]) for part in ("vae", "unet", "text_encoder")} == {64}
-    (stored,) = folder.glob("wandb/offline-run-*/run-*.wandb")
-    end = time.monotonic() + 60  # W&B writes in a process of its own
-    while stored.stat().st_size <= 1000 and time.monotonic() < end:
-        time.sleep(0.5)
-    assert stored.stat().st_size > 1000, "W&B offline writes real files, inside the run folder"
     artifacts = [r.artifact for r in wandb_records(folder) if r.WhichOneof("record_type") == "artifact"]
     files = {(a.name, a.use_after_commit): {c.path: Path(c.local_path) for c in a.manifest.contents} for a in artifacts}
     assert files[("studio-manifest", True)].keys() == {"manifest.jsonl"}
