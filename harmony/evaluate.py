@@ -33,6 +33,8 @@ from harmony.data.preparation import ensure
 from harmony.evaluation.report import Report
 
 if TYPE_CHECKING:
+    from lightning.pytorch.loggers import Logger
+
     from harmony.evaluation.study import Study
     from harmony.methods.method import Method
 
@@ -128,8 +130,17 @@ def list_inputs(cfg: DictConfig, measurement: "Study", report: Report, nodes: li
 
 
 def log(cfg: DictConfig, folder: Path, report: Report, page: Path, inputs: list[Artifact]) -> None:
-    """The same to W&B, where that is the logger: figures, tables, pictures, and what they were made of."""
+    """The same to W&B: figures, tables, pictures, and what they were made of."""
     logger = build_logger(cfg, "evaluate")
+    try:
+        log_report(logger, folder, report, page)
+        log_artifacts(logger, inputs, [])
+    finally:
+        close_logger(logger)
+
+
+def log_report(logger: "Logger", folder: Path, report: Report, page: Path) -> None:
+    """Give W&B the figures, their table, the pictures and the page of a report."""
     logger.log_metrics(report.figures)
     if (folder / "table.csv").exists():
         with open(folder / "table.csv", newline="") as file:
@@ -139,8 +150,6 @@ def log(cfg: DictConfig, folder: Path, report: Report, page: Path, inputs: list[
         logger.log_image(picture.stem, [str(picture)])
     log_page(logger, page)
     log_pictures(logger, {row.id: row.pictures for row in report.rows}, report.samples)
-    log_artifacts(logger, inputs, [])
-    close_logger(logger)
 
 
 if __name__ == "__main__":

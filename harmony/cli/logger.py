@@ -10,6 +10,7 @@ from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 
 from harmony.cli.artifacts import WEIGHTS, Artifact, to_name
+from harmony.cli.compose import one_line
 from harmony.core.errors import UserError
 from harmony.core.progress import tell
 
@@ -50,7 +51,7 @@ def check_wandb(cfg: DictConfig) -> None:
     try:
         wandb.login()
     except (wandb.Error, ValueError) as error:
-        line = str(error).splitlines()[0]
+        line = one_line(error)[:200]
         raise UserError(f"W&B lets nobody in ({line}): run `wandb login`, or leave out logger.offline=false") from None
 
 
@@ -103,8 +104,8 @@ def as_one_line() -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        tell(f"W&B did not take everything ({type(error).__name__}: {str(error).splitlines()[0][:200]}); "
-             "the run folder has it all")  # fmt: skip
+        reason = f"{type(error).__name__}: {one_line(error)[:200]}"
+        tell(f"W&B did not take everything ({reason}); the run folder has it all")
 
 
 @contextmanager
